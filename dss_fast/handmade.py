@@ -1,0 +1,267 @@
+"""Textbook solvers as tables. Each method is a few lines in its own terms; one function brings all of them home.
+
+A linear multistep method writes the next state with predictions of its own choice (x0, epsilon or
+velocity) and an exponential factor of its own. With the grid fixed every state is a linear combination of
+the initial noise and the stored predictions y_j, so the row c with
+
+    x_{i+1} = a_i * x_i + b_i * sum_j c_ij * y_j
+
+is found by writing states as vectors over (x_init, y_0, ..., y_{N-1}) in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .schedule import Schedule, transition
+from .solver import Solver
+
+SPACINGS = ("uniform", "lambda", "karras")
+LAST_U = 1e-3  # where log-SNR spacings stop short of an infinite end, the last index of a 1000-step table
+
+
+def handmade(
+    method: str,
+    num_steps: int | None = None,
+    schedule: Schedule | None = None,
+    *,
+    spacing: str = "uniform",
+    timesteps: Tensor | None = None,
+    lower_order_final: bool = True,
+) -> Solver:
+    """The table of a hand-made method on a grid.
+
+    method: ``euler`` (DDIM for VP); ``ab2`` ``ab3`` ``ab4`` Adams-Bashforth with variable-step rows and
+        ``ab2_uniform`` ... with the textbook's; ``dpmpp_2m`` ``dpmpp_3m`` (DPM-Solver++, arXiv 2211.01095); ``unip2``
+        ``unip3`` (UniPC's predictor with B(h) = e^h - 1, arXiv 2302.04867); ``deis`` ``deis3`` (log-rho, order 2 and 3,
+        arXiv 2204.13902).
+    schedule: the noise schedule the rows belong to; ``Flow()`` by default.
+    spacing: ``uniform`` in u, ``lambda`` uniform in log-SNR, ``karras`` (rho = 7, arXiv 2206.00364), or
+        ``shift3`` for sigma moved as SD3 does with shift 3, any number.
+    timesteps: (N + 1,) u from 0 to 1, instead of num_steps and spacing.
+    lower_order_final: below 15 steps take the last ones at order 2, 1, as diffusers does. Methods
+        other than Adams-Bashforth only.
+
+    Raises ValueError naming what exists when a name is unknown.
+    """
+    from .schedule import Flow
+
+    schedule = Flow() if schedule is None else schedule
+    if method not in METHODS:
+        raise ValueError(f"no hand-made solver is called {method!r}; there are {', '.join(METHODS)}")
+    if timesteps is None:
+        if num_steps is None:
+            raise ValueError("give num_steps, or the timesteps themselves")
+        timesteps = grid(num_steps, schedule, spacing)
+    u = torch.as_tensor(timesteps, dtype=torch.float64)
+    rule, order = METHODS[method]
+    n = len(u) - 1
+    a, b = transition(schedule, u)
+    line = _Line(schedule, u)
+    rows = torch.zeros(n, n, dtype=torch.float64)
+    for i in range(n):
+        usable = min(order, i + 1)
+        if lower_order_final and n < 15 and rule not in (_adams, _adams_uniform):
+            usable = min(usable, n - i)
+        state = rule(line, i, usable)
+        rows[i] = (state - a[i] * line.states[i])[1:] / b[i]
+        line.states.append(state)
+    label = f"{method}/{n}" + (f"@{spacing}" if spacing != "uniform" else "")
+    rows = torch.tril(rows)
+    return Solver(
+        tuple(u.tolist()),
+        tuple(map(tuple, rows.tolist())),
+        schedule.family,
+        name=label,
+        source="hand-made",
+        provenance={"schedule": schedule.spec()},
+    )
+
+
+def grid(num_steps: int, schedule: Schedule, spacing: str = "uniform") -> Tensor:
+    """N + 1 points u from 0 to 1, float64. See :func:`handmade` for the spacings."""
+    if num_steps < 1:
+        raise ValueError(f"num_steps={num_steps!r}: need at least 1")
+    u = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+    if spacing == "uniform":
+        return u
+    if spacing.startswith("shift"):
+        try:
+            shift = float(spacing[5:])
+            assert shift > 0 and math.isfinite(shift)
+        except (ValueError, AssertionError):
+            raise ValueError(f"spacing={spacing!r}: 'shift' needs a number above 0, as in 'shift3'") from None
+        return 1 - shift * (1 - u) / (1 + (shift - 1) * (1 - u))
+    if spacing not in SPACINGS:
+        raise ValueError(f"spacing={spacing!r}: choose {', '.join(SPACINGS)} or shift<number>")
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    finite = _log_snr(schedule, ends).isfinite()
+    ends = torch.where(finite, ends, torch.tensor([LAST_U, 1 - LAST_U], dtype=torch.float64))
+    low, high = _log_snr(schedule, ends)
+    if spacing == "lambda":
+        targets = low + (high - low) * u
+    else:
+        rho = 7.0
+        first, last = (-low / rho).exp(), (-high / rho).exp()
+        targets = -rho * (first + (last - first) * u).log()
+    points = _inverse_log_snr(schedule, targets)
+    points[0], points[-1] = 0, 1
+    return points
+
+
+def _log_snr(schedule: Schedule, u: Tensor) -> Tensor:
+    alpha, sigma = schedule.alpha_sigma(u)
+    return alpha.log() - sigma.log()
+
+
+def _inverse_log_snr(schedule: Schedule, targets: Tensor) -> Tensor:
+    """u where the log-SNR takes the targets, by bisection: 60 halvings reach float64's last bits."""
+    low, high = torch.zeros_like(targets), torch.ones_like(targets)
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = _log_snr(schedule, middle) < targets
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return (low + high) / 2
+
+
+class _Line:
+    """A sampling run written over the basis (x_init, y_0, ..., y_{N-1}): states and predictions as vectors."""
+
+    def __init__(self, schedule: Schedule, u: Tensor):
+        self.family = schedule.family
+        self.alpha, self.sigma = schedule.alpha_sigma(u)
+        self.log_snr = self.alpha.log() - self.sigma.log()
+        # The variable in which the state, scaled, is the plain integral of what the history stores.
+        self.clock = -self.sigma if self.family == "flow" else self.alpha / self.sigma
+        self.basis = torch.eye(len(u), dtype=torch.float64)
+        self.states = [self.basis[0]]
+
+    def y(self, j: int) -> Tensor:
+        return self.basis[j + 1]
+
+    def x0(self, j: int) -> Tensor:
+        return self.states[j] + self.sigma[j] * self.y(j) if self.family == "flow" else self.y(j)
+
+    def epsilon(self, j: int) -> Tensor:
+        if self.family == "flow":
+            return self.states[j] - self.alpha[j] * self.y(j)
+        return (self.states[j] - self.alpha[j] * self.y(j)) / self.sigma[j]
+
+    def ddim(self, i: int) -> Tensor:
+        return self.alpha[i + 1] * self.x0(i) + self.sigma[i + 1] * self.epsilon(i)
+
+    def advance(self, i: int, row: list[float] | Tensor, first: int) -> Tensor:
+        """The state after step i when the history's y_first.. are mixed by a row that sums to one."""
+        mixed = sum(float(c) * self.y(first + k) for k, c in enumerate(row))
+        if self.family == "flow":
+            return self.states[i] + (self.sigma[i] - self.sigma[i + 1]) * mixed
+        ratio = self.sigma[i + 1] / self.sigma[i]
+        return ratio * self.states[i] + (self.alpha[i + 1] - ratio * self.alpha[i]) * mixed
+
+
+_TEXTBOOK = {1: ((1,), 1), 2: ((-1, 3), 2), 3: ((5, -16, 23), 12), 4: ((-9, 37, -59, 55), 24)}
+
+
+def _adams_uniform(line: _Line, i: int, order: int) -> Tensor:
+    numerators, divisor = _TEXTBOOK[order]
+    return line.advance(i, [c / divisor for c in numerators], i - order + 1)
+
+
+def _adams(line: _Line, i: int, order: int) -> Tensor:
+    if not line.clock[i + 1].isfinite():  # x0 held constant over an infinite interval
+        order = 1
+    nodes = line.clock[i - order + 1 : i + 1]
+    start, width = line.clock[i], line.clock[i + 1] - line.clock[i]
+    row = _quadrature((nodes - start) / width, [1 / (k + 1) for k in range(order)]) if order > 1 else [1.0]
+    return line.advance(i, row, i - order + 1)
+
+
+def _dpmpp(line: _Line, i: int, order: int) -> Tensor:
+    h = line.log_snr[i + 1] - line.log_snr[i]
+    order = min(order, _finite_order(line, i))
+    if order == 1 or not h.isfinite():
+        return line.ddim(i)
+    decay = torch.expm1(-h)
+    base = line.sigma[i + 1] / line.sigma[i] * line.states[i] - line.alpha[i + 1] * decay * line.x0(i)
+    r0 = (line.log_snr[i] - line.log_snr[i - 1]) / h
+    slope = (line.x0(i) - line.x0(i - 1)) / r0
+    if order == 2:
+        return base - 0.5 * line.alpha[i + 1] * decay * slope
+    r1 = (line.log_snr[i - 1] - line.log_snr[i - 2]) / h
+    older = (line.x0(i - 1) - line.x0(i - 2)) / r1
+    first = slope + r0 / (r0 + r1) * (slope - older)
+    second = (slope - older) / (r0 + r1)
+    return base + line.alpha[i + 1] * ((decay / h + 1) * first - ((decay + h) / h**2 - 0.5) * second)
+
+
+def _unip(line: _Line, i: int, order: int) -> Tensor:
+    h = line.log_snr[i + 1] - line.log_snr[i]
+    order = min(order, _finite_order(line, i))
+    if order == 1 or not h.isfinite():
+        return line.ddim(i)
+    decay = torch.expm1(-h)
+    base = line.sigma[i + 1] / line.sigma[i] * line.states[i] - line.alpha[i + 1] * decay * line.x0(i)
+    ratios = torch.stack([(line.log_snr[i - k] - line.log_snr[i]) / h for k in range(1, order)])
+    slopes = [(line.x0(i - k) - line.x0(i)) / ratios[k - 1] for k in range(1, order)]
+    if order == 2:
+        weights = [0.5]  # the choice of the authors' code; solving the 1x1 system would give phi_2 / B
+    else:
+        phi, factorial, moments = decay / -h - 1, 1, []
+        for k in range(1, order):
+            moments.append(phi * factorial / decay)
+            factorial *= k + 1
+            phi = phi / -h - 1 / factorial
+        powers = torch.stack([ratios**k for k in range(order - 1)])
+        weights = torch.linalg.solve(powers, torch.stack(moments))
+    return base - line.alpha[i + 1] * decay * sum(w * d for w, d in zip(weights, slopes, strict=True))
+
+
+def _deis(line: _Line, i: int, order: int) -> Tensor:
+    order = min(order, _finite_order(line, i))
+    if order == 1:
+        return line.ddim(i)
+    rho = (line.sigma / line.alpha)[i - order + 1 : i + 2]
+    nodes = rho[:-1].log()
+
+    def integral(k: int, r: Tensor) -> Tensor:  # int (log r)^k dr
+        if r == 0:
+            return r
+        power = r * r.log() ** k
+        return power - k * integral(k - 1, r) if k else power
+
+    moments = [integral(k, rho[-1]) - integral(k, rho[-2]) for k in range(order)]
+    row = _quadrature(nodes, moments)
+    drift = sum(c * line.epsilon(i - order + 1 + k) for k, c in enumerate(row))
+    return line.alpha[i + 1] * (line.states[i] / line.alpha[i] + drift)
+
+
+def _finite_order(line: _Line, i: int) -> int:
+    """How many of the newest predictions stand at a finite log-SNR (a flow's first does not)."""
+    return 1 + sum(1 for j in range(i) if line.log_snr[j].isfinite()) if line.log_snr[i].isfinite() else 1
+
+
+def _quadrature(nodes: Tensor, moments: list) -> Tensor:
+    """Weights at the nodes that integrate 1, s, s^2, ... to the given moments."""
+    powers = torch.stack([nodes**k for k in range(len(nodes))])
+    return torch.linalg.solve(powers, torch.tensor([float(m) for m in moments], dtype=torch.float64))
+
+
+METHODS: dict[str, tuple[Callable, int]] = {
+    "euler": (_adams_uniform, 1),
+    "ab2": (_adams, 2),
+    "ab3": (_adams, 3),
+    "ab4": (_adams, 4),
+    "ab2_uniform": (_adams_uniform, 2),
+    "ab3_uniform": (_adams_uniform, 3),
+    "ab4_uniform": (_adams_uniform, 4),
+    "dpmpp_2m": (_dpmpp, 2),
+    "dpmpp_3m": (_dpmpp, 3),
+    "unip2": (_unip, 2),
+    "unip3": (_unip, 3),
+    "deis": (_deis, 2),
+    "deis3": (_deis, 3),
+}

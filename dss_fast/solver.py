@@ -1,0 +1,272 @@
+"""A solver is data: N + 1 timesteps and a lower triangle of coefficients. This room holds that table.
+
+    x_{i+1} = a_i * x_i + b_i * sum_{j<=i} coeffs[i][j] * y_j        (a, b from the schedule)
+
+Tables come from a search, from a JSON file, from the published ones shipped with the package, or from
+the hand-made methods in ``handmade.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FORMAT = "dss_fast.solver"
+VERSION = 1
+FAMILIES = ("flow", "vp")
+ROW_SUM_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A linear multistep solver on the unit interval, u = 0 noise and u = 1 data.
+
+    timesteps: N + 1 numbers rising strictly from 0 to 1, in visiting order.
+    coeffs: N rows of N numbers, zero above the diagonal; row i weighs the predictions y_0..y_i and
+        sums to 1 unless ``free_rows``.
+    family: what the predictions are, ``"flow"`` (velocities) or ``"vp"`` (x0).
+    name, source, provenance: where it comes from; not part of its value.
+    noise_coeffs: N weights on the initial noise, scaled by b_i like the rest. None: none.
+    network_timesteps: N points u to call the network at. None: the solver's own.
+
+    Raises ValueError naming the field, its value and what is allowed. Solvers compare and hash by
+    value. Parametrisation: arXiv 2505.21114, section 4.
+    """
+
+    timesteps: tuple[float, ...]
+    coeffs: tuple[tuple[float, ...], ...]
+    family: str
+    name: str = field(default="", compare=False)
+    source: str = field(default="", compare=False)
+    provenance: Mapping = field(default_factory=dict, compare=False, repr=False)
+    noise_coeffs: tuple[float, ...] | None = None
+    network_timesteps: tuple[float, ...] | None = None
+    free_rows: bool = False
+
+    def __post_init__(self):
+        set_ = lambda key, value: object.__setattr__(self, key, value)  # noqa: E731
+        set_("timesteps", _numbers("timesteps", self.timesteps))
+        set_("coeffs", tuple(_numbers(f"coeffs[{i}]", row) for i, row in enumerate(_rows(self.coeffs))))
+        for key in ("noise_coeffs", "network_timesteps"):
+            if getattr(self, key) is not None:
+                set_(key, _numbers(key, getattr(self, key)))
+        for key in ("name", "source"):
+            if not isinstance(getattr(self, key), str):
+                raise ValueError(f"{key}: must be a string, got {getattr(self, key)!r}")
+        if self.family not in FAMILIES:
+            raise ValueError(f"family={self.family!r}: choose 'flow' or 'vp'")
+        if not isinstance(self.free_rows, bool):
+            raise ValueError(f"free_rows={self.free_rows!r}: must be true or false")
+        if not isinstance(self.provenance, Mapping):
+            raise ValueError(f"provenance: must be a mapping, got {self.provenance!r}")
+        self._check_times()
+        self._check_coeffs()
+
+    def _check_times(self):
+        u, n = self.timesteps, self.num_steps
+        if n < 1:
+            raise ValueError(f"timesteps: need at least 2 (one step), got {len(u)}")
+        if u[0] != 0 or u[-1] != 1:
+            raise ValueError(f"timesteps: must run from 0 (noise) to 1 (data), got {u[0]!r} to {u[-1]!r}")
+        for i, (now, later) in enumerate(pairwise(u)):
+            if not now < later:
+                raise ValueError(f"timesteps: must rise strictly, got {now!r} then {later!r} at step {i}")
+        times = self.network_timesteps
+        if times is not None and (len(times) != n or not all(0 <= t <= 1 for t in times)):
+            raise ValueError(f"network_timesteps: need {n} numbers in [0, 1], got {times!r}")
+
+    def _check_coeffs(self):
+        n = self.num_steps
+        if len(self.coeffs) != n:
+            raise ValueError(f"coeffs: need {n} rows for {n + 1} timesteps, got {len(self.coeffs)}")
+        for i, row in enumerate(self.coeffs):
+            if len(row) != n:
+                raise ValueError(f"coeffs[{i}]: need {n} numbers, got {len(row)}")
+            for j in range(i + 1, n):
+                if row[j] != 0:
+                    raise ValueError(
+                        f"coeffs[{i}][{j}]={row[j]!r}: step {i} cannot use prediction {j}, which comes later"
+                    )
+            if not self.free_rows and abs(math.fsum(row) - 1) > ROW_SUM_TOLERANCE * max(1.0, *map(abs, row)):
+                raise ValueError(
+                    f"coeffs[{i}]: must sum to 1 (set free_rows for tables that need not), got {math.fsum(row)!r}"
+                )
+        if self.noise_coeffs is not None and len(self.noise_coeffs) != n:
+            raise ValueError(f"noise_coeffs: need {n} numbers, got {len(self.noise_coeffs)}")
+
+    @property
+    def num_steps(self) -> int:
+        """N, the number of network evaluations per sample without guidance."""
+        return len(self.timesteps) - 1
+
+    @property
+    def timedeltas(self) -> tuple[float, ...]:
+        """The N differences of ``timesteps``."""
+        return tuple(b - a for a, b in pairwise(self.timesteps))
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """timesteps, coeffs, noise_coeffs and network_timesteps as float64 tensors, the arguments of ``step_weights``."""
+        keys = ("timesteps", "coeffs", "noise_coeffs", "network_timesteps")
+        values = {key: getattr(self, key) for key in keys}
+        return {k: None if v is None else torch.tensor(v, dtype=torch.float64) for k, v in values.items()}
+
+    @classmethod
+    def from_timedeltas(
+        cls, timedeltas: Sequence[float], lower: Sequence[Sequence[float]], family: str, **fields
+    ) -> Solver:
+        """From N increments (normalised to sum to 1) and the strict lower triangle, row i holding i numbers.
+
+        The diagonal is one minus the rest of its row, as in the paper.
+        """
+        deltas = _numbers("timedeltas", timedeltas)
+        if not deltas or min(deltas) <= 0:
+            raise ValueError(f"timedeltas: need at least one number and all above 0, got {deltas!r}")
+        total = math.fsum(deltas)
+        steps = [0.0, *(s / total for s in accumulate(deltas[:-1])), 1.0]
+        rows = []
+        for i, row in enumerate(_rows(lower)):
+            row = _numbers(f"lower[{i}]", row)
+            if len(row) != i:
+                raise ValueError(f"lower[{i}]: need {i} numbers, got {len(row)}")
+            rows.append((*row, 1 - math.fsum(row), *[0.0] * (len(deltas) - i - 1)))
+        return cls(tuple(steps), tuple(rows), family, **fields)
+
+    @classmethod
+    def named(cls, name: str) -> Solver:
+        """A published solver, ``"family/N"``, for example ``"sit-xl-2-256/10"``; see :meth:`names`."""
+        table, _, steps = name.partition("/")
+        published = _published()
+        if table not in published or steps not in published[table]["steps"]:
+            known = ", ".join(f"{t}/{{{','.join(p['steps'])}}}" for t, p in published.items())
+            raise ValueError(f"no published solver is called {name!r}; there are {known}")
+        entry, row = published[table], published[table]["steps"][steps]
+        return cls.from_timedeltas(
+            row["timedeltas"],
+            row["coeffs"],
+            entry["family"],
+            name=name,
+            source=entry["source"],
+            provenance={"schedule": entry["schedule"]},
+        )
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The names of all published solvers."""
+        return [f"{table}/{n}" for table, entry in _published().items() for n in entry["steps"]]
+
+    def to_dict(self) -> dict:
+        """The solver as JSON data; :meth:`from_dict` gives an equal one back, bit for bit."""
+        data = {
+            "format": FORMAT,
+            "version": VERSION,
+            "name": self.name,
+            "source": self.source,
+            "family": self.family,
+            "num_steps": self.num_steps,
+            "timesteps": list(self.timesteps),
+            "coeffs": [list(row[: i + 1]) for i, row in enumerate(self.coeffs)],
+        }
+        if self.noise_coeffs is not None:
+            data["noise_coeffs"] = list(self.noise_coeffs)
+        if self.network_timesteps is not None:
+            data["network_timesteps"] = list(self.network_timesteps)
+        if self.free_rows:
+            data["free_rows"] = True
+        data["provenance"] = dict(self.provenance)
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> Solver:
+        """The solver in a mapping written by :meth:`to_dict`. Raises ValueError naming the field at fault."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"a solver must be a JSON object, got {type(data).__name__}")
+        if data.get("format") != FORMAT:
+            raise ValueError(f"format={data.get('format')!r}: not a solver; expected {FORMAT!r}")
+        if data.get("version") != VERSION:
+            raise ValueError(f"version={data.get('version')!r}: this release reads version {VERSION}")
+        required = {"format", "version", "family", "num_steps", "timesteps", "coeffs"}
+        optional = {"name", "source", "provenance", "noise_coeffs", "network_timesteps", "free_rows"}
+        for key in sorted(required - data.keys()):
+            raise ValueError(f"{key}: missing")
+        for key in sorted(data.keys() - required - optional):
+            raise ValueError(f"{key}: unknown field; known are {', '.join(sorted(required | optional))}")
+        n, ragged = data["num_steps"], _rows(data["coeffs"])
+        if n != len(ragged) or isinstance(n, bool):
+            raise ValueError(f"num_steps={n!r}: but coeffs has {len(ragged)} rows")
+        rows = []
+        for i, row in enumerate(ragged):
+            row = _numbers(f"coeffs[{i}]", row)
+            if len(row) != i + 1:
+                raise ValueError(f"coeffs[{i}]: need {i + 1} numbers, got {len(row)}")
+            rows.append((*row, *[0.0] * (n - i - 1)))
+        fields = {key: data[key] for key in optional & data.keys()}
+        return cls(data["timesteps"], tuple(rows), data["family"], **fields)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the solver as JSON: a temporary file beside ``path``, synced, then renamed over it."""
+        write_atomically(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Solver:
+        """Reads a file written by :meth:`save`. Raises ValueError naming the file and the field at fault."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not a solver file, it is not text ({error})") from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not a whole JSON file ({error}); is it truncated?") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def write_atomically(path: str | os.PathLike, text: str) -> None:
+    """Writes ``text`` so that ``path`` holds either its old content or all of the new, whatever happens."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@cache
+def _published() -> dict:
+    files = sorted((Path(__file__).parent / "solvers").glob("*.json"))
+    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+
+
+def _rows(value) -> tuple:
+    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):
+        raise ValueError(f"coeffs: must be a list of rows, got {type(value).__name__}")
+    return tuple(value)
+
+
+def _numbers(key: str, values) -> tuple[float, ...]:
+    if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__iter__"):
+        raise ValueError(f"{key}: must be a list of numbers, got {type(values).__name__}")
+    if hasattr(values, "tolist"):
+        values = values.tolist()
+    result = []
+    for i, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{key}[{i}]: must be a number, got {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"{key}[{i}]: must be finite, got {value!r}")
+        result.append(float(value))
+    return tuple(result)
