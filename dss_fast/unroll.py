@@ -1,0 +1,325 @@
+"""unroll: N steps of a solver as one differentiable function, in the memory of one model call."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import os
+import sys
+import types
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Gradients", "Plan", "Rollout", "unroll"]
+
+BACKENDS = ("cpp", "reference")
+INPUTS = ("x", "weights", "times")
+
+
+class Gradients(NamedTuple):
+    """What :meth:`Rollout.pull` returns, for C cotangents. Inputs outside ``wrt`` give None.
+
+    x: (C, B, *S). weights: (C, B, N, 4 + K). times: (C, B, N). All per sample: sum over B for a shared table.
+    parameters: one (C, *shape) per tensor of ``parameters``; None where no call of the model used it.
+    """
+
+    x: Tensor | None
+    weights: Tensor | None
+    times: Tensor | None
+    parameters: tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a rollout keeps between its forward and its backward.
+
+    kept: the graphs of the last ``kept`` of ``steps`` calls. activation_bytes: of one such graph, measured
+    at the first call; None when no budget asked for it. budget_bytes: None when nothing is kept.
+    """
+
+    steps: int
+    kept: int
+    activation_bytes: int | None = None
+    budget_bytes: int | None = None
+    offload: bool = False
+
+    def __str__(self) -> str:
+        text = f"keeps the graphs of {self.kept} of {self.steps} model calls, re-runs {self.steps - self.kept}"
+        if self.activation_bytes is not None:
+            text += f"; one graph {self.activation_bytes / 1e6:.3g} MB, budget {self.budget_bytes / 1e6:.3g} MB"
+        return text + ("; states and history in host memory" if self.offload else "")
+
+
+class Rollout:
+    """N solver steps run forward once, pulled back for several cotangents at a time.
+
+        m_i     = model(x_i, t_i)         [B rows, or 2B: m_u + g_i (m_c - m_u) of unconditional and conditional]
+        y_i     = p_i x_i + q_i m_i
+        x_{i+1} = a_i x_i + sum_{j<=i} w_ij y_j [+ w_iN x_0]
+
+    The forward keeps the states and the y_j, not the activations. ``pull`` walks back, re-runs one model
+    call at a time with gradients on, and pulls all cotangents through it before it goes on.
+
+    model: called as model(x, t) -> (B, *S) or (2B, *S); any callable. The two runs of a call see the same
+        random numbers and the same autocast. x: (B, *S), float. t: (B,), x's dtype, float32 for half precision.
+    weights: (R, N, 4 + K), R = 1 or B: columns a, p, q, guidance, w_i0...; K = N, or N + 1 for the noise x_0.
+    times: (N,) or (B, N), fed to the model at each step.
+    guided: only the first ``guided`` elements of a flattened sample are guided, g = 1 for the rest. None: all.
+    memory_budget: None keeps no graph; bytes (int) or a fraction (float in (0, 1]) of the free device memory
+        keeps as many of the last graphs as fit, which saves re-running those calls.
+    offload: states and history wait in host memory (pinned, copied on a side stream, on an accelerator).
+    parameters: other tensors the model reads, to differentiate: its weights, its conditions.
+    wrt: which of x, weights and times ``pull`` differentiates; leaving x and times out spares the first call.
+    backend: "cpp", "reference", or None for the first of them that works.
+
+    states: (B, N, *S), x_1..x_N. history: (B, K, *S). plan: a :class:`Plan`.
+
+    Raises ValueError for what does not fit, RuntimeError when the model changes its own buffers. What the
+    model raises comes through as it is, with the step as a note.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Tensor, Tensor], Tensor],
+        x: Tensor,
+        weights: Tensor,
+        times: Tensor,
+        *,
+        guided: int | None = None,
+        memory_budget: int | float | None = None,
+        offload: bool = False,
+        parameters: Sequence[Tensor] = (),
+        wrt: Sequence[str] = INPUTS,
+        backend: str | None = None,
+    ):
+        parameters = tuple(parameters)
+        _check(x, weights, times, guided, parameters, wrt)
+        steps, budget = weights.shape[1], _budget_bytes(memory_budget, x.device)
+        self._dtypes = x.dtype, weights.dtype, times.dtype
+        self._wrt, self._differentiates = tuple(wrt), bool(wrt or parameters)
+        real = torch.float64 if x.dtype == torch.float64 else torch.float32
+        with torch.no_grad():
+            self._engine = _engine(backend)(
+                _guard(model, x, steps),
+                x.detach().contiguous(),
+                weights.detach().to(x.device, real).contiguous(),
+                times.detach().to(x.device, real).expand(len(x), steps).contiguous(),
+                -1 if guided is None else guided,
+                budget if self._differentiates else None,
+                offload,
+                list(parameters),
+                [name in wrt for name in INPUTS],
+            )
+        kept, size = self._engine.plan
+        self.plan = Plan(steps, kept, size, budget, offload)
+        self.states, self.history = self._engine.states, self._engine.history
+
+    def pull(self, cotangents: Tensor, *, retain_graph: bool = False) -> Gradients:
+        """The gradients of <cotangents[c], states> for each c, sharing one re-run of the model.
+
+        cotangents: (C, B, *S) at the end point, or (C, B, N, *S) along the trajectory.
+        retain_graph: allow another pull; otherwise states, history and graphs are let go on the way.
+
+        Returns :class:`Gradients`. Raises RuntimeError at a second pull after one that did not retain.
+        """
+        B, N, *S = self.states.shape
+        if tuple(cotangents.shape[1:]) not in ((B, *S), (B, N, *S)) or not cotangents.is_floating_point():
+            raise ValueError(
+                f"cotangents are {cotangents.dtype} {tuple(cotangents.shape)}; give floats of shape "
+                f"{('C', B, *S)} at the end point or {('C', B, N, *S)} along the trajectory"
+            )
+        gx, gw, gt, gp = self._engine.pull(cotangents.detach().to(self._engine.device), retain_graph)
+        found = (None if g is None else g.to(d) for g, d in zip((gx, gw, gt), self._dtypes, strict=True))
+        return Gradients(*found, tuple(gp))
+
+
+def unroll(
+    model: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    weights: Tensor,
+    times: Tensor,
+    *,
+    guided: int | None = None,
+    memory_budget: int | float | None = None,
+    offload: bool = False,
+    parameters: Sequence[Tensor] = (),
+    backend: str | None = None,
+) -> Tensor:
+    """The states x_1..x_N of a rollout, (B, N, *S), differentiable in x, weights, times and parameters.
+
+    The formula, the arguments and the errors are those of :class:`Rollout`. Gradients are those of plain
+    autograd through the loop; the peak is one model call's activations plus states and history instead of N
+    calls', for one more run of each call not kept. Backward twice needs retain_graph, as anywhere;
+    create_graph raises RuntimeError.
+    """
+    options = dict(guided=guided, memory_budget=memory_budget, offload=offload, backend=backend)
+    return _Unroll.apply(model, options, tuple(parameters), x, weights, times, *parameters)
+
+
+class _Unroll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, model, options, parameters, x, weights, times, *_):
+        needed = ctx.needs_input_grad[3:]
+        ctx.wanted = [i for i, wanted in enumerate(needed[3:]) if wanted]
+        wrt = [name for name, wanted in zip(INPUTS, needed[:3], strict=True) if wanted]
+        chosen = [parameters[i] for i in ctx.wanted]
+        rollout = Rollout(model, x, weights, times, parameters=chosen, wrt=wrt, **options)
+        ctx.save_for_backward(x, weights, times)
+        if wrt or chosen:
+            ctx.rollout = rollout
+        # A tensor of its own: the engine must not hold the output that holds the engine.
+        return rollout.states.to(x.device).detach()
+
+    @staticmethod
+    def backward(ctx, grad_states):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "unroll has no second derivatives (create_graph=True): it re-runs the model to save memory; "
+                "differentiate a loop over multistep_step instead"
+            )
+        _, weights, times = ctx.saved_tensors
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        gx, gw, gt, gp = ctx.rollout.pull(grad_states[None], retain_graph=keep)
+        gx = None if gx is None else gx[0]
+        gw = None if gw is None else gw[0].sum_to_size(weights.shape)
+        gt = None if gt is None else gt[0].sum_to_size(times.shape)
+        found = dict(zip(ctx.wanted, gp, strict=True))
+        gp = [None if found.get(i) is None else found[i][0] for i in range(len(ctx.needs_input_grad) - 6)]
+        return None, None, None, gx, gw, gt, *gp  # None: model, options, parameters
+
+
+@functools.cache
+def _extension() -> Any:
+    """The compiled engine, or the ImportError that says why there is none."""
+    try:
+        return importlib.import_module("dss_fast._C").Rollout
+    except (ImportError, AttributeError) as error:
+        return error
+
+
+def _engine(backend: str | None) -> Callable:
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"backend={backend!r}: choose None, {' or '.join(map(repr, BACKENDS))}")
+    engine = None if backend == "reference" else _extension()
+    if backend == "cpp" and isinstance(engine, Exception):
+        raise RuntimeError(
+            f"backend='cpp': the extension does not load ({engine}); build it with `pip install -e .`, "
+            "or use backend='reference'"
+        )
+    if engine is None or isinstance(engine, Exception):
+        from .unroll_reference import Rollout as engine
+    return engine
+
+
+def _guard(model: Callable, x: Tensor, steps: int) -> Callable:
+    """model(x, t) as the engines call it: (step, x, t) -> output, with the step in errors, output and buffers checked."""
+    watched = [(name, buffer) for module in _modules(model) for name, buffer in module.named_buffers()]
+    versions = [buffer._version for _, buffer in watched if not buffer.is_inference()]
+    shapes = x.shape, (2 * len(x), *x.shape[1:])
+
+    def call(step: int, x: Tensor, t: Tensor) -> Tensor:
+        try:
+            # A compiled model may give its saved buffers away in backward, and then allows one cotangent only.
+            config = sys.modules.get("torch._functorch.config")
+            with config.patch(donated_buffer=False) if config else nullcontext():
+                output = model(x, t)
+            if not isinstance(output, Tensor) or output.shape not in shapes or not output.is_floating_point():
+                got = f"{output.dtype} {tuple(output.shape)}" if isinstance(output, Tensor) else type(output)
+                raise ValueError(
+                    f"the model returned {got}; give floats of shape {tuple(shapes[0])}, or {tuple(shapes[1])} "
+                    "for unconditional and conditional rows"
+                )
+            changed = [n for (n, b), v in zip(watched, versions, strict=False) if b._version != v]
+            if changed:
+                raise RuntimeError(
+                    f"the model changed its buffers {', '.join(changed[:3])} while running, so running it again "
+                    "would not give the same gradients; call model.eval() or freeze those layers"
+                )
+        except Exception as error:
+            error.add_note(f"at step {step} of {steps}")
+            raise
+        return output
+
+    return call
+
+
+def _modules(model: Any, depth: int = 3) -> list[nn.Module]:
+    """The modules a callable visibly is or holds: itself, self, partial arguments, closure, attributes, globals it names."""
+    if isinstance(model, nn.Module):
+        return [model]
+    if depth == 0 or isinstance(model, type | types.ModuleType):
+        return []
+    held: list[Any] = []
+    if isinstance(model, functools.partial):
+        held = [model.func, *model.args, *model.keywords.values()]
+    elif isinstance(model, types.MethodType):
+        held = [model.__self__]
+    elif isinstance(model, types.FunctionType):
+        held = [cell.cell_contents for cell in model.__closure__ or () if _filled(cell)]
+        held += [v for v in (model.__globals__.get(n) for n in model.__code__.co_names) if isinstance(v, nn.Module)]
+    elif callable(model):
+        held = list(getattr(model, "__dict__", {}).values())
+    return [module for item in held for module in _modules(item, depth - 1)]
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _budget_bytes(budget: int | float | None, device: torch.device) -> int | None:
+    if budget is None:
+        return None
+    if isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0:
+        return budget
+    if isinstance(budget, float) and 0 < budget <= 1:
+        return int(budget * _free_bytes(device))
+    raise ValueError(
+        f"memory_budget={budget!r}: give None, a number of bytes (int), "
+        "or a fraction of the free device memory (float above 0, at most 1)"
+    )
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + idle
+    if device.type != "cpu":
+        return torch.accelerator.get_memory_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _check(x, weights, times, guided, parameters, wrt) -> None:
+    if not x.is_floating_point() or x.ndim < 1:
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; give floats of shape (B, *S)")
+    rows, steps = len(x), weights.shape[1] if weights.ndim == 3 else 0
+    slots = weights.shape[-1] - 4
+    if weights.ndim != 3 or weights.shape[0] not in (1, rows) or slots not in (steps, steps + 1) or not steps:
+        raise ValueError(
+            f"weights have shape {tuple(weights.shape)}; give (R, N, 4 + K) with R = 1 or {rows}, K = N or N + 1"
+        )
+    if tuple(times.shape) not in ((steps,), (rows, steps)):
+        raise ValueError(f"times have shape {tuple(times.shape)}; give ({steps},) or ({rows}, {steps})")
+    if not (weights.is_floating_point() and times.is_floating_point()):
+        raise ValueError(f"weights are {weights.dtype}, times {times.dtype}; both must be floating point")
+    if guided is not None and not -1 <= guided <= math.prod(x.shape[1:]):
+        raise ValueError(f"guided={guided!r}: a sample has {math.prod(x.shape[1:])} elements")
+    for i, parameter in enumerate(parameters):
+        if not isinstance(parameter, Tensor) or not parameter.requires_grad:
+            raise ValueError(f"parameters[{i}] is not a tensor that requires grad; leave it out or make it one")
+    if set(wrt) - set(INPUTS):
+        raise ValueError(f"wrt={tuple(wrt)!r}: choose from {', '.join(INPUTS)}")
+    if torch.is_inference_mode_enabled() and (wrt or parameters):
+        raise RuntimeError("a rollout to differentiate cannot run under torch.inference_mode(); use torch.no_grad()")
