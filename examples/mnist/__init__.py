@@ -1,0 +1,106 @@
+"""Two small class-conditional digit models to search solvers for: a rectified flow and a VP model.
+
+`flow`, `flow_guided`, `vp` and `vp_guided` each return a search target: the keyword arguments that
+`dss_fast.search`, `compare` and the command line (`search examples.mnist:flow`) take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .model import NULL_CLASS, Classifier, DiT, VPModel
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def _frozen(module: nn.Module, name: str) -> nn.Module:
+    path = WEIGHTS / f"{name}.safetensors"
+    if not path.exists():
+        command = f"python -m examples.mnist.train {name}"
+        raise FileNotFoundError(f"no weights at {path}; make them with: {command}")
+    module.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    return module.eval().requires_grad_(False)
+
+
+def load_flow() -> DiT:
+    """model(x, t, y) -> velocity x0 - eps at x = t x0 + (1 - t) eps; t (B,) in [0, 1]; frozen."""
+    return _frozen(DiT(), "flow")
+
+
+def load_vp() -> VPModel:
+    """model(x, t, y) -> epsilon at x = alpha x0 + sigma eps; t (B,) in [1, 1000]; frozen."""
+    return VPModel(_frozen(DiT(), "vp")).eval()
+
+
+def load_classifier() -> Classifier:
+    """classifier(images (B, 1, 28, 28)) -> logits (B, 10); `.features` -> (B, 64); frozen."""
+    return _frozen(Classifier(), "classifier")
+
+
+def draw_labels(n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    """{"y": (n,) int64}, uniform over the ten digits."""
+    return {"y": torch.randint(NULL_CLASS, (n,), generator=generator)}
+
+
+def labels(cond: Mapping[str, Tensor]) -> Tensor:
+    """(B,) int64: the digits that were asked for."""
+    return cond["y"]
+
+
+def decode(x: Tensor) -> Tensor:
+    """Samples in [-1, 1] to images in [0, 1], clipped; same shape."""
+    return ((x + 1) / 2).clamp(0, 1)
+
+
+def real_features() -> Tensor:
+    """(5000, 64): the classifier's features of all real images, for a Frechet distance."""
+    from .data import digits
+
+    classifier = load_classifier()
+    return torch.cat([classifier.features(part) for part in digits()[0].split(500)])
+
+
+def _target(model: nn.Module, schedule: Any, guidance_scale: float) -> dict[str, Any]:
+    classifier = load_classifier()
+    return {
+        "model": model,
+        "shape": (1, 28, 28),
+        "schedule": schedule,
+        "cond": draw_labels,
+        "uncond": {"y": NULL_CLASS} if guidance_scale != 1 else None,
+        "guidance_scale": guidance_scale,
+        "features": classifier.features,
+        "classify": classifier,
+        "labels": labels,
+        "decode": decode,
+    }
+
+
+def flow(guidance_scale: float = 1.0) -> dict[str, Any]:
+    """The rectified flow, by default without guidance."""
+    from dss_fast import Flow
+
+    return _target(load_flow(), Flow(), guidance_scale)
+
+
+def flow_guided() -> dict[str, Any]:
+    """The rectified flow at guidance 1.5: two network evaluations per step."""
+    return flow(1.5)
+
+
+def vp(guidance_scale: float = 1.0) -> dict[str, Any]:
+    """The VP model, by default without guidance."""
+    from dss_fast import VP
+
+    return _target(load_vp(), VP(), guidance_scale)
+
+
+def vp_guided() -> dict[str, Any]:
+    """The VP model at guidance 1.5: two network evaluations per step."""
+    return vp(1.5)
