@@ -1,0 +1,358 @@
+"""The fine trajectory a search imitates: high order, dense output, kept on disk.
+
+With z = x and tau = -sigma for a flow, z = x / sigma and tau = alpha / sigma for VP, the sampling ODE is
+dz/dtau = y, y being what a history stores (velocity, x0). The grid is uniform in a variable s in which
+trajectories are smooth. Between grid points y is a cubic in s whose weights are integrated over tau:
+Adams-Bashforth of order 4 predicts, the model is called once there, and Adams-Moulton with that call
+corrects. The first three steps are Runge-Kutta's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .problem import Batch, Problem
+from .schedule import Schedule, transition
+from .teacher_store import Store
+
+EVALUATIONS = 64
+LOG_SHARE, SOFTENING = 0.5, 0.02  # of the grid variable s, see Grid
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """M + 1 points u where a dense trajectory is known, uniform in s,
+
+        s(u) = (1 - share) * u / end + share * (L(u) - L(0)) / (L(end) - L(0)),   L = log((alpha + soft) / (sigma + soft))
+
+    half linear in time and half in a log-SNR that stays finite where alpha or sigma vanish. ``end`` is
+    where the network's time stops (0.998 for VP's t = 0.999 - u with t >= 0.001, 1 for a flow).
+
+    points: (M + 1,) u. ds_du, and (x, y) -> dx/ds as two columns (M + 1, 2). predict, correct: (M, 4)
+    weights on the four newest y, oldest first, of the two Adams formulas; ratio: (M,) the factor of x.
+    """
+
+    schedule: Schedule
+    intervals: int
+    share: float = LOG_SHARE
+    end: float = field(init=False)
+    points: Tensor = field(init=False, repr=False)
+    slope: Tensor = field(init=False, repr=False)
+    predict: Tensor = field(init=False, repr=False)
+    correct: Tensor = field(init=False, repr=False)
+    ratio: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self):
+        set_ = lambda key, value: object.__setattr__(self, key, value)  # noqa: E731
+        schedule, m = self.schedule, self.intervals
+        set_("end", _last_moving_u(schedule))
+        s = torch.linspace(0, 1, m + 1, dtype=torch.float64)
+        u = self.inverse(s)
+        set_("points", u)
+        set_("slope", self._slope(u))
+        # Integration by parts leaves values of tau only: int l tau' = [l tau] - int l' tau.
+        nodes, node_weights = _gauss_legendre(8)
+        inner = s[:-1, None] + nodes / m
+        tau, tau_inner = self.tau(u), self.tau(self.inverse(inner.flatten())).reshape(inner.shape)
+        _, sigma = schedule.alpha_sigma(u)
+        for name, first in (("predict", -3), ("correct", -2)):
+            value, slope = _cubic(first)
+            at_end = value(torch.ones(1, dtype=torch.float64)) * tau[1:, None]
+            at_start = value(torch.zeros(1, dtype=torch.float64)) * tau[:-1, None]
+            rows = at_end - at_start - torch.einsum("mq,qj->mj", tau_inner * node_weights, slope(nodes))
+            set_(name, rows if schedule.family == "flow" else rows * sigma[1:, None])
+        set_("ratio", transition(schedule, u)[0])
+
+    def tau(self, u: Tensor) -> Tensor:
+        """The ODE's own clock at u."""
+        alpha, sigma = self.schedule.alpha_sigma(u)
+        return -sigma if self.schedule.family == "flow" else alpha / sigma
+
+    def s(self, u: Tensor) -> Tensor:
+        """The grid variable at u, 0 to 1; differentiable."""
+        low, high = self._log_snr(torch.tensor([0.0, self.end], dtype=torch.float64, device=u.device))
+        linear, log = u.double() / self.end, (self._log_snr(u) - low) / (high - low)
+        return (1 - self.share) * linear + self.share * log
+
+    def inverse(self, s: Tensor) -> Tensor:
+        """u at s, by bisection to float64's last bits."""
+        low, high = torch.zeros_like(s), torch.full_like(s, self.end)
+        for _ in range(55):
+            middle = (low + high) / 2
+            below = self.s(middle) < s
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        u = (low + high) / 2
+        return torch.where(s <= 0, 0.0, torch.where(s >= 1, self.end, u))
+
+    def _log_snr(self, u: Tensor) -> Tensor:
+        alpha, sigma = self.schedule.alpha_sigma(u)
+        return (alpha + SOFTENING).log() - (sigma + SOFTENING).log()
+
+    def _slope(self, u: Tensor) -> Tensor:
+        """dx/ds = first * x + second * y."""
+        with torch.enable_grad():
+            # Just inside, where the clamp at the end still has a slope.
+            u = u.clamp_max(self.end - 1e-9).requires_grad_()
+            ds = torch.autograd.grad(self.s(u).sum(), u)[0]
+            dtau = torch.autograd.grad(self.tau(u).sum(), u)[0]
+            if self.schedule.family == "flow":
+                return torch.stack([torch.zeros_like(ds), dtau / ds], -1)
+            sigma = self.schedule.alpha_sigma(u)[1]
+            dsigma = torch.autograd.grad(sigma.sum(), u)[0]
+        sigma = sigma.detach()
+        return torch.stack([dsigma / sigma / ds, sigma * dtau / ds], -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """A dense trajectory: states (B, M + 1, *S) and slopes dx/ds on a grid, and the state at u = 1, last (B, *S)."""
+
+    grid: Grid
+    states: Tensor
+    slopes: Tensor
+    last: Tensor
+
+    def at(self, u: Tensor) -> Tensor:
+        """The states at u (n,) -> (B, n, *S), cubic Hermite in s, differentiable in u once."""
+        return self._hermite(u, _HERMITE)
+
+    def velocity(self, u: Tensor) -> Tensor:
+        """dx/du at u (n,) -> (B, n, *S): the derivative of :meth:`at`."""
+        with torch.enable_grad():
+            leaf = u.detach().double().clamp(0, self.grid.end - 1e-9).requires_grad_()
+            ds = torch.autograd.grad(self.grid.s(leaf).sum(), leaf)[0]
+        inside = (u.detach() < self.grid.end) | (self.grid.end == 1)
+        slope = self._hermite(u.detach(), _HERMITE_SLOPE) * _column(ds * self.grid.intervals, self.states)
+        if bool(inside.all()):
+            return slope
+        jump = (self.last - self.states[:, -1])[:, None] / (1 - self.grid.end)
+        return torch.where(_column(inside, self.states) > 0, slope, jump)
+
+    def _hermite(self, u: Tensor, basis: Tensor) -> Tensor:
+        grid, real = self.grid, self.states.dtype
+        if u.ndim != 1:
+            raise ValueError(f"u has shape {tuple(u.shape)}; give (n,)")
+        u = u.double().cpu()
+        position = grid.s(u.clamp(0, grid.end)) * grid.intervals
+        k = position.detach().floor().clamp(0, grid.intervals - 1).long()
+        fraction = position - k
+        powers = torch.stack([torch.ones_like(fraction), fraction, fraction**2, fraction**3], -1)
+        w = powers @ basis  # (n, 4): x_k, dx_k, x_{k+1}, dx_{k+1}
+        scaled = torch.cat([w[:, :1], w[:, 1:2] / grid.intervals, w[:, 2:3], w[:, 3:] / grid.intervals], 1)
+        k = k.to(self.states.device)
+        parts = (self.states[:, k], self.slopes[:, k], self.states[:, k + 1], self.slopes[:, k + 1])
+        x = sum(_column(scaled[:, i], part) * part for i, part in enumerate(parts))
+        if grid.end < 1 and basis is _HERMITE:
+            beyond = ((u - grid.end) / (1 - grid.end)).clamp_min(0)
+            x = x + _column(beyond, x) * (self.last - self.states[:, -1])[:, None]
+        return x.to(real)
+
+
+def integrate(predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, grid: Grid) -> Trajectory:
+    """The dense trajectory from x (B, *S) at u = 0. predict(x, u) -> y. Calls: see :func:`evaluations`."""
+    m, schedule = grid.intervals, grid.schedule
+    states, slopes = [x], []
+    history: list[Tensor] = []
+
+    def slope(x: Tensor, y: Tensor, row: Tensor) -> Tensor:
+        return float(row[0]) * x + float(row[1]) * y
+
+    middle = grid.inverse((torch.arange(m, dtype=torch.float64) + 0.5) / m)
+    middle_slope = grid._slope(middle)
+    for n in range(m):
+        if len(history) <= n:
+            history.append(predict(x, grid.points[n]))
+        slopes.append(slope(x, history[n], grid.slope[n]))
+        if n < 3:
+            x = _runge_kutta(predict, x, slopes[n], slope, grid, n, middle[n], middle_slope[n])
+        else:
+            ratio = float(grid.ratio[n])
+            base, before = ratio * x, x
+            x = base + _mixed(grid.predict[n], history[-4:])
+            if n + 1 < m or schedule.family == "vp":
+                history.append(predict(x, grid.points[n + 1]))
+                x = ratio * before + _mixed(grid.correct[n], history[-4:])
+                history[-5] = None
+        states.append(x)
+    if len(history) <= m:
+        # A flow's network may be undefined at sigma = 0: its last y is extrapolated.
+        history.append(_mixed(torch.tensor([-1.0, 4.0, -6.0, 4.0]), history[-4:]))
+    slopes.append(slope(x, history[m], grid.slope[m]))
+    a, b = transition(schedule, torch.tensor([grid.end, 1.0], dtype=torch.float64))
+    last = float(a) * x + float(b) * history[m] if grid.end < 1 else x
+    return Trajectory(grid, torch.stack(states, 1), torch.stack(slopes, 1), last)
+
+
+def evaluations(grid: Grid) -> int:
+    """Model calls of :func:`integrate` per sample: one a step, nine more for the start, one more at VP's end."""
+    return grid.intervals + 9 + (grid.schedule.family == "vp")
+
+
+@lru_cache(maxsize=16)
+def dense_grid(schedule: Schedule, budget: int = EVALUATIONS) -> Grid:
+    """The grid whose trajectory takes ``budget`` model calls, at least 16. Raises ValueError below."""
+    if budget < 16:
+        raise ValueError(f"teacher evaluations={budget!r}: need at least 16 (48 to 64 are usual)")
+    return Grid(schedule, budget - 9 - (schedule.family == "vp"))
+
+
+def paper_points(schedule: Schedule, num: int = 100) -> Tensor:
+    """The paper's teacher grid: Euler with ``num`` steps for a flow (num + 1 points), DDIM on ``num`` points for VP.
+
+    VP: t from t_start to 0 in equal parts, the last clamped to t_end, so num - 1 model calls and no final
+    jump to x0 (arXiv 2505.21114, released code).
+    """
+    if schedule.family == "flow":
+        return torch.linspace(0, 1, num + 1, dtype=torch.float64)
+    return torch.linspace(0, getattr(schedule, "t_start", 1.0), num, dtype=torch.float64)
+
+
+@torch.no_grad()
+def paper_trajectory(
+    predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, schedule: Schedule, num: int = 100
+) -> Tensor:
+    """The states of the paper's teacher, (B, L + 1, *S), L = 100 for a flow and 99 for VP: first-order steps."""
+    points = paper_points(schedule, num)
+    a, b = transition(schedule, points)
+    states = [x]
+    for i in range(len(points) - 1):
+        y = predict(x, points[i])
+        x = float(a[i]) * x + float(b[i]) * y
+        states.append(x)
+    return torch.stack(states, 1)
+
+
+class Teacher:
+    """The dense trajectories of a set of samples, batch by batch, made once and kept.
+
+    problem: the model and its samples. stream, count, batch_size: batches 0.. of that stream, count samples
+        in all. budget: model calls per sample, 48 to 64. cache: a folder that outlives the process; None
+        keeps them in memory up to ``memory`` bytes and in a temporary folder beyond.
+
+    ``for batch, trajectory in teacher: ...`` streams them; ``teacher[k]`` is one pair. Trajectories are
+    counted as model evaluations when first asked for in this process, found in the cache or not, so that
+    the count does not depend on what ran before.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        stream: str,
+        count: int,
+        batch_size: int,
+        *,
+        budget: int = EVALUATIONS,
+        cache: str | Path | None = None,
+        memory: int = 2 << 30,
+        key: str | None = None,
+    ):
+        if count < 1 or batch_size < 1:
+            raise ValueError(f"count={count!r}, batch_size={batch_size!r}: need at least 1 of each")
+        self.problem, self.stream = problem, stream
+        self.grid = dense_grid(problem.schedule, budget)
+        self.sizes = [min(batch_size, count - k) for k in range(0, count, batch_size)]
+        if len(self.sizes) > 1 and self.sizes[-1] < problem.world:
+            self.sizes.pop()
+        settings = {
+            "kind": "dense",
+            "stream": stream,
+            "count": count,
+            "batch_size": batch_size,
+            "budget": budget,
+            "grid": [LOG_SHARE, SOFTENING],
+        }
+        self.store = Store(problem, settings, cache=cache, memory=memory, key=key)
+        self._counted: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[tuple[Batch, Trajectory]]:
+        return (self[k] for k in range(len(self)))
+
+    @torch.no_grad()
+    def __getitem__(self, k: int) -> tuple[Batch, Trajectory]:
+        if not 0 <= k < len(self):
+            raise IndexError(f"batch {k} of {len(self)}")
+        batch = self.problem.batch(self.stream, k, self.sizes[k])
+
+        def build() -> dict[str, Tensor]:
+            made = integrate(self.problem.predictor(batch), batch.noise, self.grid)
+            return {"states": made.states, "slopes": made.slopes, "last": made.last}
+
+        tensors = self.store.get(k, batch, build)
+        if k not in self._counted:
+            self._counted.add(k)
+            self.problem.spend(self.sizes[k] * evaluations(self.grid))
+        tensors = {name: value.to(self.problem.device) for name, value in tensors.items()}
+        return batch, Trajectory(self.grid, **tensors)
+
+    def cost(self) -> int:
+        """Model evaluations of all trajectories, made or not."""
+        return sum(self.sizes) * evaluations(self.grid)
+
+
+def _last_moving_u(schedule: Schedule) -> float:
+    """Where the network's time reaches its last value: 1, unless the schedule clamps it before."""
+    at = lambda u: float(schedule.time(torch.tensor([u], dtype=torch.float64)))  # noqa: E731
+    final = at(1.0)
+    if at(1 - 1e-7) != final:
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if at(middle) == final else (middle, high)
+    return high
+
+
+def _runge_kutta(predict, x, first, slope, grid, n, middle, middle_slope):
+    """One classical fourth-order step of dx/ds over interval n; ``first`` is the slope at its start."""
+    h, half, after = 1 / grid.intervals, 0.5 / grid.intervals, grid.points[n + 1]
+    state = x + half * first
+    second = slope(state, predict(state, middle), middle_slope)
+    state = x + half * second
+    third = slope(state, predict(state, middle), middle_slope)
+    state = x + h * third
+    fourth = slope(state, predict(state, after), grid.slope[n + 1])
+    return x + (h / 6) * (first + 2 * second + 2 * third + fourth)
+
+
+def _mixed(row: Tensor, history: list[Tensor]) -> Tensor:
+    return sum(float(w) * y for w, y in zip(row, history, strict=True))
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    """(n,) as (1, n, 1, ...) beside states (B, n, *S)."""
+    return values.to(like.device, like.dtype).reshape(1, -1, *[1] * (like.ndim - 2))
+
+
+# Coefficients of 1, f, f^2, f^3 for x_k, dx_k, x_{k+1}, dx_{k+1}; and of the derivative in f.
+_HERMITE = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [-3, -2, 3, -1], [2, 1, -2, 1]], dtype=torch.float64)
+_HERMITE_SLOPE = torch.tensor(
+    [[0, 1, 0, 0], [-6, -4, 6, -2], [6, 3, -6, 3], [0, 0, 0, 0]], dtype=torch.float64
+)
+
+
+def _cubic(first: int) -> tuple[Callable, Callable]:
+    """The Lagrange basis on four integers from ``first``: values and derivatives, (q,) -> (q, 4)."""
+    nodes = torch.arange(first, first + 4, dtype=torch.float64)
+    inverse = torch.linalg.inv(torch.stack([nodes**k for k in range(4)], 1))  # row k: coefficients of s^k
+    value = lambda s: torch.stack([s**k for k in range(4)], -1) @ inverse  # noqa: E731
+    slope = lambda s: torch.stack([k * s ** max(k - 1, 0) for k in range(4)], -1) @ inverse  # noqa: E731
+    return value, slope
+
+
+def _gauss_legendre(num: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights on [0, 1] (Golub and Welsch)."""
+    k = torch.arange(1, num, dtype=torch.float64)
+    beta = k / (4 * k**2 - 1).sqrt()
+    values, vectors = torch.linalg.eigh(torch.diag(beta, 1) + torch.diag(beta, -1))
+    assert math.isclose(float(vectors[0].square().sum()), 1)
+    return (values + 1) / 2, vectors[0].square()
