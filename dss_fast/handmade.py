@@ -43,8 +43,8 @@ def handmade(
     spacing: ``uniform`` in u, ``lambda`` uniform in log-SNR, ``karras`` (rho = 7, arXiv 2206.00364), or
         ``shift3`` for sigma moved as SD3 does with shift 3, any number.
     timesteps: (N + 1,) u from 0 to 1, instead of num_steps and spacing.
-    lower_order_final: below 15 steps take the last ones at order 2, 1, as diffusers does. Methods
-        other than Adams-Bashforth only.
+    lower_order_final: take the last steps at order 2, 1 as diffusers does: UniP always, DPM-Solver++
+        and DEIS below 15 steps, Adams-Bashforth never.
 
     Raises ValueError naming what exists when a name is unknown.
     """
@@ -65,7 +65,7 @@ def handmade(
     rows = torch.zeros(n, n, dtype=torch.float64)
     for i in range(n):
         usable = min(order, i + 1)
-        if lower_order_final and n < 15 and rule not in (_adams, _adams_uniform):
+        if lower_order_final and (rule is _unip or (rule in (_dpmpp, _deis) and n < 15)):
             usable = min(usable, n - i)
         state = rule(line, i, usable)
         rows[i] = (state - a[i] * line.states[i])[1:] / b[i]

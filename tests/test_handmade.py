@@ -1,0 +1,175 @@
+"""Hand-made tables against independent truths: diffusers' schedulers, and measured order on closed-form problems."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from dss_fast import VP, DiscreteVP, Flow, handmade, sample
+from dss_fast.handmade import METHODS
+
+ADAMS = {"euler": 1, "ab2": 2, "ab3": 3, "ab4": 4}
+
+MIX = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 3
+
+
+def field(x, t):
+    """A smooth network with a time of its own, any units."""
+    return 0.8 * torch.tanh(x @ MIX + t[:, None] / 500) + 0.2 * x
+
+
+def run_diffusers(scheduler, num_steps, x):
+    scheduler.set_timesteps(num_steps)
+    if hasattr(scheduler, "sigmas"):  # in float64, so that methods are compared and not their rounding
+        alpha2 = scheduler.alphas_cumprod.double()[[*scheduler.timesteps.tolist(), 0]]
+        last = scheduler.sigmas[-1] > 0
+        scheduler.sigmas = ((1 - alpha2) / alpha2).sqrt()
+        scheduler.sigmas[-1] *= last
+    for t in scheduler.timesteps:
+        output = field(x, torch.full((len(x),), float(t), dtype=x.dtype))
+        x = scheduler.step(output, t, x, return_dict=False)[0]
+    return x
+
+
+def run_table(method, schedule, timesteps, x):
+    solver = handmade(method, schedule=schedule, timesteps=timesteps)
+    return sample(field, x, solver, schedule=schedule)
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("num_steps", [5, 20])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(
+    "method, name, options",
+    [
+        ("euler", "DDIMScheduler", {"clip_sample": False, "timestep_spacing": "trailing"}),
+        ("dpmpp_2m", "DPMSolverMultistepScheduler", {"solver_order": 2, "final_sigmas_type": "zero"}),
+        ("dpmpp_3m", "DPMSolverMultistepScheduler", {"solver_order": 3, "final_sigmas_type": "zero"}),
+        ("unip2", "UniPCMultistepScheduler", {"solver_order": 2, "disable_corrector": list(range(99))}),
+        ("unip3", "UniPCMultistepScheduler", {"solver_order": 3, "disable_corrector": list(range(99))}),
+        ("deis", "DEISMultistepScheduler", {"solver_order": 2}),
+        ("deis3", "DEISMultistepScheduler", {"solver_order": 3}),
+    ],
+)
+def test_equals_diffusers_on_its_own_grid(method, name, options, prediction_type, num_steps):
+    diffusers = pytest.importorskip("diffusers", reason="a test dependency, in requirements.txt")
+    scheduler = getattr(diffusers, name)(prediction_type=prediction_type, **options)
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    theirs = run_diffusers(scheduler, num_steps, x)
+    table = tuple(scheduler.alphas_cumprod.double().tolist())
+    kind = "x0" if prediction_type == "sample" else prediction_type
+    n = scheduler.timesteps.double()
+    if method.startswith("deis"):  # its last sigma is the table's first entry, not zero
+        schedule, u = DiscreteVP(table, prediction_type=kind, final="sigma_min"), 1 - n / 999
+    else:
+        schedule, u = DiscreteVP(table, prediction_type=kind), 1 - (n + 1) / 1000
+    assert u[0] == 0
+    ours = run_table(method, schedule, torch.cat([u, torch.ones(1, dtype=u.dtype)]), x)
+    assert relative(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_euler_equals_flow_match_euler(shift):
+    diffusers = pytest.importorskip("diffusers", reason="a test dependency, in requirements.txt")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    scheduler.set_timesteps(sigmas=[1 - i / 8 for i in range(8)])
+    theirs = x
+    for t in scheduler.timesteps:
+        output = field(theirs, t.double().expand(len(x)))
+        theirs = scheduler.step(output, t, theirs, return_dict=False)[0]
+    schedule = Flow(shift=shift, convention="diffusers")
+    assert relative(sample(field, x, "euler/8", schedule=schedule), theirs) < 1e-5
+
+
+def power_law(schedule, k=0.5):
+    """A network whose trajectories are known, and the map from u = 0 to u = 1.
+
+    Flow: velocity k x, x = e^(k u). VP: x0 = k x / alpha, so that x / sigma = (alpha / sigma)^k.
+    """
+    if schedule.family == "flow":
+        return lambda x, t: k * x, lambda x: x * math.exp(k)
+    alpha, sigma = schedule.alpha_sigma(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    growth = sigma[1] / sigma[0] * (alpha[1] / sigma[1] * sigma[0] / alpha[0]) ** k
+
+    def network(x, t):
+        _, sigma = schedule.alpha_sigma(schedule.t_start - t[:, None] / 1000)
+        return (1 - k) * x / sigma  # epsilon
+
+    return network, lambda x: growth * x
+
+
+def graded(n, start=24):
+    """n equal steps, the first one split by halving so that the low-order starting steps cost nothing."""
+    s = [torch.zeros(1), 2.0 ** torch.arange(-start, 0) / n, torch.arange(1, n + 1) / n]
+    return torch.cat(s).double()
+
+
+# t from 1.1 to 0.1: no clamp, no square root of zero
+SMOOTH_VP = VP(beta_min=0.5, beta_max=8.0, t_start=1.1, t_end=0.05)
+
+
+@pytest.mark.parametrize(
+    "method, order, schedule",
+    [
+        *[(m, o, s) for m, o in ADAMS.items() for s in (Flow(), SMOOTH_VP)],
+        *[(m, 2, SMOOTH_VP) for m in ("dpmpp_2m", "unip2", "deis")],
+        # dpmpp_3m, as published and as everybody runs it, puts a divided difference, half of the second
+        # derivative, where its expansion has the second derivative: it converges with order 2.
+        ("dpmpp_3m", 2, SMOOTH_VP),
+        *[(m, 3, SMOOTH_VP) for m in ("unip3", "deis3")],
+    ],
+)
+def test_order_of_convergence(method, order, schedule):
+    network, flow_map = power_law(schedule)
+    x = torch.ones(1, 1, dtype=torch.float64)
+    errors = []
+    for n in (60, 120):
+        solver = handmade(method, schedule=schedule, timesteps=graded(n), lower_order_final=False)
+        errors.append(float((sample(network, x, solver, schedule=schedule) - flow_map(x)).norm()))
+    assert abs(math.log2(errors[0] / errors[1]) - order) < 0.15
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("schedule", [Flow(), Flow(shift=3.0), VP(), DiscreteVP.cosine()], ids=str)
+@pytest.mark.parametrize("spacing", ["uniform", "lambda", "karras", "shift3"])
+def test_every_method_runs_on_every_grid(method, schedule, spacing):
+    """Constant data is reached exactly by any consistent solver, whatever its grid."""
+    target = torch.tensor([[1.5], [-0.5]], dtype=torch.float64)
+    solver = handmade(method, 7, schedule, spacing=spacing)
+    exact = type(schedule)(**{**vars_of(schedule), "prediction_type": "x0"})
+    x = sample(lambda x, t: target, torch.ones(2, 1, dtype=torch.float64), solver, schedule=exact)
+    alpha, sigma = exact.alpha_sigma(torch.tensor(1.0))
+    alpha0, sigma0 = exact.alpha_sigma(torch.tensor(0.0))
+    expected = alpha * target + sigma * (1 - alpha0 * target) / sigma0
+    assert torch.allclose(x, expected, atol=1e-7)
+
+
+def vars_of(schedule):
+    return {f.name: getattr(schedule, f.name) for f in dataclasses.fields(schedule)}
+
+
+def test_rows_on_a_uniform_grid_are_the_textbooks():
+    for order in (2, 3, 4):
+        a, b = handmade(f"ab{order}", 10), handmade(f"ab{order}_uniform", 10)
+        assert torch.allclose(torch.tensor(a.coeffs), torch.tensor(b.coeffs), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: handmade("heun", 5), ("heun", "euler", "dpmpp_2m")),
+        (lambda: handmade("ab2", 5, spacing="cubic"), ("cubic", "uniform", "karras")),
+        (lambda: handmade("ab2", 5, spacing="shift-1"), ("shift-1", "shift3")),
+        (lambda: handmade("ab2", 0), ("num_steps=0",)),
+        (lambda: handmade("ab2"), ("num_steps",)),
+    ],
+)
+def test_errors_name_what_exists(call, words):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert all(word in str(error.value) for word in words)

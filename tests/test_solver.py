@@ -1,0 +1,172 @@
+"""The table: what it refuses, what it writes and reads, and the published ones against the authors' code."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from dss_fast import VP, Flow, Solver, handmade, sample
+
+PARITY = json.loads((Path(__file__).parent / "data" / "parity.json").read_text())
+GOOD = {"timesteps": (0, 0.25, 1), "coeffs": ((1, 0), (-0.5, 1.5)), "family": "flow"}
+
+
+@pytest.mark.parametrize(
+    "family, name, end", [(f, n, e) for f in ("flow", "vp") for n, e in PARITY[f]["end"].items()]
+)
+def test_published_tables_reach_the_authors_end_states(family, name, end):
+    matrix, bias, x, end = (torch.tensor(v, dtype=torch.float64) for v in (PARITY["M"], PARITY["b"], PARITY["x_init"], end))
+
+    def field(x, t):
+        return 0.8 * torch.tanh(x @ matrix.T + t[:, None] * bias) + 0.2 * x
+
+    schedule = Flow(convention="diffusers", time_scale=1.0) if family == "flow" else VP(time_scale=1.0)
+    ours = sample(field, x, name, schedule=schedule)
+    assert float((ours - end).norm() / end.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("name", Solver.names())
+def test_every_published_table_loads_and_runs(name):
+    solver = Solver.named(name)
+    assert solver.num_steps == int(name.split("/")[1]) and solver.source and solver.provenance["schedule"]
+    x = torch.randn(2, 3, dtype=torch.float64)
+    model = (lambda x, t: -x) if solver.family == "flow" else (lambda x, t: x / 2)
+    assert sample(model, x, solver).isfinite().all()
+
+
+def test_published_increments_are_those_of_a_softmax():
+    """Lion moved the raws by 0.01, so each log ratio of increments is an even multiple of 0.01 (to print)."""
+    for name in Solver.names():
+        deltas = torch.tensor(Solver.named(name).timedeltas, dtype=torch.float64)
+        logs = (deltas / deltas[-1]).log() / 0.02
+        rounding = 5e-5 * (1 / deltas + 1 / deltas[-1]) / 0.02
+        assert ((logs - logs.round()).abs() <= rounding + 1e-9).all(), name
+
+
+def test_value_semantics():
+    solver = Solver(**GOOD, name="a")
+    assert solver == Solver(**GOOD, name="b") and hash(solver) == hash(Solver(**GOOD))
+    assert solver != Solver(**{**GOOD, "timesteps": (0, 0.3, 1)}) and solver.num_steps == 2
+    assert solver.timedeltas == (0.25, 0.75)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        solver.family = "vp"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"timesteps": (0.1, 0.5, 1)}, ("timesteps", "0.1")),
+        ({"timesteps": (0, 0.5, 0.9)}, ("timesteps", "0.9")),
+        ({"timesteps": (0, 0.5, 0.5, 1)}, ("timesteps", "strictly", "0.5")),
+        ({"timesteps": (0, float("nan"), 1)}, ("timesteps[1]", "finite")),
+        ({"timesteps": (1,)}, ("timesteps", "at least 2")),
+        ({"timesteps": "01"}, ("timesteps", "list of numbers")),
+        ({"coeffs": ((1, 0),)}, ("coeffs", "2 rows")),
+        ({"coeffs": ((1,), (-0.5, 1.5))}, ("coeffs[0]", "2 numbers")),
+        ({"coeffs": ((0.9, 0.1), (-0.5, 1.5))}, ("coeffs[0][1]", "later")),
+        ({"coeffs": ((1, 0), (-0.5, 1.4))}, ("coeffs[1]", "sum to 1", "0.89")),
+        ({"coeffs": ((1, 0), (float("inf"), 1.5))}, ("coeffs[1][0]", "finite")),
+        ({"coeffs": ((1, 0), (True, 0.0))}, ("coeffs[1][0]", "number", "True")),
+        ({"coeffs": 3}, ("coeffs", "int")),
+        ({"family": "ve"}, ("family", "ve", "flow")),
+        ({"name": 3}, ("name", "3")),
+        ({"provenance": []}, ("provenance",)),
+        ({"noise_coeffs": (1,)}, ("noise_coeffs", "2 numbers")),
+        ({"network_timesteps": (0, 1.5)}, ("network_timesteps", "1.5")),
+        ({"free_rows": 1}, ("free_rows", "1")),
+    ],
+)
+def test_construction_names_the_field_at_fault(change, words):
+    with pytest.raises(ValueError) as error:
+        Solver(**{**GOOD, **change})
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_from_timedeltas():
+    solver = Solver.from_timedeltas([1, 2, 1], [[], [0.5], [-0.25, 0.5]], "flow")
+    assert solver.timesteps == (0, 0.25, 0.75, 1)
+    assert solver.coeffs == ((1, 0, 0), (0.5, 0.5, 0), (-0.25, 0.5, 0.75))
+    with pytest.raises(ValueError, match="timedeltas.*above 0"):
+        Solver.from_timedeltas([1, -1], [[], [0]], "flow")
+    with pytest.raises(ValueError, match=r"lower\[1\]: need 1 numbers, got 2"):
+        Solver.from_timedeltas([1, 1], [[], [0, 0]], "flow")
+
+
+EXTENDED = Solver(
+    (0, 0.3, 1),
+    ((0.9, 0), (-0.1, 1.3)),
+    "vp",
+    name="extended",
+    provenance={"seed": 3},
+    noise_coeffs=(0.1, -0.2),
+    network_timesteps=(0.01, 0.35),
+    free_rows=True,
+)
+
+
+@pytest.mark.parametrize(
+    "solver", [EXTENDED, handmade("unip3", 7, VP(), spacing="karras"), *map(Solver.named, Solver.names())], ids=lambda s: s.name
+)
+def test_json_round_trip_is_bit_exact(solver, tmp_path):
+    solver.save(tmp_path / "s.json")
+    again = Solver.load(tmp_path / "s.json")
+    assert again == solver and again.to_dict() == solver.to_dict()
+    assert list(tmp_path.iterdir()) == [tmp_path / "s.json"]
+
+
+def edited(**changes):
+    data = EXTENDED.to_dict()
+    for key, value in changes.items():
+        if value is None:
+            del data[key]
+        else:
+            data[key] = value
+    return json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (edited()[:200], ("truncated",)),
+        ("", ("truncated",)),
+        ("[1, 2]", ("object", "list")),
+        ('{"format": "onnx"}', ("format", "onnx")),
+        (edited(version=2), ("version=2", "version 1")),
+        (edited(timesteps=None), ("timesteps: missing",)),
+        (edited(extra=1), ("extra: unknown",)),
+        (edited(num_steps=3), ("num_steps=3", "2 rows")),
+        (edited(timesteps=[0, "x", 1]), ("timesteps[1]", "'x'")),
+        (edited(coeffs=[[0.9], [1.3]]), ("coeffs[1]", "2 numbers")),
+        (edited(coeffs=[[0.9], None]), ("coeffs[1]", "NoneType")),
+        (edited(coeffs={"a": 1}), ("coeffs", "dict")),
+        (edited(free_rows=False), ("coeffs[0]", "sum to 1")),
+        (edited().replace("0.3,", "NaN,"), ("timesteps[1]", "finite")),
+        (b"\xff\xfe\x00", ("not text",)),
+    ],
+)
+def test_a_broken_file_is_refused_with_its_name_and_the_field(text, words, tmp_path):
+    path = tmp_path / "broken.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError) as error:
+        Solver.load(path)
+    assert "broken.json" in str(error.value) and all(word in str(error.value) for word in words), error.value
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "s.json"
+    EXTENDED.save(path)
+    before = path.read_text()
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        handmade("euler", 3).save(path)
+    assert path.read_text() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["sit-xl-2-256", "sit-xl-2-256/11", "resnet/5"])
+def test_unknown_names_list_those_that_exist(name):
+    with pytest.raises(ValueError) as error:
+        Solver.named(name)
+    assert name in str(error.value) and "dit-xl-2-256/{5,6,7,8,9,10}" in str(error.value)
