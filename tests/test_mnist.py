@@ -1,4 +1,4 @@
-"""The example models predict, sample and guide; the classifier classifies. Bars sit well below the measured figures."""
+"""The example models predict, sample and guide; the classifier classifies."""
 
 import pytest
 import torch
@@ -49,8 +49,11 @@ def sample(kind, model, labels, guidance, steps, seed):
     times = torch.linspace(0.999, 1e-3, 4001, dtype=torch.float64)
     alpha, sigma = vp_alpha_sigma(times)
     log_snr = (alpha / sigma).log()
-    picks = torch.searchsorted(log_snr, torch.linspace(log_snr[0], log_snr[-1], steps + 1, dtype=torch.float64))
-    times, alpha, sigma, log_snr = (v[picks.clamp_max(4000)] for v in (times, alpha, sigma, log_snr))
+    levels = torch.linspace(log_snr[0], log_snr[-1], steps + 1, dtype=torch.float64)
+    picks = torch.searchsorted(log_snr, levels)
+    times, alpha, sigma, log_snr = (
+        v[picks.clamp_max(4000)] for v in (times, alpha, sigma, log_snr)
+    )
     for i in range(steps):
         y = (x - sigma[i].float() * guided(x, 1000 * times[i])) / alpha[i].float()
         h = log_snr[i + 1] - log_snr[i]
@@ -82,14 +85,17 @@ def test_output_has_the_inputs_shape_and_repeats(kind, model):
 
 def test_rows_do_not_see_each_other(kind, model):
     x, t, y = inputs(kind)
-    torch.testing.assert_close(model(x, t, y)[1:2], model(x[1:2], t[1:2], y[1:2]), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        model(x, t, y)[1:2], model(x[1:2], t[1:2], y[1:2]), atol=2e-5, rtol=1e-4
+    )
 
 
 def test_float64_agrees_and_differentiates_in_time(kind):
     """dm/dt by autograd against a central difference of 1e-5 in t, in float64."""
     model = MODELS[kind]().double()
     x, t, y = inputs(kind, dtype=torch.float64)
-    torch.testing.assert_close(MODELS[kind]()(x.float(), t.float(), y).double(), model(x, t, y), atol=1e-3, rtol=1e-3)
+    single = MODELS[kind]()(x.float(), t.float(), y)
+    torch.testing.assert_close(single.double(), model(x, t, y), atol=1e-3, rtol=1e-3)
     t.requires_grad_()
     (slope,) = torch.autograd.grad(model(x, t, y).square().sum(), t)
     with torch.no_grad():
@@ -106,14 +112,14 @@ def test_gradient_reaches_the_state(kind, model):
 
 
 def test_held_out_error_is_far_below_a_linear_predictor(kind):
-    given, null, linear = measure.prediction_errors(kind, repeats=1)
+    given, null, linear = measure.prediction_errors(kind, repeats=1, count=200)
     assert given < 0.6 * linear
     assert given < null < linear
 
 
 def test_the_class_matters(kind, model):
-    """The same points with a wrong class are predicted worse than with none, and worse again than with the right one."""
-    images, labels = (part[:200] for part in data.held_out_split())
+    """A wrong class predicts worse than none, and none worse than the right one."""
+    images, labels = (part[:100] for part in data.held_out_split())
     x, t, target, _ = measure.noised(kind, images, seed=3)
     right, null, wrong = (
         float((model(x, t, y) - target).square().mean())
@@ -123,7 +129,7 @@ def test_the_class_matters(kind, model):
 
 
 def test_the_vp_reading_of_a_flow_network_is_exact():
-    """eps from a velocity: x0 + sigma/alpha-scaled identities hold to rounding for any network."""
+    """alpha x0 + sigma eps = x for x0 = velocity + eps, whatever the network says."""
     torch.manual_seed(0)
     dit = DiT().double()
     torch.nn.init.normal_(dit.final.weight, std=0.1)
@@ -133,7 +139,9 @@ def test_the_vp_reading_of_a_flow_network_is_exact():
     scale = (alpha + sigma)[:, None, None, None]
     velocity = dit(x / scale, alpha / (alpha + sigma), y)
     clean = velocity + noise
-    torch.testing.assert_close(alpha[:, None, None, None] * clean + sigma[:, None, None, None] * noise, x)
+    torch.testing.assert_close(
+        alpha[:, None, None, None] * clean + sigma[:, None, None, None] * noise, x
+    )
 
 
 def test_classifier_accuracy_and_features():
@@ -147,12 +155,12 @@ def test_classifier_accuracy_and_features():
 
 @pytest.mark.parametrize("guidance", [1.0, 1.5])
 def test_samples_are_the_digits_asked_for(kind, model, guidance):
-    labels = torch.arange(40) % 10
+    labels = torch.arange(30) % 10
     with torch.no_grad():
-        drawn = sample(kind, model, labels, guidance, steps=10, seed=0)
+        drawn = sample(kind, model, labels, guidance, steps=8, seed=0)
     assert drawn.isfinite().all()
     found = mnist.load_classifier()(drawn).argmax(1)
-    assert (found == labels).float().mean() >= 0.85
+    assert (found == labels).float().mean() >= 0.8
 
 
 def test_splits_are_fixed_and_apart():
