@@ -118,7 +118,17 @@ class Rollout:
             )
         kept, size = self._engine.plan
         self.plan = Plan(steps, kept, size, budget, offload)
-        self.states, self.history = self._engine.states, self._engine.history
+        self._shape, self._device = (len(x), steps, *x.shape[1:]), x.device
+        if not offload:  # where reading them would wait for the copies to end
+            self.states, self.history = self._engine.states, self._engine.history
+
+    @functools.cached_property
+    def states(self) -> Tensor:
+        return self._engine.states
+
+    @functools.cached_property
+    def history(self) -> Tensor:
+        return self._engine.history
 
     def pull(self, cotangents: Tensor, *, retain_graph: bool = False) -> Gradients:
         """The gradients of <cotangents[c], states> for each c, sharing one re-run of the model.
@@ -128,13 +138,13 @@ class Rollout:
 
         Returns :class:`Gradients`. Raises RuntimeError at a second pull after one that did not retain.
         """
-        B, N, *S = self.states.shape
+        B, N, *S = self._shape
         if tuple(cotangents.shape[1:]) not in ((B, *S), (B, N, *S)) or not cotangents.is_floating_point():
             raise ValueError(
                 f"cotangents are {cotangents.dtype} {tuple(cotangents.shape)}; give floats of shape "
                 f"{('C', B, *S)} at the end point or {('C', B, N, *S)} along the trajectory"
             )
-        gx, gw, gt, gp = self._engine.pull(cotangents.detach().to(self._engine.device), retain_graph)
+        gx, gw, gt, gp = self._engine.pull(cotangents.detach().to(self._device), retain_graph)
         found = (None if g is None else g.to(d) for g, d in zip((gx, gw, gt), self._dtypes, strict=True))
         return Gradients(*found, tuple(gp))
 
@@ -185,7 +195,10 @@ class _Unroll(torch.autograd.Function):
             )
         _, weights, times = ctx.saved_tensors
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        gx, gw, gt, gp = ctx.rollout.pull(grad_states[None], retain_graph=keep)
+        rollout = ctx.rollout
+        if not keep:
+            del ctx.rollout
+        gx, gw, gt, gp = rollout.pull(grad_states[None], retain_graph=keep)
         gx = None if gx is None else gx[0]
         gw = None if gw is None else gw[0].sum_to_size(weights.shape)
         gt = None if gt is None else gt[0].sum_to_size(times.shape)
@@ -196,8 +209,9 @@ class _Unroll(torch.autograd.Function):
 
 @functools.cache
 def _extension() -> Any:
-    """The compiled engine, or the ImportError that says why there is none."""
+    """The compiled engine, or the error that says why there is none."""
     try:
+        importlib.import_module("dss_fast.step")  # registers the ops that the engine calls
         return importlib.import_module("dss_fast._C").Rollout
     except (ImportError, AttributeError) as error:
         return error

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .step import multistep_pull, multistep_step
+
 
 class Rollout:
     """See dss_fast.unroll.Rollout. Arguments are checked there; call is (step, x, t) -> output."""
@@ -29,6 +31,7 @@ class Rollout:
         self.guided, self.parameters = guided, parameters
         self.needs_x, self.needs_weights, self.needs_times = needs
         self.device, self.x = x.device, x
+        self.index = torch.arange(weights.shape[1], device=x.device)
         self.home = torch.device("cpu") if offload else x.device
         self.autocast = _autocast_state(x.device)
         N, K = weights.shape[1], weights.shape[2] - 4
@@ -48,7 +51,8 @@ class Rollout:
                 kept, size = self._measure(budget, N)
             if i == 0 and not self._live(0):
                 self.first_output = output
-            x = states[i].copy_(self._step(i, x, output, history))
+            multistep_step(x, output, history, weights, self.index[i : i + 1], guided=guided, out=states[i])
+            x = states[i]
         self.plan = kept, size
         self.states, self.history = states.movedim(0, 1).to(self.home), history.to(self.home)
         self.version = self.states._version
@@ -88,32 +92,22 @@ class Rollout:
         self.graphs[i] = x, t, output
         return output
 
-    def _mix(self, i: int, output: Tensor) -> tuple[Tensor, Tensor | None]:
-        """m_i and m_cond - m_uncond over the guided elements, (B, D), None without guidance."""
+    def _mix(self, i: int, output: Tensor) -> list[Tensor]:
+        """m_i, and with guidance m_cond - m_uncond over the guided elements, (B, D) each."""
         output = output.flatten(1).to(self.weights.dtype)
         if len(output) == len(self.x):
-            return output, None
-        uncond, m = output.chunk(2)
-        m, limit = m.clone(), self.guided if self.guided >= 0 else None
-        spread = m[:, :limit] - uncond[:, :limit]
-        m[:, :limit] = uncond[:, :limit] + self.weights[:, i, 3:4] * spread
-        return m, spread
-
-    def _step(self, i: int, x: Tensor, output: Tensor, history: Tensor) -> Tensor:
-        w, N = self.weights[:, i], self.weights.shape[1]
-        real, flat = w.dtype, history.flatten(2)
-        y = w[:, 1:2] * x.flatten(1).to(real) + w[:, 2:3] * self._mix(i, output)[0]
-        history[:, i] = y.reshape(x.shape).to(history.dtype)
-        used = [*range(i + 1), *range(N, history.shape[1])]
-        row = w[:, None, [4 + j for j in used]].expand(len(x), 1, len(used))
-        past = torch.bmm(row, flat[:, used].to(real)).squeeze(1)
-        return (w[:, 0:1] * x.flatten(1).to(real) + past).reshape(x.shape)
+            return [output]
+        uncond, cond = output.chunk(2)
+        spread = cond - uncond
+        if self.guided >= 0:
+            spread[:, self.guided :] = 0
+        return [cond + (self.weights[:, i, 3:4] - 1) * spread, spread]
 
     def pull(self, cotangents: Tensor, retain: bool):
         if self.done:
             raise RuntimeError(
-                "Trying to pull a rollout a second time: its states and graphs were let go by the first pull. "
-                "Specify retain_graph=True in the first one."
+                "Trying to use a rollout a second time: its states and graphs were let go by the first pull. "
+                "Specify retain_graph=True in that one."
             )
         if self.states._version != self.version:
             raise RuntimeError("the states of a rollout were modified in place before its gradient was taken")
@@ -126,15 +120,11 @@ class Rollout:
                 self.graphs.clear()
 
     def _pull(self, cotangents: Tensor, retain: bool):
-        (B, N), C = self.times.shape, len(cotangents)
-        w, K = self.weights, self.weights.shape[2] - 4
-        x0, real = self.x, w.dtype
-        adjoints = x0.new_zeros((C, B, N, x0[0].numel()), dtype=real)  # slot i holds g_{i+1}
-        if cotangents.ndim == x0.ndim + 2:
-            adjoints.copy_(cotangents.flatten(3) if x0.ndim > 1 else cotangents[..., None])
-        else:
-            adjoints[:, :, -1] = cotangents.reshape(C, B, -1)
-        gx = None
+        (B, N), C, K = self.times.shape, len(cotangents), self.weights.shape[2] - 4
+        w, x0 = self.weights, self.x
+        adjoints = w.new_zeros((C, B, N, *x0.shape[1:]))  # slot i holds g_{i+1}
+        (adjoints if cotangents.ndim == adjoints.ndim else adjoints[:, :, -1]).copy_(cotangents)
+        gx = w.new_empty((C, *x0.shape)) if self.needs_x else None
         gw = w.new_zeros((C, B, N, 4 + K)) if self.needs_weights else None
         gt = w.new_zeros((C, B, N)) if self.needs_times else None
         gp: list[list[Tensor | None]] = [[None] * len(self.parameters) for _ in range(C)]
@@ -142,42 +132,44 @@ class Rollout:
         for j in reversed(range(N)):
             x = (self.states[:, j - 1].to(self.device) if j else x0).contiguous()
             kept = self.graphs.get(j) if retain else self.graphs.pop(j, None)
-            inputs = kept or self._recompute(j, x)
-            output = inputs[2] if inputs else self.first_output
-            flat = x.flatten(1).to(real)
-            y = self.history[:, j].to(self.device, real).flatten(1)
-            m, spread = self._mix(j, output.detach()) if self.needs_weights else (None, None)
-            for c in range(C):
-                a = adjoints[c]
-                gy = torch.bmm(w[:, None, j:, 4 + j].expand(B, 1, N - j), a[:, j:]).squeeze(1)
-                g = w[:, j, 0:1] * a[:, j] + w[:, j, 1:2] * gy
-                if inputs:
-                    last = c == C - 1 and not (retain and kept)
-                    vx, vt, vp = self._vjp(j, inputs, gy, retain=not last)
-                    g = g if vx is None else g + vx.flatten(1)
-                    if gt is not None and vt is not None:
+            graph = kept or self._recompute(j, x)
+            output = (graph[2] if graph else self.first_output).detach()
+            pair = len(output) == 2 * B
+            for c, a in enumerate(adjoints):
+                index = self.index[j : j + 1]
+                g, grad_output = multistep_pull(a, w, index, pair=pair, guided=self.guided)
+                if gw is not None:
+                    y = self.history[:, j].to(self.device)
+                    self._weight_gradients(j, gw[c], a.flatten(2), [x.flatten(1), y.flatten(1), *self._mix(j, output)])
+                if graph:
+                    retained = c < C - 1 or (retain and kept is not None)
+                    vx, vt, vp = self._vjp(graph, grad_output, retained)
+                    g = g if vx is None else g + vx
+                    if vt is not None:
                         gt[c, :, j] = vt
                     gp[c] = [v if s is None else s if v is None else s + v for s, v in zip(gp[c], vp, strict=True)]
-                if gw is not None:
-                    gw[c, :, j, 0] = (a[:, j] * flat).sum(1)
-                    gw[c, :, j, 1] = (gy * flat).sum(1)
-                    gw[c, :, j, 2] = (gy * m).sum(1)
-                    if spread is not None:
-                        gw[c, :, j, 3] = w[:, j, 2] * (gy[:, : spread.shape[1]] * spread).sum(1)
-                    gw[c, :, j:, 4 + j] = torch.bmm(a[:, j:], y[:, :, None]).squeeze(2)
-                    if j == 0 and K > N:
-                        gw[c, :, :, 4 + N] = torch.bmm(a, flat[:, :, None]).squeeze(2)
                 if j:
                     a[:, j - 1] += g
-                elif self.needs_x:
+                elif gx is not None:
                     if K > N:
-                        g = g + torch.bmm(w[:, None, :, 4 + N].expand(B, 1, N), a).squeeze(1)
-                    gx = x0.new_empty((C, *x0.shape), dtype=real) if gx is None else gx
-                    gx[c] = g.reshape(x0.shape)
-            del inputs, output, kept
+                        g = g + torch.einsum("bn,bn...->b...", w[:, :, 4 + N].expand(B, N), a)
+                    gx[c] = g
+            del graph, output, kept
         none = [None] * C
-        stacked = [None if col == none else torch.stack(col) for col in map(list, zip(*gp, strict=True))]
-        return gx, gw, gt, stacked
+        return gx, gw, gt, [None if list(p) == none else torch.stack(p) for p in zip(*gp, strict=True)]
+
+    def _weight_gradients(self, j: int, gw: Tensor, adjoints: Tensor, probes: list[Tensor]) -> None:
+        """With gy = sum_{i>=j} w_ij g_{i+1}: da = <g_{j+1}, x>, dp = <gy, x>, dq = <gy, m>, dg = q <gy, spread>,
+        dw_ij = <g_{i+1}, y>."""
+        w, N = self.weights, self.weights.shape[1]
+        products = torch.einsum("bnd,bkd->bnk", adjoints[:, j:], torch.stack([p.to(w.dtype) for p in probes], 1))
+        through = (w[:, j:, 4 + j, None] * products).sum(1)
+        gw[:, j, 0], gw[:, j, 1], gw[:, j, 2] = products[:, 0, 0], through[:, 0], through[:, 2]
+        if len(probes) == 4:
+            gw[:, j, 3] = w[:, j, 2] * through[:, 3]
+        gw[:, j:, 4 + j] = products[:, :, 1]
+        if j == 0 and w.shape[2] - 4 > N:
+            gw[:, :, 4 + N] = products[:, :, 0]
 
     def _recompute(self, j: int, x: Tensor):
         if not self._live(j):
@@ -186,21 +178,13 @@ class Rollout:
             self._with_graph(j, x)
         return self.graphs.pop(j)
 
-    def _vjp(self, j: int, inputs, gy: Tensor, retain: bool):
-        x, t, output = inputs
+    def _vjp(self, graph: tuple[Tensor, Tensor, Tensor], grad_output: Tensor, retain: bool):
+        x, t, output = graph
         wanted = [v for v in (x, t) if v.requires_grad] + self.parameters
         if not output.requires_grad or not wanted:
             return None, None, [None] * len(self.parameters)
-        w = self.weights[:, j]
-        grad = w[:, 2:3] * gy
-        if len(output) == 2 * len(x):
-            limit = self.guided if self.guided >= 0 else grad.shape[1]
-            scale = torch.ones_like(grad)
-            scale[:, :limit] = w[:, 3:4]
-            grad = torch.cat([(1 - scale) * grad, scale * grad])
-        grad = grad.reshape(output.shape).to(output.dtype)
-        with torch.no_grad():
-            found = list(torch.autograd.grad(output, wanted, grad, retain_graph=retain, allow_unused=True))
+        grad_output = grad_output.to(output.dtype)
+        found = list(torch.autograd.grad(output, wanted, grad_output, retain_graph=retain, allow_unused=True))
         vx = found.pop(0) if x.requires_grad else None
         vt = found.pop(0) if t.requires_grad else None
         return vx, vt, found
