@@ -1,4 +1,4 @@
-"""What a search imitates: a model with its schedule, the noise and conditions it is fed, and what each call costs."""
+"""What a search imitates: a model with its schedule, the noise and conditions it gets, and what was spent."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ class Problem:
     seed: int = 0
     budget: int | None = None
     evaluations: int = 0
+    counted: set[str] = field(default_factory=set, repr=False)
     rank: int = field(default=0, init=False)
     world: int = field(default=1, init=False)
 
@@ -81,7 +82,7 @@ class Problem:
             self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
     def batch(self, stream: str, number: int, size: int) -> Batch:
-        """Batch ``number`` of a stream (``"train"``, ``"held_out"``): drawn on the CPU, the same everywhere."""
+        """Batch ``number`` of a stream, ``"train"`` or ``"held_out"``: drawn on the CPU, the same everywhere."""
         if size < self.world:
             raise ValueError(f"a batch of {size} samples cannot be shared by {self.world} processes")
         generator = torch.Generator().manual_seed(mix(self.seed, stream, number))
@@ -105,15 +106,13 @@ class Problem:
         """The model with a batch's conditions: (x, t) -> output, checked for NaN and Inf."""
         return Denoiser(self.model, batch.cond, self.uncond if self.guided else None, check_finite=True)
 
-    def weights(
-        self, batch: Batch, timesteps: Tensor, coeffs: Tensor, **extra: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def weights(self, batch: Batch, timesteps: Tensor, coeffs: Tensor, **extra) -> tuple[Tensor, Tensor]:
         """``step_weights`` with this problem's schedule and the batch's guidance; float64, differentiable."""
         scale = self.guidance_scale if batch.scale is None else batch.scale[:, None]
         return step_weights(self.schedule, timesteps, coeffs, guidance_scale=scale, **extra)
 
     def predictor(self, batch: Batch) -> Callable[[Tensor, Tensor], Tensor]:
-        """(x, u) -> y = p x + q m, what a history stores, guided and in x's dtype. x: (B, *S); u: () float64."""
+        """(x, u) -> y = p x + q m, what a history stores, guided, in x's dtype. x: (B, *S); u: () float64."""
         denoise = self.denoiser(batch)
         scale = self.guidance_scale if batch.scale is None else batch.scale
         if isinstance(scale, Tensor):
@@ -139,6 +138,12 @@ class Problem:
     def spend(self, evaluations: int) -> None:
         """Counts model evaluations, given over all processes."""
         self.evaluations += int(evaluations)
+
+    def spend_once(self, what: str, evaluations: int) -> None:
+        """Counts work that a resumed search repeats or finds in a cache; ``what`` names it."""
+        if what not in self.counted:
+            self.counted.add(what)
+            self.spend(evaluations)
 
     def affords(self, evaluations: int) -> bool:
         """Whether the budget allows that many more."""
@@ -173,7 +178,7 @@ class Problem:
             plain = isinstance(value, str | int | float | bool | list | tuple | None)
             text = repr(value) if plain else type(value).__name__  # a repr may hold an address
             digest.update(tensor_bytes(value) if isinstance(value, Tensor) else text.encode())
-        self.spend(4)
+        self.spend_once("fingerprint", 4)
         return digest.hexdigest()
 
 

@@ -30,7 +30,8 @@ LOG_SHARE, SOFTENING = 0.5, 0.02  # of the grid variable s, see Grid
 class Grid:
     """M + 1 points u where a dense trajectory is known, uniform in s,
 
-        s(u) = (1 - share) * u / end + share * (L(u) - L(0)) / (L(end) - L(0)),   L = log((alpha + soft) / (sigma + soft))
+        s(u) = (1 - share) * u / end + share * (L(u) - L(0)) / (L(end) - L(0))
+        L(u) = log((alpha + soft) / (sigma + soft))
 
     half linear in time and half in a log-SNR that stays finite where alpha or sigma vanish. ``end`` is
     where the network's time stops (0.998 for VP's t = 0.999 - u with t >= 0.001, 1 for a flow).
@@ -112,7 +113,7 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """A dense trajectory: states (B, M + 1, *S) and slopes dx/ds on a grid, and the state at u = 1, last (B, *S)."""
+    """A dense trajectory: states and slopes dx/ds (B, M + 1, *S) on a grid, and last (B, *S), at u = 1."""
 
     grid: Grid
     states: Tensor
@@ -191,7 +192,7 @@ def integrate(predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, grid: Grid
 
 
 def evaluations(grid: Grid) -> int:
-    """Model calls of :func:`integrate` per sample: one a step, nine more for the start, one more at VP's end."""
+    """Model calls of :func:`integrate` per sample: one a step, nine for the start, one at VP's end."""
     return grid.intervals + 9 + (grid.schedule.family == "vp")
 
 
@@ -204,7 +205,7 @@ def dense_grid(schedule: Schedule, budget: int = EVALUATIONS) -> Grid:
 
 
 def paper_points(schedule: Schedule, num: int = 100) -> Tensor:
-    """The paper's teacher grid: Euler with ``num`` steps for a flow (num + 1 points), DDIM on ``num`` points for VP.
+    """The paper's teacher grid: ``num`` Euler steps for a flow (num + 1 points), DDIM on ``num`` points for VP.
 
     VP: t from t_start to 0 in equal parts, the last clamped to t_end, so num - 1 model calls and no final
     jump to x0 (arXiv 2505.21114, released code).
@@ -218,7 +219,7 @@ def paper_points(schedule: Schedule, num: int = 100) -> Tensor:
 def paper_trajectory(
     predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, schedule: Schedule, num: int = 100
 ) -> Tensor:
-    """The states of the paper's teacher, (B, L + 1, *S), L = 100 for a flow and 99 for VP: first-order steps."""
+    """The states of the paper's teacher, (B, L + 1, *S): L = 100 first-order steps for a flow, 99 for VP."""
     points = paper_points(schedule, num)
     a, b = transition(schedule, points)
     states = [x]
@@ -234,11 +235,12 @@ class Teacher:
 
     problem: the model and its samples. stream, count, batch_size: batches 0.. of that stream, count samples
         in all. budget: model calls per sample, 48 to 64. cache: a folder that outlives the process; None
-        keeps them in memory up to ``memory`` bytes and in a temporary folder beyond.
+        keeps them in memory up to ``memory`` bytes and in a temporary folder beyond. key: names the model in
+        the cache, instead of a hash of its parameters.
 
     ``for batch, trajectory in teacher: ...`` streams them; ``teacher[k]`` is one pair. Trajectories are
-    counted as model evaluations when first asked for in this process, found in the cache or not, so that
-    the count does not depend on what ran before.
+    counted as model evaluations when first asked for, found in the cache or not, so that the count does
+    not depend on what ran before.
     """
 
     def __init__(
@@ -269,7 +271,6 @@ class Teacher:
             "grid": [LOG_SHARE, SOFTENING],
         }
         self.store = Store(problem, settings, cache=cache, memory=memory, key=key)
-        self._counted: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -288,9 +289,8 @@ class Teacher:
             return {"states": made.states, "slopes": made.slopes, "last": made.last}
 
         tensors = self.store.get(k, batch, build)
-        if k not in self._counted:
-            self._counted.add(k)
-            self.problem.spend(self.sizes[k] * evaluations(self.grid))
+        spent = self.sizes[k] * evaluations(self.grid)
+        self.problem.spend_once(f"teacher {self.stream} {self.sizes[k]} {k}", spent)
         tensors = {name: value.to(self.problem.device) for name, value in tensors.items()}
         return batch, Trajectory(self.grid, **tensors)
 
