@@ -1,0 +1,240 @@
+"""compare: solvers side by side on one model, from the same noise, against a fine reference."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .plots import plot_errors, plot_samples
+from .problem import Problem
+from .sampling import check_family, find_solver, sample
+from .schedule import Flow, Schedule
+from .solver import Solver, write_atomically
+from .teacher import dense_grid, integrate
+
+REFERENCE_EVALUATIONS = 160  # of the fourth-order teacher; its own error is far below any few-step solver's
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`compare` measured: ``rows``, one dict per solver, and ``images``, title -> samples (a few)."""
+
+    rows: list[dict]
+    images: dict[str, Tensor] = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def table(self) -> str:
+        """The rows as aligned text, best error first within each number of steps."""
+        rows = sorted(self.rows, key=lambda r: (r["num_steps"], r["rmse"]))
+        titles = {"solver": "solver", "nfe": "NFE", "rmse": "RMSE", "interval": "95 % interval"}
+        titles |= {k: t for k, t in _OPTIONAL.items() if any(r.get(k) is not None for r in rows)}
+        titles["ms_per_sample"] = "ms/sample"
+        lines = [list(titles.values())]
+        for row in rows:
+            cells = {**row, "interval": f"{row['rmse_low']:.4f}-{row['rmse_high']:.4f}"}
+            lines.append([_cell(key, cells.get(key)) for key in titles])
+        widths = [max(len(line[k]) for line in lines) for k in range(len(titles))]
+        text = [
+            "  ".join(
+                c.ljust(w) if k == 0 else c.rjust(w)
+                for k, (c, w) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in lines
+        ]
+        return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+    def save(self, path: str | os.PathLike) -> None:
+        """The rows as JSON."""
+        write_atomically(path, json.dumps(self.rows, indent=1) + "\n")
+
+    def plot(self, path: str | os.PathLike, *, metric: str = "rmse") -> Path:
+        """Error against steps, a line per method. Needs matplotlib."""
+        return plot_errors(self.rows, path, metric=metric)
+
+    def plot_samples(
+        self, path: str | os.PathLike, solvers: Sequence[str] | None = None, *, rows: int = 8
+    ) -> Path:
+        """Samples side by side from the same noise, the reference last. Needs matplotlib."""
+        titles = list(self.images) if solvers is None else [*solvers, "reference"]
+        return plot_samples({t: self.images[t] for t in titles}, path, rows=rows)
+
+
+_OPTIONAL = {"frechet": "Frechet", "accuracy": "label acc."}
+
+
+@torch.no_grad()
+def compare(
+    model: Callable,
+    shape: Sequence[int],
+    solvers: Sequence[Solver | str],
+    *,
+    num_steps: Sequence[int] = (5, 10),
+    schedule: Schedule | None = None,
+    cond: Callable | Mapping[str, Any] | None = None,
+    uncond: Mapping[str, Any] | None = None,
+    guidance_scale: float = 1.0,
+    guided_channels: int | None = None,
+    samples: int = 256,
+    batch_size: int = 64,
+    seed: int = 20_000,
+    features: Callable[[Tensor], Tensor] | None = None,
+    real_features: Tensor | None = None,
+    classify: Callable[[Tensor], Tensor] | None = None,
+    labels: Callable[[dict], Tensor] | None = None,
+    decode: Callable[[Tensor], Tensor] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: bool = True,
+) -> Comparison:
+    """Runs each solver on the same fresh noise and measures it.
+
+        RMSE = sqrt(mean over samples and elements of (x_solver - x_reference)^2)
+
+    with a 95 % interval over noises (normal, on the mean of per-sample squares). The reference is the fourth-order
+    teacher with ``REFERENCE_EVALUATIONS`` calls from the same noise.
+
+    solvers: Solvers, names or paths; a name without ``/N`` is run at each of num_steps.
+    cond: draw(n, generator) -> dict, or a dict for all. The seed's noises are used by no search.
+    features: images -> (B, F), for the Frechet distance |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) to
+        real_features (R, F), or to the reference's own features when none are given.
+    classify: images -> logits (B, L), labels: cond -> (B,): the share of samples read as what was asked.
+    decode: samples -> images in [0, 1] for the pictures.
+
+    Returns a :class:`Comparison`; its rows hold solver, method, num_steps, nfe, rmse, rmse_low, rmse_high,
+    frechet, accuracy, ms_per_sample. Raises ValueError before any work when a solver does not fit.
+    """
+    schedule = Flow() if schedule is None else schedule
+    problem = Problem(
+        model, tuple(shape), schedule, cond, uncond, guidance_scale, guided_channels, device, dtype, seed
+    )
+    table = _expand(solvers, schedule, num_steps)
+    grid = dense_grid(schedule, REFERENCE_EVALUATIONS)
+    sizes = [min(batch_size, samples - k) for k in range(0, samples, batch_size)]
+    bar = _bar(len(sizes) * (len(table) + 1), progress)
+    sums = {title: _Sums() for title in [*table, "reference"]}
+    for number, size in enumerate(sizes):
+        batch = problem.batch("compare", number, size)
+        bar.set_description("reference")
+        reference = integrate(problem.predictor(batch), batch.noise, grid).last
+        sums["reference"].add(reference, reference, 0.0, batch.cond, features, classify, labels, decode)
+        bar.update()
+        for title, solver in table.items():
+            bar.set_description(title)
+            start = time.perf_counter()
+            x = sample(
+                model, batch.noise, solver, schedule=schedule, cond=batch.cond, uncond=uncond,
+                guidance_scale=guidance_scale, guided_channels=guided_channels, check_finite=True,
+            )  # fmt: skip
+            seconds = time.perf_counter() - start
+            sums[title].add(x, reference, seconds, batch.cond, features, classify, labels, decode)
+            bar.update()
+    bar.close()
+    target = real_features if real_features is not None else sums["reference"].features_so_far()
+    pair = "x2" if problem.guided else ""
+    rows = []
+    for title, solver in table.items():
+        row = {
+            "solver": title,
+            "method": title.partition("/")[0] + ("@" + title.partition("@")[2] if "@" in title else ""),
+            "searched": solver.source != "hand-made",
+            "num_steps": solver.num_steps,
+            "nfe": f"{solver.num_steps}{pair}",
+            **sums[title].measure(target),
+        }
+        rows.append(row)
+    return Comparison(rows, {title: s.images for title, s in sums.items()})
+
+
+class _Sums:
+    """What is kept of one solver's samples."""
+
+    def __init__(self):
+        self.squares, self.seconds, self.hits, self.labelled = [], [], 0, 0
+        self.features, self.images = [], None
+
+    def add(self, x, reference, seconds, cond, features, classify, labels, decode):
+        self.squares.append((x.double() - reference.double()).square().flatten(1).mean(1).cpu())
+        self.seconds.append(seconds / len(x))
+        if features is not None:
+            self.features.append(features(x).double().cpu())
+        if classify is not None and labels is not None:
+            self.hits += int((classify(x).argmax(-1).cpu() == labels(cond).cpu()).sum())
+            self.labelled += len(x)
+        if self.images is None:
+            images = x if decode is None else decode(x)
+            self.images = images[:16].cpu()
+
+    def features_so_far(self) -> Tensor | None:
+        return torch.cat(self.features) if self.features else None
+
+    def measure(self, target: Tensor | None) -> dict:
+        squares = torch.cat(self.squares)
+        mean = float(squares.mean())
+        half = 1.96 * float(squares.std()) / math.sqrt(len(squares)) if len(squares) > 1 else 0.0
+        features = self.features_so_far()
+        return {
+            "rmse": math.sqrt(mean),
+            "rmse_low": math.sqrt(max(mean - half, 0.0)),
+            "rmse_high": math.sqrt(mean + half),
+            "frechet": None if features is None else frechet_distance(features, target),
+            "accuracy": self.hits / self.labelled if self.labelled else None,
+            "ms_per_sample": 1000 * sorted(self.seconds)[len(self.seconds) // 2],
+            "samples": len(squares),
+        }
+
+
+def frechet_distance(first: Tensor, second: Tensor) -> float:
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) between two sets of features (n, F), in float64."""
+    first, second = first.double().cpu(), second.double().cpu()
+    if len(first) < 2 or len(second) < 2:
+        return math.nan
+    c1, c2 = torch.cov(first.T).reshape(first.shape[1], -1), torch.cov(second.T).reshape(first.shape[1], -1)
+    # tr (C1 C2)^(1/2) is the sum of the roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), all real.
+    values, vectors = torch.linalg.eigh(c1)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp_min(0).sqrt().sum()
+    shift = (first.mean(0) - second.mean(0)).square().sum()
+    return float((shift + c1.trace() + c2.trace() - 2 * cross).clamp_min(0))
+
+
+def _expand(
+    solvers: Sequence[Solver | str], schedule: Schedule, num_steps: Sequence[int]
+) -> dict[str, Solver]:
+    """title -> solver, in order, names without steps once for each number of steps."""
+    table: dict[str, Solver] = {}
+    for item in solvers:
+        open_ended = isinstance(item, str) and "/" not in item and not item.endswith(".json")
+        for n in num_steps if open_ended else [None]:
+            solver = find_solver(item, schedule, n)
+            check_family(solver, schedule)
+            table[solver.name or f"solver {len(table) + 1}/{solver.num_steps}"] = solver
+    if not table:
+        raise ValueError("no solvers to compare")
+    return table
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if key == "accuracy":
+        return f"{100 * value:.1f} %"
+    if isinstance(value, float):
+        return f"{value:.3f}" if key in ("frechet", "ms_per_sample") else f"{value:.4f}"
+    return str(value)
+
+
+def _bar(total: int, progress: bool):
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, disable=not progress, leave=False)

@@ -1,0 +1,133 @@
+"""Pictures: a solver's table, errors against steps, and samples of several solvers from the same noise.
+
+Needs matplotlib (the ``plots`` extra), imported when a picture is drawn. Every function writes one PNG,
+by way of a temporary file, and returns its path.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from .solver import Solver
+
+_COLORS = {"searched": "#c0392b", "rest": ["#2c3e50", "#2980b9", "#16a085", "#8e44ad", "#d68910", "#7f8c8d"]}
+
+
+def plot_solver(solver: Solver, path: str | os.PathLike) -> Path:
+    """The coefficients as a heat map, row i = step i, above the timesteps they belong to."""
+    plt = _pyplot()
+    n = solver.num_steps
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(1.6 + 0.62 * n, 2.6 + 0.62 * n), height_ratios=[max(n, 4), 1.3], layout="constrained"
+    )
+    table = [
+        [c if j <= i else float("nan") for j, c in enumerate(row)] for i, row in enumerate(solver.coeffs)
+    ]
+    limit = max(abs(c) for row in solver.coeffs for c in row)
+    image = top.imshow(table, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    for i, row in enumerate(table):
+        for j, c in enumerate(row[: i + 1]):
+            if c:
+                top.text(
+                    j, i, f"{c:.2f}", ha="center", va="center", fontsize=8,
+                    color="white" if abs(c) > 0.6 * limit else "black",
+                )  # fmt: skip
+    top.set(xlabel="prediction j", ylabel="step i", xticks=range(n), yticks=range(n))
+    top.set_title(f"{solver.name or 'solver'}: {n} steps, {solver.family}")
+    figure.colorbar(image, ax=top, shrink=0.8, label="coefficient")
+    bottom.hlines(0, 0, 1, color="0.8")
+    bottom.plot([k / n for k in range(n + 1)], [0.0] * (n + 1), "|", color="0.6", ms=18, label="uniform")
+    bottom.plot(solver.timesteps, [0.0] * (n + 1), "o", color=_COLORS["searched"], ms=6, label="this solver")
+    bottom.set(yticks=[], xlabel="u: 0 noise, 1 data", ylim=(-1, 1.6), xlim=(-0.02, 1.02))
+    bottom.legend(loc="upper center", ncols=2, frameon=False, fontsize=8)
+    bottom.spines[["left", "top", "right"]].set_visible(False)
+    return _write(figure, path)
+
+
+def plot_errors(rows: Sequence[Mapping], path: str | os.PathLike, *, metric: str = "rmse") -> Path:
+    """Error against network evaluations, a line per method, from the rows of a comparison; log scale."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
+    methods: dict[str, list[Mapping]] = {}
+    for row in rows:
+        methods.setdefault(row["method"], []).append(row)
+    colors = iter(_COLORS["rest"] * 9)
+    best = sorted(methods, key=lambda m: min(r[metric] for r in methods[m]))
+    for method in best:
+        line = sorted(methods[method], key=lambda r: r["num_steps"])
+        searched = line[0]["searched"]
+        style = (
+            {"color": _COLORS["searched"], "lw": 2.4, "zorder": 3}
+            if searched
+            else {"color": next(colors), "lw": 1.2}
+        )
+        steps, values = [r["num_steps"] for r in line], [r[metric] for r in line]
+        axes.plot(steps, values, "o-", ms=5, label=method, **style)
+        if metric == "rmse":
+            axes.fill_between(
+                steps,
+                [r["rmse_low"] for r in line],
+                [r["rmse_high"] for r in line],
+                alpha=0.15,
+                color=style["color"],
+            )
+    axes.set(yscale="log", xlabel="network evaluations per sample", ylabel=f"{metric} to the fine reference")
+    axes.set_xticks(
+        sorted({r["num_steps"] for r in rows}), labels=map(str, sorted({r["num_steps"] for r in rows}))
+    )
+    axes.minorticks_off()
+    axes.grid(alpha=0.25, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    return _write(figure, path)
+
+
+def plot_samples(columns: Mapping[str, Tensor], path: str | os.PathLike, *, rows: int = 8) -> Path:
+    """Images of several solvers side by side, each row from the same noise.
+
+    columns: title -> images (B, C, H, W) in [0, 1], C = 1 or 3, the same B everywhere.
+    """
+    plt = _pyplot()
+    rows = min(rows, min(len(images) for images in columns.values()))
+    figure, grid = plt.subplots(
+        rows,
+        len(columns),
+        figsize=(1.35 * len(columns), 0.55 + 1.2 * rows),
+        layout="constrained",
+        squeeze=False,
+    )
+    for j, (title, images) in enumerate(columns.items()):
+        for i in range(rows):
+            image = images[i].detach().float().clamp(0, 1).cpu().permute(1, 2, 0)
+            axes = grid[i][j]
+            axes.imshow(image.numpy(), cmap="gray" if image.shape[-1] == 1 else None, vmin=0, vmax=1)
+            axes.axis("off")
+        grid[0][j].set_title(title, fontsize=9)
+    return _write(figure, path)
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'dss_fast[plots]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def _write(figure, path: str | os.PathLike) -> Path:
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        figure.savefig(temporary, format="png", dpi=140)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        _pyplot().close(figure)
+    return path
