@@ -1,0 +1,37 @@
+# make demo   search, sample and compare on the shipped MNIST model; results in out/
+# make test   the test suite
+# make bench  the benchmarks, rows appended under benchmarks/results/
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: demo test bench lint clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m examples.mnist.demo --out out
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.test
+	$(BIN)/python -m pytest benchmarks --benchmark
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The extension is built against the torch just installed, hence no build isolation.
+$(VENV)/.demo: requirements.txt pyproject.toml setup.py $(wildcard csrc/*) | $(VENV)/bin/python
+	$(PIP) -r requirements.txt
+	$(PIP) --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/.test: requirements-test.txt $(VENV)/.demo
+	$(PIP) -r requirements-test.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) build out *.egg-info dss_fast/*.so
