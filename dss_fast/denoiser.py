@@ -110,7 +110,9 @@ def _rows(value: Any, rows: int, device: torch.device) -> Any:
 def _pair(key: str, uncond: Any, cond: Any, rows: int) -> Any:
     """Both branches' rows of one argument."""
     if isinstance(cond, Tensor):
-        if not isinstance(uncond, Tensor):
+        if isinstance(uncond, int | float):  # filled on the device: a copy from the host could not be captured
+            uncond = torch.full_like(cond, uncond)
+        elif not isinstance(uncond, Tensor):
             uncond = torch.as_tensor(uncond, device=cond.device)
         uncond = uncond.to(cond).expand(cond.shape)
         return torch.cat([uncond, cond]) if cond.ndim and len(cond) == rows else cond

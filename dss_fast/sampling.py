@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
+from .graph import replay, signature
 from .handmade import METHODS, handmade
 from .schedule import Schedule, default_schedule, step_weights
 from .solver import Solver
@@ -36,6 +37,7 @@ def sample(
     history_dtype: torch.dtype | None = None,
     check_finite: bool | None = None,
     backend: str | None = None,
+    cuda_graph: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Samples with N network calls:
 
@@ -57,6 +59,8 @@ def sample(
     history_dtype: storage of the predictions; the state's dtype by default. Sums are in float32.
     check_finite: raise when the model returns NaN or Inf. None: on the CPU only, where it costs no sync.
     backend: of the step, see :func:`dss_fast.step.multistep_step`.
+    cuda_graph: capture all N steps, model included, at the first call and replay them at later ones with
+        new noise and conditions. Runs eagerly, with a warning that says why, where that cannot be.
 
     Returns (B, *S) in the noise's dtype. Raises ValueError naming what does not fit, and
     FloatingPointError with the step and the number of samples when the model returns NaN or Inf.
@@ -67,25 +71,75 @@ def sample(
     check_family(solver, schedule)
     scale = guidance_table(guidance_scale, len(x), solver.num_steps)
     guided = uncond is not None and not _is_one(scale)
-    denoise = Denoiser(model, cond, uncond if guided else None, check_finite=check_finite)
-    weights, times, history = prepare(solver, schedule, x, scale, history_dtype)
-    guided_elements = leading_elements(guided_channels, x.shape)
-    index = torch.arange(solver.num_steps, device=x.device)
-    trajectory = [x] if return_trajectory else None
+    uncond = uncond if guided else None
+    elements = leading_elements(guided_channels, x.shape)
+    weights, times = device_weights(solver, schedule, scale, x)
 
-    for i in range(solver.num_steps):
-        with naming_step(i, solver.num_steps):
-            output = denoise(x, times[i].expand(len(x)))
-        # The caller's noise and a kept trajectory must survive, so only a state of our own is overwritten.
-        out = x if i and not return_trajectory else None
-        x, history = multistep_step(
-            x, output, history, weights, index[i : i + 1], guided=guided_elements, out=out, backend=backend
-        )
+    if cuda_graph:
+        if callback is not None or return_trajectory or check_finite:
+            raise ValueError(
+                "cuda_graph=True replays all steps at once: callback, return_trajectory and check_finite=True need it off"
+            )
+        return _replay(model, x, weights, times, cond, uncond, elements, history_dtype, backend)
+
+    denoise = Denoiser(model, cond, uncond, check_finite=check_finite)
+    trajectory = [x] if return_trajectory else None
+    run = steps(denoise, x, weights, times, elements, history_dtype, backend, reuse=not return_trajectory)
+    for i, x, history in run:  # noqa: B007
         if trajectory is not None:
             trajectory.append(x)
         if callback is not None:
             callback(_report(i, solver, schedule, x, history))
     return (x, torch.stack(trajectory)) if return_trajectory else x
+
+
+def steps(
+    denoise: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    weights: Tensor,
+    times: Tensor,
+    guided: int | None = None,
+    history_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+    reuse: bool = True,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The sampling loop: yields (i, x_{i+1}, history) after each step.
+
+    denoise: (x, t) -> output. weights, times: from :func:`device_weights`. guided: leading elements of
+    a sample that are guided, None all. reuse: let a step overwrite the state of the one before.
+    """
+    num_steps, slots = weights.shape[1], weights.shape[2] - 4
+    history = x.new_empty((len(x), slots, *x.shape[1:]), dtype=history_dtype or x.dtype)
+    if slots > num_steps:
+        history[:, -1] = x
+    index = torch.arange(num_steps, device=x.device)
+    for i in range(num_steps):
+        with naming_step(i, num_steps):
+            output = denoise(x, times[i].expand(len(x)))
+        out = x if reuse and i else None  # never the caller's noise
+        x, history = multistep_step(
+            x, output, history, weights, index[i : i + 1], guided=guided, out=out, backend=backend
+        )
+        yield i, x, history
+
+
+def _replay(model, x, weights, times, cond, uncond, elements, history_dtype, backend) -> Tensor:
+    """The loop as one CUDA graph; conditions that are tensors may change between replays, the rest may not."""
+    cond = dict(cond or {})
+    given = {f"cond.{k}": v.to(x.device) for k, v in cond.items() if isinstance(v, Tensor)}
+    null = {f"uncond.{k}": v.to(x.device) for k, v in (uncond or {}).items() if isinstance(v, Tensor)}
+
+    def loop(x: Tensor, weights: Tensor, times: Tensor, **tensors: Tensor) -> Tensor:
+        now = {k: tensors.get(f"cond.{k}", v) for k, v in cond.items()}
+        then = None if uncond is None else {k: tensors.get(f"uncond.{k}", v) for k, v in uncond.items()}
+        denoise = Denoiser(model, now, then, check_finite=False)
+        for _, x, _ in steps(denoise, x, weights, times, elements, history_dtype, backend):  # noqa: B007
+            pass
+        return x
+
+    fixed = (signature(cond), None if uncond is None else signature(uncond))
+    key = (id(model), fixed, elements, history_dtype, backend)
+    return replay(key, loop, {"x": x, "weights": weights, "times": times, **given, **null})
 
 
 def find_solver(
@@ -125,24 +179,18 @@ def check_family(solver: Solver, schedule: Schedule) -> None:
         )
 
 
-def prepare(
-    solver: Solver, schedule: Schedule, x: Tensor, scale: Tensor, history_dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What the loop hands to the step: weights (R, N, 4 + K), times (N,) and an empty history (B, K, *S) on x's device."""
+def device_weights(solver: Solver, schedule: Schedule, scale: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """weights (R, N, 4 + K) and times (N,) on a state's device, float32, or float64 for a float64 state."""
     weights, times = step_weights(schedule, **solver.tensors())
-    real = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weights = weights.to(real).to(x.device, non_blocking=True)
-    times = times.to(real).to(x.device, non_blocking=True)
+    real = torch.float64 if like.dtype == torch.float64 else torch.float32
+    weights = weights.to(real).to(like.device, non_blocking=True)
+    times = times.to(real).to(like.device, non_blocking=True)
     if scale.ndim or not _is_one(scale):
         # Filled in on the device: a scale that lives there need not come back to the host.
         rows = len(scale) if scale.ndim == 2 else 1
         weights = weights.repeat(rows, 1, 1)
-        weights[:, :, 3] = scale.to(x.device, real, non_blocking=True)
-    slots = weights.shape[2] - 4
-    history = x.new_empty((len(x), slots, *x.shape[1:]), dtype=history_dtype or x.dtype)
-    if slots > solver.num_steps:
-        history[:, -1] = x
-    return weights, times, history
+        weights[:, :, 3] = scale.to(like.device, real, non_blocking=True)
+    return weights, times
 
 
 def guidance_table(scale: float | Sequence[float] | Tensor, rows: int, num_steps: int) -> Tensor:

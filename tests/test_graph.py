@@ -1,0 +1,77 @@
+"""Whole loops as CUDA graphs: equal to eager ones, for new noise, conditions and guidance; and no synchronisation."""
+
+import pytest
+import torch
+from torch import nn
+
+from dss_fast import sample
+from dss_fast.graph import forget
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(17, 64), nn.SiLU(), nn.Linear(64, 16))
+
+    def forward(self, x, t, y):
+        return self.inner(torch.cat([x + y[:, None], t[:, None].to(x)], 1))
+
+
+def test_without_a_gpu_it_runs_and_says_why():
+    net, x = Net(), torch.randn(3, 16)
+    with pytest.warns(UserWarning, match="eagerly.*cpu"):
+        result = sample(net, x, "ab2/4", cond={"y": torch.ones(3)}, cuda_graph=True)
+    assert torch.equal(result, sample(net, x, "ab2/4", cond={"y": torch.ones(3)}))
+
+
+def test_what_needs_the_host_between_steps_is_refused():
+    with pytest.raises(ValueError, match="cuda_graph=True.*callback"):
+        sample(Net(), torch.randn(3, 16), "ab2/4", cond={"y": torch.ones(3)}, cuda_graph=True, callback=print)
+
+
+@needs_gpu
+def test_replays_new_noise_conditions_and_guidance():
+    net = Net().cuda()
+    for k in range(4):
+        x, y = torch.randn(5, 16, device="cuda"), torch.randn(5, device="cuda")
+        options = {"cond": {"y": y}, "uncond": {"y": 0.0}, "guidance_scale": 1.5 + k}
+        for solver in ("sit-xl-2-256/5", "ab3/5"):
+            captured = sample(net, x, solver, cuda_graph=True, **options)
+            torch.testing.assert_close(captured, sample(net, x, solver, **options), rtol=1e-5, atol=1e-5)
+    forget()
+
+
+@needs_gpu
+def test_a_model_that_cannot_be_captured_runs_eagerly():
+    net = Net().cuda()
+
+    def syncing(x, t, y):
+        return net(x, t, y) * float(t[0].item() >= 0)
+
+    x, y = torch.randn(5, 16, device="cuda"), torch.randn(5, device="cuda")
+    with pytest.warns(UserWarning, match="could not be captured"):
+        captured = sample(syncing, x, "ab2/4", cond={"y": y}, cuda_graph=True)
+    torch.testing.assert_close(captured, sample(syncing, x, "ab2/4", cond={"y": y}))
+
+
+@needs_gpu
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_sampling_never_synchronises(cuda_graph):
+    net = Net().cuda()
+    x, y, null = (
+        torch.randn(5, 16, device="cuda"),
+        torch.ones(5, device="cuda"),
+        torch.zeros(5, device="cuda"),
+    )
+    scale = torch.full((5,), 2.0, device="cuda")
+    options = {"cond": {"y": y}, "uncond": {"y": null}, "guidance_scale": scale, "cuda_graph": cuda_graph}
+    sample(net, x, "dit-xl-2-256/10", **options)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sample(net, x, "dit-xl-2-256/10", **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    forget()
