@@ -1,0 +1,347 @@
+"""A search as long work: events, log, checkpoint, progress, and a folder that survives any end.
+
+A method is a generator: ``method(problem, steps, state=None, **settings)`` yields one dict after each unit
+of work, which :func:`drive` logs, shows and saves. Its keys:
+
+    solvers     {N: Solver}, the best so far
+    state       everything the method needs to go on bit for bit: nested dicts and lists of tensors,
+                numbers and strings (keys are strings, tuples come back as lists); None: not yet worth saving
+    done, total units of work, for the progress bar
+    stage       a word
+    loss        {N: number}, training error; held_out: {N: number}, error on noise never trained on
+    others      logged as they are when JSON can hold them
+
+A method asks ``problem.affords(cost)`` before it spends and returns when the budget says no.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem
+from ..solver import Solver, write_atomically
+from ..teacher_store import read_tensors, save_tensors, sweep
+
+FORMAT = "dss_fast.run/1"
+CHECKPOINT_SECONDS = 1.0  # a checkpoint is tens of kilobytes and two syncs, about 5 ms
+
+
+@dataclass
+class SearchResult:
+    """What a search found.
+
+    solvers: by number of steps. history: one dict per event, ``evaluations``, ``loss`` and ``held_out`` (by
+    N) among its keys. evaluations: of the model, as counted by :class:`Problem`. interrupted: ended by
+    Ctrl-C. out: the run folder.
+    """
+
+    solvers: dict[int, Solver]
+    history: list[dict] = field(repr=False)
+    evaluations: int = 0
+    interrupted: bool = False
+    out: Path | None = None
+
+    @property
+    def solver(self) -> Solver:
+        """The solver, when one number of steps was searched."""
+        if len(self.solvers) != 1:
+            raise ValueError(f"{len(self.solvers)} solvers were searched; choose: solvers[{list(self.solvers)}]")
+        return next(iter(self.solvers.values()))
+
+    def curve(self, key: str, num_steps: int) -> tuple[list[int], list[float]]:
+        """Evaluations and values of ``"loss"`` or ``"held_out"`` over the search, for one number of steps."""
+        pairs = [(e["evaluations"], (e.get(key) or {}).get(num_steps)) for e in self.history]
+        found = [(at, value) for at, value in pairs if value is not None]
+        return [at for at, _ in found], [value for _, value in found]
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """Draws loss curve, coefficients and timesteps of every solver into a picture file."""
+        from .report import overview
+
+        overview(self, path)
+
+
+class RunFolder:
+    """config.json, log.jsonl, checkpoint.safetensors, solver-N.json, report.md and its pictures.
+
+    Raises OSError when the folder cannot be written, FileExistsError when it holds a search that is not to
+    be resumed, ValueError when the one to resume had other settings; all before any work.
+    """
+
+    def __init__(self, path: str | os.PathLike, config: dict, resume: bool):
+        self.path = Path(path)
+        check_writable(self.path)
+        self.config = json.loads(json.dumps(config, allow_nan=False))
+        self._log = None
+        self._saved: dict[int, Solver] = {}
+        self.checkpoint: dict | None = None
+        known = self.path / "config.json"
+        if known.exists():
+            if not resume:
+                raise FileExistsError(f"{self.path} holds a search; pass resume=True or choose another folder")
+            self._check(json.loads(known.read_text(encoding="utf-8")))
+            self.checkpoint = self._load()
+        sweep(self.path)
+        write_atomically(known, json.dumps(self.config, indent=1) + "\n")
+
+    def _check(self, found: dict) -> None:
+        mine = self.config
+        for key in sorted((found.keys() | mine.keys()) - {"budget", "versions", "date", "processes"}):
+            if found.get(key) != mine.get(key):
+                raise ValueError(
+                    f"{self.path} cannot be resumed: {key} was {found.get(key)!r} and is now {mine.get(key)!r}; "
+                    "use the same settings or another folder"
+                )
+
+    def _load(self) -> dict | None:
+        path = self.path / "checkpoint.safetensors"
+        if not path.exists():
+            return None
+        try:
+            tensors, metadata = read_tensors(path)
+            saved = json.loads(metadata["checkpoint"])
+        except Exception as error:
+            raise ValueError(f"{path}: damaged ({error}); delete it to start over") from error
+        saved["state"] = unflatten(saved["state"], tensors)
+        saved["solvers"] = {int(n): Solver.from_dict(data) for n, data in saved["solvers"].items()}
+        return saved
+
+    def open_log(self) -> list[dict]:
+        """Opens the log to go on after the checkpoint; returns the events before it."""
+        path = self.path / "log.jsonl"
+        keep = self.checkpoint["events"] if self.checkpoint else 0
+        lines = path.read_text(encoding="utf-8").splitlines()[:keep] if path.exists() else []
+        write_atomically(path, "".join(line + "\n" for line in lines))
+        self._log = open(path, "a", encoding="utf-8")
+        return [_with_step_keys(json.loads(line)) for line in lines]
+
+    def log(self, event: dict) -> None:
+        """Appends an event to log.jsonl."""
+        self._log.write(json.dumps(event) + "\n")
+        self._log.flush()
+
+    def save(self, event: dict, events: int, problem: Problem, finished: bool = False) -> None:
+        """Writes the checkpoint, and the solvers that changed."""
+        os.fsync(self._log.fileno())
+        tensors: dict[str, Tensor] = {}
+        data = {
+            "format": FORMAT,
+            "events": events,
+            "finished": finished,
+            "evaluations": event["evaluations"],
+            "counted": event["counted"],
+            "state": flatten(event.get("state"), tensors),
+            "solvers": {str(n): solver.to_dict() for n, solver in event["solvers"].items()},
+        }
+        tensors = tensors or {"_": torch.zeros(1)}
+        save_tensors(self.path / "checkpoint.safetensors", tensors, {"checkpoint": json.dumps(data)})
+        self.save_solvers(event["solvers"])
+
+    def save_solvers(self, solvers: dict[int, Solver]) -> None:
+        for n, solver in solvers.items():
+            if self._saved.get(n) is not solver:
+                solver.save(self.path / f"solver-{n}.json")
+                self._saved[n] = solver
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+
+
+def check_writable(folder: Path) -> None:
+    """Makes a folder and writes into it. Raises OSError if either fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".probe-{os.getpid()}"
+    probe.write_text("")
+    probe.unlink()
+
+
+def drive(
+    method,
+    problem: Problem,
+    steps: tuple[int, ...],
+    settings: dict,
+    *,
+    folder: RunFolder | None = None,
+    checkpoint: dict | None = None,
+    provenance: dict | None = None,
+    progress: bool = True,
+) -> SearchResult:
+    """Runs a method to its end, its budget or Ctrl-C, and keeps the best solvers whatever happens.
+
+    folder: rank 0's. checkpoint: where to go on, on every rank.
+
+    Whatever else the method raises comes through with what was kept as a note and as ``error.result``.
+    """
+    history = folder.open_log() if folder else []
+    result = SearchResult({}, history, out=folder.path if folder else None)
+    state = None
+    if checkpoint:
+        state, result.solvers = checkpoint["state"], checkpoint["solvers"]
+        problem.evaluations = result.evaluations = checkpoint["evaluations"]
+        problem.counted = set(checkpoint["counted"])
+        if checkpoint["finished"]:
+            if folder:
+                folder.close()
+            return result
+    bar = _bar(progress and problem.rank == 0)
+    last, saved_at, unsaved = None, time.monotonic(), False
+
+    def keep(finished: bool = False) -> None:
+        if folder and last is not None and last.get("state") is not None:
+            folder.save(last, last["events"], problem, finished)
+        elif folder:
+            folder.save_solvers(result.solvers)
+
+    try:
+        with bar:
+            for event in method(problem, steps, state=state, **settings):
+                # One binding: Ctrl-C finds either the old event or all of the new one.
+                last = {**event, "evaluations": problem.evaluations, "counted": sorted(problem.counted),
+                        "events": len(history) + 1}  # fmt: skip
+                last["solvers"] = result.solvers = _signed(event["solvers"], last, provenance, result.solvers)
+                result.evaluations, unsaved = problem.evaluations, True
+                line = _loggable(last)
+                if folder:
+                    folder.log(line)
+                history.append(_with_step_keys(line))
+                _show(bar, last)
+                if time.monotonic() - saved_at > CHECKPOINT_SECONDS or len(history) == 1:
+                    keep()
+                    saved_at, unsaved = time.monotonic(), False
+        keep(finished=True)
+    except KeyboardInterrupt:
+        if not result.solvers:
+            raise
+        result.interrupted = True
+        keep() if unsaved else None
+        if problem.rank == 0:
+            where = f", saved in {folder.path}; resume=True continues" if folder else ""
+            print(f"interrupted after {result.evaluations} evaluations: best solver so far kept{where}")
+    except Exception as error:
+        if result.solvers:
+            keep()
+            kept = ", ".join(s.name for s in result.solvers.values())
+            error.add_note(f"the best so far ({kept}) is in error.result" + (f" and {folder.path}" if folder else ""))
+            error.result = result
+        raise
+    finally:
+        if folder:
+            folder.close()
+    return result
+
+
+def _signed(solvers: dict[int, Solver], event: dict, provenance: dict | None, before: dict[int, Solver]) -> dict:
+    """The solvers with name, source and provenance; those that did not change stay the same objects."""
+    signed = {}
+    for n, solver in solvers.items():
+        if before.get(n) == solver:
+            signed[n] = before[n]
+            continue
+        extra = {**(provenance or {}), "evaluations": event["evaluations"]}
+        held_out = (event.get("held_out") or {}).get(n)
+        if held_out is not None:
+            extra["held_out"] = held_out
+        fields = {**solver.to_dict(), "provenance": {**solver.provenance, **extra}}
+        fields["name"] = solver.name or f"{extra.pop('name', 'searched')}/{n}"
+        fields["source"] = solver.source or f"dss_fast.search, method {extra.get('method', '?')}"
+        signed[n] = Solver.from_dict(fields)
+    return signed
+
+
+def _loggable(event: dict) -> dict:
+    """What of an event goes to the log: all that JSON can hold but states and tables."""
+    line = {"time": round(time.time(), 3)}
+    for key, value in event.items():
+        if key in ("state", "solvers", "counted", "events"):
+            continue
+        try:
+            line[key] = json.loads(json.dumps(value, allow_nan=True))
+        except (TypeError, ValueError):
+            continue
+    return line
+
+
+def _with_step_keys(line: dict) -> dict:
+    """A log line with its tables by N keyed by int again."""
+    for key in ("loss", "held_out"):
+        if isinstance(line.get(key), dict):
+            line[key] = {int(n): value for n, value in line[key].items()}
+    return line
+
+
+def flatten(value: Any, tensors: dict[str, Tensor], path: str = "state") -> Any:
+    """JSON data in which tensors are replaced by names, and the tensors by name."""
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().cpu()
+        return {"$tensor": path}
+    if isinstance(value, dict):
+        return {str(key): flatten(item, tensors, f"{path}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [flatten(item, tensors, f"{path}.{i}") for i, item in enumerate(value)]
+    if isinstance(value, Solver):
+        return {"$solver": value.to_dict()}
+    return value
+
+
+def unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """What :func:`flatten` took apart."""
+    if isinstance(value, dict):
+        if value.keys() == {"$tensor"}:
+            return tensors[value["$tensor"]]
+        if value.keys() == {"$solver"}:
+            return Solver.from_dict(value["$solver"])
+        return {key: unflatten(item, tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [unflatten(item, tensors) for item in value]
+    return value
+
+
+class _Silent:
+    """A progress bar that is not there."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return False
+
+
+def _bar(wanted: bool):
+    if not wanted:
+        return _Silent()
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        warnings.warn("no progress bar without tqdm: pip install dss_fast[search]", stacklevel=4)
+        return _Silent()
+    return tqdm(unit="step", dynamic_ncols=True, smoothing=0.1)
+
+
+def _show(bar, event: dict) -> None:
+    """Stage, losses and evaluations beside the bar; tqdm adds the time left."""
+    if isinstance(bar, _Silent):
+        return
+    done, total = event.get("done"), event.get("total")
+    if done is not None:
+        if bar.n == 0 and done > 1:
+            bar.initial = done  # resumed: the rate counts from here
+        bar.n, bar.total = done, total
+    values = event.get("held_out") or event.get("loss") or {}
+    label = "error" if event.get("held_out") else "loss"
+    texts = [f"N={n} {v:.4g}" for n, v in values.items() if v is not None and math.isfinite(v)]
+    if texts:
+        bar.set_postfix_str(f"{label} {', '.join(texts)}, {event['evaluations']:,} evaluations", refresh=False)
+    bar.set_description(event.get("stage") or "search", refresh=False)
+    bar.update(0)
+    bar.refresh() if done == total else None
