@@ -1,0 +1,1 @@
+"""dss_fast inside other people's stacks. Each module imports its stack and nothing else does."""

@@ -1,0 +1,385 @@
+"""DSSScheduler: learned and hand-made solvers as a scheduler for the pipelines of diffusers.
+
+pipe.scheduler = DSSScheduler.from_config(pipe.scheduler.config, solver="dit-xl-2-256")
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
+from torch import Tensor
+
+from ..schedule import step_weights
+from ..solver import Solver
+from ..step import multistep_step
+from .diffusers_config import (
+    adopt,
+    alphas_cumprod,
+    family_of,
+    handmade_name,
+    handmade_table,
+    is_default_grid,
+    prediction_of,
+    read_solvers,
+    stock_scheduler,
+    table_schedule,
+)
+
+__all__ = [
+    "DSSScheduler",
+    "SchedulerMixin",
+]  # a pipeline is only reloaded from a module that names SchedulerMixin
+
+
+class DSSScheduler(SchedulerMixin, ConfigMixin):
+    """Any linear multistep solver, one fused update a step:
+
+        y_i     = p_i * x_i + q_i * m_i
+        x_{i+1} = a_i * x_i + sum_{j<=i} w_ij * y_j
+
+    solver: what ``set_timesteps(n)`` chooses the table for n among. A published family (``"sit-xl-2-256"``) or one
+        of its tables (``"sit-xl-2-256/8"``); a hand-made method (``"euler"``, ``"dpmpp_2m"``, ``"ab2@karras"``), which
+        takes any n, on the grid of the pipeline's stock scheduler or on a spacing of its own; the path of a
+        solver's JSON file or a folder of them; a :class:`~dss_fast.Solver`; or a list of these.
+    family: ``"flow"`` or ``"vp"``. ``from_config`` reads it off the pipeline; None: that of the learned tables, then
+        flow when a shift is given, then VP.
+    strict: refuse a table searched for another noise schedule. False: run it on the pipeline's own.
+    shift, use_dynamic_shifting, flow_shift, use_flow_sigmas: the pipeline's flow grid. They shape hand-made grids
+        only. A learned flow table carries its own sigmas, under the shift it was searched with (1 for the
+        published ones).
+    num_train_timesteps, beta_*, trained_betas, rescale_betas_zero_snr, snr_shift_scale, prediction_type: the model's.
+    thresholding: refused, unless not strict: clipping x0 is no linear step. clip_sample: warned about.
+
+    A run that starts part-way in, as in img2img and inpainting, has no predictions before its first step k. The
+    weights that the rows give to y_0..y_{k-1} go to y_k, as if the prediction had been constant until then, so that
+    rows keep their sums and the first step is Euler's (DDIM's). A table that weighs the initial noise takes the noise
+    that the first prediction implies.
+
+    State is per instance and set afresh by ``set_timesteps``, and also by a step that does not follow the one before.
+    ``step`` never waits for the device: the position comes from where ``timestep`` lies in ``timesteps``.
+
+    Raises ValueError where the solver, its schedule, the number of steps or custom times do not fit, saying why.
+    """
+
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers] + ["FlowMatchEulerDiscreteScheduler"]
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
+        snr_shift_scale: float | None = None,
+        prediction_type: str | None = None,
+        shift: float | None = None,
+        use_dynamic_shifting: bool = False,
+        flow_shift: float | None = None,
+        use_flow_sigmas: bool = False,
+        clip_sample: bool = False,
+        thresholding: bool = False,
+        solver: str | Solver | Mapping | Sequence = "euler",
+        family: str | None = None,
+        strict: bool = True,
+    ):
+        self._tables, names, embedded = read_solvers(solver)
+        if family is None:
+            learned = next(iter(self._tables.values()), None)
+            flow = shift is not None or use_flow_sigmas or prediction_type == "flow_prediction"
+            family = learned.family if learned else "flow" if flow else "vp"
+        if embedded or solver != names:
+            # names stay readable in scheduler_config.json; diffusers never prints keys that start with "_"
+            self.register_to_config(solver=names[0] if len(names) == 1 else names, _solvers=embedded)
+        self.register_to_config(family=family)
+        self._methods = [name for name in names if handmade_name(name)]
+        if thresholding and strict:
+            raise ValueError(
+                "thresholding=True clips x0 at every step, which no linear solver does; pass strict=False"
+            )
+        if clip_sample:
+            warnings.warn("clip_sample=True is not applied: DSSScheduler's steps are linear", stacklevel=2)
+        prediction_of(self.config)
+        for table in self._tables.values():
+            table_schedule(table, self.config, strict)
+
+        self.init_noise_sigma = 1.0
+        if family == "vp" or trained_betas is not None:
+            self.betas = stock_scheduler("DDIMScheduler", self.config).betas
+        self.num_inference_steps: int | None = None
+        self.solver: Solver | None = None
+        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
+        self.sigmas = torch.linspace(1, 0, num_train_timesteps + 1)
+        self._alphas_sigmas: tuple[list[float], list[float]] | None = None
+        self._weights: Tensor | None = None
+        self._forget()
+
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
+        """A scheduler for the model another scheduler's config describes; ``solver=...`` and the rest as arguments."""
+        if isinstance(config, Mapping):
+            config = dict(config)
+            embedded = config.pop("_solvers", None)
+            if "solver" not in config and config.get("_class_name") != cls.__name__:
+                config = adopt(config)
+            elif embedded and "solver" not in kwargs:
+                names = config.get("solver", [])
+                kwargs["solver"] = [*([names] if isinstance(names, str) else names), *embedded]
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    # ---- what pipelines read
+
+    @property
+    def step_index(self) -> int | None:
+        """The step to come; None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Where the run starts, when the pipeline has said so."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        self._begin_index = begin_index
+
+    def scale_model_input(self, sample: Tensor, timestep=None) -> Tensor:
+        """The sample itself: flows and VP models take it unscaled."""
+        return sample
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    # ---- a run
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> None:
+        """Chooses the table for n steps and forgets the run before.
+
+        sigmas, timesteps: taken as they are, unshifted, by hand-made solvers; refused by a learned table, whose
+            coefficients belong to its own times. sigmas of 1 - i/n count as none: pipelines pass them unasked.
+        mu: the log of a resolution-dependent shift, for hand-made solvers on a config with ``use_dynamic_shifting``.
+
+        Raises ValueError naming the numbers of steps there are tables for.
+        """
+        given = next((v for v in (sigmas, timesteps) if v is not None), None)
+        if given is not None:
+            if num_inference_steps is not None and num_inference_steps != len(given):
+                raise ValueError(
+                    f"num_inference_steps={num_inference_steps}, but {len(given)} custom times are given"
+                )
+            num_inference_steps = len(given)
+        if num_inference_steps is None:
+            raise ValueError("give num_inference_steps, or custom sigmas or timesteps for hand-made solvers")
+        n = int(num_inference_steps)
+        table = self._tables.get(n)
+        if table is not None:
+            schedule = table_schedule(table, self.config, self.config.strict)
+        else:
+            table, schedule = handmade_table(
+                self._method(n), self.config, n, sigmas=sigmas, timesteps=timesteps, mu=mu
+            )
+        weights, times = step_weights(schedule, **table.tensors())
+        alpha, sigma = schedule.alpha_sigma(torch.tensor(table.timesteps, dtype=torch.float64))
+        visible = sigma if schedule.family == "flow" else sigma / alpha
+        if n in self._tables:
+            self._check_custom(table, visible[:-1], times, sigmas, timesteps)
+
+        self.num_inference_steps, self.solver, self.schedule = n, table, schedule
+        self._weights, self._alphas_sigmas = weights, (alpha.tolist(), sigma.tolist())
+        self.timesteps = times.to(torch.float32).to(device)
+        self.sigmas = visible.to(torch.float32)  # on the CPU: Wan, Cosmos and LTX2 read one a step
+        self._forget()
+        self._begin_index = None
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """x_{i+1} from the network's output at x_i, after the pipeline's own guidance.
+
+        model_output: (B, *S), or (B, 2C, ...) when the network also predicts variances, which are dropped.
+        timestep: an element of ``timesteps``. sample: (B, *S). generator: ignored, the step is deterministic.
+
+        Returns (x_next,), or an object with ``prev_sample``; in the sample's dtype, sums in float32.
+        """
+        if self._weights is None:
+            raise ValueError("call set_timesteps before step")
+        i = self._locate(timestep)
+        if i != self._next or self._history is None:
+            self._begin(i, sample)
+        if model_output.shape != sample.shape:
+            model_output = self._mean(model_output, sample)
+        if self._noise_slot_empty:
+            self._imply_noise(i, model_output, sample)
+        sample, self._history = multistep_step(
+            sample, model_output, self._history, self._rows, self._index[i]
+        )
+        self._step_index = self._next = i + 1
+        if not return_dict:
+            return (sample,)
+        return SchedulerOutput(prev_sample=sample)
+
+    def predict_x0(self, sample: Tensor) -> Tensor:
+        """The clean sample that the last prediction implies, for previews in ``callback_on_step_end``.
+
+        sample: (B, *S), what ``step`` returned. Flow: x + sigma * y, with y the newest velocity; VP: the newest x0.
+        """
+        if self._history is None or self._next is None:
+            raise ValueError("predict_x0 needs a step to have been taken")
+        y = self._history[:, self._next - 1].to(sample.dtype)
+        if self.schedule.family == "vp":
+            return y
+        return sample + self._alphas_sigmas[1][self._next] * y
+
+    def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
+        """The step of a time in ``timesteps``. Raises ValueError for a time further than one training step from all."""
+        times = (self.timesteps if schedule_timesteps is None else schedule_timesteps).tolist()
+        t = float(timestep)
+        nearest = min(range(len(times)), key=lambda i: abs(times[i] - t))
+        if abs(times[nearest] - t) > 1:
+            known = ", ".join(f"{value:g}" for value in times[:20])
+            raise ValueError(
+                f"timestep {t:g} is none of this run's: {known}; pass the elements of scheduler.timesteps"
+            )
+        return nearest
+
+    # ---- noise for img2img, inpainting and training
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """alpha_t * x0 + sigma_t * noise. timesteps: (B,), of this run or, before one, any training time."""
+        alpha, sigma = self._levels(timesteps, original_samples)
+        return alpha * original_samples + sigma * noise
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """:meth:`add_noise` in the argument order of diffusers' flow schedulers."""
+        return self.add_noise(sample, noise, timestep)
+
+    def _levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        if self._alphas_sigmas is not None and self._begin_index is not None:
+            # pipelines that set the index ask for the start, or, once under way, for the level just reached
+            rows = [self._begin_index if self._step_index is None else self._step_index]
+        else:
+            rows = None
+            if self._alphas_sigmas is not None:
+                try:
+                    rows = [self.index_for_timestep(t) for t in timesteps.flatten().tolist()]
+                except ValueError:
+                    rows = None
+        if rows is None:
+            alpha, sigma = self._training_levels(timesteps.flatten().double().cpu())
+        else:
+            alpha, sigma = (torch.tensor([values[i] for i in rows]) for values in self._alphas_sigmas)
+        shape = (-1,) + (1,) * (like.ndim - 1)
+        return tuple(
+            v.to(like.dtype).to(like.device, non_blocking=True).reshape(shape) for v in (alpha, sigma)
+        )
+
+    def _training_levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        if family_of(self.config) == "flow":
+            sigma = t / self.config.num_train_timesteps
+            return 1 - sigma, sigma
+        table = alphas_cumprod(self.config)
+        alpha_bar = table[t.round().long().clamp(0, len(table) - 1)]
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+    # ---- inside a run
+
+    def _forget(self) -> None:
+        self._history = self._rows = self._next = self._step_index = self._begin_index = None
+        self._index: tuple[Tensor, ...] = ()
+        self._noise_slot_empty = False
+
+    def _method(self, n: int) -> str:
+        for name in self._methods:
+            if handmade_name(name)[1] in (None, n):
+                return name
+        known = sorted(self._tables) + sorted(handmade_name(name)[1] for name in self._methods)
+        raise ValueError(
+            f"no table for {n} steps; this scheduler has tables for {', '.join(map(str, known))}. Choose one of those, "
+            "or add a hand-made solver for the rest, as in solver=['sit-xl-2-256', 'dpmpp_2m']"
+        )
+
+    def _check_custom(self, table, own_sigmas, own_times, sigmas, timesteps) -> None:
+        for label, given, own in (("sigmas", sigmas, own_sigmas), ("timesteps", timesteps, own_times)):
+            if given is None or (label == "sigmas" and is_default_grid(given)):
+                continue
+            if not torch.allclose(torch.as_tensor(given, dtype=torch.float64), own, rtol=1e-4, atol=1e-6):
+                raise ValueError(
+                    f"solver {table.name or '(unnamed)'} cannot run on custom {label}: its coefficients were searched "
+                    f"together with its own, {[round(v, 4) for v in own.tolist()]}; leave them out, or take a hand-made "
+                    "solver such as 'dpmpp_2m'"
+                )
+
+    def _locate(self, timestep: float | Tensor) -> int:
+        """The step a time belongs to, without asking the device for its value."""
+        own = self.timesteps
+        if isinstance(timestep, Tensor) and timestep.dtype == own.dtype and timestep.device == own.device:
+            # an element of `timesteps` is a view: its address says which one
+            if not torch.compiler.is_compiling():
+                i, odd = divmod(timestep.data_ptr() - own.data_ptr(), own.element_size())
+                if not odd and 0 <= i < self.num_inference_steps:
+                    return i
+        if self._next is not None and self._next < self.num_inference_steps:
+            return self._next
+        if self._next is None and self._begin_index is not None:
+            return self._begin_index
+        return self.index_for_timestep(timestep)
+
+    def _begin(self, i: int, sample: Tensor) -> None:
+        n, slots = self.num_inference_steps, self._weights.shape[2] - 4
+        device, real = sample.device, torch.float64 if sample.dtype == torch.float64 else torch.float32
+        weights = starting_at(self._weights, i) if i else self._weights
+        self._rows = weights.to(real).to(device, non_blocking=True)
+        self._index = torch.arange(n, device=device).split(1)
+        # A velocity is stored as the network gave it; an x0 is computed, and half precision would round it.
+        exact = self.schedule.family == "flow" or real == torch.float64
+        dtype = sample.dtype if exact else torch.float32
+        self._history = sample.new_empty((len(sample), slots, *sample.shape[1:]), dtype=dtype)
+        self._noise_slot_empty = slots > n and i > 0
+        if slots > n and i == 0:
+            self._history[:, n] = sample
+
+    def _mean(self, output: Tensor, sample: Tensor) -> Tensor:
+        if self._history.shape[0] != len(sample) or self._history.shape[2:] != sample.shape[1:]:
+            raise ValueError(
+                f"the sample changed to {tuple(sample.shape)} in the middle of a run of {tuple(self._history.shape)}"
+            )
+        if output.shape[0] == len(sample) and output.shape[1] == 2 * sample.shape[1]:
+            return output[:, : sample.shape[1]]
+        raise ValueError(f"model_output has shape {tuple(output.shape)}, the sample {tuple(sample.shape)}")
+
+    def _imply_noise(self, i: int, output: Tensor, sample: Tensor) -> None:
+        a, p, q, _ = self._weights[0, i, :4].tolist()
+        alpha, sigma = (values[i] for values in self._alphas_sigmas)
+        y = p * sample.float() + q * output.float()
+        noise = sample - alpha * y
+        self._history[:, -1] = noise if self.schedule.family == "flow" else noise / sigma
+        self._noise_slot_empty = False
+
+
+def starting_at(weights: Tensor, first: int) -> Tensor:
+    """The weights (R, N, 4 + K) of a run whose history begins at step ``first``.
+
+    What rows give to the predictions before it goes to y_first: the prediction is taken as constant until then.
+    """
+    weights = weights.clone()
+    early = slice(4, 4 + first)
+    weights[:, first:, 4 + first] += weights[:, first:, early].sum(2)
+    weights[:, :, early] = 0
+    return weights
