@@ -11,6 +11,7 @@
 #include <c10/util/ThreadLocalDebugInfo.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/profiler/orchestration/observer.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "step.h"
@@ -33,7 +34,7 @@ class MemoryMeter {
   explicit MemoryMeter(c10::DeviceType device) {
     auto* active = c10::ThreadLocalDebugInfo::get(c10::DebugInfoKind::PROFILER_STATE);
     auto* outer = dynamic_cast<Counter*>(active);
-    // torch's profiler casts whatever stands in this slot to its own type, so it must not find ours.
+    // A running profiler must not be covered up: its callbacks expect to find themselves in this slot.
     if (active && !outer) return;
     counter_ = std::make_shared<Counter>(device, outer);
     guard_.emplace(c10::DebugInfoKind::PROFILER_STATE, counter_);
@@ -45,8 +46,13 @@ class MemoryMeter {
   void stop() { guard_.reset(); }
 
  private:
-  struct Counter : c10::MemoryReportingInfoBase {
-    Counter(c10::DeviceType device, Counter* outer) : device(device), outer(outer) {}
+  // Torch casts what stands in the profiler's slot to this base without asking, so the counter has to be one.
+  struct Counter : torch::profiler::impl::ProfilerStateBase {
+    Counter(c10::DeviceType device, Counter* outer)
+        : ProfilerStateBase(torch::profiler::impl::ProfilerConfig(
+              torch::profiler::impl::ProfilerState::Disabled, /*report_input_shapes=*/false, /*profile_memory=*/true)),
+          device(device),
+          outer(outer) {}
 
     void reportMemoryUsage(void* block, int64_t bytes, size_t allocated, size_t reserved, c10::Device where) override {
       if (where.type() == device) {
@@ -56,7 +62,9 @@ class MemoryMeter {
       }
       if (outer) outer->reportMemoryUsage(block, bytes, allocated, reserved, where);
     }
-    bool memoryProfilingEnabled() const override { return true; }
+    torch::profiler::impl::ActiveProfilerType profilerType() override {
+      return torch::profiler::impl::ActiveProfilerType::NONE;
+    }
 
     c10::DeviceType device;
     Counter* outer;
@@ -140,6 +148,12 @@ class Autocast {
   Autocast without_cache() const {
     auto state = *this;
     state.cache_ = false;
+    return state;
+  }
+
+  Autocast off() const {
+    auto state = *this;
+    for (auto& mode : state.modes_) mode.enabled = false;
     return state;
   }
 
@@ -237,7 +251,10 @@ class Rollout {
   // call(step, x (B, *S), t (B,)) -> (B or 2B, *S); weights (R, N, 4 + K); times (B, N).
   Rollout(py::object call, Tensor x, Tensor weights, Tensor times, int64_t guided, optional<int64_t> budget,
           bool offload, std::vector<Tensor> parameters, Needs needs)
-      : call_(std::move(call)),
+      : call_(new py::object(std::move(call)), [](py::object* held) {
+          py::gil_scoped_acquire gil;
+          delete held;
+        }),
         x_(std::move(x)),
         weights_(std::move(weights)),
         times_(std::move(times)),
@@ -251,6 +268,8 @@ class Rollout {
         random_(steps_),
         graphs_(steps_) {
     at::AutoGradMode no_grad(false);
+    // The model casts as it likes; sums over steps and gradients keep their own precision.
+    AutocastGuard full_precision(autocast_.off(), x_.device());
     forward(budget, offload);
   }
 
@@ -277,6 +296,7 @@ class Rollout {
       Rollout* rollout;
     } at_exit{retain ? nullptr : this};
     at::AutoGradMode no_grad(false);
+    AutocastGuard full_precision(autocast_.off(), x_.device());
     return backward(cotangents, retain);
   }
 
@@ -345,8 +365,9 @@ class Rollout {
       return output;
     }
     // What the call merely left in caches stays when its graph goes, and is not part of one activation set.
+    output = output.clone();
     graphs_[0].reset();
-    int64_t set = std::max<int64_t>(held - meter.now(), 1);
+    int64_t set = std::max<int64_t>(held - meter.now() + output.nbytes(), 1);
     activation_bytes_ = set;
     kept_ = std::min(steps_ - 1, budget / set);
     return output;
@@ -371,7 +392,7 @@ class Rollout {
   Tensor run(int64_t step, const Tensor& x, const Tensor& t) {
     AutocastGuard autocast(autocast_, x_.device());
     py::gil_scoped_acquire gil;
-    return py::cast<Tensor>(call_(step, x, t));
+    return py::cast<Tensor>((*call_)(step, x, t));
   }
 
   bool differentiates(int64_t step) const { return step > 0 || needs_.x || needs_.times || !parameters_.empty(); }
@@ -525,7 +546,7 @@ class Rollout {
     first_output_.reset();
   }
 
-  py::object call_;
+  std::shared_ptr<py::object> call_;
   Tensor x_, weights_, times_;
   int64_t guided_;
   std::vector<Tensor> parameters_;

@@ -34,11 +34,16 @@ class Rollout:
         self.index = torch.arange(weights.shape[1], device=x.device)
         self.home = torch.device("cpu") if offload else x.device
         self.autocast = _autocast_state(x.device)
-        N, K = weights.shape[1], weights.shape[2] - 4
-        self.rng: list[dict | None] = [None] * N
+        self.rng: list[dict | None] = [None] * weights.shape[1]
         self.graphs: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.first_output: Tensor | None = None
 
+        with torch.no_grad(), _autocast(_off(self.autocast)):
+            self._run(budget)
+
+    def _run(self, budget: int | None) -> None:
+        x, weights = self.x, self.weights
+        N, K = weights.shape[1], weights.shape[2] - 4
         states = x.new_empty((N, *x.shape))
         history = x.new_empty((len(x), K, *x.shape[1:]))
         if K > N:
@@ -48,10 +53,11 @@ class Rollout:
             output = self._forward(i, x, i >= N - kept or (i == 0 and budget is not None))
             output = output.detach()
             if i == 0 and budget is not None:
+                output = output.clone()
                 kept, size = self._measure(budget, N)
             if i == 0 and not self._live(0):
                 self.first_output = output
-            multistep_step(x, output, history, weights, self.index[i : i + 1], guided=guided, out=states[i])
+            multistep_step(x, output, history, weights, self.index[i : i + 1], guided=self.guided, out=states[i])
             x = states[i]
         self.plan = kept, size
         self.states, self.history = states.movedim(0, 1).to(self.home), history.to(self.home)
@@ -113,7 +119,8 @@ class Rollout:
             raise RuntimeError("the states of a rollout were modified in place before its gradient was taken")
         self.done = not retain
         try:
-            return self._pull(cotangents, retain)
+            with torch.no_grad(), _autocast(_off(self.autocast)):
+                return self._pull(cotangents, retain)
         finally:
             if self.done:
                 self.states = self.history = self.first_output = None
@@ -221,6 +228,11 @@ def _replay(state: dict[str, Tensor] | None, device: torch.device):
         write(now)
 
 
+def _off(state: list[tuple]) -> list[tuple]:
+    """The model casts as it likes; sums over steps and gradients keep their own precision."""
+    return [(device, False, dtype) for device, _, dtype in state]
+
+
 def _autocast_state(device: torch.device) -> list[tuple]:
     return [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _devices(device)]
 
@@ -235,17 +247,20 @@ def _autocast(state: list[tuple]):
 
 
 def _saved_storages(output: Tensor) -> list[tuple[StorageWeakRef, int]]:
-    """The distinct storages the graph of output saved, with their bytes."""
-    seen, storages, stack = set(), {}, [output.grad_fn]
+    """The distinct storages the graph of output saved, its leaves' aside, with their bytes."""
+    seen, leaves, stack = set(), set(), [output.grad_fn]
+    storages = {output.untyped_storage().data_ptr(): output.untyped_storage()}
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(node.variable.untyped_storage().data_ptr())
         saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
         for item in [*saved, *getattr(node, "saved_tensors", ())]:
             for tensor in item if isinstance(item, list | tuple) else [item]:
                 if isinstance(tensor, Tensor):
                     storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         stack += [following for following, _ in node.next_functions]
-    return [(StorageWeakRef(storage), storage.nbytes()) for storage in storages.values()]
+    return [(StorageWeakRef(s), s.nbytes()) for pointer, s in storages.items() if pointer not in leaves]
