@@ -1,0 +1,411 @@
+"""The unrolled rollout and what models do: draw numbers, cast, compile, keep state, raise, run in threads, hold memory."""
+
+import functools
+import gc
+import itertools
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dss_fast import unroll as module
+from dss_fast.unroll import BACKENDS, Rollout, unroll
+
+from test_unroll import Net, close, leaves, plain, problem
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    if request.param == "cpp" and isinstance(module._extension(), Exception):
+        pytest.skip(f"no extension: {module._extension()}")
+    return request.param
+
+
+def compare(model, tensors, backend, tolerance=1e-10, parameters=(), seed=5, **options):
+    """Runs both ways from the same seed and compares states and every gradient."""
+    ours, theirs = leaves(*tensors), leaves(*tensors)
+    torch.manual_seed(seed)
+    expected = plain(model, *theirs)
+    torch.manual_seed(seed)
+    states = unroll(model, *ours, parameters=parameters, backend=backend, **options)
+    assert close(states, expected, tolerance)
+    cotangent = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, [*theirs, *parameters], cotangent, allow_unused=True)
+    found = torch.autograd.grad(states, [*ours, *parameters], cotangent, allow_unused=True)
+    for f, w in zip(found, wanted, strict=True):
+        assert (f is None) == (w is None) and (w is None or close(f, w, tolerance))
+
+
+@pytest.mark.parametrize("pattern", list(itertools.product([False, True], repeat=4)))
+def test_every_requires_grad_pattern(pattern, backend):
+    model, *tensors = problem(pair=True, noise=True)
+    inputs = [t.clone().requires_grad_(wanted) for t, wanted in zip(tensors, pattern[:3], strict=True)]
+    parameters = [model.shift] if pattern[3] else []
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter is model.shift and pattern[3])
+    states = unroll(model, *inputs, parameters=parameters, backend=backend)
+    assert states.requires_grad == any(pattern)
+    wanted = [t for t in [*inputs, *parameters] if t.requires_grad]
+    if wanted:
+        found = torch.autograd.grad(states.square().sum(), wanted)
+        expected = torch.autograd.grad(plain(model, *inputs).square().sum(), wanted)
+        assert all(close(f, e) for f, e in zip(found, expected, strict=True))
+
+
+def test_single_precision_and_float64_tables(backend):
+    model, x, weights, times = problem(family="vp", pair=True)
+    model, x = model.float(), x.float()
+    table = weights.clone().requires_grad_()
+    states = unroll(model, x, table, times, backend=backend)
+    expected = plain(model, x, weights.float(), times.float())
+    assert states.dtype == torch.float32 and close(states, expected, 1e-5)
+    states.sum().backward()
+    assert table.grad.dtype == torch.float64
+
+
+def test_bfloat16_state(backend):
+    model, x, weights, times = problem()
+    half = Net().bfloat16()
+    half.load_state_dict(model.state_dict())
+    rollout = Rollout(lambda x, t: half(x, t.bfloat16()), x.bfloat16(), weights, times, backend=backend)
+    found = rollout.pull(torch.ones(1, *x.shape))
+    exact = Rollout(model, x, weights, times, backend=backend).pull(torch.ones(1, *x.shape))
+    assert rollout.states.dtype == found.x.dtype == torch.bfloat16 and found.weights.dtype == torch.float64
+    assert torch.nn.functional.cosine_similarity(found.x.double().flatten(), exact.x.flatten(), 0) > 0.99
+    assert torch.nn.functional.cosine_similarity(found.weights.flatten(), exact.weights.flatten(), 0) > 0.99
+
+
+def test_random_numbers_are_replayed_and_the_generator_left_alone(backend):
+    model, *tensors = problem(dropout=0.5)
+    torch.manual_seed(1)
+    states = unroll(model, *leaves(*tensors), backend=backend)
+    after = torch.get_rng_state()
+    torch.rand(3)
+    now = torch.get_rng_state()
+    states.sum().backward()
+    assert torch.equal(now, torch.get_rng_state())
+    torch.manual_seed(1)
+    plain(model, *tensors)
+    assert torch.equal(after, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("budget", [None, 10**9])
+def test_autocast_is_replayed(budget, backend):
+    model, *tensors = problem(dtype=torch.float32)
+    parameters = list(model.parameters())
+    ours, theirs = leaves(*tensors), leaves(*tensors)
+    options = dict(parameters=parameters, backend=backend, memory_budget=budget)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = plain(model, *theirs)
+        states = unroll(model, *ours, **options)
+        inside = torch.autograd.grad(states.sum(), [*ours, *parameters], retain_graph=True, allow_unused=True)
+        assert torch.is_autocast_cache_enabled()
+    assert not torch.equal(expected, plain(model, *tensors)) and close(states, expected, 1e-2)
+    outside = torch.autograd.grad(states.sum(), [*ours, *parameters], allow_unused=True)
+    wanted = torch.autograd.grad(expected.sum(), [*theirs, *parameters], allow_unused=True)
+    for i, o, w in zip(inside, outside, wanted, strict=True):
+        assert (w is None and i is None) or (torch.equal(i, o) and close(i, w, 2e-2))
+
+
+@pytest.mark.parametrize("cotangents", [1, 3])
+def test_compiled_model(cotangents, backend):
+    model, x, weights, times = problem(dtype=torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    found = Rollout(compiled, x, weights, times, backend=backend).pull(torch.ones(cotangents, *x.shape))
+    expected = Rollout(model, x, weights, times, backend=backend).pull(torch.ones(cotangents, *x.shape))
+    for f, e in zip(found[:3], expected[:3], strict=True):
+        assert close(f, e, 1e-5)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.calls = model, 0
+        self.register_full_backward_hook(self.count)
+
+    def count(self, *_):
+        self.calls += 1
+
+    def forward(self, x, t):
+        return checkpoint(self.model, x, t, use_reentrant=False)
+
+
+@pytest.mark.parametrize("budget", [None, 10**9])
+def test_nested_checkpointing_and_hooks(budget, backend):
+    model, *tensors = problem(dropout=0.3)
+    wrapped = Checkpointed(model)
+    compare(wrapped, tensors, backend, memory_budget=budget, parameters=list(model.parameters()))
+    assert wrapped.calls == 8
+
+
+def test_conditions_with_a_history_of_their_own(backend):
+    """A condition computed by an outer graph: the rollout stops at it, autograd goes on from there."""
+    net, *tensors = problem()
+    table = torch.randn(5, 48, dtype=torch.float64, requires_grad=True)
+
+    def run(function):
+        cond = table[torch.tensor([1, 3, 1])].tanh()
+
+        def model(x, t):
+            return net(x + cond.reshape(x.shape), t)
+
+        return torch.autograd.grad(function(model, cond)[:, -1].square().sum(), table)[0]
+
+    ours = run(lambda model, cond: unroll(model, *tensors, parameters=[cond], backend=backend))
+    assert close(ours, run(lambda model, cond: plain(model, *tensors)))
+
+
+def test_second_backward(backend):
+    model, *tensors = problem()
+    inputs = leaves(*tensors)
+    states = unroll(model, *inputs, backend=backend)
+    first = torch.autograd.grad(states.sum(), inputs, retain_graph=True)
+    second = torch.autograd.grad(states.sum(), inputs)
+    assert all(torch.equal(f, s) for f, s in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(states.sum(), inputs)
+    for budget in (None, 10**9):
+        rollout = Rollout(model, *tensors, backend=backend, memory_budget=budget)
+        one = rollout.pull(rollout.states[None], retain_graph=True)
+        two = rollout.pull(rollout.states[None])
+        assert torch.equal(one.weights, two.weights)
+        with pytest.raises(RuntimeError, match="second time.*retain_graph=True"):
+            rollout.pull(rollout.states[None])
+
+
+def test_double_backward_is_refused(backend):
+    model, *tensors = problem()
+    inputs = leaves(*tensors)
+    states = unroll(model, *inputs, backend=backend)
+    with pytest.raises(RuntimeError, match="no second derivatives.*create_graph"):
+        torch.autograd.grad(states.sum(), inputs, create_graph=True)
+
+
+def test_states_written_in_place_are_noticed(backend):
+    model, *tensors = problem()
+    rollout = Rollout(model, *tensors, backend=backend)
+    rollout.states.mul_(2)
+    with pytest.raises(RuntimeError, match="modified in place"):
+        rollout.pull(rollout.states[None])
+
+
+class Breaks(Exception):
+    def __init__(self, code):
+        super().__init__(f"code {code}")
+        self.code = code
+
+
+@pytest.mark.parametrize("budget", [None, 10**9])
+@pytest.mark.parametrize("fails_at", [2, 6])
+def test_model_exceptions_come_through_with_the_step(fails_at, budget, backend):
+    net, x, weights, times = problem()
+    error, held, calls = Breaks(7), [], itertools.count()
+
+    def model(x, t):
+        held.append(weakref.ref(x))
+        if next(calls) == fails_at:
+            raise error
+        return net(x, t)
+
+    if fails_at == 6 and budget:
+        return  # every graph is kept: nothing runs twice
+    with pytest.raises(Breaks) as caught:
+        inputs = leaves(x, weights, times)
+        unroll(model, *inputs, backend=backend, memory_budget=budget).sum().backward()
+    assert caught.value is error
+    step = fails_at if fails_at < 4 else 3 - (fails_at - 4)
+    assert f"at step {step} of 4" in error.__notes__[0]
+    del inputs, caught
+    error.__traceback__ = None
+    gc.collect()
+    assert not any(ref() is not None for ref in held)
+
+
+def test_exceptions_in_a_custom_backward_come_through(backend):
+    error = Breaks(3)
+
+    class Identity(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise error
+
+    _, *tensors = problem()
+    rollout = Rollout(lambda x, t: Identity.apply(x), *tensors, backend=backend)
+    with pytest.raises(Breaks) as caught:
+        rollout.pull(rollout.states[None])
+    assert caught.value is error
+
+
+def norm():
+    return nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)).double()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda net: lambda x, t: net(x),
+        lambda net: functools.partial(lambda n, x, t: n(x), net),
+        lambda net: type("Holder", (), {"__init__": lambda s: setattr(s, "net", net), "__call__": lambda s, x, t: s.net(x)})(),
+    ],
+    ids=["closure", "partial", "attribute"],
+)
+def test_models_that_keep_state_are_refused(wrap, backend):
+    net = norm()
+    _, *tensors = problem()
+    with pytest.raises(RuntimeError, match="changed its buffers 0.num_batches_tracked.*model.eval"):
+        unroll(wrap(net), *tensors, backend=backend)
+    unroll(wrap(net.eval()), *tensors, backend=backend)
+
+
+def test_threads(backend):
+    """Rollouts side by side, forwards and pulls interleaved, give what they give alone."""
+    model, x, weights, times = problem(pair=True, family="vp")
+    inputs = [x + k for k in range(4)]
+    alone = [Rollout(model, v, weights, times, backend=backend).pull(v[None]) for v in inputs]
+    together, barrier = [None] * 4, threading.Barrier(4)
+
+    def work(k):
+        barrier.wait()
+        for _ in range(3):
+            together[k] = Rollout(model, inputs[k], weights, times, backend=backend).pull(inputs[k][None])
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for a, t in zip(alone, together, strict=True):
+        assert torch.equal(a.weights, t.weights) and torch.equal(a.x, t.x)
+
+
+def test_gil_is_released_outside_the_model():
+    if isinstance(module._extension(), Exception):
+        pytest.skip("the reference runs in Python")
+    count, stop = [0], threading.Event()
+
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    def spin():
+        while not stop.is_set():
+            count[0] += 1
+
+    thread = threading.Thread(target=spin)
+    x = torch.randn(2, 2_000_000)
+    weights, times = torch.ones(1, 2, 6), torch.ones(2)
+    rollout = Rollout(lambda x, t: x * 2, x, weights, times, backend="cpp")
+    thread.start()
+    before = count[0]
+    rollout.pull(x[None])
+    after = count[0]
+    stop.set()
+    thread.join()
+    assert after > before
+
+
+def test_plan_is_readable_and_fits(backend):
+    model, *tensors = problem(steps=6, rows=64)
+    size = Rollout(model, *tensors, memory_budget=1, backend=backend).plan.activation_bytes
+    assert size > 64 * 32 * 8
+    for kept in (0, 1, 3, 6):
+        plan = Rollout(model, *tensors, memory_budget=kept * size + size // 2, backend=backend).plan
+        assert (plan.kept, plan.steps) == (kept, 6) and f"the graphs of {kept} of 6" in str(plan)
+    assert Rollout(model, *tensors, backend=backend).plan.kept == 0
+    assert Rollout(model, *tensors, memory_budget=0.5, backend=backend).plan.kept == 6
+
+
+def test_frozen_weights_do_not_count_as_activations(backend):
+    """The weights a frozen layer saves for its backward live on without the graph."""
+    wide = nn.Sequential(nn.Linear(48, 4096), nn.Tanh(), nn.Linear(4096, 48)).double().requires_grad_(False)
+    _, *tensors = problem()
+    rollout = Rollout(lambda x, t: wide(x.flatten(1)).reshape(x.shape), *tensors, memory_budget=1, backend=backend)
+    assert rollout.plan.activation_bytes < 2 * 3 * 4096 * 8
+
+
+def test_budget_saves_calls(backend):
+    net, *tensors = problem()
+    calls = itertools.count()
+
+    def model(x, t):
+        next(calls)
+        return net(x, t)
+
+    size = Rollout(model, *tensors, memory_budget=1, backend=backend).plan.activation_bytes
+    for budget, expected in ((None, 8), (2 * size, 6), (10**9, 4)):
+        calls = itertools.count()
+        rollout = Rollout(model, *tensors, memory_budget=budget, backend=backend)
+        rollout.pull(rollout.states[None])
+        assert next(calls) == expected
+    calls = itertools.count()
+    Rollout(model, *tensors, wrt=["weights"], backend=backend).pull(tensors[0][None])
+    assert next(calls) == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(memory_budget=0.0), "memory_budget=0.0.*fraction"),
+        (dict(memory_budget=True), "memory_budget=True"),
+        (dict(memory_budget=-1), "memory_budget=-1"),
+        (dict(backend="triton"), "backend='triton'.*'cpp' or 'reference'"),
+        (dict(guided=99), "guided=99.*48 elements"),
+        (dict(weights=torch.ones(2, 4, 8)), r"weights have shape \(2, 4, 8\).*R = 1 or 3"),
+        (dict(times=torch.ones(5)), r"times have shape \(5,\)"),
+        (dict(model=lambda x, t: x[:, :1]), r"the model returned torch.float64 \(3, 1, 4, 4\).*give"),
+        (dict(model=lambda x, t: None), "the model returned <class 'NoneType'>"),
+    ],
+)
+def test_errors_name_the_value_and_what_is_allowed(change, message):
+    model, x, weights, times = problem()
+    arguments = dict(model=model, x=x, weights=weights, times=times) | change
+    with pytest.raises(ValueError, match=message):
+        unroll(**arguments)
+
+
+def test_errors_of_a_rollout():
+    model, x, weights, times = problem()
+    with pytest.raises(ValueError, match=r"parameters\[0\].*requires grad"):
+        Rollout(model, x, weights, times, parameters=[x])
+    with pytest.raises(ValueError, match="wrt=.'y'.*choose from x, weights, times"):
+        Rollout(model, x, weights, times, wrt=["y"])
+    with pytest.raises(ValueError, match="cotangents are torch.float64"):
+        Rollout(model, x, weights, times).pull(x)
+
+
+def test_no_leak(backend):
+    """Live tensors after 200 rollouts, backward or not, are those of before."""
+    model, *tensors = problem(steps=2, rows=1)
+    parameters = list(model.parameters())
+
+    def once(i):
+        budget = (None, 1, 4000, 10**9)[i % 4]
+        states = unroll(model, *leaves(*tensors), parameters=parameters, memory_budget=budget, backend=backend)
+        if i % 3:
+            states.sum().backward()
+
+    def alive():
+        gc.collect()
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+    for i in range(4):
+        once(i)
+    before = alive()
+    for i in range(200):
+        once(i)
+    assert alive() <= before
