@@ -22,7 +22,10 @@ from examples import mnist
 STEPS = (5, 10)
 UNIQUE, EPOCHS = 1024, 5
 METHODS = ("euler", "ab2", "ab3", "ab4", "dpmpp_2m", "dpmpp_3m", "unip2", "unip3", "deis", "deis3")
-SPACINGS = {"flow": ("uniform", "lambda", "karras", "shift0.5", "shift3"), "vp": ("uniform", "lambda", "karras")}
+SPACINGS = {
+    "flow": ("uniform", "lambda", "karras", "shift0.5", "shift3"),
+    "vp": ("uniform", "lambda", "karras"),
+}
 RESULTS = Path(__file__).parent / "results" / "recipe.csv"
 
 
@@ -36,7 +39,12 @@ def main() -> None:
         target = getattr(mnist, model)()
         task = {k: target[k] for k in ("model", "shape", "schedule", "cond")}
         result = search(
-            **task, num_steps=STEPS, method="lion", samples=UNIQUE * EPOCHS, unique_samples=UNIQUE, name="lion"
+            **task,
+            num_steps=STEPS,
+            method="lion",
+            samples=UNIQUE * EPOCHS,
+            unique_samples=UNIQUE,
+            name="lion",
         )
         names = [f"{m}/{n}@{s}" for n in STEPS for m in METHODS for s in SPACINGS[model]]
         table = compare(solvers=[*names, *result.solvers.values()], samples=options.samples, **target)

@@ -48,9 +48,7 @@ def load_target(name: str) -> dict:
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"model {name!r}: {error}; it is looked for in {os.getcwd()} and on the path"
-        ) from error
+        raise ValueError(f"model {name!r}: {error}; it is looked for in {os.getcwd()} and on the path") from error
     if not hasattr(found, attribute):
         public = ", ".join(k for k, v in vars(found).items() if not k.startswith("_") and callable(v))
         raise ValueError(f"model {name!r}: {module} has no {attribute!r}; it has: {public}")
@@ -108,9 +106,7 @@ def _compare(options: argparse.Namespace) -> None:
     target = load_target(options.model)
     out = Path(options.out)
     _check_folder(out)
-    arguments = {
-        k: getattr(options, k) for k in ("samples", "seed", "device") if getattr(options, k) is not None
-    }
+    arguments = {k: getattr(options, k) for k in ("samples", "seed", "device") if getattr(options, k) is not None}
     result = compare(
         solvers=options.solvers or list(DEFAULT_SOLVERS), num_steps=options.steps,
         **_accepted(compare, target), **arguments,

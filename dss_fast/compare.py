@@ -46,10 +46,7 @@ class Comparison:
             lines.append([_cell(key, cells.get(key)) for key in titles])
         widths = [max(len(line[k]) for line in lines) for k in range(len(titles))]
         text = [
-            "  ".join(
-                c.ljust(w) if k == 0 else c.rjust(w)
-                for k, (c, w) in enumerate(zip(line, widths, strict=True))
-            )
+            "  ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(line, widths, strict=True)))
             for line in lines
         ]
         return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
@@ -62,9 +59,7 @@ class Comparison:
         """Error against steps, a line per method. Needs matplotlib."""
         return plot_errors(self.rows, path, metric=metric)
 
-    def plot_samples(
-        self, path: str | os.PathLike, solvers: Sequence[str] | None = None, *, rows: int = 8
-    ) -> Path:
+    def plot_samples(self, path: str | os.PathLike, solvers: Sequence[str] | None = None, *, rows: int = 8) -> Path:
         """Samples side by side from the same noise, the reference last. Needs matplotlib."""
         titles = list(self.images) if solvers is None else [*solvers, "reference"]
         return plot_samples({t: self.images[t] for t in titles}, path, rows=rows)
@@ -115,9 +110,7 @@ def compare(
     frechet, accuracy, ms_per_sample. Raises ValueError before any work when a solver does not fit.
     """
     schedule = Flow() if schedule is None else schedule
-    problem = Problem(
-        model, tuple(shape), schedule, cond, uncond, guidance_scale, guided_channels, device, dtype, seed
-    )
+    problem = Problem(model, tuple(shape), schedule, cond, uncond, guidance_scale, guided_channels, device, dtype, seed)
     table = _expand(solvers, schedule, num_steps)
     grid = dense_grid(schedule, REFERENCE_EVALUATIONS)
     sizes = [min(batch_size, samples - k) for k in range(0, samples, batch_size)]
@@ -208,9 +201,7 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     return float((shift + c1.trace() + c2.trace() - 2 * cross).clamp_min(0))
 
 
-def _expand(
-    solvers: Sequence[Solver | str], schedule: Schedule, num_steps: Sequence[int]
-) -> dict[str, Solver]:
+def _expand(solvers: Sequence[Solver | str], schedule: Schedule, num_steps: Sequence[int]) -> dict[str, Solver]:
     """title -> solver, in order, names without steps once for each number of steps."""
     table: dict[str, Solver] = {}
     for item in solvers:

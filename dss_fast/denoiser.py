@@ -1,4 +1,4 @@
-"""The network as a solver sees it: (x, t) -> output. Conditions, guidance's doubled batch, dtypes, counting and checks."""
+"""The network as a solver sees it: (x, t) -> output. Conditions, guidance's doubled batch, dtypes, count, checks."""
 
 from __future__ import annotations
 

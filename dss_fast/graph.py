@@ -28,9 +28,7 @@ class _Capture:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(
-                2
-            ):  # lazily made handles, autotuning and Triton's modules must exist before the capture
+            for _ in range(2):  # lazily made handles, autotuning and Triton's modules must exist before the capture
                 function(**self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()

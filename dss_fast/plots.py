@@ -24,9 +24,7 @@ def plot_solver(solver: Solver, path: str | os.PathLike) -> Path:
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(1.6 + 0.62 * n, 2.6 + 0.62 * n), height_ratios=[max(n, 4), 1.3], layout="constrained"
     )
-    table = [
-        [c if j <= i else float("nan") for j, c in enumerate(row)] for i, row in enumerate(solver.coeffs)
-    ]
+    table = [[c if j <= i else float("nan") for j, c in enumerate(row)] for i, row in enumerate(solver.coeffs)]
     limit = max(abs(c) for row in solver.coeffs for c in row)
     image = top.imshow(table, cmap="RdBu_r", vmin=-limit, vmax=limit)
     for i, row in enumerate(table):
@@ -61,9 +59,7 @@ def plot_errors(rows: Sequence[Mapping], path: str | os.PathLike, *, metric: str
         line = sorted(methods[method], key=lambda r: r["num_steps"])
         searched = line[0]["searched"]
         style = (
-            {"color": _COLORS["searched"], "lw": 2.4, "zorder": 3}
-            if searched
-            else {"color": next(colors), "lw": 1.2}
+            {"color": _COLORS["searched"], "lw": 2.4, "zorder": 3} if searched else {"color": next(colors), "lw": 1.2}
         )
         steps, values = [r["num_steps"] for r in line], [r[metric] for r in line]
         axes.plot(steps, values, "o-", ms=5, label=method, **style)
@@ -76,9 +72,7 @@ def plot_errors(rows: Sequence[Mapping], path: str | os.PathLike, *, metric: str
                 color=style["color"],
             )
     axes.set(yscale="log", xlabel="network evaluations per sample", ylabel=f"{metric} to the fine reference")
-    axes.set_xticks(
-        sorted({r["num_steps"] for r in rows}), labels=map(str, sorted({r["num_steps"] for r in rows}))
-    )
+    axes.set_xticks(sorted({r["num_steps"] for r in rows}), labels=map(str, sorted({r["num_steps"] for r in rows})))
     axes.minorticks_off()
     axes.grid(alpha=0.25, which="both")
     axes.spines[["top", "right"]].set_visible(False)

@@ -78,7 +78,8 @@ def sample(
     if cuda_graph:
         if callback is not None or return_trajectory or check_finite:
             raise ValueError(
-                "cuda_graph=True replays all steps at once: callback, return_trajectory and check_finite=True need it off"
+                "cuda_graph=True replays all steps at once; callback, return_trajectory and check_finite=True "
+                "need it off"
             )
         return _replay(model, x, weights, times, cond, uncond, elements, history_dtype, backend)
 
@@ -133,18 +134,15 @@ def _replay(model, x, weights, times, cond, uncond, elements, history_dtype, bac
         now = {k: tensors.get(f"cond.{k}", v) for k, v in cond.items()}
         then = None if uncond is None else {k: tensors.get(f"uncond.{k}", v) for k, v in uncond.items()}
         denoise = Denoiser(model, now, then, check_finite=False)
-        for _, x, _ in steps(denoise, x, weights, times, elements, history_dtype, backend):  # noqa: B007
-            pass
-        return x
+        *_, (_, last, _) = steps(denoise, x, weights, times, elements, history_dtype, backend)
+        return last
 
     fixed = (signature(cond), None if uncond is None else signature(uncond))
     key = (id(model), fixed, elements, history_dtype, backend)
     return replay(key, loop, {"x": x, "weights": weights, "times": times, **given, **null})
 
 
-def find_solver(
-    solver: Solver | str, schedule: Schedule | None = None, num_steps: int | None = None
-) -> Solver:
+def find_solver(solver: Solver | str, schedule: Schedule | None = None, num_steps: int | None = None) -> Solver:
     """A solver from a Solver, ``"published/N"``, ``"method/N"``, ``"method/N@spacing"`` or the path of a JSON file.
 
     num_steps stands in for a missing ``/N``. Raises ValueError listing what exists.
@@ -214,9 +212,7 @@ def leading_elements(channels: int | None, shape: Sequence[int]) -> int | None:
     if channels is None:
         return None
     if len(shape) < 2 or not 0 < channels <= shape[1]:
-        raise ValueError(
-            f"guided_channels={channels!r}: samples of shape {tuple(shape[1:])} have 1 to {shape[1]}"
-        )
+        raise ValueError(f"guided_channels={channels!r}: samples of shape {tuple(shape[1:])} have 1 to {shape[1]}")
     return channels * int(torch.tensor(shape[2:]).prod()) if len(shape) > 2 else channels
 
 

@@ -108,9 +108,7 @@ class VP:
     def __post_init__(self):
         _check_prediction_type(self.prediction_type)
         if not 0 <= self.beta_min < self.beta_max < math.inf:
-            raise ValueError(
-                f"beta_min={self.beta_min!r}, beta_max={self.beta_max!r}: need 0 <= beta_min < beta_max"
-            )
+            raise ValueError(f"beta_min={self.beta_min!r}, beta_max={self.beta_max!r}: need 0 <= beta_min < beta_max")
 
     def _t(self, u: Tensor) -> Tensor:
         return (self.t_start - u.double()).clamp_min(self.t_end)
@@ -178,9 +176,7 @@ class DiscreteVP:
         return cls.from_betas(betas, **{"name": "linear", **options})
 
     @classmethod
-    def scaled_linear(
-        cls, num: int = 1000, start: float = 0.00085, end: float = 0.012, **options
-    ) -> DiscreteVP:
+    def scaled_linear(cls, num: int = 1000, start: float = 0.00085, end: float = 0.012, **options) -> DiscreteVP:
         """square roots of betas linear (Stable Diffusion)."""
         betas = torch.linspace(start**0.5, end**0.5, num, dtype=torch.float64) ** 2
         return cls.from_betas(betas, **{"name": "scaled_linear", **options})

@@ -115,7 +115,7 @@ class Solver:
         return tuple(b - a for a, b in pairwise(self.timesteps))
 
     def tensors(self) -> dict[str, Tensor | None]:
-        """timesteps, coeffs, noise_coeffs and network_timesteps as float64 tensors, the arguments of ``step_weights``."""
+        """timesteps, coeffs, noise_coeffs and network_timesteps as float64 tensors, as ``step_weights`` takes."""
         keys = ("timesteps", "coeffs", "noise_coeffs", "network_timesteps")
         values = {key: getattr(self, key) for key in keys}
         return {k: None if v is None else torch.tensor(v, dtype=torch.float64) for k, v in values.items()}

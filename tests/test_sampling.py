@@ -54,9 +54,7 @@ def test_any_shape(shape, name):
     assert torch.equal(x, kept), "the caller's noise was overwritten"
 
 
-@pytest.mark.parametrize(
-    "dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 1e-2)]
-)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 1e-2)])
 def test_dtypes(dtype, tolerance):
     x = torch.randn(4, 12, generator=GENERATOR, dtype=torch.float64)
     truth = sample(model, x, "sit-xl-2-256/8")

@@ -9,7 +9,15 @@ from dss_fast import VP, DiscreteVP, Flow
 from dss_fast.schedule import PREDICTION_TYPES, prediction, step_weights, transition
 
 U = torch.linspace(0, 1, 11, dtype=torch.float64)
-ALL = [Flow(), Flow(shift=3.0), Flow(convention="diffusers"), VP(), DiscreteVP.linear(), DiscreteVP.scaled_linear(), DiscreteVP.cosine()]
+ALL = [
+    Flow(),
+    Flow(shift=3.0),
+    Flow(convention="diffusers"),
+    VP(),
+    DiscreteVP.linear(),
+    DiscreteVP.scaled_linear(),
+    DiscreteVP.cosine(),
+]
 
 
 @pytest.mark.parametrize("schedule", ALL, ids=str)
@@ -42,7 +50,9 @@ def test_every_prediction_type_gives_the_same_history(schedule, kind):
         "velocity": x0 - epsilon,
         "v_prediction": alpha * epsilon - sigma * x0,
     }[kind]
-    schedule = type(schedule)(**{**{f: getattr(schedule, f) for f in schedule.__dataclass_fields__}, "prediction_type": kind})
+    schedule = type(schedule)(
+        **{**{f: getattr(schedule, f) for f in schedule.__dataclass_fields__}, "prediction_type": kind}
+    )
     p, q = prediction(schedule, u)
     assert torch.allclose(p * x + q * output, x0 - epsilon if schedule.family == "flow" else x0)
 
@@ -108,7 +118,12 @@ def test_weights_are_differentiable_and_finite(schedule):
 
 def test_guidance_shapes():
     u, c = torch.linspace(0, 1, 3, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
-    for scale, rows in ((2.0, 1), (torch.tensor([1.0, 2.0]), 1), (torch.ones(4, 1), 4), (torch.ones(4, 2), 4)):
+    for scale, rows in (
+        (2.0, 1),
+        (torch.tensor([1.0, 2.0]), 1),
+        (torch.ones(4, 1), 4),
+        (torch.ones(4, 2), 4),
+    ):
         weights, _ = step_weights(Flow(), u, c, guidance_scale=scale)
         assert weights.shape == (rows, 2, 6)
         assert torch.equal(weights[0, :, 3], torch.as_tensor(scale).double().expand(rows, 2)[0])

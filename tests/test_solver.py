@@ -14,11 +14,11 @@ PARITY = json.loads((Path(__file__).parent / "data" / "parity.json").read_text()
 GOOD = {"timesteps": (0, 0.25, 1), "coeffs": ((1, 0), (-0.5, 1.5)), "family": "flow"}
 
 
-@pytest.mark.parametrize(
-    "family, name, end", [(f, n, e) for f in ("flow", "vp") for n, e in PARITY[f]["end"].items()]
-)
+@pytest.mark.parametrize("family, name, end", [(f, n, e) for f in ("flow", "vp") for n, e in PARITY[f]["end"].items()])
 def test_published_tables_reach_the_authors_end_states(family, name, end):
-    matrix, bias, x, end = (torch.tensor(v, dtype=torch.float64) for v in (PARITY["M"], PARITY["b"], PARITY["x_init"], end))
+    matrix, bias, x, end = (
+        torch.tensor(v, dtype=torch.float64) for v in (PARITY["M"], PARITY["b"], PARITY["x_init"], end)
+    )
 
     def field(x, t):
         return 0.8 * torch.tanh(x @ matrix.T + t[:, None] * bias) + 0.2 * x
@@ -108,7 +108,9 @@ EXTENDED = Solver(
 
 
 @pytest.mark.parametrize(
-    "solver", [EXTENDED, handmade("unip3", 7, VP(), spacing="karras"), *map(Solver.named, Solver.names())], ids=lambda s: s.name
+    "solver",
+    [EXTENDED, handmade("unip3", 7, VP(), spacing="karras"), *map(Solver.named, Solver.names())],
+    ids=lambda s: s.name,
 )
 def test_json_round_trip_is_bit_exact(solver, tmp_path):
     solver.save(tmp_path / "s.json")
