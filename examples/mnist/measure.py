@@ -65,14 +65,6 @@ def milliseconds(model: torch.nn.Module, batch: int = 64, repeats: int = 10) -> 
     return 1000 * best / batch
 
 
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (n, F), (m, F), in float64."""
-    a, b = a.double(), b.double()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    cross = torch.linalg.eigvals(cov_a @ cov_b).real.clamp_min(0).sqrt().sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
-
-
 def digits_from(target: dict[str, Any], solver: str, labels: Tensor, seed: int) -> Tensor:
     """One image per label (n, 1, 28, 28), in parts of 100."""
     from dss_fast import sample
@@ -104,6 +96,8 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--sheets", type=Path, default=HERE, help="folder for the PNGs")
     args = parser.parse_args()
+    from dss_fast.compare import frechet_distance
+
     torch.set_num_threads(1)
 
     classifier = load_classifier()
