@@ -82,7 +82,7 @@ class Problem:
             self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
     def batch(self, stream: str, number: int, size: int) -> Batch:
-        """Batch ``number`` of a stream, ``"train"`` or ``"held_out"``: drawn on the CPU, the same everywhere."""
+        """Batch ``number`` of a stream (``"train"``, ``"held_out"``), drawn on the CPU, the same anywhere."""
         if size < self.world:
             raise ValueError(f"a batch of {size} samples cannot be shared by {self.world} processes")
         generator = torch.Generator().manual_seed(mix(self.seed, stream, number))

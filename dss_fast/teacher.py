@@ -36,8 +36,10 @@ class Grid:
     half linear in time and half in a log-SNR that stays finite where alpha or sigma vanish. ``end`` is
     where the network's time stops (0.998 for VP's t = 0.999 - u with t >= 0.001, 1 for a flow).
 
-    points: (M + 1,) u. ds_du, and (x, y) -> dx/ds as two columns (M + 1, 2). predict, correct: (M, 4)
-    weights on the four newest y, oldest first, of the two Adams formulas; ratio: (M,) the factor of x.
+    jump: whether a last step from there to u = 1 remains (a discrete table's, to clean data).
+
+    points: (M + 1,) u. slope: (M + 1, 2), dx/ds = slope_0 x + slope_1 y. predict, correct: (M, 4) weights on
+    the four newest y, oldest first, of the two Adams formulas; ratio: (M,) the factor of x.
     """
 
     schedule: Schedule
@@ -49,11 +51,14 @@ class Grid:
     predict: Tensor = field(init=False, repr=False)
     correct: Tensor = field(init=False, repr=False)
     ratio: Tensor = field(init=False, repr=False)
+    jump: bool = field(init=False)
 
     def __post_init__(self):
         set_ = lambda key, value: object.__setattr__(self, key, value)  # noqa: E731
         schedule, m = self.schedule, self.intervals
         set_("end", _last_moving_u(schedule))
+        _, (end, final) = schedule.alpha_sigma(torch.tensor([self.end, 1.0], dtype=torch.float64))
+        set_("jump", self.end < 1 and bool((end - final).abs() > 1e-9))
         s = torch.linspace(0, 1, m + 1, dtype=torch.float64)
         u = self.inverse(s)
         set_("points", u)
@@ -185,15 +190,18 @@ def integrate(predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, grid: Grid
     if len(history) <= m:
         # A flow's network may be undefined at sigma = 0: its last y is extrapolated.
         history.append(_mixed(torch.tensor([-1.0, 4.0, -6.0, 4.0]), history[-4:]))
+    elif grid.jump:
+        # y is the result itself here: 7e-4 off where the predictor stood, 1.5e-5 at the corrected state.
+        history[m] = predict(x, grid.points[m])
     slopes.append(slope(x, history[m], grid.slope[m]))
     a, b = transition(schedule, torch.tensor([grid.end, 1.0], dtype=torch.float64))
-    last = float(a) * x + float(b) * history[m] if grid.end < 1 else x
+    last = float(a) * x + float(b) * history[m] if grid.jump else x
     return Trajectory(grid, torch.stack(states, 1), torch.stack(slopes, 1), last)
 
 
 def evaluations(grid: Grid) -> int:
-    """Model calls of :func:`integrate` per sample: one a step, nine for the start, one at VP's end."""
-    return grid.intervals + 9 + (grid.schedule.family == "vp")
+    """Model calls of :func:`integrate` per sample: one a step, nine for the start, one or two at VP's end."""
+    return grid.intervals + 9 + (grid.schedule.family == "vp") + grid.jump
 
 
 @lru_cache(maxsize=16)
@@ -201,11 +209,12 @@ def dense_grid(schedule: Schedule, budget: int = EVALUATIONS) -> Grid:
     """The grid whose trajectory takes ``budget`` model calls, at least 16. Raises ValueError below."""
     if budget < 16:
         raise ValueError(f"teacher evaluations={budget!r}: need at least 16 (48 to 64 are usual)")
-    return Grid(schedule, budget - 9 - (schedule.family == "vp"))
+    jump = Grid(schedule, 3).jump
+    return Grid(schedule, budget - 9 - (schedule.family == "vp") - jump)
 
 
 def paper_points(schedule: Schedule, num: int = 100) -> Tensor:
-    """The paper's teacher grid: ``num`` Euler steps for a flow (num + 1 points), DDIM on ``num`` points for VP.
+    """The paper's teacher grid: ``num`` Euler steps for a flow (num + 1 points), ``num`` of DDIM for VP.
 
     VP: t from t_start to 0 in equal parts, the last clamped to t_end, so num - 1 model calls and no final
     jump to x0 (arXiv 2505.21114, released code).

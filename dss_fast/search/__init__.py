@@ -53,6 +53,9 @@ def search(
     progress: bool = True,
     report: bool = True,
     decode: Callable | None = None,
+    features: Any = None,
+    classify: Any = None,
+    labels: Any = None,
     **settings,
 ) -> SearchResult:
     """Searches timesteps and coefficients that take the model from noise to where a fine solver takes it:
@@ -67,14 +70,15 @@ def search(
     method: ``"gauss_newton"``, or ``"lion"``, the paper's recipe (arXiv 2505.21114).
     initial: the solver to start from, a Solver or a name that fits every N (``"ab2"``).
     samples, batch_size: by default the method's.
-    seed: settles all noise and conditions; a Generator gives one number. The global generators stay as they are.
+    seed: settles all noise and conditions; a Generator gives one number. Global generators stay as they are.
     device: where noise is put; by default the model's. dtype: of the states.
     budget: the most model evaluations to spend (forward 1, backward 2; guidance counts once; the teacher,
         checks and rejected steps count).
-    out: a run folder: config, log, checkpoints, solvers, a report. resume: continue the search in it, to the
-        bit-identical table. cache: a folder for teacher trajectories; ``out/teacher`` by default.
+    out: a run folder: config, log, checkpoints, solvers, a report. resume: continue the search in it, to
+        the bit-identical table. cache: a folder for teacher trajectories; ``out/teacher`` by default.
     key: names the model in the cache instead of a hash of its parameters. name: of the solvers.
     report: write report.md with pictures into ``out``. decode: latents -> images in [0, 1], for its pictures.
+    features, classify, labels: ``compare`` takes them; here so that one dict describes a model to both.
     settings: the method's own; see ``search.lion``, ``search.gauss_newton``.
 
     Under torchrun the samples are shared by the processes; rank 0 reports. Ctrl-C ends the search with the
@@ -179,10 +183,19 @@ def _method(method: str | None, settings: dict) -> tuple[Callable, dict]:
     if method not in METHODS:
         raise ValueError(f"method={method!r}: choose {' or '.join(map(repr, METHODS))}")
     run = getattr(importlib.import_module(f"{__name__}.{method}"), method)
-    accepted = set(inspect.signature(run).parameters) - {"problem", "steps", "state", "cache", "key", "initial"}
+    accepted = set(inspect.signature(run).parameters) - {
+        "problem",
+        "steps",
+        "state",
+        "cache",
+        "key",
+        "initial",
+    }
     for name in settings:
         if name not in accepted:
-            raise ValueError(f"method {method!r} has no setting {name!r}; it has: {', '.join(sorted(accepted))}")
+            raise ValueError(
+                f"method {method!r} has no setting {name!r}; it has: {', '.join(sorted(accepted))}"
+            )
     return run, dict(settings)
 
 
@@ -223,7 +236,11 @@ class _frozen:
 def _plain(value: Any) -> Any:
     if isinstance(value, Solver):
         return value.to_dict()
-    return value if isinstance(value, str | int | float | bool | list | tuple | dict | None) else repr(type(value))
+    return (
+        value
+        if isinstance(value, str | int | float | bool | list | tuple | dict | None)
+        else repr(type(value))
+    )
 
 
 def _versions() -> dict[str, str]:

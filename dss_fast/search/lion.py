@@ -1,4 +1,4 @@
-"""The paper's recipe: softmax increments, a strict triangle, Lion, the unrolled graph (arXiv 2505.21114, 4.3 and App. C).
+"""The paper's recipe (arXiv 2505.21114): softmax increments, a strict triangle, Lion on the unrolled run.
 
     dt = softmax(raws),  u_{i+1} = u_i + dt_i,  c_ii = 1 - sum_{j<i} c_ij
     loss = sum_i mean |x_i - teacher[round(u_i L)]|^2 + 1000 mean huber_{0.001}(x_N - teacher[L])
@@ -56,14 +56,15 @@ def lion(
     short_tail: the last two rows use the immediately preceding output only; None: for N = 5 and 6.
     check_every: batches between looks at ``check_samples`` held-out ones, 20 looks by default. The solver
         with the smallest held-out error at the end point is kept. check_samples=0: the last is.
-    cache, key, memory: of kept trajectories, see ``Teacher``. memory_budget: of the rollout, see ``unroll``.
+    cache, key, memory: of kept trajectories, see ``Teacher``. memory_budget: see ``unroll``.
     """
     Lion = _lion_class()
     total = math.ceil(samples / batch_size)
     check_every = check_every or max(1, total // 20)
     points = {n: _Point(n, problem, initial, short_tail) for n in steps}
     optimizers = {
-        n: Lion(point.parameters, lr=lr, betas=betas, weight_decay=weight_decay) for n, point in points.items()
+        n: Lion(point.parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+        for n, point in points.items()
     }
     done = 0
     if state is not None:
@@ -114,7 +115,7 @@ def lion(
             problem.spend(batch_size * 3 * n)
             if not all(bool(v.isfinite().all()) for v in (loss, *(p.grad for p in point.parameters))):
                 raise FloatingPointError(
-                    f"the loss of N = {n} is {float(loss):.4g} with gradients that are not all finite, at batch "
+                    f"the loss of N = {n} is {float(loss):.4g} with gradients not all finite, at batch "
                     f"{done} of {total}; a smaller lr than {lr} may help"
                 )
             optimizers[n].step()
@@ -176,7 +177,9 @@ class _Point:
         loss = difference.square().sum() / share
         if huber_weight:
             end = difference[:, -1]
-            huber = torch.nn.functional.huber_loss(end, torch.zeros_like(end), reduction="sum", delta=huber_delta)
+            huber = torch.nn.functional.huber_loss(
+                end, torch.zeros_like(end), reduction="sum", delta=huber_delta
+            )
             loss = loss + huber_weight * huber / share
         return loss
 
@@ -231,7 +234,7 @@ class _HeldOut:
 
     @torch.no_grad()
     def error(self, point: _Point) -> float:
-        """Root mean square over samples and elements, over all processes; inf keeps any point when not wanted."""
+        """Root mean square over samples, elements and processes."""
         problem, sums = self.problem, torch.zeros(2, dtype=torch.float64)
         for k, size in enumerate(self.sizes):
             batch = problem.batch("held_out", k, size)
@@ -240,14 +243,16 @@ class _HeldOut:
             weights, times = problem.weights(batch, timesteps, coeffs)
             real = torch.promote_types(problem.dtype, torch.float32)
             weights, times = weights.to(problem.device, real), times.to(problem.device, real)
-            states = unroll(problem.denoiser(batch), batch.noise, weights, times, guided=problem.guided_elements)
+            states = unroll(
+                problem.denoiser(batch), batch.noise, weights, times, guided=problem.guided_elements
+            )
             error = (states[:, -1] - target).double().square()
             sums += torch.tensor([float(error.sum()), error.numel()], dtype=torch.float64)
         problem.spend_once("held-out teacher", sum(self.sizes) * self.calls)
         problem.spend(sum(self.sizes) * point.num_steps)
         sums = sums.to(problem.device) if problem.device.type == "cuda" else sums
         problem.all_reduce(sums)
-        return float((sums[0] / sums[1]).sqrt()) if self.sizes else math.inf
+        return float((sums[0] / sums[1]).sqrt())
 
     def _end(self, batch: Batch) -> dict[str, Tensor]:
         problem = self.problem
@@ -256,7 +261,7 @@ class _HeldOut:
 
 
 def point_table(raws: Tensor, lower: Tensor, places: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """timesteps (N + 1,) and coeffs (N, N) from raws (N,) and the free entries of the triangle; differentiable."""
+    """timesteps (N + 1,) and coeffs (N, N) from raws (N,) and the triangle's free entries; differentiable."""
     n = len(raws)
     timesteps = torch.cat([raws.new_zeros(1), torch.softmax(raws, 0).cumsum(0)])
     triangle = raws.new_zeros(n, n).index_put(places, lower)

@@ -24,7 +24,10 @@ def overview(result, path: str | os.PathLike) -> None:
     pyplot = _pyplot()
     count = len(result.solvers)
     figure, axes = pyplot.subplots(1 + count, 2, figsize=(11, 3.2 * (1 + count)), squeeze=False)
-    for axis, key, title in ((axes[0, 0], "loss", "training loss"), (axes[0, 1], "held_out", "held-out error")):
+    for axis, key, title in (
+        (axes[0, 0], "loss", "training loss"),
+        (axes[0, 1], "held_out", "held-out error"),
+    ):
         for n in result.solvers:
             at, values = result.curve(key, n)
             axis.plot(at, values, marker="." if len(at) < 50 else None, lw=1, label=f"N = {n}")
@@ -63,7 +66,9 @@ def write_report(result, problem: Problem, config: dict, *, decode: Callable | N
         _, values = result.curve("held_out", n)
         first, best = (f"{values[0]:.4g}", f"{min(values):.4g}") if values else ("", "")
         before, after = errors[n]
-        lines.append(f"| {n} | {first} | {best} | {before:.4g} | {after:.4g} | [solver-{n}.json](solver-{n}.json) |")
+        lines.append(
+            f"| {n} | {first} | {best} | {before:.4g} | {after:.4g} | [solver-{n}.json](solver-{n}.json) |"
+        )
     lines += [
         "",
         f"Before: Euler (DDIM) on equal steps. RMSE to the fine trajectory, {SAMPLES} samples, per element.",
@@ -90,7 +95,9 @@ def _pictures(result, problem: Problem, decode: Callable | None, out: Path) -> t
     pyplot = _pyplot()
     overview(result, out / "overview.png")
     pictures, errors = [out / "overview.png"], {}
-    figure, axes = pyplot.subplots(1, len(result.solvers), figsize=(5 * len(result.solvers), 3.6), squeeze=False)
+    figure, axes = pyplot.subplots(
+        1, len(result.solvers), figsize=(5 * len(result.solvers), 3.6), squeeze=False
+    )
     for axis, (n, solver) in zip(axes[0], result.solvers.items(), strict=True):
         ends = []
         for label, table in (("before", handmade("euler", n, problem.schedule)), ("after", solver)):

@@ -40,8 +40,8 @@ CHECKPOINT_SECONDS = 1.0  # a checkpoint is tens of kilobytes and two syncs, abo
 class SearchResult:
     """What a search found.
 
-    solvers: by number of steps. history: one dict per event, ``evaluations``, ``loss`` and ``held_out`` (by
-    N) among its keys. evaluations: of the model, as counted by :class:`Problem`. interrupted: ended by
+    solvers: by number of steps. history: one dict per event, ``evaluations``, ``loss`` and ``held_out``
+    (by N) among its keys. evaluations: of the model, as counted by :class:`Problem`. interrupted: ended by
     Ctrl-C. out: the run folder.
     """
 
@@ -55,7 +55,9 @@ class SearchResult:
     def solver(self) -> Solver:
         """The solver, when one number of steps was searched."""
         if len(self.solvers) != 1:
-            raise ValueError(f"{len(self.solvers)} solvers were searched; choose: solvers[{list(self.solvers)}]")
+            raise ValueError(
+                f"{len(self.solvers)} solvers were searched; choose: solvers[{list(self.solvers)}]"
+            )
         return next(iter(self.solvers.values()))
 
     def curve(self, key: str, num_steps: int) -> tuple[list[int], list[float]]:
@@ -88,7 +90,9 @@ class RunFolder:
         known = self.path / "config.json"
         if known.exists():
             if not resume:
-                raise FileExistsError(f"{self.path} holds a search; pass resume=True or choose another folder")
+                raise FileExistsError(
+                    f"{self.path} holds a search; pass resume=True or choose another folder"
+                )
             self._check(json.loads(known.read_text(encoding="utf-8")))
             self.checkpoint = self._load()
         sweep(self.path)
@@ -99,7 +103,7 @@ class RunFolder:
         for key in sorted((found.keys() | mine.keys()) - {"budget", "versions", "date", "processes"}):
             if found.get(key) != mine.get(key):
                 raise ValueError(
-                    f"{self.path} cannot be resumed: {key} was {found.get(key)!r} and is now {mine.get(key)!r}; "
+                    f"{self.path} cannot be resumed: {key} was {found.get(key)!r}, now {mine.get(key)!r}; "
                     "use the same settings or another folder"
                 )
 
@@ -195,6 +199,7 @@ def drive(
                 folder.close()
             return result
     bar = _bar(progress and problem.rank == 0)
+    shown: dict[str, str] = {}
     last, saved_at, unsaved = None, time.monotonic(), False
 
     def keep(finished: bool = False) -> None:
@@ -215,7 +220,7 @@ def drive(
                 if folder:
                     folder.log(line)
                 history.append(_with_step_keys(line))
-                _show(bar, last)
+                _show(bar, last, shown)
                 if time.monotonic() - saved_at > CHECKPOINT_SECONDS or len(history) == 1:
                     keep()
                     saved_at, unsaved = time.monotonic(), False
@@ -232,7 +237,9 @@ def drive(
         if result.solvers:
             keep()
             kept = ", ".join(s.name for s in result.solvers.values())
-            error.add_note(f"the best so far ({kept}) is in error.result" + (f" and {folder.path}" if folder else ""))
+            error.add_note(
+                f"the best so far ({kept}) is in error.result" + (f" and {folder.path}" if folder else "")
+            )
             error.result = result
         raise
     finally:
@@ -241,7 +248,9 @@ def drive(
     return result
 
 
-def _signed(solvers: dict[int, Solver], event: dict, provenance: dict | None, before: dict[int, Solver]) -> dict:
+def _signed(
+    solvers: dict[int, Solver], event: dict, provenance: dict | None, before: dict[int, Solver]
+) -> dict:
     """The solvers with name, source and provenance; those that did not change stay the same objects."""
     signed = {}
     for n, solver in solvers.items():
@@ -328,7 +337,7 @@ def _bar(wanted: bool):
     return tqdm(unit="step", dynamic_ncols=True, smoothing=0.1)
 
 
-def _show(bar, event: dict) -> None:
+def _show(bar, event: dict, shown: dict[str, str]) -> None:
     """Stage, losses and evaluations beside the bar; tqdm adds the time left."""
     if isinstance(bar, _Silent):
         return
@@ -337,11 +346,12 @@ def _show(bar, event: dict) -> None:
         if bar.n == 0 and done > 1:
             bar.initial = done  # resumed: the rate counts from here
         bar.n, bar.total = done, total
-    values = event.get("held_out") or event.get("loss") or {}
-    label = "error" if event.get("held_out") else "loss"
-    texts = [f"N={n} {v:.4g}" for n, v in values.items() if v is not None and math.isfinite(v)]
-    if texts:
-        bar.set_postfix_str(f"{label} {', '.join(texts)}, {event['evaluations']:,} evaluations", refresh=False)
+    for key, label in (("loss", "loss"), ("held_out", "error")):
+        values = {n: v for n, v in (event.get(key) or {}).items() if v is not None and math.isfinite(v)}
+        if values:
+            shown[label] = f"{label} " + " ".join(f"N={n} {v:.4g}" for n, v in values.items())
+    bar.set_postfix_str(", ".join([*shown.values(), f"{event['evaluations']:,} evaluations"]), refresh=False)
     bar.set_description(event.get("stage") or "search", refresh=False)
     bar.update(0)
-    bar.refresh() if done == total else None
+    if done == total:
+        bar.refresh()
