@@ -97,7 +97,7 @@ def _launch_forward(x, output, history, weights, index, guided, y, in_place, out
         size, history.stride(0), history.stride(1), y.stride(0),
         batch, blocks, steps, slots, size if guided < 0 else guided,
         PAIR=output.shape[0] != batch, ROW_WEIGHTS=weights.shape[0] != 1, ROW_INDEX=index.shape[0] != 1,
-        IN_PLACE=in_place, BLOCK=BLOCK, num_warps=WARPS,
+        IN_PLACE=in_place, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -239,7 +239,7 @@ def multistep_step_backward(grad_x_next, grad_y, x, output, history, weights, in
             size, past.stride(0), past.stride(1), batch, blocks, steps, slots, size if guided < 0 else guided,
             PAIR=output.shape[0] != batch, ROW_WEIGHTS=weights.shape[0] != 1, ROW_INDEX=index.shape[0] != 1,
             GRAD_Y=grad_y is not None, X=dx, OUTPUT=doutput, HISTORY=dhistory, ROW=row,
-            BLOCK=BLOCK, num_warps=WARPS,
+            BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return *grads, sums.sum(1) if row else sums
 
@@ -269,8 +269,8 @@ def _pull_kernel(
     own = tl.load(adjoints + j * stride + lane, mask=read, other=0.0).to(dtype)
     pulled = tl.zeros_like(own)
     first = tl.where(active, j, steps).to(tl.int32)
-    for i in range(first, steps, 8):
-        for k in tl.static_range(8):
+    for i in range(first, steps, 4):
+        for k in tl.static_range(4):
             later = table + (i + k) * columns + 4 + j
             pulled += _slot(adjoints, later, (i + k) * stride, lane, left, i + k < steps)
 
@@ -302,6 +302,6 @@ def multistep_pull(adjoints, weights, index, pair=False, guided=-1):
         _pull_kernel[(batch * blocks,)](
             adjoints, weights.contiguous(), index.contiguous(), dx, doutput,
             size, adjoints.stride(0), adjoints.stride(1), batch, blocks, steps, slots, size if guided < 0 else guided,
-            PAIR=pair, ROW_WEIGHTS=weights.shape[0] != 1, ROW_INDEX=index.shape[0] != 1, BLOCK=BLOCK, num_warps=WARPS,
+            PAIR=pair, ROW_WEIGHTS=weights.shape[0] != 1, ROW_INDEX=index.shape[0] != 1, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return dx, doutput

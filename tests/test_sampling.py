@@ -190,7 +190,7 @@ class Kinds(nn.Module):
         (lambda x: sample(lambda x, t: None, x, "euler/4"), ValueError, ("NoneType",)),
         (lambda x: sample(model, x, "euler/4", cond={"label": x}), ValueError, ("'label'", "y, strength")),
         (lambda x: sample(Kinds(), x, "euler/4", cond={"y": x}), ValueError, ("'y'", "label")),
-        (lambda x: sample(model, x, "euler/4", cond={"y": torch.ones(2)}), ValueError, ("cond['y']", "2 rows", "3 samples")),
+        (lambda x: sample(model, x, "euler/4", cond={"y": torch.ones(2)}), ValueError, ("cond", "2 rows", "3 sam")),
         (lambda x: sample(model, x, "euler"), ValueError, ("euler/10",)),
         (lambda x: sample(model, x, "heun/4"), ValueError, ("heun/4", "sit-xl-2-256", "dpmpp_2m")),
         (lambda x: sample(model, x, "gone.json"), OSError, ("gone.json",)),

@@ -1,0 +1,100 @@
+"""The command line, as a user types it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dss_fast import Solver
+from dss_fast.__main__ import main
+
+TARGET = """
+import torch
+
+def velocity(x, t, y):
+    return torch.tanh(y[:, None] - x * (1 + t[:, None]))
+
+def draw(n, generator):
+    return {"y": torch.randint(0, 2, (n,), generator=generator).float()}
+
+def target():
+    return {"model": velocity, "shape": (6,), "cond": draw}
+
+def pictures():
+    return {**target(), "decode": lambda x: x.sigmoid().reshape(-1, 1, 2, 3)}
+
+def empty():
+    return {"model": velocity}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "mymodel.py").write_text(TARGET)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("mymodel", None)
+    return tmp_path
+
+
+def test_search_sample_compare_show(folder, capsys):
+    pytest.importorskip("matplotlib", reason="the plots extra, in requirements.txt")
+    arguments = "search mymodel:target --steps 3,4 --method lion --samples 320 -o runs"
+    assert main(arguments.split()) == 0
+    solver = Solver.load(folder / "runs" / "solver-3.json")
+    assert solver.num_steps == 3 and solver.provenance["method"] == "lion"
+    assert main("compare mymodel:target runs/solver-3.json euler ab2 --steps 3 --samples 32 -o cmp".split()) == 0
+    rows = json.loads((folder / "cmp" / "compare.json").read_text())
+    assert [r["num_steps"] for r in rows] == [3, 3, 3] and (folder / "cmp" / "compare.png").exists()
+    assert main("sample mymodel:pictures --solver runs/solver-3.json -n 8 -o digits.png".split()) == 0
+    assert main("sample mymodel:target --solver ab2 --steps 6 -n 8 -o x.safetensors --seed 4".split()) == 0
+    assert (folder / "digits.png").stat().st_size > 2000 and (folder / "x.safetensors").exists()
+    assert main("show runs/solver-3.json --plot table.png".split()) == 0
+    out = capsys.readouterr().out
+    assert "3 steps, flow" in out and (folder / "table.png").exists()
+    assert main(["show"]) == 0 and "sit-xl-2-256/10" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("search mymodel --steps 3", ("mymodel", "module:attribute")),
+        ("search nothere:x --steps 3", ("nothere", "No module")),
+        ("search mymodel:gone --steps 3", ("gone", "target", "draw")),
+        ("search mymodel:empty --steps 3", ("shape",)),
+        ("compare mymodel:target heun --steps 3", ("heun", "dpmpp_2m")),
+        ("sample mymodel:target --solver gone.json", ("gone.json",)),
+        ("show sit-xl-2-256/99", ("sit-xl-2-256/99", "dit-xl-2-256")),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(folder, capsys, arguments, words):
+    assert main(arguments.split()) == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and all(word in text for word in words), text
+
+
+@pytest.mark.parametrize("arguments", ["search mymodel:target --steps 0", "search mymodel:target --steps five"])
+def test_steps_must_be_numbers(folder, capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments.split())
+    assert stop.value.code == 2 and "numbers of steps" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a file where a folder should be")
+@pytest.mark.parametrize(
+    "command", ["search mymodel:target --steps 3 -o taken/run", "compare mymodel:target -o taken/run"]
+)
+def test_unwritable_folder_before_the_work(folder, capsys, command):
+    (folder / "taken").write_text("a file")
+    assert main(command.split()) == 2
+    assert "taken" in capsys.readouterr().err
+
+
+def test_module_entry_point(folder):
+    run = subprocess.run([sys.executable, "-m", "dss_fast", "--version"], capture_output=True, text=True, check=True)
+    import dss_fast
+
+    assert run.stdout.strip() == dss_fast.__version__ and torch.__version__
