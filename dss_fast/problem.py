@@ -74,9 +74,7 @@ class Problem:
                 raise ValueError(f"guidance_scale={self.guidance_scale!r}: give a number, or low and high")
         self.guided = self.uncond is not None and (ranged or self.guidance_scale != 1)
         if not self.guided and (ranged or self.guidance_scale != 1):
-            raise ValueError(
-                f"guidance_scale={self.guidance_scale!r} needs uncond, the unconditional arguments"
-            )
+            raise ValueError(f"guidance_scale={self.guidance_scale!r} needs uncond, the unconditional arguments")
         self.guided_elements = leading_elements(self.guided_channels, (1, *self.shape))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -150,10 +148,12 @@ class Problem:
         return self.budget is None or self.evaluations + evaluations <= self.budget
 
     def all_reduce(self, *tensors: Tensor) -> None:
-        """Sums each tensor over all processes, in place."""
+        """Sums each tensor over all processes, in place, in float64 and in one message."""
         if self.world > 1:
-            for tensor in tensors:
-                torch.distributed.all_reduce(tensor)
+            together = torch.cat([tensor.reshape(-1).to(self.device, torch.float64) for tensor in tensors])
+            torch.distributed.all_reduce(together)
+            for tensor, part in zip(tensors, together.split([t.numel() for t in tensors]), strict=True):
+                tensor.copy_(part.reshape(tensor.shape))
 
     def fingerprint(self) -> str:
         """A hash of the model's parameters and buffers and of what it returns for two fixed samples."""

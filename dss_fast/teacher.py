@@ -344,9 +344,7 @@ def _column(values: Tensor, like: Tensor) -> Tensor:
 
 # Coefficients of 1, f, f^2, f^3 for x_k, dx_k, x_{k+1}, dx_{k+1}; and of the derivative in f.
 _HERMITE = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [-3, -2, 3, -1], [2, 1, -2, 1]], dtype=torch.float64)
-_HERMITE_SLOPE = torch.tensor(
-    [[0, 1, 0, 0], [-6, -4, 6, -2], [6, 3, -6, 3], [0, 0, 0, 0]], dtype=torch.float64
-)
+_HERMITE_SLOPE = torch.tensor([[0, 1, 0, 0], [-6, -4, 6, -2], [6, 3, -6, 3], [0, 0, 0, 0]], dtype=torch.float64)
 
 
 def _cubic(first: int) -> tuple[Callable, Callable]:

@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -58,11 +60,10 @@ class Store:
                 "seed": problem.seed,
                 "process": [problem.rank, problem.world],
             }
-            self._key = hashlib.blake2b(
-                json.dumps(described, sort_keys=True).encode(), digest_size=16
-            ).hexdigest()
+            self._key = hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=16).hexdigest()
             self._folder = Path(cache) / self._key
             self._folder.mkdir(parents=True, exist_ok=True)
+            sweep(self._folder, older_than=3600)  # younger ones may be another search's
             if not os.access(self._folder, os.W_OK):
                 raise PermissionError(f"teacher cache {self._folder} is not writable; choose another folder")
 
@@ -173,10 +174,13 @@ def save_tensors(
         raise
 
 
-def sweep(folder: Path) -> None:
-    """Removes what interrupted writes left in a folder."""
-    for path in folder.glob(".*.safetensors.*"):
-        path.unlink(missing_ok=True)
+def sweep(folder: Path, older_than: float = 0.0) -> None:
+    """Removes what interrupted writes left in a folder, ``older_than`` seconds: the files to be renamed."""
+    for kind in ("safetensors", "json", "jsonl", "md"):
+        for path in folder.glob(f".*.{kind}.*"):
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime >= older_than:
+                    path.unlink()
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -193,9 +193,7 @@ def _method(method: str | None, settings: dict) -> tuple[Callable, dict]:
     }
     for name in settings:
         if name not in accepted:
-            raise ValueError(
-                f"method {method!r} has no setting {name!r}; it has: {', '.join(sorted(accepted))}"
-            )
+            raise ValueError(f"method {method!r} has no setting {name!r}; it has: {', '.join(sorted(accepted))}")
     return run, dict(settings)
 
 
@@ -236,11 +234,7 @@ class _frozen:
 def _plain(value: Any) -> Any:
     if isinstance(value, Solver):
         return value.to_dict()
-    return (
-        value
-        if isinstance(value, str | int | float | bool | list | tuple | dict | None)
-        else repr(type(value))
-    )
+    return value if isinstance(value, str | int | float | bool | list | tuple | dict | None) else repr(type(value))
 
 
 def _versions() -> dict[str, str]:

@@ -63,8 +63,7 @@ def lion(
     check_every = check_every or max(1, total // 20)
     points = {n: _Point(n, problem, initial, short_tail) for n in steps}
     optimizers = {
-        n: Lion(point.parameters, lr=lr, betas=betas, weight_decay=weight_decay)
-        for n, point in points.items()
+        n: Lion(point.parameters, lr=lr, betas=betas, weight_decay=weight_decay) for n, point in points.items()
     }
     done = 0
     if state is not None:
@@ -177,9 +176,7 @@ class _Point:
         loss = difference.square().sum() / share
         if huber_weight:
             end = difference[:, -1]
-            huber = torch.nn.functional.huber_loss(
-                end, torch.zeros_like(end), reduction="sum", delta=huber_delta
-            )
+            huber = torch.nn.functional.huber_loss(end, torch.zeros_like(end), reduction="sum", delta=huber_delta)
             loss = loss + huber_weight * huber / share
         return loss
 
@@ -243,14 +240,11 @@ class _HeldOut:
             weights, times = problem.weights(batch, timesteps, coeffs)
             real = torch.promote_types(problem.dtype, torch.float32)
             weights, times = weights.to(problem.device, real), times.to(problem.device, real)
-            states = unroll(
-                problem.denoiser(batch), batch.noise, weights, times, guided=problem.guided_elements
-            )
+            states = unroll(problem.denoiser(batch), batch.noise, weights, times, guided=problem.guided_elements)
             error = (states[:, -1] - target).double().square()
             sums += torch.tensor([float(error.sum()), error.numel()], dtype=torch.float64)
         problem.spend_once("held-out teacher", sum(self.sizes) * self.calls)
         problem.spend(sum(self.sizes) * point.num_steps)
-        sums = sums.to(problem.device) if problem.device.type == "cuda" else sums
         problem.all_reduce(sums)
         return float((sums[0] / sums[1]).sqrt())
 

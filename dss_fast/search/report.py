@@ -66,9 +66,7 @@ def write_report(result, problem: Problem, config: dict, *, decode: Callable | N
         _, values = result.curve("held_out", n)
         first, best = (f"{values[0]:.4g}", f"{min(values):.4g}") if values else ("", "")
         before, after = errors[n]
-        lines.append(
-            f"| {n} | {first} | {best} | {before:.4g} | {after:.4g} | [solver-{n}.json](solver-{n}.json) |"
-        )
+        lines.append(f"| {n} | {first} | {best} | {before:.4g} | {after:.4g} | [solver-{n}.json](solver-{n}.json) |")
     lines += [
         "",
         f"Before: Euler (DDIM) on equal steps. RMSE to the fine trajectory, {SAMPLES} samples, per element.",
@@ -95,16 +93,14 @@ def _pictures(result, problem: Problem, decode: Callable | None, out: Path) -> t
     pyplot = _pyplot()
     overview(result, out / "overview.png")
     pictures, errors = [out / "overview.png"], {}
-    figure, axes = pyplot.subplots(
-        1, len(result.solvers), figsize=(5 * len(result.solvers), 3.6), squeeze=False
-    )
+    figure, axes = pyplot.subplots(1, len(result.solvers), figsize=(5 * len(result.solvers), 3.6), squeeze=False)
     for axis, (n, solver) in zip(axes[0], result.solvers.items(), strict=True):
         ends = []
         for label, table in (("before", handmade("euler", n, problem.schedule)), ("after", solver)):
             states = _run(whole, batch, table)
             u = torch.tensor(table.timesteps[1:], dtype=torch.float64)
             error = (states - trajectory.at(u)).square().flatten(2).mean((0, 2)).sqrt()
-            axis.plot(u, error.cpu(), marker="o", ms=3, label=label)
+            axis.plot(u.tolist(), error.tolist(), marker="o", ms=3, label=label)
             ends.append((float(error[-1]), states[:, -1]))
         axis.set(title=f"N = {n}: error by stage", xlabel="u (0 noise, 1 data)", ylabel="RMSE", yscale="log")
         axis.grid(alpha=0.3)
@@ -142,7 +138,7 @@ def _heat_map(axis, solver: Solver, title: str) -> None:
     table = torch.tensor(solver.coeffs)
     limit = max(1.0, float(table.abs().max()))
     upper = torch.ones_like(table).triu(1).bool()
-    picture = axis.imshow(table.masked_fill(upper, float("nan")), cmap="RdBu_r", vmin=-limit, vmax=limit)
+    picture = axis.imshow(table.masked_fill(upper, float("nan")).tolist(), cmap="RdBu_r", vmin=-limit, vmax=limit)
     if solver.num_steps <= 12:
         for i in range(solver.num_steps):
             for j in range(i + 1):
@@ -168,7 +164,7 @@ def _sheet(rows: dict[str, Tensor], path: Path, title: str) -> None:
     figure, axes = pyplot.subplots(len(rows), 1, figsize=(12, 1.1 * len(rows) + 0.5), squeeze=False)
     for axis, (label, images) in zip(axes[:, 0], rows.items(), strict=True):
         strip = torch.cat(list(images[:SAMPLES].float().cpu().clamp(0, 1)), -1).movedim(0, -1)
-        axis.imshow(strip.squeeze(-1), cmap="gray" if strip.shape[-1] == 1 else None, vmin=0, vmax=1)
+        axis.imshow(strip.squeeze(-1).numpy(), cmap="gray" if strip.shape[-1] == 1 else None, vmin=0, vmax=1)
         axis.set(xticks=[], yticks=[])
         axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
     figure.suptitle(title)

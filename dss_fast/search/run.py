@@ -55,9 +55,7 @@ class SearchResult:
     def solver(self) -> Solver:
         """The solver, when one number of steps was searched."""
         if len(self.solvers) != 1:
-            raise ValueError(
-                f"{len(self.solvers)} solvers were searched; choose: solvers[{list(self.solvers)}]"
-            )
+            raise ValueError(f"{len(self.solvers)} solvers were searched; choose: solvers[{list(self.solvers)}]")
         return next(iter(self.solvers.values()))
 
     def curve(self, key: str, num_steps: int) -> tuple[list[int], list[float]]:
@@ -90,9 +88,7 @@ class RunFolder:
         known = self.path / "config.json"
         if known.exists():
             if not resume:
-                raise FileExistsError(
-                    f"{self.path} holds a search; pass resume=True or choose another folder"
-                )
+                raise FileExistsError(f"{self.path} holds a search; pass resume=True or choose another folder")
             self._check(json.loads(known.read_text(encoding="utf-8")))
             self.checkpoint = self._load()
         sweep(self.path)
@@ -237,9 +233,7 @@ def drive(
         if result.solvers:
             keep()
             kept = ", ".join(s.name for s in result.solvers.values())
-            error.add_note(
-                f"the best so far ({kept}) is in error.result" + (f" and {folder.path}" if folder else "")
-            )
+            error.add_note(f"the best so far ({kept}) is in error.result" + (f" and {folder.path}" if folder else ""))
             error.result = result
         raise
     finally:
@@ -248,9 +242,7 @@ def drive(
     return result
 
 
-def _signed(
-    solvers: dict[int, Solver], event: dict, provenance: dict | None, before: dict[int, Solver]
-) -> dict:
+def _signed(solvers: dict[int, Solver], event: dict, provenance: dict | None, before: dict[int, Solver]) -> dict:
     """The solvers with name, source and provenance; those that did not change stay the same objects."""
     signed = {}
     for n, solver in solvers.items():
