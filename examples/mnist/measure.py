@@ -15,7 +15,7 @@ from . import data, decode, flow, load_classifier, load_flow, load_vp, real_feat
 from .model import NULL_CLASS, vp_alpha_sigma
 
 HERE = Path(__file__).parent
-FINE = {"flow": "ab4/50", "vp": "dpmpp_3m/50@lambda"}
+FINE = {"flow": "ab4/32", "vp": "dpmpp_3m/32@lambda"}
 
 
 def noised(kind: str, images: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -92,6 +92,7 @@ def save_sheet(path: Path, images: Tensor, columns: int, zoom: int = 3) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.mnist.measure", description=__doc__)
+    parser.add_argument("kinds", nargs="*", default=["flow", "vp"], help="flow, vp or both")
     parser.add_argument("--samples", type=int, default=500, help="images per model and figure")
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--sheets", type=Path, default=HERE, help="folder for the PNGs")
@@ -103,12 +104,13 @@ def main() -> None:
     classifier = load_classifier()
     images, truth = data.held_out_split()
     accuracy = (classifier(images).argmax(1) == truth).float().mean()
-    print(f"classifier: held-out accuracy {accuracy:.3f}")
+    print(f"classifier: held-out accuracy {accuracy:.3f}", flush=True)
     real = real_features()
     print(
         f"held-out against training images: Frechet {frechet_distance(real[:500], real[500:]):.2f}"
     )
-    for kind, target in (("flow", flow(args.guidance)), ("vp", vp(args.guidance))):
+    for kind in args.kinds:
+        target = {"flow": flow, "vp": vp}[kind](args.guidance)
         model = target["model"]
         count = sum(p.numel() for p in model.parameters())
         print(f"{kind}: {count:,} parameters, {milliseconds(model):.2f} ms per image")

@@ -154,7 +154,9 @@ def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module, optimizers: Op
 
 def save_weights(path: Path, ema: nn.Module) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.half().contiguous() for name, value in ema.state_dict().items()}, path)
+    tensors = {name: value.half().contiguous() for name, value in ema.state_dict().items()}
+    save_file(tensors, path.with_suffix(".partial"))
+    path.with_suffix(".partial").replace(path)
 
 
 def train(args: argparse.Namespace, checkpoint: Path, weights: Path) -> None:
