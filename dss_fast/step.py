@@ -214,7 +214,7 @@ def multistep_step(x, output, history, weights, index, *, guided=None, out=None,
         x_next, y = _step(*inputs) if module is None else _ModuleStep.apply(module, *inputs)
         return x_next, _written(history, y, index, weights.shape[1])
     if out is None:
-        out = torch.empty_like(x)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
     (_step_inplace if module is None else module.multistep_step_)(x, output, history, weights, index, guided, out)
     return out, history
 
