@@ -28,6 +28,7 @@ from .diffusers_config import (
     stock_scheduler,
     table_schedule,
 )
+from .start import starting_at
 
 __all__ = [
     "DSSScheduler",
@@ -371,15 +372,3 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         noise = sample - alpha * y
         self._history[:, -1] = noise if self.schedule.family == "flow" else noise / sigma
         self._noise_slot_empty = False
-
-
-def starting_at(weights: Tensor, first: int) -> Tensor:
-    """The weights (R, N, 4 + K) of a run whose history begins at step ``first``.
-
-    What rows give to the predictions before it goes to y_first: the prediction is taken as constant until then.
-    """
-    weights = weights.clone()
-    early = slice(4, 4 + first)
-    weights[:, first:, 4 + first] += weights[:, first:, early].sum(2)
-    weights[:, :, early] = 0
-    return weights

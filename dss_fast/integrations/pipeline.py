@@ -1,0 +1,480 @@
+"""from_pipeline: a diffusers pipeline as a search target.
+
+The pipeline is run for a few steps under a scheduler that takes notes: what its network was called with, and what it made
+of the outputs. From the notes follow the model, its conditions and the guidance; nothing here knows any pipeline by name.
+What was found is then checked against what the pipeline did, so that an arrangement this module does not understand
+(guidance that is not linear, image latents beside the noisy ones) is refused and not searched wrongly.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .diffusers import DSSScheduler
+from .diffusers_config import model_schedule
+
+TIMES = ("timestep", "timesteps", "t")
+STEPS = 3  # of the run that is studied; the middle one checks what the outer two say
+
+
+def from_pipeline(
+    pipe, prompts: Sequence[str] | Mapping[str, Any], *, batch_size: int = 4, generator=None, **arguments
+) -> dict[str, Any]:
+    """The keyword arguments of ``search``, ``sample`` and ``compare`` for the network of a pipeline.
+
+        target = from_pipeline(pipe, prompts, guidance_scale=3.5, height=1024, width=1024)
+        solver = search(**target, num_steps=8).solver
+
+    pipe: a text-to-image or text-to-video pipeline of diffusers, or one by class, with a transformer or a UNet.
+    prompts: n prompts, of which each search sample draws one; or arguments of the pipeline's call with n rows
+        each, tensors or lists (``{"prompt_embeds": ..., "pooled_prompt_embeds": ...}``, ``{"class_labels": [...]}``);
+        an entry with one row serves all.
+    batch_size: prompts encoded at a time; each costs one network call.
+    arguments: everything else the pipeline's call takes: guidance_scale, true_cfg_scale, negative_prompt, height, ...
+
+    Returns model, a module called as model(x, t, **cond) on the pipeline's own latents (packed, 5-D or doubled as they
+    are); shape; schedule, under the pipeline's shift (e^mu of this resolution where it is dynamic); cond, which draws
+    rows; uncond and guidance_scale, whether the pipeline doubles its batch, halves it as DiT does, or calls twice;
+    and decode for image latents of a KL autoencoder. Freezes the network's parameters.
+
+    Raises ValueError when the network's calls or its guidance are not understood, saying what was seen.
+    """
+    rows = _rows(prompts)
+    count = len(next(iter(rows.values())))
+    first = [_take(rows, [0]), _take(rows, [0, 1 % count])]
+    one, two = (_record(pipe, chunk, STEPS, generator, arguments) for chunk in first)
+    layout = _Layout.read(one, two, _given_scales(pipe, arguments))
+
+    cond: list[dict] = []
+    uncond: list[dict] = []
+    for start in range(0, count, batch_size):
+        chosen = list(range(start, min(start + batch_size, count)))
+        notes = _record(pipe, _take(rows, chosen), 1, generator, arguments)
+        branches = layout.conditions(notes.steps[0], len(chosen))
+        cond.append(branches[layout.cond])
+        uncond.append(branches[1 - layout.cond] if layout.guided else {})
+    conditions = {key: _join(key, [c[key] for c in cond]) for key in cond[0]}
+    null = {key: _common(key, [c[key] for c in uncond], conditions.get(key)) for key in uncond[0]}
+    null = {key: value for key, value in null.items() if not _repeats(conditions.get(key), value)}
+    if layout.guided and not null:
+        raise ValueError("both branches of the pipeline's guidance get the same arguments; nothing to guide with")
+
+    model = PipelineModel(one.module, layout)
+    schedule = model_schedule(pipe.scheduler.config, one.mu)
+    target = {
+        "model": model,
+        "shape": tuple(one.steps[0].sample.shape[1:]),
+        "schedule": schedule,
+        "cond": _Draw(conditions),
+        "uncond": null if layout.guided else None,
+        "guidance_scale": layout.scale,
+    }
+    _check(two, layout, model)
+    decode = _decoder(pipe, target["shape"], arguments)
+    return target if decode is None else {**target, "decode": decode}
+
+
+class PipelineModel(nn.Module):
+    """A pipeline's network as a solver calls it: (x (B, *S), t (B,) in the scheduler's units, **cond) -> (B, *S).
+
+    What the pipeline passes unchanged (image ids, guidance embeddings of one row, flags) is kept here.
+    """
+
+    def __init__(self, network: nn.Module, layout: _Layout):
+        super().__init__()
+        self.network = network.requires_grad_(False)
+        self._layout = layout
+
+    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        layout = self._layout
+        arguments = layout.arguments(cond, len(x))
+        arguments[layout.x_key] = x.to(layout.dtype)
+        arguments[layout.t_key] = (layout.time_scale * t + layout.time_shift).to(layout.time_dtype)
+        output = _tensor(self.network(**arguments))
+        return layout.sign * _mean(output, x)
+
+
+# ---- taking notes
+
+
+@dataclass
+class _Call:
+    module: nn.Module
+    arguments: dict[str, Any]
+    output: Tensor
+
+
+@dataclass
+class _Step:
+    calls: list[_Call]
+    t: float
+    sample: Tensor
+    output: Tensor
+
+
+@dataclass
+class _Notes:
+    """One run: its steps, the number of prompts and the resolution's shift."""
+
+    prompts: int
+    steps: list[_Step] = field(default_factory=list)
+    calls: list[_Call] = field(default_factory=list)
+    mu: float | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        return self.steps[0].calls[0].module
+
+
+class _NoteTaker(DSSScheduler):
+    """An Euler scheduler that writes down each step."""
+
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+        self._notes.mu = mu
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        calls, self._notes.calls = self._notes.calls, []
+        t = float(self.timesteps[self._locate(timestep)])
+        self._notes.steps.append(_Step(calls, t, sample.clone(), model_output.clone()))
+        return super().step(model_output, timestep, sample, generator, return_dict)
+
+
+def _record(pipe, chunk: Mapping[str, Any], steps: int, generator, arguments: Mapping[str, Any]) -> _Notes:
+    notes = _Notes(len(next(iter(chunk.values()))))
+    taker = _NoteTaker.from_config(pipe.scheduler.config, solver="euler", clip_sample=False)
+    taker._notes = notes
+    own = pipe.scheduler
+    with ExitStack() as stack:
+        networks = [m for name, m in pipe.components.items() if name.startswith(("transformer", "unet")) and m]
+        for network in networks:
+            network = getattr(network, "_orig_mod", network)
+            stack.callback(network.register_forward_hook(_noting(notes), with_kwargs=True).remove)
+        pipe.scheduler = taker
+        stack.callback(setattr, pipe, "scheduler", own)
+        stack.enter_context(_quiet(pipe))
+        if generator is None:
+            generator = torch.Generator().manual_seed(0)
+        options = {"output_type": "latent", "num_inference_steps": steps, "generator": generator, **arguments}
+        accepted = inspect.signature(pipe.__call__).parameters
+        if "num_images_per_prompt" in options or "num_videos_per_prompt" in options:
+            raise ValueError("leave out num_images_per_prompt: every search sample draws its own prompt and noise")
+        pipe(**{k: v for k, v in options.items() if k in accepted or k in arguments}, **chunk)
+    if len(notes.steps) != steps:
+        raise ValueError(f"the pipeline took {len(notes.steps)} steps where {steps} were asked for")
+    return notes
+
+
+def _noting(notes: _Notes) -> Callable:
+    def hook(module, args, kwargs, output):
+        arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        arguments |= arguments.pop("kwargs", {})
+        notes.calls.append(_Call(module, dict(arguments), _tensor(output).clone()))
+
+    return hook
+
+
+@contextmanager
+def _quiet(pipe):
+    config = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipe._progress_bar_config = config
+
+
+# ---- reading them
+
+
+@dataclass
+class _Layout:
+    """How a pipeline calls its network and what it makes of the outputs."""
+
+    x_key: str
+    t_key: str
+    dtype: torch.dtype
+    time_scale: float
+    time_shift: float
+    time_dtype: torch.dtype
+    calls: int  # a step
+    halves: int  # branches in one call: 2 for a doubled batch
+    doubled_state: bool  # the pipeline steps both halves of its batch, as DiT's does
+    fixed: dict[str, Any]  # arguments that do not depend on the prompt
+    repeated: dict[str, Any]  # lists with the same entry for every row
+    per_row: tuple[str, ...]
+    cond: int = 0
+    sign: float = 1.0
+    scale: float = 1.0
+
+    @property
+    def guided(self) -> bool:
+        return self.calls * self.halves == 2
+
+    @classmethod
+    def read(cls, one: _Notes, two: _Notes, scales: Sequence[float] = ()) -> _Layout:
+        step, calls = one.steps[0], one.steps[0].calls
+        if len({id(c.module) for s in one.steps for c in s.calls}) != 1:
+            raise ValueError("the pipeline runs more than one network; search each on its own, this one cannot")
+        if not 1 <= len(calls) <= 2 or any(len(s.calls) != len(calls) for s in one.steps):
+            seen = [len(s.calls) for s in one.steps]
+            raise ValueError(f"the pipeline called its network {seen} times in {STEPS} steps; 1 or 2 are understood")
+        names = list(inspect.signature(calls[0].module.forward).parameters)
+        x_key, t_key = names[0], next((n for n in TIMES if n in names), "")
+        x, t = calls[0].arguments[x_key], calls[0].arguments.get(t_key)
+        if not isinstance(t, Tensor) or t.ndim > 1:
+            shape = tuple(t.shape) if isinstance(t, Tensor) else t
+            raise ValueError(f"the network's time is {shape}; one number per sample is understood")
+        halves, doubled = len(x) // len(step.sample), False
+        if len(step.sample) == 2 * one.prompts:
+            halves, doubled = 2, True
+        if x.shape[1:] != step.sample.shape[1:] or len(x) != halves * one.prompts:
+            raise ValueError(
+                f"the network gets {tuple(x.shape)} where the scheduler steps {tuple(step.sample.shape)}: the pipeline "
+                "adds something to the latents, which a solver of latents alone cannot"
+            )
+        scale, shift = _time_map(one, t_key)
+        flat = [[_flatten(c.arguments, (x_key, t_key)) for c in notes.steps[0].calls] for notes in (one, two)]
+        fixed, repeated, per_row = {}, {}, []
+        for key in flat[0][0]:
+            kinds = {_kind(key, a[key], b[key]) for a, b in zip(*flat, strict=True)}
+            if "row" in kinds:
+                per_row.append(key)
+            elif "repeat" in kinds:
+                repeated[key] = flat[0][0][key][:1]
+            else:
+                fixed[key] = flat[0][0][key]
+        layout = cls(
+            x_key, t_key, x.dtype, scale, shift, t.dtype if t.is_floating_point() else torch.float32,
+            len(calls), halves, doubled, fixed, repeated, tuple(per_row),
+        )  # fmt: skip
+        layout._read_guidance(one, scales)
+        return layout
+
+    def branches(self, step: _Step, prompts: int) -> list[Tensor]:
+        """The network's outputs, one (B, *S) a branch, in the order the pipeline made them."""
+        return [half[:, : step.sample.shape[1]] for c in step.calls for half in c.output.split(prompts)]
+
+    def _read_guidance(self, notes: _Notes, scales: Sequence[float]) -> None:
+        """Least squares of the pipeline's combined output over the branches: sign * (m_u + g (m_c - m_u))."""
+        n = notes.prompts
+        columns = [
+            torch.cat([self.branches(s, n)[k].double().flatten() for s in notes.steps])
+            for k in range(self.calls * self.halves)
+        ]
+        wanted = torch.cat([s.output[:n].double().flatten() for s in notes.steps])
+        if len(columns) == 2 and torch.allclose(columns[0], columns[1], rtol=1e-4, atol=1e-6):
+            raise ValueError("the network gives the same output in both branches of the guidance: is it initialised?")
+        matrix = torch.stack(columns, 1)
+        weights = torch.linalg.lstsq(matrix, wanted[:, None]).solution[:, 0]
+        error = (matrix @ weights - wanted).norm() / wanted.norm()
+        total = float(weights.sum())
+        if error > self.tolerance or abs(abs(total) - 1) > self.tolerance:
+            raise ValueError(
+                f"the pipeline's output is no linear guidance of its network's ({error:.1e} off, weights "
+                f"{[round(float(w), 4) for w in weights]}): it may rescale or renormalise. Switch that off "
+                "(guidance_rescale=0, true_cfg_scale=1), or take a distilled guidance"
+            )
+        self.sign = 1.0 if total > 0 else -1.0
+        if len(columns) == 2:
+            # m_u + g (m_c - m_u) with the names exchanged is guidance 1 - g, so the larger is the guided one
+            self.cond = int(weights[1] / total > weights[0] / total)
+            seen = float(weights[self.cond]) / total
+            # rounding blurs what is seen; one of the call's own numbers, where it fits, is the exact one
+            close = [s for s in scales if abs(s - seen) <= self.tolerance * abs(seen)]
+            self.scale = min(close, key=lambda s: abs(s - seen), default=float(f"{seen:.5g}"))
+
+    @property
+    def tolerance(self) -> float:
+        return 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.05
+
+    def conditions(self, step: _Step, prompts: int) -> list[dict[str, Tensor]]:
+        """Per branch, the arguments with a row per prompt."""
+        flat = [_flatten(c.arguments, (self.x_key, self.t_key)) for c in step.calls]
+        branches = []
+        for arguments in flat:
+            for half in range(self.halves):
+                rows = slice(half * prompts, (half + 1) * prompts)
+                branches.append(
+                    {k: arguments[k][rows] if len(arguments[k]) > prompts else arguments[k] for k in self.per_row}
+                )
+        return branches
+
+    def arguments(self, cond: Mapping[str, Any], rows: int) -> dict[str, Any]:
+        flat = {**self.fixed, **{k: v * rows for k, v in self.repeated.items()}, **cond}
+        nested: dict[str, Any] = {}
+        for path, value in flat.items():
+            *outer, name = path.split(".")
+            place = nested
+            for key in outer:
+                place = place.setdefault(key, {})
+            place[name] = value
+        return nested
+
+
+class _Draw:
+    """cond(n, generator): rows of the conditions drawn at random with replacement."""
+
+    def __init__(self, conditions: dict[str, Tensor]):
+        self.conditions = conditions
+
+    def __call__(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        count = len(next(iter(self.conditions.values()))) if self.conditions else 1
+        device = "cpu" if generator is None else generator.device
+        chosen = torch.randint(count, (n,), generator=generator, device=device)
+        return {key: value[chosen.to(value.device)] for key, value in self.conditions.items()}
+
+
+def _given_scales(pipe, arguments: Mapping[str, Any]) -> list[float]:
+    """The guidance scales of a call, given or default."""
+    defaults = {k: p.default for k, p in inspect.signature(pipe.__call__).parameters.items()}
+    values = [v for k, v in {**defaults, **arguments}.items() if k.endswith(("guidance_scale", "cfg_scale"))]
+    return [float(v) for v in values if isinstance(v, int | float)]
+
+
+def _time_map(notes: _Notes, key: str) -> tuple[float, float]:
+    """(scale, shift) with network time = scale * scheduler time + shift, one of those in use."""
+    seen = [(s.t, float(s.calls[0].arguments[key].flatten()[0])) for s in notes.steps]
+    for scale in (1.0, 1e-3, -1e-3, -1.0):
+        for shift in (0.0, 1.0, 1000.0):
+            # 1 % because half precision rounds times, 2 for those who round them to whole numbers
+            if all(abs(scale * t + shift - net) <= 0.01 * abs(net) + 2e-3 * max(abs(scale), 1e-3) * 1000 for t, net in seen):
+                return scale, shift
+    raise ValueError(f"network times {[n for _, n in seen]} do not follow scheduler times {[t for t, _ in seen]}")
+
+
+def _kind(key: str, one: Any, two: Any) -> str:
+    """Whether an argument has a row per prompt: seen by what changes from one prompt to two."""
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        if one.ndim and len(two) == 2 * len(one) and one.shape[1:] == two.shape[1:]:
+            return "row"
+        if one.shape == two.shape:
+            return "fixed"
+        raise ValueError(f"{key} has shape {tuple(one.shape)} for one prompt and {tuple(two.shape)} for two")
+    if isinstance(one, list | tuple) and isinstance(two, list | tuple) and len(two) == 2 * len(one) > 0:
+        if all(entry == one[0] for entry in two):
+            return "repeat"
+        raise ValueError(f"{key} differs between prompts and is a list, {two!r}; only tensors can be drawn from")
+    return "fixed"
+
+
+def _flatten(arguments: Mapping[str, Any], without: Sequence[str] = (), prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in arguments.items():
+        if key in without:
+            continue
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, prefix=f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _check(notes: _Notes, layout: _Layout, model: PipelineModel) -> None:
+    """The model, called anew, must give what the pipeline gave to its scheduler."""
+    n = notes.prompts
+    with torch.no_grad():
+        for step in notes.steps[1:]:
+            x, t = step.sample[:n], torch.full((n,), step.t, device=step.sample.device)
+            outputs = [model(x, t, **cond) for cond in layout.conditions(step, n)]
+            guided = outputs[layout.cond]
+            if layout.guided:
+                null = outputs[1 - layout.cond]
+                guided = null + layout.scale * (guided - null)
+            error = (guided - step.output[:n]).float().norm() / step.output[:n].float().norm()
+            if not error <= layout.tolerance * max(1.0, abs(layout.scale)):
+                raise ValueError(
+                    f"called anew at time {step.t:g} the network differs from the pipeline's own run by {error:.1e}: "
+                    "the pipeline does something to its inputs that was not seen"
+                )
+
+
+def _decoder(pipe, shape: tuple[int, ...], arguments: Mapping[str, Any]) -> Callable | None:
+    """decode(latents (B, *S)) -> images in [0, 1], where the pipeline has a KL autoencoder of images."""
+    vae = getattr(pipe, "vae", None)
+    if type(vae).__name__ != "AutoencoderKL" or (len(shape) != 3 and not hasattr(pipe, "_unpack_latents")):
+        return None
+    config, factor = vae.config, getattr(pipe, "vae_scale_factor", 8)
+
+    def decode(latents: Tensor) -> Tensor:
+        if latents.ndim == 3:
+            side = getattr(pipe, "default_sample_size", 128) * factor
+            size = (arguments.get(key) or side for key in ("height", "width"))
+            latents = pipe._unpack_latents(latents, *size, factor)
+        latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0)
+        with torch.no_grad():
+            images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    return decode
+
+
+# ---- rows
+
+
+def _rows(prompts) -> dict[str, Any]:
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    rows = dict(prompts) if isinstance(prompts, Mapping) else {"prompt": list(prompts)}
+    lengths = {k: len(v) for k, v in rows.items() if isinstance(v, Tensor | list | tuple)}
+    count = max(lengths.values(), default=0)
+    if not count or set(lengths.values()) - {1, count}:
+        raise ValueError(f"prompts: every entry needs as many rows, or one for all; got {lengths or prompts!r}")
+    first = next(k for k, n in lengths.items() if n == count)
+    order = {first: rows.pop(first), **rows}
+    return {
+        k: v * count if isinstance(v, list | tuple) and len(v) == 1 else _expand(v, count) for k, v in order.items()
+    }
+
+
+def _expand(value: Any, count: int) -> Any:
+    return value.expand(count, *value.shape[1:]) if isinstance(value, Tensor) and len(value) == 1 else value
+
+
+def _take(rows: Mapping[str, Any], chosen: list[int]) -> dict[str, Any]:
+    def pick(value):
+        if isinstance(value, Tensor):
+            return value[chosen]
+        return [value[i] for i in chosen] if isinstance(value, list | tuple) else value
+
+    return {key: pick(value) for key, value in rows.items()}
+
+
+def _join(key: str, parts: list[Tensor]) -> Tensor:
+    shapes = {tuple(p.shape[1:]) for p in parts}
+    if len(shapes) > 1:
+        raise ValueError(f"{key} has rows of different shapes, {sorted(shapes)}; pad the prompts to one length")
+    return torch.cat(parts)
+
+
+def _common(key: str, parts: list[Tensor], like: Tensor | None) -> Tensor:
+    rows = _join(key, parts)
+    if like is not None and rows.shape[1:] != like.shape[1:]:
+        raise ValueError(
+            f"{key} has rows of {tuple(rows.shape[1:])} without and {tuple(like.shape[1:])} with the prompt; both run in "
+            "one batch, so pad the negative prompt to the same length"
+        )
+    if not all(torch.equal(row, rows[0]) for row in rows):
+        raise ValueError(f"the unconditional {key} differs between prompts; give one negative prompt for all")
+    return rows[:1]
+
+
+def _repeats(rows: Tensor | None, row: Tensor) -> bool:
+    return rows is not None and all(torch.equal(r, row[0]) for r in rows)
+
+
+def _tensor(output: Any) -> Tensor:
+    output = getattr(output, "sample", output)
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _mean(output: Tensor, x: Tensor) -> Tensor:
+    """Without the variances that DiT and PixArt also predict."""
+    return output[:, : x.shape[1]] if output.shape[1] == 2 * x.shape[1] else output
