@@ -1,0 +1,101 @@
+"""What only a GPU can show: capture and replay, no synchronisation, one launch a step."""
+
+import pytest
+import torch
+from step_inputs import draw
+
+from dss_fast import step_reference
+from dss_fast.step import multistep_step
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def loop(x, history, weights, index, model):
+    for i in range(weights.shape[1]):
+        multistep_step(x, model(x), history, weights, index[i : i + 1], out=x)
+    return x
+
+
+def trivial(x):
+    return torch.sin(x)
+
+
+def setting(steps=10, sample=(4, 32, 32), batch=2):
+    x, _, history, weights, _ = draw(sample, batch=batch, steps=steps, device="cuda")
+    weights[:, :, 0], weights[:, :, 4:] = 1, weights[:, :, 4:] * 0.05
+    return x, torch.full_like(history, float("nan")), weights, torch.arange(steps, device="cuda")
+
+
+def test_one_graph_replays_every_step():
+    x, history, weights, index = setting()
+    expected = x.clone()
+    slots = history.clone()
+    for i in range(10):
+        m = trivial(expected)
+        expected, y = step_reference.multistep_step(expected, m, slots, weights, index[i : i + 1])
+        slots[:, i] = y
+    static = x.clone()
+    loop(static, history, weights, index, trivial)  # compiles outside the capture
+    static.copy_(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loop(static, history, weights, index, trivial)
+    for _ in range(2):
+        static.copy_(x)
+        history.fill_(float("nan"))
+        graph.replay()
+        torch.testing.assert_close(static, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_index_on_the_device_serves_one_captured_step():
+    """A graph of a single step, with the index bumped on the device, is every step."""
+    x, history, weights, index = setting()
+    expected = loop(x.clone(), history.clone(), weights, index, trivial)
+    static, at = x.clone(), index[:1].clone()
+    multistep_step(static.clone(), trivial(static), history.clone(), weights, at)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        multistep_step(static, trivial(static), history, weights, at, out=static)
+        at += 1
+    static.copy_(x), at.zero_()
+    for _ in range(12):  # two more than there are steps: those change nothing
+        graph.replay()
+    assert torch.equal(static, expected)
+
+
+def test_no_synchronisation_and_one_launch_a_step():
+    x, history, weights, index = setting()
+    outputs = torch.randn(10, *x.shape, device="cuda")
+
+    def run():
+        for i in range(10):
+            multistep_step(x, outputs[i], history, weights, index[i : i + 1], out=x)
+
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert len([e for e in kernels if "_forward_kernel" in e.name]) == len(kernels) == 10
+
+
+def test_beyond_31_bits():
+    """Offsets are 64-bit: a history of 2^31 elements and more."""
+    free, _ = torch.cuda.mem_get_info()
+    size = (1 << 31) // 8 + 1024
+    if free < 12 * 2 * size:
+        pytest.skip("needs 7 GB of free memory")
+    x = torch.randn(1, size, device="cuda", dtype=torch.bfloat16)
+    history = torch.zeros(1, 8, size, device="cuda", dtype=torch.bfloat16)
+    history[:, 6, -5:] = 1
+    weights = torch.zeros(1, 8, 12, device="cuda")
+    weights[0, 7, 0], weights[0, 7, 2], weights[0, 7, 4 + 6] = 1, 1, 2
+    index = torch.tensor([7], device="cuda")
+    x_next, _ = multistep_step(x, x, history, weights, index)
+    assert torch.equal(x_next[:, -5:], x[:, -5:] + 2) and torch.equal(x_next[:, :-5], x[:, :-5])
+    assert torch.equal(history[:, 7], x)
