@@ -101,9 +101,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         self.register_to_config(family=family)
         self._methods = [name for name in names if handmade_name(name)]
         if thresholding and strict:
-            raise ValueError(
-                "thresholding=True clips x0 at every step, which no linear solver does; pass strict=False"
-            )
+            raise ValueError("thresholding=True clips x0 at every step, which no linear solver does; pass strict=False")
         if clip_sample:
             warnings.warn("clip_sample=True is not applied: DSSScheduler's steps are linear", stacklevel=2)
         prediction_of(self.config)
@@ -177,9 +175,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         given = next((v for v in (sigmas, timesteps) if v is not None), None)
         if given is not None:
             if num_inference_steps is not None and num_inference_steps != len(given):
-                raise ValueError(
-                    f"num_inference_steps={num_inference_steps}, but {len(given)} custom times are given"
-                )
+                raise ValueError(f"num_inference_steps={num_inference_steps}, but {len(given)} custom times are given")
             num_inference_steps = len(given)
         if num_inference_steps is None:
             raise ValueError("give num_inference_steps, or custom sigmas or timesteps for hand-made solvers")
@@ -188,9 +184,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         if table is not None:
             schedule = table_schedule(table, self.config, self.config.strict)
         else:
-            table, schedule = handmade_table(
-                self._method(n), self.config, n, sigmas=sigmas, timesteps=timesteps, mu=mu
-            )
+            table, schedule = handmade_table(self._method(n), self.config, n, sigmas=sigmas, timesteps=timesteps, mu=mu)
         weights, times = step_weights(schedule, **table.tensors())
         alpha, sigma = schedule.alpha_sigma(torch.tensor(table.timesteps, dtype=torch.float64))
         visible = sigma if schedule.family == "flow" else sigma / alpha
@@ -228,9 +222,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             model_output = self._mean(model_output, sample)
         if self._noise_slot_empty:
             self._imply_noise(i, model_output, sample)
-        sample, self._history = multistep_step(
-            sample, model_output, self._history, self._rows, self._index[i]
-        )
+        sample, self._history = multistep_step(sample, model_output, self._history, self._rows, self._index[i])
         self._step_index = self._next = i + 1
         if not return_dict:
             return (sample,)
@@ -255,9 +247,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         nearest = min(range(len(times)), key=lambda i: abs(times[i] - t))
         if abs(times[nearest] - t) > 1:
             known = ", ".join(f"{value:g}" for value in times[:20])
-            raise ValueError(
-                f"timestep {t:g} is none of this run's: {known}; pass the elements of scheduler.timesteps"
-            )
+            raise ValueError(f"timestep {t:g} is none of this run's: {known}; pass the elements of scheduler.timesteps")
         return nearest
 
     # ---- noise for img2img, inpainting and training
@@ -287,9 +277,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         else:
             alpha, sigma = (torch.tensor([values[i] for i in rows]) for values in self._alphas_sigmas)
         shape = (-1,) + (1,) * (like.ndim - 1)
-        return tuple(
-            v.to(like.dtype).to(like.device, non_blocking=True).reshape(shape) for v in (alpha, sigma)
-        )
+        return tuple(v.to(like.dtype).to(like.device, non_blocking=True).reshape(shape) for v in (alpha, sigma))
 
     def _training_levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         if family_of(self.config) == "flow":

@@ -169,18 +169,14 @@ def is_default_grid(sigmas: Sequence[float]) -> bool:
 def _flow_grid(method, config, n, sigmas, timesteps, mu) -> Grid:
     steps, kind = config.get("num_train_timesteps", 1000), prediction_of(config)
     if config.get("invert_sigmas"):
-        raise ValueError(
-            "invert_sigmas=True (Mochi) counts sigmas upwards; DSSScheduler does not know that convention"
-        )
+        raise ValueError("invert_sigmas=True (Mochi) counts sigmas upwards; DSSScheduler does not know that convention")
     if timesteps is not None and sigmas is None:
         sigmas = [float(t) / steps for t in timesteps]
     if sigmas is not None and (timesteps is not None or not is_default_grid(sigmas)):
         times = [float(s) * steps for s in sigmas] if timesteps is None else timesteps
         return Grid.flow([*sigmas, 0.0], times, prediction_type=kind)
     if config.get("use_flow_sigmas"):
-        stock = stock_scheduler(
-            "DPMSolverMultistepScheduler", {**config, "prediction_type": "flow_prediction"}
-        )
+        stock = stock_scheduler("DPMSolverMultistepScheduler", {**config, "prediction_type": "flow_prediction"})
         stock.set_timesteps(n, mu=mu if config.get("use_dynamic_shifting") else None)
     else:
         stock = stock_scheduler("FlowMatchEulerDiscreteScheduler", config)
@@ -208,14 +204,10 @@ def _vp_grid(method, config, n, sigmas, timesteps, mu) -> Grid:
         return Grid(alphas, ratio * alphas, stock.timesteps.tolist(), prediction_type=prediction_of(config))
     times = np.asarray(stock.timesteps.tolist() if timesteps is None else timesteps, dtype=np.float64)
     whole = (
-        config.get("set_alpha_to_one", True)
-        if method == "euler"
-        else config.get("final_sigmas_type") != "sigma_min"
+        config.get("set_alpha_to_one", True) if method == "euler" else config.get("final_sigmas_type") != "sigma_min"
     )
     whole = whole or times[-1] <= 0  # the stock scheduler would stand still for its last step
-    log_alpha = np.append(
-        np.interp(times, np.arange(len(table)), np.log(table)), 0.0 if whole else np.log(table[0])
-    )
+    log_alpha = np.append(np.interp(times, np.arange(len(table)), np.log(table)), 0.0 if whole else np.log(table[0]))
     return Grid(
         np.exp(0.5 * log_alpha),
         np.sqrt(-np.expm1(log_alpha)),
@@ -262,9 +254,7 @@ def read_solvers(solver) -> tuple[dict[int, Solver], list[str], list[dict]]:
             found = [entry]
             embedded.append(entry.to_dict())
         elif not isinstance(entry, str | Path):
-            raise ValueError(
-                f"solver={entry!r}: give a Solver, a name, the path of a JSON file or folder, or a list"
-            )
+            raise ValueError(f"solver={entry!r}: give a Solver, a name, the path of a JSON file or folder, or a list")
         elif str(entry).endswith(".json") or Path(entry).is_dir():
             files = sorted(Path(entry).glob("*.json")) if Path(entry).is_dir() else [entry]
             found = [Solver.load(file) for file in files]
@@ -276,9 +266,7 @@ def read_solvers(solver) -> tuple[dict[int, Solver], list[str], list[dict]]:
                 try:
                     found = [Solver.named(name) for name in family or [str(entry)]]
                 except ValueError as error:
-                    raise ValueError(
-                        f"{error}; hand-made: {', '.join(METHODS)}; or a path ending in .json"
-                    ) from None
+                    raise ValueError(f"{error}; hand-made: {', '.join(METHODS)}; or a path ending in .json") from None
         for table in found:
             if table.num_steps in tables:
                 raise ValueError(

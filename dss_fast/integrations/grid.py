@@ -84,6 +84,4 @@ class Grid:
         lower = place.detach().floor().clamp_max(max(len(table) - 2, 0)).long()
         upper = (lower + 1).clamp_max(len(table) - 1)
         fraction = place - lower
-        return torch.where(
-            fraction == 0, table[lower], table[lower] * (1 - fraction) + table[upper] * fraction
-        )
+        return torch.where(fraction == 0, table[lower], table[lower] * (1 - fraction) + table[upper] * fraction)

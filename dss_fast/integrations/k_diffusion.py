@@ -58,17 +58,18 @@ def sample_dss(
     given = sigmas.detach().double().cpu()
     table, first = _table(solver, given, family, strict)
     grid = _grid(table.family, given)
-    full = table if not first else None
-    if full is None:
+    if first:
         weights = _tail_weights(table, grid, first)
     else:
-        weights, _ = step_weights(grid, grid.timesteps, **_coefficients(table))
+        values = table.tensors()
+        weights, _ = step_weights(grid, grid.timesteps, values["coeffs"], noise_coeffs=values["noise_coeffs"])
     n = len(given) - 1
     real = torch.float64 if x.dtype == torch.float64 else torch.float32
     weights = weights.to(real).to(x.device, non_blocking=True)
     history = x.new_empty((len(x), weights.shape[2] - 4, *x.shape[1:]))
     if table.noise_coeffs is not None:
-        history[:, -1] = x / given[0]
+        # the noise in the solver's own variables: a VP state is alpha x with alpha = 1 / sqrt(1 + s^2)
+        history[:, -1] = x if table.family == "flow" else x / (1 + float(given[0]) ** 2) ** 0.5
     index = torch.arange(n, device=x.device).split(1)
     rows = x.new_ones([len(x)])
     for i in _steps(n, disable):
@@ -145,11 +146,6 @@ def _grid(family: str, sigmas: Tensor) -> Grid:
     if family == "flow":
         return Grid.flow(sigmas.tolist(), sigmas.tolist(), prediction_type="x0", convention="paper")
     return Grid.ve(sigmas.tolist())
-
-
-def _coefficients(table: Solver) -> dict[str, Tensor | None]:
-    values = table.tensors()
-    return {key: values[key] for key in ("coeffs", "noise_coeffs")}
 
 
 def _tail_weights(table: Solver, grid: Grid, first: int) -> Tensor:

@@ -345,7 +345,9 @@ def _time_map(notes: _Notes, key: str) -> tuple[float, float]:
     for scale in (1.0, 1e-3, -1e-3, -1.0):
         for shift in (0.0, 1.0, 1000.0):
             # 1 % because half precision rounds times, 2 for those who round them to whole numbers
-            if all(abs(scale * t + shift - net) <= 0.01 * abs(net) + 2e-3 * max(abs(scale), 1e-3) * 1000 for t, net in seen):
+            if all(
+                abs(scale * t + shift - net) <= 0.01 * abs(net) + 2e-3 * max(abs(scale), 1e-3) * 1000 for t, net in seen
+            ):
                 return scale, shift
     raise ValueError(f"network times {[n for _, n in seen]} do not follow scheduler times {[t for t, _ in seen]}")
 

@@ -1,0 +1,138 @@
+"""Two ComfyUI nodes that belong together: DSS Sampler gives a SAMPLER, DSS Sigmas the SIGMAS it was searched with.
+
+A custom node folder needs one line in its ``__init__.py``:
+
+    from dss_fast.integrations.comfyui import comfy_entrypoint
+
+Both go into SamplerCustom or SamplerCustomAdvanced, with the same solver and number of steps. Sigmas of another node stop
+the run with the reason, unless ``strict`` is off. Importing this module needs no ComfyUI; the nodes are made when it asks.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..handmade import METHODS
+from ..sampling import find_solver
+from ..solver import Solver
+from .k_diffusion import sample_dss, sigmas_of
+
+CATEGORY = "sampling/custom_sampling"
+
+
+def solver_names() -> list[str]:
+    """What the nodes offer: the published families and the hand-made methods."""
+    return [*dict.fromkeys(name.partition("/")[0] for name in Solver.names()), *METHODS]
+
+
+def read_solver(solver: str, steps: int, file: str = "") -> Solver | str:
+    """The learned table of a node's settings, or the name of a hand-made method. A file goes before the name."""
+    if file.strip():
+        table = Solver.load(Path(file.strip()).expanduser())
+        if table.num_steps != steps:
+            raise ValueError(f"{file} holds a solver of {table.num_steps} steps; set steps to {table.num_steps}")
+        return table
+    return solver if solver in METHODS else find_solver(solver, None, steps)
+
+
+def is_flow(model_sampling) -> bool:
+    """Whether ComfyUI treats the model as a flow: its model_sampling derives from CONST (SD3, FLUX, Wan)."""
+    return any(kind.__name__ == "CONST" for kind in type(model_sampling).__mro__)
+
+
+def make_sampler(solver: Solver | str, strict: bool = True):
+    """The function that ComfyUI's KSAMPLER calls: sample_dss that looks up what kind of model it is given."""
+
+    def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        family = "flow" if is_flow(model.inner_model.inner_model.model_sampling) else "vp"
+        return sample_dss(model, x, sigmas, extra_args, callback, disable, solver=solver, family=family, strict=strict)
+
+    return sample
+
+
+def make_sigmas(model_sampling, solver: Solver | str, steps: int, denoise: float = 1.0, simple=None) -> Tensor:
+    """(k + 1,) float32, the sigmas of a solver for a model, k = steps * denoise, the last ones.
+
+    simple: ComfyUI's calculate_sigmas, which serves hand-made methods with its ``simple`` scheduler.
+
+    Raises ValueError when a learned solver's family or noise is not the model's.
+    """
+    kept = max(1, min(steps, round(steps * denoise)))
+    if isinstance(solver, str):
+        return simple(model_sampling, "simple", int(steps / denoise) if denoise < 1 else steps)[-(steps + 1) :]
+    family = "flow" if is_flow(model_sampling) else "vp"
+    if solver.family != family:
+        raise ValueError(f"solver {solver.name or '(unnamed)'} is for {solver.family} models, this one is {family}")
+    sigmas = sigmas_of(solver)
+    top = float(model_sampling.sigma_max)
+    if family == "vp" and abs(top / float(sigmas[0]) - 1) > 0.1:
+        # DiT's and PixArt's linear betas end at 157, Stable Diffusion's at 14.6: other noise, other coefficients
+        raise ValueError(
+            f"solver {solver.name or '(unnamed)'} was searched for noise up to {float(sigmas[0]):.4g}, this model's goes to "
+            f"{top:.4g}; take a hand-made method, or search a solver for the model"
+        )
+    if kept < steps and solver.noise_coeffs is not None:
+        warnings.warn("this solver weighs the initial noise and cannot start part-way; denoise is 1", stacklevel=2)
+        kept = steps
+    return sigmas[-(kept + 1) :].clone().to(torch.float32)
+
+
+async def comfy_entrypoint():
+    """What ComfyUI calls to get the extension (V3 API)."""
+    import comfy.samplers
+    from comfy_api.latest import ComfyExtension, io
+
+    def settings() -> list:
+        return [
+            io.Combo.Input("solver", options=solver_names()),
+            io.Int.Input("steps", default=8, min=1, max=100),
+            io.String.Input("file", default="", tooltip="a solver's JSON file, instead of the name above"),
+        ]
+
+    class DSSSampler(io.ComfyNode):
+        @classmethod
+        def define_schema(cls):
+            return io.Schema(
+                node_id="DSSSampler",
+                display_name="DSS Sampler",
+                category=CATEGORY,
+                inputs=[*settings(), io.Boolean.Input("strict", default=True)],
+                outputs=[io.Sampler.Output()],
+            )
+
+        @classmethod
+        def execute(cls, solver, steps, file="", strict=True):
+            sampler = make_sampler(read_solver(solver, steps, file), strict)
+            return io.NodeOutput(comfy.samplers.KSAMPLER(sampler))
+
+    class DSSSigmas(io.ComfyNode):
+        @classmethod
+        def define_schema(cls):
+            return io.Schema(
+                node_id="DSSSigmas",
+                display_name="DSS Sigmas",
+                category=CATEGORY,
+                inputs=[
+                    io.Model.Input("model"),
+                    *settings(),
+                    io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01),
+                ],
+                outputs=[io.Sigmas.Output()],
+            )
+
+        @classmethod
+        def execute(cls, model, solver, steps, file="", denoise=1.0):
+            table = read_solver(solver, steps, file)
+            noise = model.get_model_object("model_sampling")
+            simple = comfy.samplers.calculate_sigmas
+            return io.NodeOutput(make_sigmas(noise, table, steps, denoise, simple))
+
+    class DSSExtension(ComfyExtension):
+        async def get_node_list(self):
+            return [DSSSampler, DSSSigmas]
+
+    return DSSExtension()

@@ -1,0 +1,256 @@
+"""sample_dss against sample on the small MNIST networks, and ComfyUI's nodes on a stand-in for ComfyUI."""
+
+import asyncio
+import sys
+import types
+
+import pytest
+import torch
+
+from dss_fast import VP, Solver, sample
+from dss_fast.integrations import comfyui
+from dss_fast.integrations.k_diffusion import sample_dss, sigmas_of
+from examples.mnist import load_flow, load_vp
+
+
+def flow_denoiser(net):
+    return lambda x, sigma, y: x + sigma.view(-1, 1, 1, 1) * net(x, 1 - sigma, y)
+
+
+def vp_denoiser(net):
+    """x0 at (x / alpha, sigma / alpha): the time from sigma in closed form, for beta(t) = 0.1 + 19.9 t."""
+
+    def denoise(x, sigma, y):
+        log_alpha = -0.5 * torch.log1p(sigma.double() ** 2)
+        t = (-0.1 + torch.sqrt(0.01 - 4 * 19.9 * log_alpha)) / 19.9
+        alpha = log_alpha.exp().to(x.dtype).view(-1, 1, 1, 1)
+        eps = net(alpha * x, (1000 * t).to(x.dtype), y)
+        return x - sigma.view(-1, 1, 1, 1) * eps
+
+    return denoise
+
+
+def both_ways(net, name, x, cond, table=None):
+    """A solver by sample and by sample_dss."""
+    table = table or name
+    with torch.no_grad():
+        theirs = sample(net, x, table, cond=cond)
+        before = after = 1.0
+        if not name.startswith("sit"):
+            ends = VP().alpha_sigma(torch.tensor([0.0, 1.0]))[0].tolist()
+            before, after = 1 / ends[0], ends[1]
+        denoise = (flow_denoiser if name.startswith("sit") else vp_denoiser)(net)
+        return theirs, sample_dss(denoise, x * before, sigmas_of(table), cond, disable=True, solver=table) * after
+
+
+@pytest.mark.parametrize("name", ["sit-xl-2-256/5", "dit-xl-2-256/5"])
+def test_equals_sample_on_a_trained_network(name):
+    net = load_flow() if name.startswith("sit") else load_vp()
+    x = torch.randn(1, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    theirs, ours = both_ways(net, name, x, {"y": torch.tensor([3])})
+    assert (ours - theirs).abs().max() <= 1e-5 * max(1.0, theirs.abs().max())
+
+
+@pytest.mark.parametrize("noise", [None, [0.02, -0.01, 0.03, 0.0, 0.01, 0.02, -0.02, 0.01]])
+@pytest.mark.parametrize("name", ["sit-xl-2-256/8", "dit-xl-2-256/8"])
+def test_equals_sample_in_float64(name, noise):
+    """To the rounding of float32 sigmas, with a weight on the initial noise too."""
+    torch.manual_seed(3)
+    weight = torch.randn(6, 6, dtype=torch.float64) / 3
+
+    def net(x, t, y):
+        return torch.tanh(x @ weight + t.view(-1, 1, 1, 1) / t.max()) + y.view(-1, 1, 1, 1)
+
+    table = Solver.from_dict({**Solver.named(name).to_dict(), "noise_coeffs": noise}) if noise else None
+    x = torch.randn(2, 1, 4, 6, dtype=torch.float64)
+    theirs, ours = both_ways(net, name, x, {"y": torch.tensor([0.3, -0.4], dtype=torch.float64)}, table)
+    assert (ours - theirs).abs().max() <= 2e-6 * max(1.0, theirs.abs().max())
+
+
+def linear(x, sigma, **_):
+    return x * 0.9 / (1 + sigma.view(-1, 1))
+
+
+def test_handmade_solvers_take_any_sigmas():
+    """Euler in k-diffusion's own words: x + d * (sigma' - sigma)."""
+    x, sigmas = torch.randn(3, 5) * 14, torch.tensor([14.0, 7.0, 3.0, 1.0, 0.2, 0.0])
+    wanted = x
+    for s, s_next in zip(sigmas, sigmas[1:], strict=False):
+        wanted = wanted + (wanted - linear(wanted, s.expand(3))) / s * (s_next - s)
+    for family in ("flow", "vp"):
+        grid = sigmas / 14 if family == "flow" else sigmas
+        if family == "vp":
+            torch.testing.assert_close(sample_dss(linear, x, grid, solver="euler", family=family, disable=True), wanted)
+        assert sample_dss(linear, x, grid, solver="dpmpp_2m", family=family, disable=True).isfinite().all()
+    with pytest.raises(ValueError, match="4 steps and 5"):
+        sample_dss(linear, x, sigmas, solver="euler/4", disable=True)
+    with pytest.raises(ValueError, match="at least 2"):
+        sample_dss(linear, x, sigmas[:1], solver="euler", disable=True)
+
+
+def test_callback_and_progress_bar(capsys):
+    seen = []
+    x, sigmas = torch.randn(2, 4), sigmas_of("sit-xl-2-256/5")
+    sample_dss(linear, x, sigmas, {"seed": 3}, seen.append, True, solver="sit-xl-2-256/5")
+    assert [s["i"] for s in seen] == list(range(5))
+    assert all(set(s) == {"x", "i", "sigma", "sigma_hat", "denoised"} for s in seen)
+    assert torch.equal(seen[0]["x"], x) and seen[2]["sigma"] == seen[2]["sigma_hat"] == sigmas[2]
+    assert "5/5" not in capsys.readouterr().err
+    pytest.importorskip("tqdm")
+    sample_dss(linear, x, sigmas, disable=False, solver="sit-xl-2-256/5")  # None: on a terminal only
+    assert "5/5" in capsys.readouterr().err
+
+
+def test_sigmas_must_belong_to_the_solver():
+    x, own = torch.randn(2, 4), sigmas_of("sit-xl-2-256", 6)
+    other = torch.linspace(1, 0, 7)
+    for sigmas in (other, own * 0.9, torch.linspace(1, 0, 20)):
+        with pytest.raises(ValueError, match="do not belong to solver sit-xl-2-256/6"):
+            sample_dss(linear, x, sigmas, solver="sit-xl-2-256/6", disable=True)
+    with pytest.warns(UserWarning, match="do not belong"):
+        sample_dss(linear, x, other, solver="sit-xl-2-256/6", strict=False, disable=True)
+    with pytest.raises(ValueError, match="for flow models"):
+        sample_dss(linear, x, own, solver="sit-xl-2-256/6", family="vp", disable=True)
+    zero_end = sigmas_of("dit-xl-2-256/6")
+    assert zero_end[-1] == pytest.approx(0.0105, abs=1e-4)
+    zero_end[-1] = 0
+    sample_dss(linear, x, zero_end, solver="dit-xl-2-256/6", disable=True)
+
+
+@pytest.mark.parametrize("name", ["sit-xl-2-256/8", "dit-xl-2-256/8"])
+def test_starting_part_way(name):
+    """The last steps alone: what the rows owe to earlier predictions goes to the first one."""
+    table, x = Solver.named(name), torch.randn(2, 4, dtype=torch.float64)
+    s, k = sigmas_of(name)[3:].double(), 3
+    got = sample_dss(linear, x, s, solver=name, disable=True)
+    history = []
+    for i in range(5):
+        d = linear(x, s[i].expand(2))
+        history.append((d - x) / s[i] if name.startswith("sit") else d)
+        row = [sum(table.coeffs[i + k][: k + 1]), *table.coeffs[i + k][k + 1 : k + i + 1]]
+        mixed = sum(c * y for c, y in zip(row, history, strict=True))
+        x = (
+            x + (s[i] - s[i + 1]) * mixed
+            if name.startswith("sit")
+            else s[i + 1] / s[i] * x + (1 - s[i + 1] / s[i]) * mixed
+        )
+    torch.testing.assert_close(got, x)
+
+
+# ---- ComfyUI
+
+
+class CONST:
+    pass
+
+
+class FlowNoise(CONST):
+    sigma_max = 1.0
+
+
+class LinearNoise:
+    sigma_max = 157.4
+
+
+class StableDiffusionNoise:
+    sigma_max = 14.61
+
+
+class Port:
+    """Stands for every input and output type of comfy_api's io."""
+
+    def __init__(self, *args, **kwargs):
+        self.args, self.kwargs = args, kwargs
+
+
+@pytest.fixture
+def comfy(monkeypatch):
+    io = types.SimpleNamespace(
+        ComfyNode=type("ComfyNode", (), {}),
+        Schema=lambda **fields: types.SimpleNamespace(**fields),
+        NodeOutput=lambda *values: types.SimpleNamespace(values=values),
+        **{
+            kind: types.SimpleNamespace(Input=Port, Output=Port)
+            for kind in ("Model", "Int", "Float", "String", "Combo", "Boolean", "Sampler", "Sigmas")
+        },
+    )
+    samplers = types.ModuleType("comfy.samplers")
+    samplers.KSAMPLER = lambda function: function
+    samplers.calculate_sigmas = lambda noise, scheduler, steps: torch.linspace(float(noise.sigma_max), 0, steps + 1)
+    latest = types.ModuleType("comfy_api.latest")
+    latest.ComfyExtension, latest.io = type("ComfyExtension", (), {}), io
+    package = types.ModuleType("comfy")
+    package.samplers = samplers
+    for name, module in {
+        "comfy": package,
+        "comfy.samplers": samplers,
+        "comfy_api": types.ModuleType("comfy_api"),
+        "comfy_api.latest": latest,
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+    async def nodes():
+        return await (await comfyui.comfy_entrypoint()).get_node_list()
+
+    return asyncio.run(nodes())
+
+
+def wrapped(noise):
+    """A model as a sampler function sees it, and as a node's MODEL input."""
+
+    class Guided:
+        inner_model = types.SimpleNamespace(inner_model=types.SimpleNamespace(model_sampling=noise))
+
+        def __call__(self, x, sigma, **_):
+            return linear(x, sigma)
+
+    return Guided(), types.SimpleNamespace(get_model_object=lambda name: noise)
+
+
+@pytest.mark.parametrize("noise, solver", [(FlowNoise(), "sit-xl-2-256"), (LinearNoise(), "dit-xl-2-256")])
+@pytest.mark.parametrize("denoise", [1.0, 0.5])
+def test_the_node_pair(comfy, noise, solver, denoise):
+    sampler_node, sigmas_node = comfy
+    assert sampler_node.define_schema().node_id == "DSSSampler" and sigmas_node.define_schema().node_id == "DSSSigmas"
+    guided, model = wrapped(noise)
+    sampler = sampler_node.execute(solver, 8).values[0]
+    sigmas = sigmas_node.execute(model, solver, 8, denoise=denoise).values[0]
+    assert len(sigmas) == 1 + 8 * denoise
+    seen = []
+    out = sampler(
+        guided, torch.randn(2, 4) * sigmas[0], sigmas, extra_args={"seed": 1}, callback=seen.append, disable=True
+    )
+    assert out.isfinite().all() and len(seen) == 8 * denoise
+    with pytest.raises(ValueError, match="do not belong"):
+        sampler(guided, torch.randn(2, 4), torch.linspace(float(sigmas[0]), 0, 9), disable=True)
+
+
+def test_nodes_refuse_another_kind_of_model(comfy):
+    sampler_node, sigmas_node = comfy
+    with pytest.raises(ValueError, match="for vp models"):
+        sigmas_node.execute(wrapped(FlowNoise())[1], "dit-xl-2-256", 8)
+    with pytest.raises(ValueError, match="noise up to 15"):
+        sigmas_node.execute(wrapped(StableDiffusionNoise())[1], "dit-xl-2-256", 8)
+    with pytest.raises(ValueError, match="there are"):
+        sampler_node.execute("dit-xl-2-256", 11)
+
+
+def test_nodes_with_handmade_methods_and_files(comfy, tmp_path):
+    sampler_node, sigmas_node = comfy
+    guided, model = wrapped(StableDiffusionNoise())
+    sigmas = sigmas_node.execute(model, "dpmpp_2m", 8, denoise=0.5).values[0]
+    assert len(sigmas) == 9 and sigmas[0] == pytest.approx(14.61 / 2, rel=1e-3)
+    sampler = sampler_node.execute("dpmpp_2m", 8).values[0]
+    assert sampler(guided, torch.randn(2, 4), sigmas, disable=True).isfinite().all()
+    path = tmp_path / "mine.json"
+    Solver.named("sit-xl-2-256/6").save(path)
+    guided, model = wrapped(FlowNoise())
+    sampler = sampler_node.execute("euler", 6, str(path)).values[0]
+    sigmas = sigmas_node.execute(model, "euler", 6, str(path)).values[0]
+    assert sampler(guided, torch.randn(2, 4), sigmas, disable=True).isfinite().all()
+    with pytest.raises(ValueError, match="set steps to 6"):
+        sampler_node.execute("euler", 8, str(path))
+
+
+def test_import_needs_no_comfyui():
+    assert "comfy" not in sys.modules and "comfy_api" not in sys.modules
