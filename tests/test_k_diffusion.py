@@ -45,10 +45,13 @@ def both_ways(net, name, x, cond, table=None):
 
 @pytest.mark.parametrize("name", ["sit-xl-2-256/5", "dit-xl-2-256/5"])
 def test_equals_sample_on_a_trained_network(name):
-    net = load_flow() if name.startswith("sit") else load_vp()
-    x = torch.randn(1, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    """In float64; in float32 sample itself is 8e-6 from it, and the two are 1.3e-5 apart."""
+    net = (load_flow() if name.startswith("sit") else load_vp()).double()
+    x = torch.randn(1, 1, 28, 28, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     theirs, ours = both_ways(net, name, x, {"y": torch.tensor([3])})
-    assert (ours - theirs).abs().max() <= 1e-5 * max(1.0, theirs.abs().max())
+    assert (ours - theirs).abs().max() <= 3e-6
+    theirs, ours = both_ways(net.float(), name, x.float(), {"y": torch.tensor([3])})
+    assert (ours - theirs).abs().max() <= 3e-5
 
 
 @pytest.mark.parametrize("noise", [None, [0.02, -0.01, 0.03, 0.0, 0.01, 0.02, -0.02, 0.01]])
@@ -59,7 +62,7 @@ def test_equals_sample_in_float64(name, noise):
     weight = torch.randn(6, 6, dtype=torch.float64) / 3
 
     def net(x, t, y):
-        return torch.tanh(x @ weight + t.view(-1, 1, 1, 1) / t.max()) + y.view(-1, 1, 1, 1)
+        return torch.tanh(x @ weight + t.view(-1, 1, 1, 1) / 1000) + y.view(-1, 1, 1, 1)
 
     table = Solver.from_dict({**Solver.named(name).to_dict(), "noise_coeffs": noise}) if noise else None
     x = torch.randn(2, 1, 4, 6, dtype=torch.float64)
