@@ -193,9 +193,11 @@ def tensor_bytes(tensor: Tensor) -> bytes | memoryview:
     return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b""
 
 
-def join_processes() -> None:
-    """Joins the process group torchrun describes in the environment, if there is one and nobody has."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+def join_processes() -> bool:
+    """Joins the process group torchrun describes in the environment; whether there was one to join."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or torch.distributed.is_initialized():
+        return False
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return True

@@ -164,7 +164,8 @@ class Trajectory:
 def integrate(predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, grid: Grid) -> Trajectory:
     """The dense trajectory from x (B, *S) at u = 0. predict(x, u) -> y. Calls: see :func:`evaluations`."""
     m, schedule = grid.intervals, grid.schedule
-    states, slopes = [x], []
+    states = x.new_empty((len(x), m + 1, *x.shape[1:]))
+    slopes = torch.empty_like(states)
     history: list[Tensor] = []
 
     def slope(x: Tensor, y: Tensor, row: Tensor) -> Tensor:
@@ -175,9 +176,9 @@ def integrate(predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, grid: Grid
     for n in range(m):
         if len(history) <= n:
             history.append(predict(x, grid.points[n]))
-        slopes.append(slope(x, history[n], grid.slope[n]))
+        states[:, n], slopes[:, n] = x, slope(x, history[n], grid.slope[n])
         if n < 3:
-            x = _runge_kutta(predict, x, slopes[n], slope, grid, n, middle[n], middle_slope[n])
+            x = _runge_kutta(predict, x, slopes[:, n], slope, grid, n, middle[n], middle_slope[n])
         else:
             ratio = float(grid.ratio[n])
             base, before = ratio * x, x
@@ -186,17 +187,16 @@ def integrate(predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, grid: Grid
                 history.append(predict(x, grid.points[n + 1]))
                 x = ratio * before + _mixed(grid.correct[n], history[-4:])
                 history[-5] = None
-        states.append(x)
     if len(history) <= m:
         # A flow's network may be undefined at sigma = 0: its last y is extrapolated.
         history.append(_mixed(torch.tensor([-1.0, 4.0, -6.0, 4.0]), history[-4:]))
     elif grid.jump:
         # y is the result itself here: 7e-4 off where the predictor stood, 1.5e-5 at the corrected state.
         history[m] = predict(x, grid.points[m])
-    slopes.append(slope(x, history[m], grid.slope[m]))
+    states[:, m], slopes[:, m] = x, slope(x, history[m], grid.slope[m])
     a, b = transition(schedule, torch.tensor([grid.end, 1.0], dtype=torch.float64))
     last = float(a) * x + float(b) * history[m] if grid.jump else x
-    return Trajectory(grid, torch.stack(states, 1), torch.stack(slopes, 1), last)
+    return Trajectory(grid, states, slopes, last)
 
 
 def evaluations(grid: Grid) -> int:

@@ -74,7 +74,8 @@ class Store:
         path = self._path(number)
         inputs = self._inputs(batch) if path is not None else ""
         tensors = self._read(path, inputs) if path is not None else None
-        if tensors is None:
+        mapped = tensors is not None
+        if not mapped:
             tensors = {name: value.detach().cpu().contiguous() for name, value in build().items()}
             if path is not None:
                 self._write(path, tensors, inputs, durable=self._temporary is None)
@@ -82,7 +83,7 @@ class Store:
         if self._bytes + size <= self.memory:
             self._bytes += size
             # Out of the mapped file: a held batch should not depend on the disk any more.
-            self._held[number] = {name: value.clone() for name, value in tensors.items()}
+            self._held[number] = {k: v.clone() for k, v in tensors.items()} if mapped else tensors
         elif path is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="dss_fast_teacher_")
             self._folder = Path(self._temporary.name)

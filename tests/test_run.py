@@ -90,6 +90,8 @@ def test_a_finished_search_resumes_without_a_model_call(tmp_path):
     again = find(tmp_path, resume=True, function=lambda x, t: 1 / 0)
     assert again.solvers == first.solvers and len(again.history) == len(first.history)
     assert before["solver-3.json"] == (tmp_path / "solver-3.json").read_bytes()
+    more = find(tmp_path, resume=True, budget=10**9)  # nothing left to do, whatever the budget
+    assert more.solvers == first.solvers
     with pytest.raises(FileExistsError, match="resume=True"):
         find(tmp_path)
     with pytest.raises(ValueError, match="seed was 0, now 1"):

@@ -5,7 +5,6 @@ import socket
 
 import pytest
 import torch
-from lion_pytorch import Lion
 from torch import multiprocessing, nn
 
 from dss_fast import VP, Flow, Solver, sample, search
@@ -160,12 +159,12 @@ def test_gradient_through_the_whole_rollout(family, guided):
 @pytest.mark.parametrize("family", ["flow", "vp"])
 def test_it_improves_a_small_model(family):
     model, schedule = MODELS[family]
-    repeats = dict(samples=40 * 32, unique_samples=10 * 32, check_every=8)
-    result = search(model, (2,), [4, 6], schedule=schedule, seed=1, **repeats, **QUICK)
+    repeats = dict(samples=40 * 32, unique_samples=8 * 32, check_every=8, check_samples=64)
+    result = search(model, (2,), [4, 5], schedule=schedule, seed=1, **repeats, **QUICK)
     task = Problem(model, (2,), schedule, dtype=F64, seed=99)
     batch = task.batch("fresh", 0, 256)
     truth = integrate(task.predictor(batch), batch.noise, dense_grid(schedule, 200)).last
-    for n in (4, 6):
+    for n in (4, 5):
         error = {}
         for label, solver in (("euler", f"euler/{n}"), ("searched", result.solvers[n])):
             x = sample(model, batch.noise, solver, schedule=schedule)
@@ -312,12 +311,3 @@ def test_two_processes_find_what_one_finds(tmp_path):
             mine, theirs = torch.tensor(getattr(alone.solvers[n], key)), torch.tensor(getattr(together, key))
             assert torch.allclose(mine, theirs, rtol=0, atol=1e-6)
         assert together.provenance["evaluations"] == alone.solvers[n].provenance["evaluations"]
-
-
-def test_lion_is_the_published_optimizer():
-    p = torch.tensor([1.0, -2.0], requires_grad=True)
-    optimizer = Lion([p], lr=0.01, betas=(0.9, 0.99), weight_decay=0.0)
-    for _ in range(3):
-        p.grad = torch.tensor([0.5, -0.1])
-        optimizer.step()
-    assert torch.allclose(p.detach(), torch.tensor([0.97, -1.97]))

@@ -86,8 +86,10 @@ def search(
     written, both before any work; FloatingPointError for NaN or Inf, with ``error.result`` the best so far.
     """
     steps = _steps(num_steps)
+    given = {"samples": samples, "batch_size": batch_size, "initial": initial}
+    settings.update({k: v for k, v in given.items() if v is not None})
     run, settings = _method(method, settings)
-    join_processes()
+    joined = join_processes()
     schedule = Flow() if schedule is None else schedule
     if isinstance(seed, torch.Generator):
         seed = int(torch.randint(2**62, (1,), generator=seed, device=seed.device))
@@ -111,8 +113,6 @@ def search(
         seed=seed,
         budget=budget,
     )
-    given = {"samples": samples, "batch_size": batch_size, "initial": initial}
-    settings.update({k: v for k, v in given.items() if v is not None})
     config = {
         "method": run.__name__,
         "num_steps": steps,
@@ -148,12 +148,15 @@ def search(
             provenance={**config, **named},
             progress=progress,
         )
-        if folder and report and result.solvers and problem.rank == 0:
+        done_before = checkpoint is not None and checkpoint["finished"] and (Path(out) / "report.md").exists()
+        if folder and report and not result.interrupted and not done_before:
             from .report import write_report
 
             write_report(result, problem, config, decode=decode)
         if own_cache and not result.interrupted and problem.rank == 0:
             shutil.rmtree(own_cache, ignore_errors=True)  # served resuming only
+    if joined:
+        torch.distributed.destroy_process_group()
     return result
 
 
@@ -183,18 +186,13 @@ def _method(method: str | None, settings: dict) -> tuple[Callable, dict]:
     if method not in METHODS:
         raise ValueError(f"method={method!r}: choose {' or '.join(map(repr, METHODS))}")
     run = getattr(importlib.import_module(f"{__name__}.{method}"), method)
-    accepted = set(inspect.signature(run).parameters) - {
-        "problem",
-        "steps",
-        "state",
-        "cache",
-        "key",
-        "initial",
-    }
+    accepted = set(inspect.signature(run).parameters) - {"problem", "steps", "state", "cache", "key"}
+    if "initial" not in accepted and settings["initial"] == "euler":
+        del settings["initial"]
     for name in settings:
         if name not in accepted:
             raise ValueError(f"method {method!r} has no setting {name!r}; it has: {', '.join(sorted(accepted))}")
-    return run, dict(settings)
+    return run, settings
 
 
 def _steps(num_steps: int | Sequence[int]) -> tuple[int, ...]:

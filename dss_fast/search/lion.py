@@ -58,18 +58,15 @@ def lion(
         with the smallest held-out error at the end point is kept. check_samples=0: the last is.
     cache, key, memory: of kept trajectories, see ``Teacher``. memory_budget: see ``unroll``.
     """
-    Lion = _lion_class()
+    update = _lion_update()
     total = math.ceil(samples / batch_size)
     check_every = check_every or max(1, total // 20)
     points = {n: _Point(n, problem, initial, short_tail) for n in steps}
-    optimizers = {
-        n: Lion(point.parameters, lr=lr, betas=betas, weight_decay=weight_decay) for n, point in points.items()
-    }
     done = 0
     if state is not None:
         done = state["done"]
         for n, point in points.items():
-            point.load(state["points"][str(n)], optimizers[n])
+            point.load(state["points"][str(n)])
 
     def event(**values) -> dict:
         return {
@@ -77,7 +74,7 @@ def lion(
             "done": done,
             "total": total,
             "solvers": {n: point.best() for n, point in points.items()},
-            "state": {"done": done, "points": {str(n): p.save(optimizers[n]) for n, p in points.items()}},
+            "state": {"done": done, "points": {str(n): p.save() for n, p in points.items()}},
             **values,
         }
 
@@ -106,18 +103,19 @@ def lion(
             problem.spend(batch_size * calls)
         losses = {}
         for n, point in points.items():
-            optimizers[n].zero_grad()
             loss = point.loss(problem, batch, trajectory, huber_weight, huber_delta, memory_budget)
-            loss.backward()
+            gradients = torch.autograd.grad(loss, point.parameters)
             loss = loss.detach()
-            problem.all_reduce(loss, *(p.grad for p in point.parameters))
+            problem.all_reduce(loss, *gradients)
             problem.spend(batch_size * 3 * n)
-            if not all(bool(v.isfinite().all()) for v in (loss, *(p.grad for p in point.parameters))):
+            if not all(bool(v.isfinite().all()) for v in (loss, *gradients)):
                 raise FloatingPointError(
                     f"the loss of N = {n} is {float(loss):.4g} with gradients not all finite, at batch "
                     f"{done} of {total}; a smaller lr than {lr} may help"
                 )
-            optimizers[n].step()
+            with torch.no_grad():
+                for value, gradient, moment in zip(point.parameters, gradients, point.moments, strict=True):
+                    update(value, gradient, moment, lr, weight_decay, *betas)
             losses[n] = float(loss)
         done += 1
         looks = {}
@@ -149,6 +147,7 @@ class _Point:
         self.raws = 1 + (table["timesteps"].diff() * n).log()
         self.lower = table["coeffs"][self.places]
         self.parameters = [self.raws.requires_grad_(), self.lower.requires_grad_()]
+        self.moments = [torch.zeros_like(p) for p in self.parameters]
         self.best_error = math.inf
         self.chosen = [p.detach().clone() for p in self.parameters]
 
@@ -194,23 +193,20 @@ class _Point:
         rows = [row[:i] for i, row in enumerate(coeffs.tolist())]
         return Solver.from_timedeltas(torch.softmax(raws, 0), rows, self.family)
 
-    def save(self, optimizer) -> dict:
-        moments = [optimizer.state[p].get("exp_avg") for p in self.parameters]
+    def save(self) -> dict:
         return {
             "raws": self.raws.detach().clone(),
             "lower": self.lower.detach().clone(),
-            "moments": [m if m is None else m.clone() for m in moments],
+            "moments": [moment.clone() for moment in self.moments],
             "chosen": list(self.chosen),
             "best_error": self.best_error,
         }
 
-    def load(self, saved: dict, optimizer) -> None:
+    def load(self, saved: dict) -> None:
         with torch.no_grad():
             self.raws.copy_(saved["raws"])
             self.lower.copy_(saved["lower"])
-        for parameter, moment in zip(self.parameters, saved["moments"], strict=True):
-            if moment is not None:
-                optimizer.state[parameter]["exp_avg"] = moment.clone()
+        self.moments = [moment.clone() for moment in saved["moments"]]
         self.chosen, self.best_error = list(saved["chosen"]), saved["best_error"]
 
 
@@ -272,9 +268,10 @@ def _paper_states(problem: Problem, batch: Batch, num: int, kept: Store | None, 
     return kept.get(number, batch, build)["states"].to(problem.device)
 
 
-def _lion_class():
+def _lion_update():
+    """Lion's update of one tensor, of the lion-pytorch package. Its Optimizer would import the compiler, seconds."""
     try:
-        from lion_pytorch import Lion
+        from lion_pytorch.lion_pytorch import update_fn
     except ImportError as error:
         raise ImportError("method='lion' needs lion-pytorch: pip install dss_fast[search]") from error
-    return Lion
+    return update_fn

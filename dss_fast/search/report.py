@@ -53,8 +53,6 @@ def write_report(result, problem: Problem, config: dict, *, decode: Callable | N
     finally:
         problem.evaluations = spent
     lines = [f"# Search: {', '.join(f'N = {n}' for n in result.solvers)}, method {config['method']}", ""]
-    if result.interrupted:
-        lines += ["Interrupted: these are the best solvers so far.", ""]
     lines += [
         f"{result.evaluations:,} model evaluations (forward 1, backward 2, guidance once). "
         f"The pictures took {SAMPLES} more samples, not counted.",

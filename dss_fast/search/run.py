@@ -58,6 +58,15 @@ class SearchResult:
             raise ValueError(f"{len(self.solvers)} solvers were searched; choose: solvers[{list(self.solvers)}]")
         return next(iter(self.solvers.values()))
 
+    def __str__(self) -> str:
+        lines = []
+        for n, solver in self.solvers.items():
+            _, errors = self.curve("held_out", n)
+            gain = f": held-out error {min(errors):.4g}, {errors[0]:.4g} at the start" if errors else ""
+            lines.append(f"{solver.name}{gain}")
+        where = f", in {self.out}" if self.out else ""
+        return "\n".join([*lines, f"{self.evaluations:,} model evaluations{where}"])
+
     def curve(self, key: str, num_steps: int) -> tuple[list[int], list[float]]:
         """Evaluations and values of ``"loss"`` or ``"held_out"`` over the search, for one number of steps."""
         pairs = [(e["evaluations"], (e.get(key) or {}).get(num_steps)) for e in self.history]
@@ -130,14 +139,15 @@ class RunFolder:
         self._log.write(json.dumps(event) + "\n")
         self._log.flush()
 
-    def save(self, event: dict, events: int, problem: Problem, finished: bool = False) -> None:
-        """Writes the checkpoint, and the solvers that changed."""
+    def save(self, event: dict, problem: Problem, finished: bool = False) -> None:
+        """Writes the checkpoint: where to go on after ``event``."""
         os.fsync(self._log.fileno())
         tensors: dict[str, Tensor] = {}
         data = {
             "format": FORMAT,
-            "events": events,
+            "events": event["events"],
             "finished": finished,
+            "budget": problem.budget,
             "evaluations": event["evaluations"],
             "counted": event["counted"],
             "state": flatten(event.get("state"), tensors),
@@ -145,9 +155,9 @@ class RunFolder:
         }
         tensors = tensors or {"_": torch.zeros(1)}
         save_tensors(self.path / "checkpoint.safetensors", tensors, {"checkpoint": json.dumps(data)})
-        self.save_solvers(event["solvers"])
 
     def save_solvers(self, solvers: dict[int, Solver]) -> None:
+        """Writes the solvers that changed, each to solver-N.json."""
         for n, solver in solvers.items():
             if self._saved.get(n) is not solver:
                 solver.save(self.path / f"solver-{n}.json")
@@ -190,33 +200,33 @@ def drive(
         state, result.solvers = checkpoint["state"], checkpoint["solvers"]
         problem.evaluations = result.evaluations = checkpoint["evaluations"]
         problem.counted = set(checkpoint["counted"])
-        if checkpoint["finished"]:
+        if checkpoint["finished"] and checkpoint["budget"] == problem.budget:
             if folder:
                 folder.close()
             return result
-    bar = _bar(progress and problem.rank == 0)
-    shown: dict[str, str] = {}
-    last, saved_at, unsaved = None, time.monotonic(), False
+    bar, shown = _bar(progress and problem.rank == 0), {}
+    resumable, saved_at, unsaved = None, time.monotonic(), False
 
     def keep(finished: bool = False) -> None:
-        if folder and last is not None and last.get("state") is not None:
-            folder.save(last, last["events"], problem, finished)
-        elif folder:
+        if folder and resumable is not None:
+            folder.save(resumable, problem, finished)
+        if folder:
             folder.save_solvers(result.solvers)
 
     try:
         with bar:
             for event in method(problem, steps, state=state, **settings):
-                # One binding: Ctrl-C finds either the old event or all of the new one.
-                last = {**event, "evaluations": problem.evaluations, "counted": sorted(problem.counted),
-                        "events": len(history) + 1}  # fmt: skip
-                last["solvers"] = result.solvers = _signed(event["solvers"], last, provenance, result.solvers)
-                result.evaluations, unsaved = problem.evaluations, True
-                line = _loggable(last)
+                event = {**event, "evaluations": problem.evaluations, "events": len(history) + 1}
+                event["counted"] = sorted(problem.counted)
+                event["solvers"] = _signed(event["solvers"], event, provenance, result.solvers)
+                result.solvers, result.evaluations, unsaved = event["solvers"], problem.evaluations, True
+                line = _loggable(event)
                 if folder:
                     folder.log(line)
                 history.append(_with_step_keys(line))
-                _show(bar, last, shown)
+                # After its line: Ctrl-C in between leaves a line too many, which resuming cuts off.
+                resumable = event if event.get("state") is not None else resumable
+                _show(bar, event, shown)
                 if time.monotonic() - saved_at > CHECKPOINT_SECONDS or len(history) == 1:
                     keep()
                     saved_at, unsaved = time.monotonic(), False
@@ -225,7 +235,8 @@ def drive(
         if not result.solvers:
             raise
         result.interrupted = True
-        keep() if unsaved else None
+        if unsaved:
+            keep()
         if problem.rank == 0:
             where = f", saved in {folder.path}; resume=True continues" if folder else ""
             print(f"interrupted after {result.evaluations} evaluations: best solver so far kept{where}")
