@@ -21,9 +21,9 @@ def network(dtype=torch.float32):
     weight = torch.randn(16, 16, generator=torch.Generator().manual_seed(5)).to(dtype) / 4
 
     def net(x, t, scale=1.0):
-        return torch.tanh(
-            x @ weight * scale + (t.reshape(-1, 1) / 1000 if torch.is_tensor(t) else t / 1000)
-        ).to(x.dtype)
+        return torch.tanh(x @ weight * scale + (t.reshape(-1, 1) / 1000 if torch.is_tensor(t) else t / 1000)).to(
+            x.dtype
+        )
 
     return net
 
@@ -44,9 +44,7 @@ def run(scheduler, n, x=None, net=None, start=0, **options):
 # ---- equality with the stock schedulers
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"shift": 3.0}, {"shift_terminal": 0.1}, {"use_karras_sigmas": True}]
-)
+@pytest.mark.parametrize("options", [{}, {"shift": 3.0}, {"shift_terminal": 0.1}, {"use_karras_sigmas": True}])
 def test_euler_has_the_bits_of_flow_match_euler(options):
     stock = FLOW(**options)
     ours = DSSScheduler.from_config(stock.config, solver="euler")
@@ -110,9 +108,7 @@ def test_published_tables_equal_sample(name, n):
         scheduler, schedule = DSSScheduler.from_config(DDIM(clip_sample=False).config, solver=name), VP()
         net = lambda x, t: network()(x, t) * 0.01 + x  # noqa: E731  near enough to a noise prediction to stay small
     else:
-        scheduler = DSSScheduler.from_config(
-            FLOW(shift=3.0).config, solver=name
-        )  # no shift on a learned table
+        scheduler = DSSScheduler.from_config(FLOW(shift=3.0).config, solver=name)  # no shift on a learned table
         schedule = Flow(convention="diffusers")
     ours = run(scheduler, n, net=net)
     theirs = sample(net, noise(), f"{name}/{n}", schedule=schedule)
@@ -346,9 +342,7 @@ def test_starting_part_way(name):
 @pytest.mark.parametrize("family", ["flow", "vp"])
 def test_starting_part_way_with_a_weight_on_the_noise(family):
     """With the exact network of a single point, the implied noise is the true one."""
-    name, schedule = (
-        ("sit-xl-2-256/6", Flow(convention="diffusers")) if family == "flow" else ("dit-xl-2-256/6", VP())
-    )
+    name, schedule = ("sit-xl-2-256/6", Flow(convention="diffusers")) if family == "flow" else ("dit-xl-2-256/6", VP())
     plain = Solver.named(name)
     weighted = Solver.from_dict({**plain.to_dict(), "noise_coeffs": [0.01, -0.02, 0.03, 0.01, 0.02, -0.01]})
     config = (FLOW() if family == "flow" else DDIM(clip_sample=False)).config
@@ -381,9 +375,7 @@ def test_previews():
 def test_noise_levels():
     flow = DSSScheduler.from_config(FLOW(shift=3.0).config, solver="sit-xl-2-256")
     x0, eps = torch.zeros(2, 16), torch.ones(2, 16)
-    torch.testing.assert_close(
-        flow.scale_noise(x0, torch.tensor([250.0, 900.0]), eps)[:, 0], torch.tensor([0.25, 0.9])
-    )
+    torch.testing.assert_close(flow.scale_noise(x0, torch.tensor([250.0, 900.0]), eps)[:, 0], torch.tensor([0.25, 0.9]))
     flow.set_timesteps(8)
     assert flow.scale_noise(x0, flow.timesteps[3:4].repeat(2), eps)[0, 0] == flow.sigmas[3]
     flow.set_begin_index(2)
