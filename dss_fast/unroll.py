@@ -232,7 +232,7 @@ def _engine(backend: str | None) -> Callable:
 
 
 def _guard(model: Callable, x: Tensor, steps: int) -> Callable:
-    """model(x, t) as the engines call it: (step, x, t) -> output, with the step in errors, output and buffers checked."""
+    """model as the engines call it, (step, x, t) -> output: errors name the step, output and buffers are checked."""
     watched = [(name, buffer) for module in _modules(model) for name, buffer in module.named_buffers()]
     versions = [buffer._version for _, buffer in watched if not buffer.is_inference()]
     shapes = x.shape, (2 * len(x), *x.shape[1:])
@@ -264,7 +264,7 @@ def _guard(model: Callable, x: Tensor, steps: int) -> Callable:
 
 
 def _modules(model: Any, depth: int = 3) -> list[nn.Module]:
-    """The modules a callable visibly is or holds: itself, self, partial arguments, closure, attributes, globals it names."""
+    """The modules a callable visibly is or holds: its self, partial arguments, closure, attributes, named globals."""
     if isinstance(model, nn.Module):
         return [model]
     if depth == 0 or isinstance(model, type | types.ModuleType):

@@ -57,7 +57,15 @@ class Rollout:
                 kept, size = self._measure(budget, N)
             if i == 0 and not self._live(0):
                 self.first_output = output
-            multistep_step(x, output, history, weights, self.index[i : i + 1], guided=self.guided, out=states[i])
+            multistep_step(
+                x,
+                output,
+                history,
+                weights,
+                self.index[i : i + 1],
+                guided=self.guided,
+                out=states[i],
+            )
             x = states[i]
         self.plan = kept, size
         self.states, self.history = states.movedim(0, 1).to(self.home), history.to(self.home)
@@ -163,7 +171,12 @@ class Rollout:
                     gx[c] = g
             del graph, output, kept
         none = [None] * C
-        return gx, gw, gt, [None if list(p) == none else torch.stack(p) for p in zip(*gp, strict=True)]
+        return (
+            gx,
+            gw,
+            gt,
+            [None if list(p) == none else torch.stack(p) for p in zip(*gp, strict=True)],
+        )
 
     def _weight_gradients(self, j: int, gw: Tensor, adjoints: Tensor, probes: list[Tensor]) -> None:
         """With gy = sum_{i>=j} w_ij g_{i+1}: da = <g_{j+1}, x>, dp = <gy, x>, dq = <gy, m>, dg = q <gy, spread>,

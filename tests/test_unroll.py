@@ -1,13 +1,8 @@
 """The unrolled rollout against plain autograd: gradients, memory, what models may do to it."""
 
-import gc
-import itertools
-import threading
-
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from dss_fast.unroll import BACKENDS, Rollout, _extension, unroll
 
@@ -41,7 +36,17 @@ class Net(nn.Module):
         return self.outer(self.dropout(torch.tanh(h))).reshape(x.shape)
 
 
-def problem(*, steps=4, rows=3, pair=False, family="flow", noise=False, shared=True, dropout=0.0, dtype=torch.float64):
+def problem(
+    *,
+    steps=4,
+    rows=3,
+    pair=False,
+    family="flow",
+    noise=False,
+    shared=True,
+    dropout=0.0,
+    dtype=torch.float64,
+):
     """model, x, weights, times; flow has p = 0, vp has p != 0, noise adds the slot of the initial state."""
     torch.manual_seed(0)
     model = Net(pair, dropout).to(dtype)
@@ -54,7 +59,12 @@ def problem(*, steps=4, rows=3, pair=False, family="flow", noise=False, shared=T
     weights[..., 4 : 4 + steps] *= torch.ones(steps, steps, dtype=dtype).tril()
     x = torch.randn(rows, *SHAPE, dtype=dtype)
     times = torch.linspace(0.05, 0.9, steps, dtype=dtype)
-    return model, x, weights, times if shared else times + 0.1 * torch.rand(rows, steps, dtype=dtype)
+    return (
+        model,
+        x,
+        weights,
+        times if shared else times + 0.1 * torch.rand(rows, steps, dtype=dtype),
+    )
 
 
 def plain(model, x, weights, times, guided=None):
@@ -123,7 +133,6 @@ def test_gradients_equal_plain_autograd(case, budget, offload, backend):
         assert (f is None) == (w is None)
         if w is not None:
             assert f.shape == w.shape and close(f, w)
-
 
 
 @pytest.mark.parametrize("end_point", [True, False])
