@@ -32,9 +32,8 @@ RESULTS = Path(__file__).parent / "results" / "recipe.csv"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["flow", "vp"], choices=["flow", "vp"])
-    parser.add_argument("--samples", type=int, default=256, help="fresh noises to measure on")
+    parser.add_argument("--samples", type=int, default=128, help="fresh noises to measure on")
     options = parser.parse_args()
-    rows = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
     for model in options.models:
         target = getattr(mnist, model)()
         task = {k: target[k] for k in ("model", "shape", "schedule", "cond")}
@@ -55,12 +54,17 @@ def main() -> None:
             "torch": torch.__version__,
             "date": datetime.date.today().isoformat(),
         }
-        rows = [r for r in rows if r["model"] != stamp["model"]] + [{**stamp, **r} for r in table.rows]
+        _replace(stamp["model"], [{**stamp, **r} for r in table.rows])
+
+
+def _replace(model: str, new: list[dict]) -> None:
+    """The rows of one model in the results, the others kept."""
+    kept = [r for r in csv.DictReader(RESULTS.open()) if r["model"] != model] if RESULTS.exists() else []
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(new[0]))
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(kept + new)
 
 
 if __name__ == "__main__":
