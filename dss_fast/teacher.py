@@ -4,7 +4,9 @@ With z = x and tau = -sigma for a flow, z = x / sigma and tau = alpha / sigma fo
 dz/dtau = y, y being what a history stores (velocity, x0). The grid is uniform in a variable s in which
 trajectories are smooth. Between grid points y is a cubic in s whose weights are integrated over tau:
 Adams-Bashforth of order 4 predicts, the model is called once there, and Adams-Moulton with that call
-corrects. The first three steps are Runge-Kutta's.
+corrects. The first three steps are Runge-Kutta's, or, below 48 calls, where those leave too few intervals,
+Adams steps of order 1 to 3, and order 3 is kept (24 calls on the MNIST flow: RMSE 0.004; order 4 0.018, and with
+Runge-Kutta's start 0.06).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from .teacher_store import Store
 
 EVALUATIONS = 64
 LOG_SHARE, SOFTENING = 0.5, 0.02  # of the grid variable s, see Grid
+RAMP_BELOW, RAMP_SHARE = 48, 0.2  # calls, and the log share that serves few intervals best
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +39,7 @@ class Grid:
     half linear in time and half in a log-SNR that stays finite where alpha or sigma vanish. ``end`` is
     where the network's time stops (0.998 for VP's t = 0.999 - u with t >= 0.001, 1 for a flow).
 
+    ramp: Adams steps of order 1, 2, 3, 3, ... from the start, no Runge-Kutta.
     jump: whether a last step from there to u = 1 remains (a discrete table's, to clean data).
 
     points: (M + 1,) u. slope: (M + 1, 2), dx/ds = slope_0 x + slope_1 y. predict, correct: (M, 4) weights on
@@ -45,6 +49,7 @@ class Grid:
     schedule: Schedule
     intervals: int
     share: float = LOG_SHARE
+    ramp: bool = False
     end: float = field(init=False)
     points: Tensor = field(init=False, repr=False)
     slope: Tensor = field(init=False, repr=False)
@@ -69,10 +74,15 @@ class Grid:
         tau, tau_inner = self.tau(u), self.tau(self.inverse(inner.flatten())).reshape(inner.shape)
         _, sigma = schedule.alpha_sigma(u)
         for name, first in (("predict", -3), ("correct", -2)):
-            value, slope = _cubic(first)
-            at_end = value(torch.ones(1, dtype=torch.float64)) * tau[1:, None]
-            at_start = value(torch.zeros(1, dtype=torch.float64)) * tau[:-1, None]
-            rows = at_end - at_start - torch.einsum("mq,qj->mj", tau_inner * node_weights, slope(nodes))
+            rows = torch.zeros(m, 4, dtype=torch.float64)
+            for order in (1, 2, 3) if self.ramp else (4,):
+                value, slope = _lagrange(first + 4 - order, order)
+                at_end = value(torch.ones(1, dtype=torch.float64)) * tau[1:, None]
+                at_start = value(torch.zeros(1, dtype=torch.float64)) * tau[:-1, None]
+                between = torch.einsum("mq,qj->mj", tau_inner * node_weights, slope(nodes))
+                known = max(0, order - first - 4) if self.ramp else 0  # from this row on there are so many y
+                rows[known:] = 0
+                rows[known:, 4 - order :] = (at_end - at_start - between)[known:]
             set_(name, rows if schedule.family == "flow" else rows * sigma[1:, None])
         set_("ratio", transition(schedule, u)[0])
 
@@ -177,7 +187,7 @@ def integrate(predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, grid: Grid
         if len(history) <= n:
             history.append(predict(x, grid.points[n]))
         states[:, n], slopes[:, n] = x, slope(x, history[n], grid.slope[n])
-        if n < 3:
+        if n < 3 and not grid.ramp:
             x = _runge_kutta(predict, x, slopes[:, n], slope, grid, n, middle[n], middle_slope[n])
         else:
             ratio = float(grid.ratio[n])
@@ -186,7 +196,7 @@ def integrate(predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, grid: Grid
             if n + 1 < m or schedule.family == "vp":
                 history.append(predict(x, grid.points[n + 1]))
                 x = ratio * before + _mixed(grid.correct[n], history[-4:])
-                history[-5] = None
+                history[-5:-4] = [None] * (len(history) > 4)
     if len(history) <= m:
         # A flow's network may be undefined at sigma = 0: its last y is extrapolated.
         history.append(_mixed(torch.tensor([-1.0, 4.0, -6.0, 4.0]), history[-4:]))
@@ -200,17 +210,19 @@ def integrate(predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, grid: Grid
 
 
 def evaluations(grid: Grid) -> int:
-    """Model calls of :func:`integrate` per sample: one a step, nine for the start, one or two at VP's end."""
-    return grid.intervals + 9 + (grid.schedule.family == "vp") + grid.jump
+    """Model calls of :func:`integrate` per sample: one a step, nine for Runge-Kutta's start, one or two at VP's end."""
+    return grid.intervals + 9 * (not grid.ramp) + (grid.schedule.family == "vp") + grid.jump
 
 
 @lru_cache(maxsize=16)
 def dense_grid(schedule: Schedule, budget: int = EVALUATIONS) -> Grid:
     """The grid whose trajectory takes ``budget`` model calls, at least 16. Raises ValueError below."""
     if budget < 16:
-        raise ValueError(f"teacher evaluations={budget!r}: need at least 16 (48 to 64 are usual)")
-    jump = Grid(schedule, 3).jump
-    return Grid(schedule, budget - 9 - (schedule.family == "vp") - jump)
+        raise ValueError(f"teacher evaluations={budget!r}: need at least 16 (24 to 64 are usual)")
+    budget -= Grid(schedule, 3).jump + (schedule.family == "vp")
+    if budget < RAMP_BELOW:
+        return Grid(schedule, budget, RAMP_SHARE, ramp=True)
+    return Grid(schedule, budget - 9)
 
 
 def paper_points(schedule: Schedule, num: int = 100) -> Tensor:
@@ -334,7 +346,7 @@ def _runge_kutta(predict, x, first, slope, grid, n, middle, middle_slope):
 
 
 def _mixed(row: Tensor, history: list[Tensor]) -> Tensor:
-    return sum(float(w) * y for w, y in zip(row, history, strict=True))
+    return sum(float(w) * y for w, y in zip(row[-len(history) :], history, strict=True))
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
@@ -347,12 +359,13 @@ _HERMITE = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [-3, -2, 3, -1], [2, 1, -2,
 _HERMITE_SLOPE = torch.tensor([[0, 1, 0, 0], [-6, -4, 6, -2], [6, 3, -6, 3], [0, 0, 0, 0]], dtype=torch.float64)
 
 
-def _cubic(first: int) -> tuple[Callable, Callable]:
-    """The Lagrange basis on four integers from ``first``: values and derivatives, (q,) -> (q, 4)."""
-    nodes = torch.arange(first, first + 4, dtype=torch.float64)
-    inverse = torch.linalg.inv(torch.stack([nodes**k for k in range(4)], 1))  # row k: coefficients of s^k
-    value = lambda s: torch.stack([s**k for k in range(4)], -1) @ inverse  # noqa: E731
-    slope = lambda s: torch.stack([k * s ** max(k - 1, 0) for k in range(4)], -1) @ inverse  # noqa: E731
+def _lagrange(first: int, count: int) -> tuple[Callable, Callable]:
+    """The Lagrange basis on ``count`` integers from ``first``: values and derivatives, (q,) -> (q, count)."""
+    nodes = torch.arange(first, first + count, dtype=torch.float64)
+    powers = range(count)
+    inverse = torch.linalg.inv(torch.stack([nodes**k for k in powers], 1))  # row k: coefficients of s^k
+    value = lambda s: torch.stack([s**k for k in powers], -1) @ inverse  # noqa: E731
+    slope = lambda s: torch.stack([k * s ** max(k - 1, 0) for k in powers], -1) @ inverse  # noqa: E731
     return value, slope
 
 
