@@ -182,11 +182,10 @@ def _adams(line: _Line, i: int, order: int) -> Tensor:
 
 def _dpmpp(line: _Line, i: int, order: int) -> Tensor:
     h = line.log_snr[i + 1] - line.log_snr[i]
-    order = min(order, _finite_order(line, i))
+    order, base = min(order, _finite_order(line, i)), line.ddim(i)
     if order == 1 or not h.isfinite():
-        return line.ddim(i)
+        return base
     decay = torch.expm1(-h)
-    base = line.sigma[i + 1] / line.sigma[i] * line.states[i] - line.alpha[i + 1] * decay * line.x0(i)
     r0 = (line.log_snr[i] - line.log_snr[i - 1]) / h
     slope = (line.x0(i) - line.x0(i - 1)) / r0
     if order == 2:
@@ -200,11 +199,10 @@ def _dpmpp(line: _Line, i: int, order: int) -> Tensor:
 
 def _unip(line: _Line, i: int, order: int) -> Tensor:
     h = line.log_snr[i + 1] - line.log_snr[i]
-    order = min(order, _finite_order(line, i))
+    order, base = min(order, _finite_order(line, i)), line.ddim(i)
     if order == 1 or not h.isfinite():
-        return line.ddim(i)
+        return base
     decay = torch.expm1(-h)
-    base = line.sigma[i + 1] / line.sigma[i] * line.states[i] - line.alpha[i + 1] * decay * line.x0(i)
     ratios = torch.stack([(line.log_snr[i - k] - line.log_snr[i]) / h for k in range(1, order)])
     slopes = [(line.x0(i - k) - line.x0(i)) / ratios[k - 1] for k in range(1, order)]
     if order == 2:
