@@ -2,11 +2,11 @@
 
 With z = x and tau = -sigma for a flow, z = x / sigma and tau = alpha / sigma for VP, the sampling ODE is
 dz/dtau = y, y being what a history stores (velocity, x0). The grid is uniform in a variable s in which
-trajectories are smooth. Between grid points y is a cubic in s whose weights are integrated over tau:
-Adams-Bashforth of order 4 predicts, the model is called once there, and Adams-Moulton with that call
-corrects. The first three steps are Runge-Kutta's, or, below 48 calls, where those leave too few intervals,
-Adams steps of order 1 to 3, and order 3 is kept (24 calls on the MNIST flow: RMSE 0.004; order 4 0.018, and with
-Runge-Kutta's start 0.06).
+trajectories are smooth. Between grid points y is a polynomial in s whose weights are integrated over tau:
+Adams-Bashforth of order 3 predicts, the model is called once there, and Adams-Moulton of order 4 with that
+call corrects, both of lower order in the first steps, where y hardly moves: measured order 4 overall. With a
+predictor of order 4 and Runge-Kutta's start, less stable, 48 calls on the MNIST flow leave an RMSE of 0.011,
+with this one 0.0006.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from .teacher_store import Store
 
 EVALUATIONS = 64
 LOG_SHARE, SOFTENING = 0.5, 0.02  # of the grid variable s, see Grid
-RAMP_BELOW, RAMP_SHARE = 48, 0.2  # calls, and the log share that serves few intervals best
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +38,6 @@ class Grid:
     half linear in time and half in a log-SNR that stays finite where alpha or sigma vanish. ``end`` is
     where the network's time stops (0.998 for VP's t = 0.999 - u with t >= 0.001, 1 for a flow).
 
-    ramp: Adams steps of order 1, 2, 3, 3, ... from the start, no Runge-Kutta.
     jump: whether a last step from there to u = 1 remains (a discrete table's, to clean data).
 
     points: (M + 1,) u. slope: (M + 1, 2), dx/ds = slope_0 x + slope_1 y. predict, correct: (M, 4) weights on
@@ -49,7 +47,6 @@ class Grid:
     schedule: Schedule
     intervals: int
     share: float = LOG_SHARE
-    ramp: bool = False
     end: float = field(init=False)
     points: Tensor = field(init=False, repr=False)
     slope: Tensor = field(init=False, repr=False)
@@ -73,14 +70,14 @@ class Grid:
         inner = s[:-1, None] + nodes / m
         tau, tau_inner = self.tau(u), self.tau(self.inverse(inner.flatten())).reshape(inner.shape)
         _, sigma = schedule.alpha_sigma(u)
-        for name, first in (("predict", -3), ("correct", -2)):
+        for name, first, highest in (("predict", -3, 3), ("correct", -2, 4)):
             rows = torch.zeros(m, 4, dtype=torch.float64)
-            for order in (1, 2, 3) if self.ramp else (4,):
+            for order in range(1, highest + 1):
                 value, slope = _lagrange(first + 4 - order, order)
                 at_end = value(torch.ones(1, dtype=torch.float64)) * tau[1:, None]
                 at_start = value(torch.zeros(1, dtype=torch.float64)) * tau[:-1, None]
                 between = torch.einsum("mq,qj->mj", tau_inner * node_weights, slope(nodes))
-                known = max(0, order - first - 4) if self.ramp else 0  # from this row on there are so many y
+                known = max(0, order - first - 4)  # from this row on there are so many y
                 rows[known:] = 0
                 rows[known:, 4 - order :] = (at_end - at_start - between)[known:]
             set_(name, rows if schedule.family == "flow" else rows * sigma[1:, None])
@@ -176,32 +173,24 @@ def integrate(predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, grid: Grid
     m, schedule = grid.intervals, grid.schedule
     states = x.new_empty((len(x), m + 1, *x.shape[1:]))
     slopes = torch.empty_like(states)
-    history: list[Tensor] = []
+    history: list[Tensor] = [predict(x, grid.points[0])]
 
     def slope(x: Tensor, y: Tensor, row: Tensor) -> Tensor:
         return float(row[0]) * x + float(row[1]) * y
 
-    middle = grid.inverse((torch.arange(m, dtype=torch.float64) + 0.5) / m)
-    middle_slope = grid._slope(middle)
     for n in range(m):
-        if len(history) <= n:
-            history.append(predict(x, grid.points[n]))
         states[:, n], slopes[:, n] = x, slope(x, history[n], grid.slope[n])
-        if n < 3 and not grid.ramp:
-            x = _runge_kutta(predict, x, slopes[:, n], slope, grid, n, middle[n], middle_slope[n])
-        else:
-            ratio = float(grid.ratio[n])
-            base, before = ratio * x, x
-            x = base + _mixed(grid.predict[n], history[-4:])
-            if n + 1 < m or schedule.family == "vp":
-                history.append(predict(x, grid.points[n + 1]))
-                x = ratio * before + _mixed(grid.correct[n], history[-4:])
-                history[-5:-4] = [None] * (len(history) > 4)
+        base = float(grid.ratio[n]) * x
+        x = base + _mixed(grid.predict[n], history[-4:])
+        if n + 1 < m or schedule.family == "vp":
+            history.append(predict(x, grid.points[n + 1]))
+            x = base + _mixed(grid.correct[n], history[-4:])
+            history[-5:-4] = [None] * (len(history) > 4)
     if len(history) <= m:
         # A flow's network may be undefined at sigma = 0: its last y is extrapolated.
         history.append(_mixed(torch.tensor([-1.0, 4.0, -6.0, 4.0]), history[-4:]))
     elif grid.jump:
-        # y is the result itself here: 7e-4 off where the predictor stood, 1.5e-5 at the corrected state.
+        # y is the result itself here: 7e-4 off where the predictor stood.
         history[m] = predict(x, grid.points[m])
     states[:, m], slopes[:, m] = x, slope(x, history[m], grid.slope[m])
     a, b = transition(schedule, torch.tensor([grid.end, 1.0], dtype=torch.float64))
@@ -210,8 +199,8 @@ def integrate(predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, grid: Grid
 
 
 def evaluations(grid: Grid) -> int:
-    """Model calls of :func:`integrate` per sample: one a step, nine for Runge-Kutta's start, one or two at VP's end."""
-    return grid.intervals + 9 * (not grid.ramp) + (grid.schedule.family == "vp") + grid.jump
+    """Model calls of :func:`integrate` per sample: one a step, one or two more at VP's end."""
+    return grid.intervals + (grid.schedule.family == "vp") + grid.jump
 
 
 @lru_cache(maxsize=16)
@@ -219,10 +208,7 @@ def dense_grid(schedule: Schedule, budget: int = EVALUATIONS) -> Grid:
     """The grid whose trajectory takes ``budget`` model calls, at least 16. Raises ValueError below."""
     if budget < 16:
         raise ValueError(f"teacher evaluations={budget!r}: need at least 16 (24 to 64 are usual)")
-    budget -= Grid(schedule, 3).jump + (schedule.family == "vp")
-    if budget < RAMP_BELOW:
-        return Grid(schedule, budget, RAMP_SHARE, ramp=True)
-    return Grid(schedule, budget - 9)
+    return Grid(schedule, budget - (schedule.family == "vp") - Grid(schedule, 4).jump)
 
 
 def paper_points(schedule: Schedule, num: int = 100) -> Tensor:
@@ -289,7 +275,7 @@ class Teacher:
             "count": count,
             "batch_size": batch_size,
             "budget": budget,
-            "grid": [LOG_SHARE, SOFTENING],
+            "grid": ["ab3 am4", LOG_SHARE, SOFTENING],
         }
         self.store = Store(problem, settings, cache=cache, memory=memory, key=key)
 
@@ -331,18 +317,6 @@ def _last_moving_u(schedule: Schedule) -> float:
         middle = (low + high) / 2
         low, high = (low, middle) if at(middle) == final else (middle, high)
     return high
-
-
-def _runge_kutta(predict, x, first, slope, grid, n, middle, middle_slope):
-    """One classical fourth-order step of dx/ds over interval n; ``first`` is the slope at its start."""
-    h, half, after = 1 / grid.intervals, 0.5 / grid.intervals, grid.points[n + 1]
-    state = x + half * first
-    second = slope(state, predict(state, middle), middle_slope)
-    state = x + half * second
-    third = slope(state, predict(state, middle), middle_slope)
-    state = x + h * third
-    fourth = slope(state, predict(state, after), grid.slope[n + 1])
-    return x + (h / 6) * (first + 2 * second + 2 * third + fourth)
 
 
 def _mixed(row: Tensor, history: list[Tensor]) -> Tensor:
