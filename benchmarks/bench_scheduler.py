@@ -2,8 +2,8 @@
 
     pytest benchmarks/bench_scheduler.py --benchmark -s
 
-A latent of 4 x 32 x 32, where the arithmetic is next to nothing and what is left is Python and launches. Each round runs 10
-steps of every scheduler, in turn, so that a busy machine slows all alike; medians over the rounds go to
+A latent of 4 x 32 x 32, where the arithmetic is next to nothing and what is left is Python and launches. Each round
+runs 10 steps of every scheduler, in turn, so that a busy machine slows all alike; medians over the rounds go to
 results/scheduler.csv. On CUDA the host's time is taken without waiting for the device.
 """
 

@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> torch.Tensor:
     parser.add_argument("--steps", type=int, default=8)
     options = parser.parse_args(arguments)
 
-    # With weights: pipe = DiffusionPipeline.from_pretrained("facebook/DiT-XL-2-256", torch_dtype=torch.float16).to("cuda")
+    # With weights: pipe = DiffusionPipeline.from_pretrained("facebook/DiT-XL-2-256", torch_dtype=torch.float16)
     #               call = {"class_labels": [207, 360]}
     # or:           pipe = DiffusionPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", torch_dtype=torch.bfloat16)
     #               call = {"prompt": "a cat that holds a sign", "guidance_scale": 3.5}

@@ -5,9 +5,9 @@
         --vae sd-vae-ft-ema --solver sit-10.json --out out/sit-10
     python evaluator.py VIRTUAL_imagenet256_labeled.npz out/sit-10.npz        # openai/guided-diffusion
 
-The checkpoints are those of facebookresearch/DiT and willisma/SiT; the autoencoder is stabilityai/sd-vae-ft-ema, a folder
-for diffusers. Interrupted sampling goes on where it was. Guidance as in the paper: 1.375 for SiT on all channels, 1.5 for
-DiT on the first three of four.
+The checkpoints are those of facebookresearch/DiT and willisma/SiT; the autoencoder is stabilityai/sd-vae-ft-ema, a
+folder for diffusers. Interrupted sampling goes on where it was. Guidance as in the paper: 1.375 for SiT on all
+channels, 1.5 for DiT on the first three of four.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Solvers in k-diffusion's terms: any model(x, sigma) -> denoised, any sampler slot that calls sample_*(model, x, sigmas).
+"""Solvers in k-diffusion's terms: any model(x, sigma) -> denoised, any sampler slot that calls sample_*(model, x,
+sigmas).
 
 python -m examples.k_diffusion                      # digits from the small MNIST flow
 """

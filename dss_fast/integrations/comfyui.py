@@ -4,8 +4,9 @@ A custom node folder needs one line in its ``__init__.py``:
 
     from dss_fast.integrations.comfyui import comfy_entrypoint
 
-Both go into SamplerCustom or SamplerCustomAdvanced, with the same solver and number of steps. Sigmas of another node stop
-the run with the reason, unless ``strict`` is off. Importing this module needs no ComfyUI; the nodes are made when it asks.
+Both go into SamplerCustom or SamplerCustomAdvanced, with the same solver and number of steps. Sigmas of another node
+stop the run with the reason, unless ``strict`` is off. Importing this module needs no ComfyUI; the nodes are made
+when it asks.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ def make_sigmas(model_sampling, solver: Solver | str, steps: int, denoise: float
     if family == "vp" and abs(top / float(sigmas[0]) - 1) > 0.1:
         # DiT's and PixArt's linear betas end at 157, Stable Diffusion's at 14.6: other noise, other coefficients
         raise ValueError(
-            f"solver {solver.name or '(unnamed)'} was searched for noise up to {float(sigmas[0]):.4g}, this model's goes to "
-            f"{top:.4g}; take a hand-made method, or search a solver for the model"
+            f"solver {solver.name or '(unnamed)'} was searched for noise up to {float(sigmas[0]):.4g}, this model's "
+            f"goes to {top:.4g}; take a hand-made method, or search a solver for the model"
         )
     if kept < steps and solver.noise_coeffs is not None:
         warnings.warn("this solver weighs the initial noise and cannot start part-way; denoise is 1", stacklevel=2)

@@ -311,8 +311,8 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             if not torch.allclose(torch.as_tensor(given, dtype=torch.float64), own, rtol=1e-4, atol=1e-6):
                 raise ValueError(
                     f"solver {table.name or '(unnamed)'} cannot run on custom {label}: its coefficients were searched "
-                    f"together with its own, {[round(v, 4) for v in own.tolist()]}; leave them out, or take a hand-made "
-                    "solver such as 'dpmpp_2m'"
+                    f"together with its own, {[round(v, 4) for v in own.tolist()]}; leave them out, or take a "
+                    "hand-made solver such as 'dpmpp_2m'"
                 )
 
     def _locate(self, timestep: float | Tensor) -> int:

@@ -239,7 +239,7 @@ def _same_noise(schedule: VP, table: Tensor) -> bool:
 
 
 def read_solvers(solver) -> tuple[dict[int, Solver], list[str], list[dict]]:
-    """What the ``solver`` argument names: learned tables by N, the names to write in a config, and tables to embed in it.
+    """What ``solver`` names: learned tables by N, the names to write in a config, and the tables to embed in it.
 
     Hand-made names appear among the names only. Raises ValueError naming what exists.
     """

@@ -1,8 +1,9 @@
-"""sample_dss: solvers in k-diffusion's terms, for ComfyUI and everything else that calls ``sample_*(model, x, sigmas)``.
+"""sample_dss: solvers in k-diffusion's terms, for ComfyUI and everything else that calls ``sample_*(model, x,
+sigmas)``.
 
 k-diffusion's model returns the clean sample at (x, sigma). For a flow, x = (1 - sigma) x0 + sigma eps and its d =
-(x - denoised) / sigma is eps - x0, the velocity reversed. For the rest, x = x0 + sigma eps is a VP state divided by alpha,
-in which a step with VP coefficients c becomes
+(x - denoised) / sigma is eps - x0, the velocity reversed. For the rest, x = x0 + sigma eps is a VP state divided by
+alpha, in which a step with VP coefficients c becomes
 
     x_{i+1} = (s'/s) * x_i + (1 - s'/s) * sum_{j<=i} c_ij * denoised_j
 
@@ -43,7 +44,8 @@ def sample_dss(
     """Samples along ``sigmas`` with the coefficients of ``solver``, one network call and one fused update a step.
 
     model: model(x, sigma (B,), **extra_args) -> denoised (B, *S). x: (B, *S), the noise at sigmas[0].
-    sigmas: (n + 1,), falling. A learned solver takes those of :func:`sigmas_of`, or their last k + 1 for an image given a
+    sigmas: (n + 1,), falling. A learned solver takes those of :func:`sigmas_of`, or their last k + 1 for an image
+    given a
         start; a run that ends at 0 where the solver would end just above is taken to mean the same.
     callback: called after each network call with x, i, sigma, sigma_hat and denoised.
     disable: no progress bar.
@@ -93,8 +95,8 @@ def _own_sigmas(table: Solver) -> Tensor:
         return Flow(spec.get("shift", 1.0)).alpha_sigma(u)[1]
     if spec.get("kind", "vp") != "vp":
         raise ValueError(
-            f"solver {table.name or '(unnamed)'} was searched on {spec.get('kind')!r} noise, whose sigmas its file does not "
-            "hold; pass sigmas computed with its schedule and strict=False"
+            f"solver {table.name or '(unnamed)'} was searched on {spec.get('kind')!r} noise, whose sigmas its file "
+            "does not hold; pass sigmas computed with its schedule and strict=False"
         )
     schedule = default_schedule("vp")
     if spec:
@@ -152,7 +154,8 @@ def _tail_weights(table: Solver, grid: Grid, first: int) -> Tensor:
     """The weights of the last steps of a table, with what they owe to earlier predictions given to the first."""
     if table.noise_coeffs is not None:
         raise ValueError(
-            f"solver {table.name or '(unnamed)'} weighs the initial noise, which a run that starts part-way does not have"
+            f"solver {table.name or '(unnamed)'} weighs the initial noise, which a run that starts part-way "
+            "does not have"
         )
     coeffs = table.tensors()["coeffs"]
     padded = torch.zeros(1, len(coeffs), 4 + len(coeffs), dtype=torch.float64)

@@ -1,24 +1,23 @@
 """from_pipeline: a diffusers pipeline as a search target.
 
-The pipeline is run for a few steps under a scheduler that takes notes: what its network was called with, and what it made
-of the outputs. From the notes follow the model, its conditions and the guidance; nothing here knows any pipeline by name.
-What was found is then checked against what the pipeline did, so that an arrangement this module does not understand
-(guidance that is not linear, image latents beside the noisy ones) is refused and not searched wrongly.
+The pipeline is run for a few steps under a scheduler that takes notes: what its network was called with, and what it
+made of the outputs. From the notes follow the model, its conditions and the guidance; nothing here knows any pipeline
+by name. What was found is then checked against what the pipeline did, so that an arrangement this module does not
+understand (guidance that is not linear, image latents beside the noisy ones) is refused and not searched wrongly.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .diffusers import DSSScheduler
 from .diffusers_config import model_schedule
+from .recording import Notes, Step, record, tensor_of
 
 TIMES = ("timestep", "timesteps", "t")
 STEPS = 3  # of the run that is studied; the middle one checks what the outer two say
@@ -49,14 +48,14 @@ def from_pipeline(
     rows = _rows(prompts)
     count = len(next(iter(rows.values())))
     first = [_take(rows, [0]), _take(rows, [0, 1 % count])]
-    one, two = (_record(pipe, chunk, STEPS, generator, arguments) for chunk in first)
+    one, two = (record(pipe, chunk, STEPS, generator, arguments) for chunk in first)
     layout = _Layout.read(one, two, _given_scales(pipe, arguments))
 
     cond: list[dict] = []
     uncond: list[dict] = []
     for start in range(0, count, batch_size):
         chosen = list(range(start, min(start + batch_size, count)))
-        notes = _record(pipe, _take(rows, chosen), 1, generator, arguments)
+        notes = record(pipe, _take(rows, chosen), 1, generator, arguments)
         branches = layout.conditions(notes.steps[0], len(chosen))
         cond.append(branches[layout.cond])
         uncond.append(branches[1 - layout.cond] if layout.guided else {})
@@ -97,98 +96,8 @@ class PipelineModel(nn.Module):
         arguments = layout.arguments(cond, len(x))
         arguments[layout.x_key] = x.to(layout.dtype)
         arguments[layout.t_key] = (layout.time_scale * t + layout.time_shift).to(layout.time_dtype)
-        output = _tensor(self.network(**arguments))
+        output = tensor_of(self.network(**arguments))
         return layout.sign * _mean(output, x)
-
-
-# ---- taking notes
-
-
-@dataclass
-class _Call:
-    module: nn.Module
-    arguments: dict[str, Any]
-    output: Tensor
-
-
-@dataclass
-class _Step:
-    calls: list[_Call]
-    t: float
-    sample: Tensor
-    output: Tensor
-
-
-@dataclass
-class _Notes:
-    """One run: its steps, the number of prompts and the resolution's shift."""
-
-    prompts: int
-    steps: list[_Step] = field(default_factory=list)
-    calls: list[_Call] = field(default_factory=list)
-    mu: float | None = None
-
-    @property
-    def module(self) -> nn.Module:
-        return self.steps[0].calls[0].module
-
-
-class _NoteTaker(DSSScheduler):
-    """An Euler scheduler that writes down each step."""
-
-    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
-        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
-        self._notes.mu = mu
-
-    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
-        calls, self._notes.calls = self._notes.calls, []
-        t = float(self.timesteps[self._locate(timestep)])
-        self._notes.steps.append(_Step(calls, t, sample.clone(), model_output.clone()))
-        return super().step(model_output, timestep, sample, generator, return_dict)
-
-
-def _record(pipe, chunk: Mapping[str, Any], steps: int, generator, arguments: Mapping[str, Any]) -> _Notes:
-    notes = _Notes(len(next(iter(chunk.values()))))
-    taker = _NoteTaker.from_config(pipe.scheduler.config, solver="euler", clip_sample=False)
-    taker._notes = notes
-    own = pipe.scheduler
-    with ExitStack() as stack:
-        networks = [m for name, m in pipe.components.items() if name.startswith(("transformer", "unet")) and m]
-        for network in networks:
-            network = getattr(network, "_orig_mod", network)
-            stack.callback(network.register_forward_hook(_noting(notes), with_kwargs=True).remove)
-        pipe.scheduler = taker
-        stack.callback(setattr, pipe, "scheduler", own)
-        stack.enter_context(_quiet(pipe))
-        if generator is None:
-            generator = torch.Generator().manual_seed(0)
-        options = {"output_type": "latent", "num_inference_steps": steps, "generator": generator, **arguments}
-        accepted = inspect.signature(pipe.__call__).parameters
-        if "num_images_per_prompt" in options or "num_videos_per_prompt" in options:
-            raise ValueError("leave out num_images_per_prompt: every search sample draws its own prompt and noise")
-        pipe(**{k: v for k, v in options.items() if k in accepted or k in arguments}, **chunk)
-    if len(notes.steps) != steps:
-        raise ValueError(f"the pipeline took {len(notes.steps)} steps where {steps} were asked for")
-    return notes
-
-
-def _noting(notes: _Notes) -> Callable:
-    def hook(module, args, kwargs, output):
-        arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        arguments |= arguments.pop("kwargs", {})
-        notes.calls.append(_Call(module, dict(arguments), _tensor(output).clone()))
-
-    return hook
-
-
-@contextmanager
-def _quiet(pipe):
-    config = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        yield
-    finally:
-        pipe._progress_bar_config = config
 
 
 # ---- reading them
@@ -219,7 +128,7 @@ class _Layout:
         return self.calls * self.halves == 2
 
     @classmethod
-    def read(cls, one: _Notes, two: _Notes, scales: Sequence[float] = ()) -> _Layout:
+    def read(cls, one: Notes, two: Notes, scales: Sequence[float] = ()) -> _Layout:
         step, calls = one.steps[0], one.steps[0].calls
         if len({id(c.module) for s in one.steps for c in s.calls}) != 1:
             raise ValueError("the pipeline runs more than one network; search each on its own, this one cannot")
@@ -258,11 +167,11 @@ class _Layout:
         layout._read_guidance(one, scales)
         return layout
 
-    def branches(self, step: _Step, prompts: int) -> list[Tensor]:
+    def branches(self, step: Step, prompts: int) -> list[Tensor]:
         """The network's outputs, one (B, *S) a branch, in the order the pipeline made them."""
         return [half[:, : step.sample.shape[1]] for c in step.calls for half in c.output.split(prompts)]
 
-    def _read_guidance(self, notes: _Notes, scales: Sequence[float]) -> None:
+    def _read_guidance(self, notes: Notes, scales: Sequence[float]) -> None:
         """Least squares of the pipeline's combined output over the branches: sign * (m_u + g (m_c - m_u))."""
         n = notes.prompts
         columns = [
@@ -295,7 +204,7 @@ class _Layout:
     def tolerance(self) -> float:
         return 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.05
 
-    def conditions(self, step: _Step, prompts: int) -> list[dict[str, Tensor]]:
+    def conditions(self, step: Step, prompts: int) -> list[dict[str, Tensor]]:
         """Per branch, the arguments with a row per prompt."""
         flat = [_flatten(c.arguments, (self.x_key, self.t_key)) for c in step.calls]
         branches = []
@@ -339,7 +248,7 @@ def _given_scales(pipe, arguments: Mapping[str, Any]) -> list[float]:
     return [float(v) for v in values if isinstance(v, int | float)]
 
 
-def _time_map(notes: _Notes, key: str) -> tuple[float, float]:
+def _time_map(notes: Notes, key: str) -> tuple[float, float]:
     """(scale, shift) with network time = scale * scheduler time + shift, one of those in use."""
     seen = [(s.t, float(s.calls[0].arguments[key].flatten()[0])) for s in notes.steps]
     for scale in (1.0, 1e-3, -1e-3, -1.0):
@@ -379,7 +288,7 @@ def _flatten(arguments: Mapping[str, Any], without: Sequence[str] = (), prefix: 
     return flat
 
 
-def _check(notes: _Notes, layout: _Layout, model: PipelineModel) -> None:
+def _check(notes: Notes, layout: _Layout, model: PipelineModel) -> None:
     """The model, called anew, must give what the pipeline gave to its scheduler."""
     n = notes.prompts
     with torch.no_grad():
@@ -460,8 +369,8 @@ def _common(key: str, parts: list[Tensor], like: Tensor | None) -> Tensor:
     rows = _join(key, parts)
     if like is not None and rows.shape[1:] != like.shape[1:]:
         raise ValueError(
-            f"{key} has rows of {tuple(rows.shape[1:])} without and {tuple(like.shape[1:])} with the prompt; both run in "
-            "one batch, so pad the negative prompt to the same length"
+            f"{key} has rows of {tuple(rows.shape[1:])} without and {tuple(like.shape[1:])} with the prompt; both "
+            "run in one batch, so pad the negative prompt to the same length"
         )
     if not all(torch.equal(row, rows[0]) for row in rows):
         raise ValueError(f"the unconditional {key} differs between prompts; give one negative prompt for all")
@@ -470,11 +379,6 @@ def _common(key: str, parts: list[Tensor], like: Tensor | None) -> Tensor:
 
 def _repeats(rows: Tensor | None, row: Tensor) -> bool:
     return rows is not None and all(torch.equal(r, row[0]) for r in rows)
-
-
-def _tensor(output: Any) -> Tensor:
-    output = getattr(output, "sample", output)
-    return output if isinstance(output, Tensor) else output[0]
 
 
 def _mean(output: Tensor, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The transformer of DiT (arXiv 2212.09748) and SiT (arXiv 2401.08740), with the key names of their checkpoints.
 
 Both are one network: patches, sine positions, time and class embedded and added, blocks modulated by them (adaLN-Zero).
-They differ in what the output means and in the time: DiT predicts epsilon at t in [0, 999], SiT velocity x0 - eps at t in
-[0, 1], t = 1 data. Both also put out variances, which no deterministic solver uses and `forward` drops.
+They differ in what the output means and in the time: DiT predicts epsilon at t in [0, 999], SiT velocity x0 - eps at
+t in [0, 1], t = 1 data. Both also put out variances, which no deterministic solver uses and `forward` drops.
 """
 
 from __future__ import annotations

@@ -1,0 +1,106 @@
+"""Running a pipeline of diffusers with a scheduler and hooks that take notes of what its network was asked and said."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .diffusers import DSSScheduler
+
+
+@dataclass
+class Call:
+    module: nn.Module
+    arguments: dict[str, Any]
+    output: Tensor
+
+
+@dataclass
+class Step:
+    calls: list[Call]
+    t: float
+    sample: Tensor
+    output: Tensor
+
+
+@dataclass
+class Notes:
+    """One run: its steps, the number of prompts and the resolution's shift."""
+
+    prompts: int
+    steps: list[Step] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    mu: float | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        return self.steps[0].calls[0].module
+
+
+class NoteTaker(DSSScheduler):
+    """An Euler scheduler that writes down each step."""
+
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+        self._notes.mu = mu
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        calls, self._notes.calls = self._notes.calls, []
+        t = float(self.timesteps[self._locate(timestep)])
+        self._notes.steps.append(Step(calls, t, sample.clone(), model_output.clone()))
+        return super().step(model_output, timestep, sample, generator, return_dict)
+
+
+def record(pipe, chunk: Mapping[str, Any], steps: int, generator, arguments: Mapping[str, Any]) -> Notes:
+    notes = Notes(len(next(iter(chunk.values()))))
+    taker = NoteTaker.from_config(pipe.scheduler.config, solver="euler", clip_sample=False)
+    taker._notes = notes
+    own = pipe.scheduler
+    with ExitStack() as stack:
+        networks = [m for name, m in pipe.components.items() if name.startswith(("transformer", "unet")) and m]
+        for network in networks:
+            network = getattr(network, "_orig_mod", network)
+            stack.callback(network.register_forward_hook(_noting(notes), with_kwargs=True).remove)
+        pipe.scheduler = taker
+        stack.callback(setattr, pipe, "scheduler", own)
+        stack.enter_context(_quiet(pipe))
+        if generator is None:
+            generator = torch.Generator().manual_seed(0)
+        options = {"output_type": "latent", "num_inference_steps": steps, "generator": generator, **arguments}
+        accepted = inspect.signature(pipe.__call__).parameters
+        if "num_images_per_prompt" in options or "num_videos_per_prompt" in options:
+            raise ValueError("leave out num_images_per_prompt: every search sample draws its own prompt and noise")
+        pipe(**{k: v for k, v in options.items() if k in accepted or k in arguments}, **chunk)
+    if len(notes.steps) != steps:
+        raise ValueError(f"the pipeline took {len(notes.steps)} steps where {steps} were asked for")
+    return notes
+
+
+def _noting(notes: Notes) -> Callable:
+    def hook(module, args, kwargs, output):
+        arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        arguments |= arguments.pop("kwargs", {})
+        notes.calls.append(Call(module, dict(arguments), tensor_of(output).clone()))
+
+    return hook
+
+
+@contextmanager
+def _quiet(pipe):
+    config = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipe._progress_bar_config = config
+
+
+def tensor_of(output: Any) -> Tensor:
+    output = getattr(output, "sample", output)
+    return output if isinstance(output, Tensor) else output[0]
