@@ -155,7 +155,8 @@ class Rollout {
 
   const Call& run_with_graph(int64_t step, const Tensor& x) {
     at::AutoGradMode grad(true);
-    Call call{x.detach(), times_.select(1, step).detach().clone(), {}};
+    // Not detach: the state would share its version with the states written later, and count as modified.
+    Call call{x.variable_data(), times_.select(1, step).detach().clone(), {}};
     call.x.set_requires_grad(step > 0 || needs_.x);
     call.t.set_requires_grad(needs_.times);
     call.output = run(step, call.x, call.t);

@@ -211,7 +211,9 @@ class _Unroll(torch.autograd.Function):
 def _extension() -> Any:
     """The compiled engine, or the error that says why there is none."""
     try:
-        importlib.import_module("dss_fast.step")  # registers the ops that the engine calls
+        step = importlib.import_module("dss_fast.step")  # registers the ops that the engine calls
+        if step._no_extension is not None:
+            raise ImportError(step._no_extension)
         return importlib.import_module("dss_fast._C").Rollout
     except (ImportError, AttributeError) as error:
         return error

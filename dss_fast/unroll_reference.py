@@ -99,7 +99,8 @@ class Rollout:
         return output
 
     def _with_graph(self, i: int, x: Tensor) -> Tensor:
-        x = x.detach().requires_grad_(i > 0 or self.needs_x)
+        # Not detach: x would share its version with the states written later, and count as modified.
+        x = x.data.requires_grad_(i > 0 or self.needs_x)
         t = self.times[:, i].clone().requires_grad_(self.needs_times)
         with torch.enable_grad(), _autocast(self.autocast):
             output = self.call(i, x, t)

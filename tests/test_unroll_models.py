@@ -122,6 +122,12 @@ def test_compiled_model(cotangents, backend):
         assert close(f, e, 1e-5)
 
 
+def test_kept_graphs_may_save_the_state_itself(backend):
+    _, *tensors = problem()
+    rows = (-1, 1, 1, 1)
+    compare(lambda x, t: x * x * t.reshape(rows), tensors, backend, memory_budget=10**9)
+
+
 class Checkpointed(nn.Module):
     def __init__(self, model):
         super().__init__()
