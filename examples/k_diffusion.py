@@ -1,5 +1,4 @@
-"""Solvers in k-diffusion's terms: any model(x, sigma) -> denoised, any sampler slot that calls sample_*(model, x,
-sigmas).
+"""Solvers in k-diffusion's terms: any model(x, sigma) -> denoised, and any slot for a sample_*(model, x, sigmas).
 
 python -m examples.k_diffusion                      # digits from the small MNIST flow
 """

@@ -1,5 +1,4 @@
-"""sample_dss: solvers in k-diffusion's terms, for ComfyUI and everything else that calls ``sample_*(model, x,
-sigmas)``.
+"""sample_dss: solvers in k-diffusion's terms, for ComfyUI and all else that calls ``sample_*(model, x, sigmas)``.
 
 k-diffusion's model returns the clean sample at (x, sigma). For a flow, x = (1 - sigma) x0 + sigma eps and its d =
 (x - denoised) / sigma is eps - x0, the velocity reversed. For the rest, x = x0 + sigma eps is a VP state divided by
