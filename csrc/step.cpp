@@ -38,6 +38,19 @@ int kind(const at::Tensor& t, const char* name) {
   }
 }
 
+// `stream` writes past the cache: a large result is not worth the read that an ordinary store begins with.
+void copy_block(const char* from, char* to, int64_t bytes, bool stream) {
+#if defined(__x86_64__)
+  if (stream && reinterpret_cast<uintptr_t>(to) % 16 == 0 && bytes % 16 == 0) {
+    for (int64_t i = 0; i < bytes; i += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+    return;
+  }
+#endif
+  std::memcpy(to, from, bytes);
+}
+
 // A tensor as rows of bytes, read or written a block at a time.
 struct Rows {
   char* data = nullptr;
@@ -62,23 +75,15 @@ struct Rows {
     return buffer;
   }
 
-  // `stream` writes past the cache: a large result is not worth the read that an ordinary store begins with.
   template <class A>
   void write(const Kernels<A>& k, const A* block, int64_t b, int64_t e, int64_t n, bool stream, int64_t j = 0) const {
     char* to = at(b, e, j);
-#if defined(__x86_64__)
-    if (stream && reinterpret_cast<uintptr_t>(to) % 16 == 0 && n * width % 16 == 0) {
+    const bool same = kind == (std::is_same_v<A, double> ? 0 : 1);
+    if (stream || same) {
       alignas(64) char staged[kBlock * sizeof(double)];
-      const char* from = reinterpret_cast<const char*>(block);
-      if (kind != (std::is_same_v<A, double> ? 0 : 1)) {
-        k.store[kind](block, staged, n);
-        from = staged;
-      }
-      for (int64_t i = 0; i < n * width; i += 16)
-        _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
-      return;
+      if (!same) k.store[kind](block, staged, n);
+      return copy_block(same ? reinterpret_cast<const char*>(block) : staged, to, n * width, stream);
     }
-#endif
     k.store[kind](block, to, n);
   }
 };
@@ -177,14 +182,16 @@ void split(const Step<A>& step, int64_t guided, int64_t e, int64_t n, const Part
 
 template <class A>
 void forward(const Shape& s, const at::Tensor& x, const at::Tensor& output, const at::Tensor& history,
-             const at::Tensor& weights, const at::Tensor& index, const at::Tensor& y_out, bool into_slot,
+             const at::Tensor& weights, const at::Tensor& index, const at::Tensor& history_next,
              const at::Tensor& out) {
   const auto& k = kernels<A>();
-  const Rows xs(x, "x"), ms(output, "output"), hs(history, "history", true), ys(y_out, "history", into_slot),
+  const Rows xs(x, "x"), ms(output, "output"), hs(history, "history", true), next(history_next, "history", true),
       outs(out, "out");
+  const bool fresh = next.data != hs.data;  // a new history is the old one with slot i replaced
   const A* w = weights.const_data_ptr<A>();
   const int64_t* at = index.const_data_ptr<int64_t>();
-  const int64_t bytes = s.batch * s.size * (2 * xs.width + (s.pair ? 2 : 1) * ms.width + (s.slots + 1) * hs.width);
+  const int64_t bytes =
+      s.batch * s.size * (2 * xs.width + (s.pair ? 2 : 1) * ms.width + (s.slots + 1 + fresh * s.slots) * hs.width);
   const bool stream_y = bytes > kStreamBytes, stream_x = stream_y && xs.data != outs.data;
 
   for_chunks(s, bytes, [&](int64_t b, int64_t first, int64_t last, int64_t) {
@@ -192,7 +199,8 @@ void forward(const Shape& s, const at::Tensor& x, const at::Tensor& output, cons
     alignas(64) A state[kBlock], uncond[kBlock], cond[kBlock], y[kBlock], total[kBlock];
     if (!step.active) {
       if (outs.data != xs.data) std::memcpy(outs.at(b, first), xs.at(b, first), (last - first) * xs.width);
-      if (!into_slot) std::memset(ys.at(b, first), 0, (last - first) * ys.width);
+      for (int64_t j = 0; fresh && j < s.slots; ++j)
+        std::memcpy(next.at(b, first, j), hs.at(b, first, j), (last - first) * hs.width);
       return;
     }
     c10::SmallVector<int64_t, 32> read;
@@ -206,7 +214,7 @@ void forward(const Shape& s, const at::Tensor& x, const at::Tensor& output, cons
       split(step, s.guided, e, n, [&](int64_t o, int64_t count, const A* scalars) {
         k.begin(xp + o, up + o, cp ? cp + o : nullptr, scalars, y + o, total + o, count);
       });
-      ys.write(k, y, b, e, n, stream_y, into_slot ? step.i : 0);
+      next.write(k, y, b, e, n, stream_y, step.i);
       for (size_t r = 0; r < read.size(); r += kGroup) {
         const void* slots[kGroup];
         A wanted[kGroup];
@@ -218,17 +226,19 @@ void forward(const Shape& s, const at::Tensor& x, const at::Tensor& output, cons
         k.sum[hs.kind](total, slots, wanted, count, n);
       }
       outs.write(k, total, b, e, n, stream_x);
+      for (int64_t j = 0; fresh && j < s.slots; ++j)
+        if (j != step.i) copy_block(hs.at(b, e, j), next.at(b, e, j), n * hs.width, stream_y);
     }
   });
 }
 
 template <class A>
-void backward(const Shape& s, const at::Tensor& grad, const at::Tensor& grad_y, const at::Tensor& x,
+void backward(const Shape& s, const at::Tensor& grad, const at::Tensor& grad_next, const at::Tensor& x,
               const at::Tensor& output, const at::Tensor& history, const at::Tensor& weights, const at::Tensor& index,
               const Rows& dxs, const Rows& dms, const Rows& dhs, A* grad_row) {
   const auto& k = kernels<A>();
   const Rows gs(grad, "grad_x_next"), xs(x, "x"), ms(output, "output"), hs(history, "history", true);
-  const Rows gys = grad_y.defined() ? Rows(grad_y, "grad_y") : Rows();
+  const Rows laters = grad_next.defined() ? Rows(grad_next, "grad_history_next", true) : Rows();
   const A* w = weights.const_data_ptr<A>();
   const int64_t* at = index.const_data_ptr<int64_t>();
   const auto columns = s.columns;
@@ -249,10 +259,11 @@ void backward(const Shape& s, const at::Tensor& grad, const at::Tensor& grad_y, 
         if (dxs) dxs.write(k, gp, b, e, n, stream);
         if (dms) dms.write(k, du, b, e, n, stream);
         if (dms && s.pair) dms.write(k, du, b + s.batch, e, n, stream);
-        for (int64_t j = 0; dhs && j < s.slots; ++j) dhs.write(k, du, b, e, n, stream, j);
+        for (int64_t j = 0; dhs && j < s.slots; ++j)
+          dhs.write(k, laters ? laters.read(k, b, e, n, dx, j) : du, b, e, n, stream, j);
         continue;
       }
-      const A* yp = gys ? gys.read(k, b, e, n, gy) : nullptr;
+      const A* yp = laters ? laters.read(k, b, e, n, gy, step.i) : nullptr;
       const A* xp = xs.read(k, b, e, n, state);
       const A* up = ms.read(k, b, e, n, uncond);
       const A* cp = s.pair ? ms.read(k, b + s.batch, e, n, cond) : nullptr;
@@ -269,9 +280,11 @@ void backward(const Shape& s, const at::Tensor& grad, const at::Tensor& grad_y, 
       std::fill(du, du + n, A(0));
       for (int64_t j = 0; j < s.slots; ++j) {
         const bool past = j < step.i || j == s.steps;
+        const A* later = dhs && laters && j != step.i ? laters.read(k, b, e, n, gy, j) : nullptr;
         if (past && (grad_row || dhs))
-          row[kScalars + j] += k.history_backward[hs.kind](hs.at(b, e, j), gp, step.w[kScalars + j], dx, n);
-        if (dhs) dhs.write(k, past ? dx : du, b, e, n, stream, j);
+          row[kScalars + j] +=
+              k.history_backward[hs.kind](hs.at(b, e, j), gp, later, step.w[kScalars + j], dx, n);
+        if (dhs) dhs.write(k, past ? dx : later ? later : du, b, e, n, stream, j);
       }
     }
   });
@@ -348,7 +361,7 @@ void step_inplace(const at::Tensor& x, const at::Tensor& output, at::Tensor& his
   const auto target = out.is_contiguous() ? out : at::empty(out.sizes(), out.options());
   const auto go = x.scalar_type() == at::kDouble ? forward<double> : forward<float>;
   go(s, *x.expect_contiguous(), *output.expect_contiguous(), slots, *weights.expect_contiguous(),
-     *index.expect_contiguous(), slots, true, target);
+     *index.expect_contiguous(), slots, target);
   if (!slots.is_same(history)) history.copy_(slots);
   if (!target.is_same(out)) out.copy_(target);
 }
@@ -358,16 +371,16 @@ std::tuple<at::Tensor, at::Tensor> step_functional(const at::Tensor& x, const at
                                                   const at::Tensor& index, int64_t guided) {
   const auto s = check(x, output, history, weights, index, guided);
   auto out = at::empty(x.sizes(), x.options());
-  auto y = at::empty(x.sizes(), history.options());
-  if (x.numel() == 0) return {out, y};
+  auto next = at::empty(history.sizes(), history.options());
+  if (x.numel() == 0) return {out, next};
   const auto go = x.scalar_type() == at::kDouble ? forward<double> : forward<float>;
   go(s, *x.expect_contiguous(), *output.expect_contiguous(), samples_contiguous(history), *weights.expect_contiguous(),
-     *index.expect_contiguous(), y, false, out);
-  return {out, y};
+     *index.expect_contiguous(), next, out);
+  return {out, next};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> step_backward(
-    const at::Tensor& grad_x_next, const std::optional<at::Tensor>& grad_y, const at::Tensor& x,
+    const at::Tensor& grad_x_next, const std::optional<at::Tensor>& grad_next, const at::Tensor& x,
     const at::Tensor& output, const at::Tensor& history, const at::Tensor& weights, const at::Tensor& index,
     int64_t guided, int64_t needs) {
   const auto s = check(x, output, history, weights, index, guided);
@@ -377,10 +390,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> step_backward(
   auto dx = like(x, 0), dm = like(output, 1), dh = like(history, 2);
   auto row = needs >> 3 & 1 ? at::zeros({s.batch, s.columns}, weights.options()) : at::empty({0}, weights.options());
   if (x.numel() == 0) return {dx, dm, dh, row};
-  const auto gy = grad_y && grad_y->defined() ? grad_y->contiguous() : at::Tensor();
+  const auto later = grad_next && grad_next->defined() ? grad_next->contiguous() : at::Tensor();
   auto go = [&](auto zero) {
     using A = decltype(zero);
-    backward<A>(s, *grad_x_next.expect_contiguous(), gy, *x.expect_contiguous(), *output.expect_contiguous(),
+    backward<A>(s, *grad_x_next.expect_contiguous(), later, *x.expect_contiguous(), *output.expect_contiguous(),
                 samples_contiguous(history), *weights.expect_contiguous(), *index.expect_contiguous(),
                 needs & 1 ? Rows(dx, "x") : Rows(), needs & 2 ? Rows(dm, "output") : Rows(),
                 needs & 4 ? Rows(dh, "history", true) : Rows(), needs & 8 ? row.mutable_data_ptr<A>() : nullptr);
@@ -391,7 +404,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> step_backward(
 
 std::tuple<at::Tensor, at::Tensor> step_pull(const at::Tensor& adjoints, const at::Tensor& weights,
                                                   const at::Tensor& index, bool pair, int64_t guided) {
-  TORCH_CHECK_VALUE(adjoints.dim() >= 2, "adjoints have shape ", adjoints.sizes(), "; needed is (batch, steps, *sample)");
+  TORCH_CHECK_VALUE(adjoints.dim() >= 2, "adjoints have shape ", adjoints.sizes(),
+                    "; needed is (batch, steps, *sample)");
   const auto slot = adjoints.select(1, 0);
   auto sizes = slot.sizes().vec();
   auto dx = at::empty(sizes, adjoints.options());

@@ -131,15 +131,15 @@ DSS_INLINE void begin_backward_loop(const A* x, const A* uncond, const A* cond, 
   sums[0] += s0, sums[1] += s1, sums[2] += s2, sums[3] += s3 * q, sums[4] += s4;
 }
 
-// to = w * g, and returns <slot, g>.
+// to = w * g (+ later), and returns <slot, g>.
 template <class A, class T>
-DSS_INLINE A history_backward_loop(const void* from, const A* g, A w, A* __restrict to, int64_t n) {
+DSS_INLINE A history_backward_loop(const void* from, const A* g, const A* later, A w, A* __restrict to, int64_t n) {
   const T* slot = static_cast<const T*>(from);
   A s = 0;
 #pragma omp simd reduction(+ : s)
   for (int64_t e = 0; e < n; ++e) {
     s += static_cast<A>(widen(slot[e])) * g[e];
-    to[e] = w * g[e];
+    to[e] = later ? w * g[e] + later[e] : w * g[e];
   }
   return s;
 }
@@ -150,7 +150,7 @@ struct Kernels {
   void (*load[4])(const void*, A*, int64_t);
   void (*store[4])(const A*, void*, int64_t);
   void (*sum[4])(A*, const void* const*, const A*, int, int64_t);
-  A (*history_backward[4])(const void*, const A*, A, A*, int64_t);
+  A (*history_backward[4])(const void*, const A*, const A*, A, A*, int64_t);
   void (*begin)(const A*, const A*, const A*, const A*, A*, A*, int64_t);
   void (*begin_backward)(const A*, const A*, const A*, const A*, const A*, const A*, A*, A*, A*, double*, int64_t);
 };
@@ -165,8 +165,9 @@ struct Kernels {
     template <class T>                                                                                               \
     TARGET static void sum(A* t, const void* const* s, const A* w, int c, int64_t n) { sum_loop<A, T>(t, s, w, c, n); } \
     template <class T>                                                                                               \
-    TARGET static A history(const void* f, const A* g, A w, A* t, int64_t n) {                                       \
-      return history_backward_loop<A, T>(f, g, w, t, n);                                                             \
+    TARGET static A history(const void* f, const A* g, const A* l, A w, A* t, int64_t n) {                            \
+      return l ? history_backward_loop<A, T>(f, g, l, w, t, n)                                                       \
+               : history_backward_loop<A, T>(f, g, nullptr, w, t, n);                                                \
     }                                                                                                                \
     TARGET static void begin(const A* x, const A* u, const A* c, const A* w, A* y, A* t, int64_t n) {                \
       c ? begin_loop(x, u, c, w, y, t, n) : begin_loop<A>(x, u, nullptr, w, y, t, n);                                \

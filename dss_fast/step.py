@@ -4,8 +4,8 @@
     y_i     = p_i * x_i + q_i * m_i
     x_{i+1} = a_i * x_i + sum_{j<=i} w_ij * y_j [+ w_iN * x_init]
 
-Gradients, with G the gradient of x_{i+1} and Y = w_ii G + (gradient of y_i): grad x = a G + p Y,
-grad m = q Y, grad y_j = w_ij G, and per sample d/da = <x, G>, d/dp = <x, Y>, d/dq = <m, Y>,
+Gradients, with G that of x_{i+1}, H_j that of the new history's slot j and Y = w_ii G + H_i: grad x = a G + p Y,
+grad m = q Y, grad y_j = w_ij G + H_j, and per sample d/da = <x, G>, d/dp = <x, Y>, d/dq = <m, Y>,
 d/dg = q <m_cond - m_uncond, Y>, d/dw_ij = <y_j, G>, accumulated in the dtype of the weights.
 """
 
@@ -23,8 +23,8 @@ _SCHEMAS = {
     " -> (Tensor, Tensor)",
     "multistep_step_": "(Tensor x, Tensor output, Tensor(a!) history, Tensor weights, Tensor index, int guided,"
     " Tensor(b!) out) -> ()",
-    "multistep_step_backward": "(Tensor grad_x_next, Tensor? grad_y, Tensor x, Tensor output, Tensor history,"
-    " Tensor weights, Tensor index, int guided=-1, int needs=15) -> (Tensor, Tensor, Tensor, Tensor)",
+    "multistep_step_backward": "(Tensor grad_x_next, Tensor? grad_history_next, Tensor x, Tensor output,"
+    " Tensor history, Tensor weights, Tensor index, int guided=-1, int needs=15) -> (Tensor, Tensor, Tensor, Tensor)",
     "multistep_pull": "(Tensor adjoints, Tensor weights, Tensor index, bool pair=False, int guided=-1)"
     " -> (Tensor, Tensor)",
 }
@@ -84,7 +84,7 @@ _step, _step_inplace = _ops.multistep_step.default, _ops.multistep_step_.default
 
 @torch.library.register_fake("dss_fast::multistep_step", lib=_library)
 def _(x, output, history, weights, index, guided=-1):
-    return x.new_empty(x.shape), history.new_empty(x.shape)
+    return x.new_empty(x.shape), history.new_empty(history.shape)
 
 
 @torch.library.register_fake("dss_fast::multistep_step_", lib=_library)
@@ -93,7 +93,7 @@ def _(x, output, history, weights, index, guided, out):
 
 
 @torch.library.register_fake("dss_fast::multistep_step_backward", lib=_library)
-def _(grad_x_next, grad_y, x, output, history, weights, index, guided=-1, needs=15):
+def _(grad_x_next, grad_history_next, x, output, history, weights, index, guided=-1, needs=15):
     shapes = (x, x.shape), (output, output.shape), (history, history.shape), (weights, (x.shape[0], weights.shape[2]))
     return tuple(t.new_empty(shape if needs >> bit & 1 else 0) for bit, (t, shape) in enumerate(shapes))
 
@@ -111,15 +111,15 @@ def _save(ctx, inputs, output):
     ctx.guided = guided
 
 
-def _backward(ctx, grad_x_next, grad_y, op=_ops.multistep_step_backward.default, wanted=None):
+def _backward(ctx, grad_x_next, grad_history_next, op=_ops.multistep_step_backward.default, wanted=None):
     x, output, history, weights, index = ctx.saved_tensors
-    if grad_x_next is None and grad_y is None:
+    if grad_x_next is None and grad_history_next is None:
         return None, None, None, None, None, None
     if grad_x_next is None:
         grad_x_next = torch.zeros_like(x)
     wanted = (ctx.needs_input_grad if wanted is None else wanted)[:4]
     needs = sum(1 << bit for bit, need in enumerate(wanted) if need)
-    gradients = op(grad_x_next, grad_y, x, output, history, weights, index, ctx.guided, needs)
+    gradients = op(grad_x_next, grad_history_next, x, output, history, weights, index, ctx.guided, needs)
     grad_x, grad_output, grad_history, grad_row = (g if w else None for g, w in zip(gradients, wanted, strict=True))
     grad_weights = None if grad_row is None else _scatter_rows(grad_row, weights, index)
     return grad_x, grad_output, grad_history, grad_weights, None, None  # index, guided
@@ -148,8 +148,8 @@ class _ModuleStep(torch.autograd.Function):
         _save(ctx, inputs[1:], output)
 
     @staticmethod
-    def backward(ctx, grad_x_next, grad_y):
-        return None, *_backward(ctx, grad_x_next, grad_y, ctx.module.multistep_step_backward, ctx.needs_input_grad[1:])
+    def backward(ctx, *grads):
+        return None, *_backward(ctx, *grads, ctx.module.multistep_step_backward, ctx.needs_input_grad[1:])
 
 
 def backends(device):
@@ -211,19 +211,11 @@ def multistep_step(x, output, history, weights, index, *, guided=None, out=None,
         if out is not None:
             raise ValueError("out= cannot be written where a gradient is needed; leave it out or use torch.no_grad()")
         inputs = (x, output, history, weights, index, guided)
-        x_next, y = _step(*inputs) if module is None else _ModuleStep.apply(module, *inputs)
-        return x_next, _written(history, y, index, weights.shape[1])
+        return _step(*inputs) if module is None else _ModuleStep.apply(module, *inputs)
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
     (_step_inplace if module is None else module.multistep_step_)(x, output, history, weights, index, guided, out)
     return out, history
-
-
-def _written(history, y, index, steps):
-    """History with y in each row's slot, as a new tensor."""
-    slot = torch.arange(history.shape[1], device=index.device)
-    here = (slot == index[:, None]) & (slot < steps)
-    return torch.where(here.reshape(*here.shape, *(1,) * (history.dim() - 2)), y[:, None], history)
 
 
 def multistep_pull(adjoints, weights, index, *, pair=False, guided=None, backend=None):

@@ -89,11 +89,10 @@ def _combine(output, batch, row, guided, dtype):
     return uncond + row.guidance(flat.shape[1], guided) * (cond - uncond), cond - uncond
 
 
-def multistep_step(x, output, history, weights, index, guided=-1):
+def _forward(x, output, history, weights, index, guided):
+    """x_next and the history's slot of every active row, y."""
     check(x, output, history, weights, index, guided)
     batch, slots, dtype = x.shape[0], history.shape[1], weights.dtype
-    if x.numel() == 0:
-        return torch.empty_like(x), torch.empty_like(x, dtype=history.dtype)
     row = _Row(batch, slots, weights, index)
     state, past = x.reshape(batch, -1).to(dtype), history.reshape(batch, slots, -1)
     m, _ = _combine(output, batch, row, guided, dtype)
@@ -102,25 +101,34 @@ def multistep_step(x, output, history, weights, index, guided=-1):
     read = row.past & (row.w != 0)  # an unread slot may hold anything, so mask it: zero times NaN is NaN
     for j in range(slots):
         total = total + torch.where(read[:, j, None], row.w[:, j, None] * past[:, j].to(dtype), 0)
-    active = row.active[:, None]
-    x_next = torch.where(active, total.to(x.dtype), x.reshape(batch, -1))
-    y = torch.where(active, y, 0).to(history.dtype)
-    return x_next.reshape(x.shape), y.reshape(x.shape)
+    x_next = torch.where(row.active[:, None], total.to(x.dtype), x.reshape(batch, -1))
+    return x_next.reshape(x.shape), y.to(history.dtype).reshape(x.shape)
+
+
+def multistep_step(x, output, history, weights, index, guided=-1):
+    if x.numel() == 0:
+        check(x, output, history, weights, index, guided)
+        return torch.empty_like(x), torch.empty_like(history)
+    x_next, y = _forward(x, output, history, weights, index, guided)
+    slot = torch.arange(history.shape[1], device=index.device)
+    here = ((slot == index[:, None]) & (slot < weights.shape[1])).reshape(len(index), -1, *(1,) * (x.dim() - 1))
+    return x_next, torch.where(here, y[:, None], history)
 
 
 def multistep_step_(x, output, history, weights, index, guided, out):
-    x_next, y = multistep_step(x, output, history, weights, index, guided)
+    if x.numel() == 0:
+        return check(x, output, history, weights, index, guided)
+    x_next, y = _forward(x, output, history, weights, index, guided)
     batch, steps = x.shape[0], weights.shape[1]
-    if x.numel():
-        step = index.expand(batch)
-        shape = (batch,) + (1,) * x.dim()
-        at = step.clamp(0, steps - 1).reshape(shape).expand(batch, 1, *x.shape[1:])
-        active = ((step >= 0) & (step < steps)).reshape(shape)
-        history.scatter_(1, at, torch.where(active, y[:, None], history.gather(1, at)))
+    step = index.expand(batch)
+    shape = (batch,) + (1,) * x.dim()
+    at = step.clamp(0, steps - 1).reshape(shape).expand(batch, 1, *x.shape[1:])
+    active = ((step >= 0) & (step < steps)).reshape(shape)
+    history.scatter_(1, at, torch.where(active, y[:, None], history.gather(1, at)))
     out.copy_(x_next)
 
 
-def multistep_step_backward(grad_x_next, grad_y, x, output, history, weights, index, guided=-1, needs=15):
+def multistep_step_backward(grad_x_next, grad_history_next, x, output, history, weights, index, guided=-1, needs=15):
     batch, slots, dtype = x.shape[0], history.shape[1], weights.dtype
     if x.numel() == 0:
         return _wanted(
@@ -138,8 +146,9 @@ def multistep_step_backward(grad_x_next, grad_y, x, output, history, weights, in
     incoming = grad_x_next.reshape(batch, -1).to(dtype)
     g = torch.where(active, incoming, 0)
     grad_now = row.w_now * g
-    if grad_y is not None:
-        grad_now = grad_now + torch.where(active, grad_y.reshape(batch, -1).to(dtype), 0)
+    if grad_history_next is not None:
+        later = grad_history_next.reshape(batch, slots, -1).to(dtype)
+        grad_now = grad_now + torch.where(row.now[:, :, None], later, 0).sum(1)
 
     grad_x = torch.where(active, row.a * g + row.p * grad_now, incoming)
     grad_output = row.q * grad_now
@@ -150,6 +159,8 @@ def multistep_step_backward(grad_x_next, grad_y, x, output, history, weights, in
         guide = (row.q * (difference * grad_now)[:, :count].sum(1, keepdim=True)).to(dtype)
         grad_output = torch.cat(((1 - scale) * grad_output, scale * grad_output))
     grad_history = torch.where(row.past[:, :, None], row.w[:, :, None] * g[:, None], 0)
+    if grad_history_next is not None:
+        grad_history = grad_history + torch.where(row.now[:, :, None], 0, later)
 
     products = torch.where(row.past[:, :, None], past.to(dtype) * g[:, None], 0).sum(2)
     products = products + torch.where(row.now, (y * g).sum(1, keepdim=True), 0)

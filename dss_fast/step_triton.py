@@ -45,8 +45,8 @@ def _slot(past, weight_ptr, stride, lane, left, wanted):
 
 @triton.jit(do_not_specialize=_BY_VALUE)
 def _forward_kernel(
-    x_ptr, output_ptr, history_ptr, weights_ptr, index_ptr, y_ptr, out_ptr,
-    size, history_row, history_slot, y_row, batch, blocks, steps, slots, guided,
+    x_ptr, output_ptr, history_ptr, weights_ptr, index_ptr, next_ptr, out_ptr,
+    size, history_row, history_slot, next_row, next_slot, batch, blocks, steps, slots, guided,
     PAIR: tl.constexpr, ROW_WEIGHTS: tl.constexpr, ROW_INDEX: tl.constexpr, IN_PLACE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -72,32 +72,41 @@ def _forward_kernel(
     total = tl.load(scalars) * x + tl.load(scalars + 4 + i) * y
 
     past = _here(history_ptr, row, history_row, start)
-    used = tl.where(active, i, 0).to(tl.int32)
     stride = tl.full((), history_slot, tl.int64)
-    for j in range(0, used, 8):
-        for k in tl.static_range(8):
-            total += _slot(past, scalars + 4 + j + k, (j + k) * stride, lane, left, j + k < used)
-    noise = tl.where(active, slots, 0) > steps  # the slot past the last step holds the initial noise
-    total += _slot(past, scalars + 4 + steps, steps * stride, lane, left, noise)
+    fresh = _here(next_ptr, row, next_row, start)
+    width = tl.full((), next_slot, tl.int64)
+    if IN_PLACE:
+        used = tl.where(active, i, 0).to(tl.int32)
+        for j in range(0, used, 8):
+            for k in tl.static_range(8):
+                total += _slot(past, scalars + 4 + j + k, (j + k) * stride, lane, left, j + k < used)
+        noise = tl.where(active, slots, 0) > steps  # the slot past the last step holds the initial noise
+        total += _slot(past, scalars + 4 + steps, steps * stride, lane, left, noise)
+    else:  # a new history: every slot is copied, whatever it holds, and those of the past are summed on the way
+        for j in range(0, slots, 4):
+            for k in tl.static_range(4):
+                wanted = active & ((j + k < i) | (j + k == steps)) & (j + k < slots)
+                w = tl.load(scalars + 4 + j + k, mask=wanted, other=0.0)
+                within = lane < tl.where(j + k < slots, left, 0)
+                slot = tl.load(past + (j + k) * stride + lane, mask=within, other=0.0)
+                total += tl.where(w != 0, w * slot.to(dtype), 0.0)
+                other = lane < tl.where((j + k < slots) & ((j + k != i) | (step != i)), left, 0)
+                tl.store(fresh + (j + k) * width + lane, slot, mask=other)
 
     tl.store(_here(out_ptr, row, size, start) + lane, tl.where(active, _as(total, out_ptr), stored), mask=mask)
-    y = _as(tl.where(active, y, 0.0), y_ptr)
-    if IN_PLACE:
-        tl.store(_here(y_ptr, row, y_row, start) + i * stride + lane, y, mask=read)
-    else:
-        tl.store(_here(y_ptr, row, y_row, start) + lane, y, mask=mask)
+    tl.store(fresh + i * width + lane, _as(y, next_ptr), mask=read)
 
 
-def _launch_forward(x, output, history, weights, index, guided, y, in_place, out):
+def _launch_forward(x, output, history, weights, index, guided, history_next, out):
     batch, slots, steps = x.shape[0], history.shape[1], weights.shape[1]
     size = x.numel() // batch
     blocks = triton.cdiv(size, BLOCK)
     _forward_kernel[(batch * blocks,)](
-        x, output, history, weights, index, y, out,
-        size, history.stride(0), history.stride(1), y.stride(0),
+        x, output, history, weights, index, history_next, out,
+        size, history.stride(0), history.stride(1), history_next.stride(0), history_next.stride(1),
         batch, blocks, steps, slots, size if guided < 0 else guided,
         PAIR=output.shape[0] != batch, ROW_WEIGHTS=weights.shape[0] != 1, ROW_INDEX=index.shape[0] != 1,
-        IN_PLACE=in_place, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
+        IN_PLACE=history_next is history, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -110,7 +119,7 @@ def multistep_step_(x, output, history, weights, index, guided, out):
     slots = _samples_contiguous(history)
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     inputs = x.contiguous(), output.contiguous(), slots, weights.contiguous(), index.contiguous()
-    _launch_forward(*inputs, guided, slots, True, target)
+    _launch_forward(*inputs, guided, slots, target)
     if slots is not history:
         history.copy_(slots)
     if target is not out:
@@ -119,11 +128,11 @@ def multistep_step_(x, output, history, weights, index, guided, out):
 
 def multistep_step(x, output, history, weights, index, guided=-1):
     check(x, output, history, weights, index, guided)
-    out, y = x.new_empty(x.shape), history.new_empty(x.shape)
+    out, history_next = x.new_empty(x.shape), history.new_empty(history.shape)
     if x.numel():
         inputs = x.contiguous(), output.contiguous(), _samples_contiguous(history)
-        _launch_forward(*inputs, weights.contiguous(), index.contiguous(), guided, y, False, out)
-    return out, y
+        _launch_forward(*inputs, weights.contiguous(), index.contiguous(), guided, history_next, out)
+    return out, history_next
 
 
 def _samples_contiguous(history):
@@ -132,21 +141,21 @@ def _samples_contiguous(history):
 
 
 @triton.jit
-def _slot_backward(slot, g, grad_ptr, w, sum_ptr, now, at_now, lane, left, valid,
+def _slot_backward(slot, g, grad, grad_ptr, sum_ptr, now, at_now, lane, left, valid,
                    HISTORY: tl.constexpr, ROW: tl.constexpr):  # fmt: skip
-    """grad y_j = w_ij G and d/dw_ij = <y_j, G> of one slot; slot i takes the sum it was given."""
+    """Stores grad y_j and d/dw_ij = <y_j, G> of one slot; slot i takes the sum it was given."""
     if HISTORY:
-        tl.store(grad_ptr + lane, _as(w * g, grad_ptr), mask=lane < tl.where(valid, left, 0))
+        tl.store(grad_ptr + lane, _as(grad, grad_ptr), mask=lane < tl.where(valid, left, 0))
     if ROW:
         tl.store(sum_ptr, tl.where(now, at_now, tl.sum(slot * g, axis=0)), mask=valid)
 
 
 @triton.jit(do_not_specialize=_BY_VALUE)
 def _backward_kernel(
-    grad_ptr, grad_y_ptr, x_ptr, output_ptr, history_ptr, weights_ptr, index_ptr,
+    grad_ptr, grad_next_ptr, x_ptr, output_ptr, history_ptr, weights_ptr, index_ptr,
     dx_ptr, doutput_ptr, dhistory_ptr, sums_ptr,
     size, history_row, history_slot, batch, blocks, steps, slots, guided,
-    PAIR: tl.constexpr, ROW_WEIGHTS: tl.constexpr, ROW_INDEX: tl.constexpr, GRAD_Y: tl.constexpr,
+    PAIR: tl.constexpr, ROW_WEIGHTS: tl.constexpr, ROW_INDEX: tl.constexpr, LATER: tl.constexpr,
     X: tl.constexpr, OUTPUT: tl.constexpr, HISTORY: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -169,8 +178,10 @@ def _backward_kernel(
     m = tl.load(_here(output_ptr, row, size, start) + lane, mask=read, other=0.0).to(dtype)
     g = tl.where(active, incoming, 0.0).to(dtype)
     total = now * g
-    if GRAD_Y:
-        total += tl.load(_here(grad_y_ptr, row, size, start) + lane, mask=read, other=0.0).to(dtype)
+    width = tl.full((), size, tl.int64)
+    later = _here(grad_next_ptr, row, slots * width, start)
+    if LATER:
+        total += tl.load(later + i * width + lane, mask=read, other=0.0).to(dtype)
     grad_m = q * total
     if PAIR:
         cond = tl.load(_here(output_ptr, row + batch, size, start) + lane, mask=read, other=0.0).to(dtype)
@@ -200,8 +211,7 @@ def _backward_kernel(
     if HISTORY or ROW:
         stride = tl.full((), history_slot, tl.int64)
         past = _here(history_ptr, row, history_row, start)
-        dpast = _here(dhistory_ptr, row, slots * size, start)
-        width = tl.full((), size, tl.int64)
+        dpast = _here(dhistory_ptr, row, slots * width, start)
         for j in range(0, slots, 2):  # both loads stand before the stores, so that they are under way together
             past0 = active & ((j < i) | (j == steps))
             past1 = active & ((j + 1 < i) | (j + 1 == tl.where(slots > steps, steps, 0)))
@@ -212,13 +222,20 @@ def _backward_kernel(
                 slot0 = tl.load(past + j * stride + lane, mask=lane < tl.where(past0, left, 0), other=0.0).to(dtype)
                 at1 = past + (j + 1) * stride + lane
                 slot1 = tl.load(at1, mask=lane < tl.where(past1, left, 0), other=0.0).to(dtype)
-            _slot_backward(slot0, g, dpast + j * width, w0, sums + 4 + j, active & (j == i), at_now,
+            now0, now1 = active & (j == i), active & (j + 1 == i)
+            grad0, grad1 = w0 * g, w1 * g
+            if LATER and HISTORY:
+                at0, at1 = later + j * width + lane, later + (j + 1) * width + lane
+                grad0 += tl.load(at0, mask=lane < tl.where(now0, 0, left), other=0.0).to(dtype)
+                kept = tl.where(now1 | (j + 1 >= slots), 0, left)
+                grad1 += tl.load(at1, mask=lane < kept, other=0.0).to(dtype)
+            _slot_backward(slot0, g, grad0, dpast + j * width, sums + 4 + j, now0, at_now,
                            lane, left, j < slots, HISTORY, ROW)  # fmt: skip
-            _slot_backward(slot1, g, dpast + (j + 1) * width, w1, sums + 5 + j, active & (j + 1 == i), at_now,
+            _slot_backward(slot1, g, grad1, dpast + (j + 1) * width, sums + 5 + j, now1, at_now,
                            lane, left, j + 1 < slots, HISTORY, ROW)  # fmt: skip
 
 
-def multistep_step_backward(grad_x_next, grad_y, x, output, history, weights, index, guided=-1, needs=15):
+def multistep_step_backward(grad_x_next, grad_history_next, x, output, history, weights, index, guided=-1, needs=15):
     check(x, output, history, weights, index, guided)
     batch, slots, steps = x.shape[0], history.shape[1], weights.shape[1]
     dx, doutput, dhistory, row = (bool(needs >> bit & 1) for bit in range(4))
@@ -234,11 +251,11 @@ def multistep_step_backward(grad_x_next, grad_y, x, output, history, weights, in
         grad_x_next, x = grad_x_next.contiguous(), x.contiguous()
         size = x.numel() // batch
         _backward_kernel[(batch * blocks,)](
-            grad_x_next, x if grad_y is None else grad_y.contiguous(), x, output.contiguous(), past,
-            weights.contiguous(), index.contiguous(), *grads, sums,
+            grad_x_next, x if grad_history_next is None else grad_history_next.contiguous(),
+            x, output.contiguous(), past, weights.contiguous(), index.contiguous(), *grads, sums,
             size, past.stride(0), past.stride(1), batch, blocks, steps, slots, size if guided < 0 else guided,
             PAIR=output.shape[0] != batch, ROW_WEIGHTS=weights.shape[0] != 1, ROW_INDEX=index.shape[0] != 1,
-            GRAD_Y=grad_y is not None, X=dx, OUTPUT=doutput, HISTORY=dhistory, ROW=row,
+            LATER=grad_history_next is not None, X=dx, OUTPUT=doutput, HISTORY=dhistory, ROW=row,
             BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return *grads, sums.sum(1) if row else sums
@@ -302,6 +319,7 @@ def multistep_pull(adjoints, weights, index, pair=False, guided=-1):
         _pull_kernel[(batch * blocks,)](
             adjoints, weights.contiguous(), index.contiguous(), dx, doutput,
             size, adjoints.stride(0), adjoints.stride(1), batch, blocks, steps, slots, size if guided < 0 else guided,
-            PAIR=pair, ROW_WEIGHTS=weights.shape[0] != 1, ROW_INDEX=index.shape[0] != 1, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
+            PAIR=pair, ROW_WEIGHTS=weights.shape[0] != 1, ROW_INDEX=index.shape[0] != 1,
+            BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return dx, doutput

@@ -19,10 +19,10 @@ from dss_fast import step_triton
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16", "fp64": "*fp64"}
-STRIDES = {"size", "history_row", "history_slot", "y_row", "adjoints_row", "adjoints_slot"}
+STRIDES = {"size", "history_row", "history_slot", "next_row", "next_slot", "adjoints_row", "adjoints_slot"}
 STATE = ("x_ptr", "out_ptr", "grad_ptr", "dx_ptr", "adjoints_ptr")
 OUTPUT = ("output_ptr", "doutput_ptr")
-HISTORY = ("history_ptr", "y_ptr", "grad_y_ptr", "dhistory_ptr")
+HISTORY = ("history_ptr", "next_ptr", "grad_next_ptr", "dhistory_ptr")
 
 
 def pointer(name, state, output, history):
@@ -68,21 +68,23 @@ def inspect(compiled):
 
 
 def expected(name, dtypes, flags):
-    """128-bit loads and stores if every access to the data is one: 8 elements a thread, slots unrolled 8, 2 or 4."""
+    """128-bit loads and stores if every access to the data is one: 8 elements a thread, slots unrolled 8, 4 or 2."""
     state, output, history = (8 * int(d[-2:]) // 128 for d in dtypes)
     halves = 1 + flags["PAIR"]
     if name == "forward":
-        return state + halves * output + 9 * history, state + history
+        slots, copied = (9, 0) if flags["IN_PLACE"] else (4, 4)
+        return state + halves * output + slots * history, state + (1 + copied) * history
     if name == "pull":
         return 5 * state, state + halves * state
-    loads = 2 * state + halves * output + (flags["GRAD_Y"] + 2 * flags["ROW"]) * history
+    later = flags["LATER"] * (1 + 2 * flags["HISTORY"])
+    loads = 2 * state + halves * output + (later + 2 * flags["ROW"]) * history
     return loads, flags["X"] * state + flags["OUTPUT"] * halves * output + flags["HISTORY"] * 2 * history
 
 
 def variants(full):
     mixes = [("fp32",) * 3, ("fp32", "bf16", "bf16"), ("bf16",) * 3, ("fp64",) * 3]
     booleans = (False, True)
-    everything = dict.fromkeys(("X", "OUTPUT", "HISTORY", "ROW", "GRAD_Y"), True)
+    everything = dict.fromkeys(("X", "OUTPUT", "HISTORY", "ROW", "LATER"), True)
     for dtypes in itertools.product(TYPES, repeat=3) if full else mixes:
         for pair, rows in itertools.product(booleans, repeat=2) if full and dtypes in mixes else [(True, True)]:
             flags = {"PAIR": pair, "ROW_WEIGHTS": rows, "ROW_INDEX": rows}

@@ -69,4 +69,4 @@ def eager(x, output, history, weights, index, guided=-1):
         total = total + w[j] * history[:, j].to(x.dtype)
     if history.shape[1] > weights.shape[1]:
         total = total + w[-1] * history[:, -1].to(x.dtype)
-    return total, y.to(history.dtype)
+    return total, torch.cat([history[:, :i], y.to(history.dtype)[:, None], history[:, i + 1 :]], 1)
