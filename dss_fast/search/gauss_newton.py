@@ -374,7 +374,9 @@ def _stage_one(problem, few, n, space, trials, first, given) -> Iterator[Fit]:
         start = [(f"from N = {near}", respaced(u, n)), *start[:1]]
         trials = min(trials, 6)
     if given is not None:
-        start.insert(0, (given.name or "initial", torch.tensor(given.timesteps, dtype=torch.float64)))
+        u = torch.tensor(given.timesteps, dtype=torch.float64)
+        if not any(torch.allclose(u, other) for _, other in start):
+            start.insert(0, (given.name or "initial", u))
     size = sum(batch.size for batch, _ in few)
     if problem.budget is not None:
         trials = max(1, min(trials, int((problem.budget - problem.evaluations) * 0.3 // (n * size))))

@@ -1,0 +1,167 @@
+"""The search beside hand-made solvers and the paper's recipe: rows in benchmarks/results/search.jsonl.
+
+    python benchmarks/search_table.py handmade mixture              best hand-made solver of each N
+    python benchmarks/search_table.py search mixture --steps 5 8 10 --seeds 0 1 2 --spaces full plain
+    python benchmarks/search_table.py lion mixture --steps 5 8 10   the paper's recipe, 50,000 samples
+    python benchmarks/search_table.py lion flow --steps 5 10 --budget 120000
+    python benchmarks/search_table.py show
+
+Error: RMSE per element at the end point against a 160-call teacher, on noise that no search draws. Cost: model
+evaluations, forward 1, backward 2, guidance once, everything counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from dss_fast import search  # noqa: E402
+from dss_fast.handmade import METHODS, handmade  # noqa: E402
+from dss_fast.problem import Problem  # noqa: E402
+from dss_fast.sampling import sample  # noqa: E402
+from dss_fast.teacher import dense_grid, integrate  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results" / "search.jsonl"
+SPACINGS = ("uniform", "lambda", "karras", "shift0.5", "shift1.5", "shift2", "shift3")
+FRESH = 900_000  # a seed of its own for the held-out noise
+COUNTS = {"mixture": 4096}
+
+
+def target(name: str) -> dict:
+    """The search target of a model's short name."""
+    if name == "mixture":
+        from examples.mixture import digits
+
+        return digits()
+    import examples.mnist
+
+    return getattr(examples.mnist, name)()
+
+
+class Fresh:
+    """Held-out noise and where the teacher takes it."""
+
+    def __init__(self, name: str, count: int | None = None):
+        self.task = task = target(name)
+        keys = ("model", "shape", "schedule", "uncond", "guidance_scale")
+        self.problem = Problem(**{k: task[k] for k in keys if k in task}, draw=task.get("cond"), seed=FRESH)
+        count, size = count or COUNTS.get(name, 256), 128
+        self.batches = []
+        self.count = count
+        grid = dense_grid(self.problem.schedule, 160 if name == "mixture" else 96)
+        path = Path(__file__).parent / "results" / f".fresh-{name}-{count}.pt"
+        known = torch.load(path) if path.exists() else []
+        for k in range(count // size):
+            batch = self.problem.batch("fresh", k, size)
+            if k >= len(known):
+                with torch.no_grad():
+                    known.append(integrate(self.problem.predictor(batch), batch.noise, grid).last.clone())
+            self.batches.append((batch, known[k]))
+        torch.save(known, path)
+
+    def errors(self, solver) -> torch.Tensor:
+        """(count,) mean of squares of each sample."""
+        found = []
+        for batch, last in self.batches:
+            x = sample(
+                self.problem.model, batch.noise, solver, schedule=self.problem.schedule, cond=batch.cond,
+                uncond=self.problem.uncond, guidance_scale=self.problem.guidance_scale,
+            )  # fmt: skip
+            found.append((x - last).double().square().flatten(1).mean(1))
+        return torch.cat(found)
+
+    def row(self, solver) -> dict:
+        errors = self.errors(solver)
+        return {"rmse": math.sqrt(float(errors.mean())), "median": math.sqrt(float(errors.median()))}
+
+
+def write(**row) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    with open(RESULTS, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(row, flush=True)
+
+
+def best_handmade(name: str, steps: list[int]) -> None:
+    fresh = Fresh(name)
+    for n in steps:
+        found = []
+        for method in METHODS:
+            for spacing in SPACINGS:
+                solver = handmade(method, n, fresh.problem.schedule, spacing=spacing)
+                try:
+                    found.append((fresh.row(solver), solver.name))
+                except FloatingPointError:
+                    continue
+        row, solver = min(found, key=lambda pair: pair[0]["rmse"])
+        write(kind="handmade", model=name, num_steps=n, solver=solver, samples=fresh.count, **row)
+
+
+def run(name: str, kind: str, steps: list[int], seeds: list[int], spaces: list[str], budget: int | None, **settings):
+    fresh = Fresh(name)
+    keys = ("model", "shape", "schedule", "cond", "uncond", "guidance_scale")
+    task = {k: fresh.task[k] for k in keys if k in fresh.task}
+    for seed in seeds:
+        for n in steps:
+            for space in spaces if kind == "search" else [None]:
+                extra = {"space": space} if kind == "search" else {"method": "lion"}
+                start, cpu = time.perf_counter(), time.process_time()
+                result = search(**task, num_steps=n, seed=seed, budget=budget, progress=False, **extra, **settings)
+                took = {"seconds": round(time.perf_counter() - start, 1), "cpu": round(time.process_time() - cpu, 1)}
+                _, losses = result.curve("loss", n)
+                _, held_out = result.curve("held_out", n)
+                write(
+                    kind=kind, model=name, num_steps=n, seed=seed, space=space, evaluations=result.evaluations,
+                    paper_share=round(result.evaluations / (50_000 * (100 + 3 * n)), 5), **took,
+                    train=losses[-1] if losses else None, held_out=held_out[-1] if held_out else None,
+                    **fresh.row(result.solver), settings=settings,
+                )  # fmt: skip
+
+
+def show() -> None:
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == model]
+        hand = {row["num_steps"]: row["rmse"] for row in mine if row["kind"] == "handmade"}
+        print(f"\n{model}\nN   method        runs  RMSE      spread  of hand-made  evaluations  of paper's")
+        keys = dict.fromkeys((row["num_steps"], row["kind"], row.get("space")) for row in mine)
+        for n, kind, space in sorted(keys, key=str):
+            found = [r for r in mine if (r["num_steps"], r["kind"], r.get("space")) == (n, kind, space)]
+            values = [r["rmse"] for r in found]
+            mean = statistics.mean(values)
+            spread = statistics.stdev(values) / mean if len(values) > 1 else 0.0
+            ratio = f"{mean / hand[n]:.2f}" if n in hand else ""
+            cost = found[-1].get("evaluations")
+            share = "" if cost is None else f"{cost:>11,}  1/{50_000 * (100 + 3 * n) / cost:.0f}"
+            label = kind if not space else f"{kind} {space}"
+            print(f"{n:<3} {label:<18}{len(values):>3}  {mean:.5f}  {spread:6.1%}  {ratio:>10}  {share}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("handmade", "search", "lion", "show"))
+    parser.add_argument("model", nargs="?", default="mixture")
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--spaces", nargs="+", default=["full"])
+    parser.add_argument("--budget", type=int, default=None)
+    options = parser.parse_args()
+    if options.what == "show":
+        show()
+    elif options.what == "handmade":
+        best_handmade(options.model, options.steps)
+    else:
+        run(options.model, options.what, options.steps, options.seeds, options.spaces, options.budget)
+
+
+if __name__ == "__main__":
+    main()

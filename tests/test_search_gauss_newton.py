@@ -1,0 +1,232 @@
+"""The default search: its matrices against dense autograd, its costs, its resumption, its gains."""
+
+import json
+import math
+import socket
+
+import pytest
+import torch
+from torch import multiprocessing
+
+from dss_fast import VP, Flow, sample, search
+from dss_fast.handmade import handmade
+from dss_fast.problem import Problem
+from dss_fast.search import closed_form
+from dss_fast.search.gauss_newton import Point, _differentiate, _forward, _gathered, gauss_newton
+from dss_fast.search.objective import Objective
+from dss_fast.search.run import flatten, unflatten
+from dss_fast.search.space import Space
+from dss_fast.teacher import Teacher, dense_grid, integrate
+from examples.mixture import Mixture
+
+F64 = torch.float64
+SHAPE = (1, 2, 3)
+CENTRES = torch.randn(12, 6, generator=torch.Generator().manual_seed(5), dtype=F64)
+FLOW = Mixture(CENTRES, 0.35)
+
+
+def vp_model(x, t):
+    """epsilon of the same mixture under the VP schedule, from the flow's velocity at equal signal to noise."""
+    t = t / 1000
+    log_alpha = -0.5 * (0.1 * t + 9.95 * t * t)
+    alpha, sigma = log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+    total = (alpha + sigma).reshape(-1, 1, 1, 1)
+    u = alpha / (alpha + sigma)
+    scaled = x / total
+    return scaled - u.reshape(-1, 1, 1, 1) * FLOW(scaled, u)
+
+
+MODELS = {"flow": (FLOW, Flow()), "vp": (vp_model, VP())}
+SMALL = dict(samples=48, batch_size=16, held_out_samples=16, teacher_evaluations=20, trials=4, trial_samples=32)
+
+
+def problem_of(family="flow", **fields):
+    model, schedule = MODELS[family]
+    return Problem(model, SHAPE, schedule, **{"dtype": F64, "seed": 3, **fields})
+
+
+def fresh_error(solver, family="flow", count=256):
+    problem = problem_of(family, seed=77)
+    batch = problem.batch("fresh", 0, count)
+    with torch.no_grad():
+        last = integrate(problem.predictor(batch), batch.noise, dense_grid(problem.schedule, 100)).last
+    x = sample(problem.model, batch.noise, solver, schedule=problem.schedule)
+    return float((x - last).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_a_row_is_the_least_squares_solution(free):
+    problem = problem_of()
+    data = list(Teacher(problem, "train", 32, 16, budget=20))
+    u = torch.tensor([0.0, 0.3, 0.7, 1.0], dtype=F64)
+    found, _ = closed_form.fit(problem, data, u, free_rows=free, noise=free, ridges=(1e-14,))
+    table = found.solver.tensors()
+    x = first = torch.cat([batch.noise for batch, _ in data])
+    targets = torch.cat([trajectory.at(u) for _, trajectory in data])
+    train = torch.arange(32) % 16 % 4 != 3
+    ys = []
+    for i in range(3):
+        ys.append(FLOW(x, u[i].expand(len(x))).detach())
+        b = u[i + 1] - u[i]
+        columns = [b * (y - ys[i]) for y in ys[:i]] + [b * ys[i]] * free + [b * first] * (free and i > 0)
+        right = targets[:, i + 1] - x - b * ys[i]
+        if columns:
+            f = torch.stack([c[train].flatten() for c in columns], 1)
+            d = torch.linalg.lstsq(f, right[train].flatten()[:, None]).solution[:, 0]
+            torch.testing.assert_close(table["coeffs"][i, :i], d[:i], rtol=1e-6, atol=1e-8)
+            if free and i:
+                torch.testing.assert_close(table["noise_coeffs"][i], d[-1], rtol=1e-6, atol=1e-8)
+        x = x + b * sum(c * y for c, y in zip(table["coeffs"][i], ys, strict=False))
+        x = x + b * table["noise_coeffs"][i] * first if free else x
+    assert problem.evaluations == 32 * (20 + 3)
+
+
+@pytest.mark.parametrize("loss", ["end", "trajectory", "features"])
+@pytest.mark.parametrize("kind", ["plain", "full"])
+def test_gradient_and_matrix_are_those_of_dense_autograd(kind, loss):
+    problem = problem_of()
+    mixing = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=F64)
+    feature = lambda x: (x.flatten(1) @ mixing).tanh()  # noqa: E731
+    teacher = Teacher(problem, "train", 500, 500, budget=24)
+    objective = Objective(problem, feature if loss == "features" else loss, 0.1, 10.0, None)
+    start = handmade("ab2", 3, Flow())
+    space = Space(kind, "flow", start.timesteps)
+    theta = space.theta(start)
+    if kind == "full":
+        theta[-3:] += 0.02
+    point = Point(space, candidate=theta, share=math.inf)
+    runs = [_forward(point, objective, teacher, 0, 1)]
+    point.theta, (point.values, _) = theta, _gathered(problem, teacher, runs)
+    point.scale = float(10 * point.values.median())
+    _differentiate(point, objective, runs, 500)
+    batch, trajectory = teacher[0]
+
+    def residual(theta):
+        table = space.table(theta)
+        weights, times = problem.weights(batch, **table)
+        x, ys, states = batch.noise, [], []
+        for i in range(3):
+            ys.append(FLOW(x, times[i].expand(len(x))))
+            x = x + sum(weights[0, i, 4 + j] * y for j, y in enumerate(ys))
+            x = x + weights[0, i, -1] * batch.noise if kind == "full" else x
+            states.append(x)
+        if loss == "features":
+            return feature(x) - feature(trajectory.last)
+        if loss == "end":
+            return (x - trajectory.last).flatten(1)
+        wanted = torch.cat([trajectory.at(space.targets(theta)[:-1]), trajectory.last[:, None]], 1)
+        scale = torch.tensor([0.1**0.5, 0.1**0.5, 1.0], dtype=F64).reshape(1, 3, 1, 1, 1)
+        return ((torch.stack(states, 1) - wanted) * scale).flatten(1)
+
+    r = residual(theta)
+    values = r.square().mean(1).detach()
+    torch.testing.assert_close(values, point.values)
+    weights = point.scale / (point.scale + values)
+    steps = 1e-5 * torch.eye(len(theta), dtype=F64)
+    jacobian = torch.stack([(residual(theta + h) - residual(theta - h)).detach() / 2e-5 for h in steps], -1)
+    r = r.detach()
+    gradient = 2 * torch.einsum("b,br,brp->p", weights, r, jacobian) / r.shape[1] / 500
+    matrix = 2 * torch.einsum("b,brp,brq->pq", weights, jacobian, jacobian) / r.shape[1] / 500
+
+    torch.testing.assert_close(point.gradient, gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()))
+    unit = matrix.diagonal().sqrt()
+    difference = (point.matrix - matrix) / unit[:, None] / unit
+    assert float(difference.abs().max()) < 0.35  # 500 rows of a sketch: 1 / sqrt(500) and heavy tails
+    assert float(difference.diagonal().mean().abs()) < 0.1
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_it_halves_the_best_hand_made_error_within_its_budget(family):
+    model, schedule = MODELS[family]
+    result = search(
+        model, SHAPE, [4, 6], schedule=schedule, dtype=F64, budget=60_000, progress=False, samples=192,
+        held_out_samples=32, batch_size=64,
+    )  # fmt: skip
+    assert result.evaluations <= 60_000
+    for n, solver in result.solvers.items():
+        names = [f"{m}/{n}@{s}" for m in ("ab2", "ab3", "dpmpp_2m", "unip3") for s in ("shift1", "lambda", "shift2")]
+        assert fresh_error(solver, family) < 0.5 * min(fresh_error(name, family) for name in names), n
+
+
+def test_the_default_budget_is_a_fiftieth_of_the_papers_and_kept_to():
+    problem = problem_of()
+    events = list(gauss_newton(problem, (3,), teacher_evaluations=20))
+    assert problem.budget == 50_000 * 109 // 50
+    assert 0.8 * problem.budget < problem.evaluations <= problem.budget
+    assert events[-1]["total"] == problem.budget
+
+
+@pytest.mark.parametrize("budget", [3_000, 5_000, 9_000, 20_000])
+def test_any_budget_is_respected(budget):
+    problem = problem_of(budget=budget)
+    *_, event = gauss_newton(problem, (4,), **SMALL)
+    assert problem.evaluations <= budget
+    assert event["solvers"][4].num_steps == 4
+
+
+def test_a_budget_below_the_teachers_cost_is_refused():
+    with pytest.raises(ValueError, match="budget=500: the teacher's 64 trajectories alone take 1280"):
+        list(gauss_newton(problem_of(budget=500), (4,), **SMALL))
+
+
+def test_resumed_at_any_event_it_ends_with_the_same_bits():
+    settings, budget = {**SMALL, "rounds": 3}, 30_000
+    whole = problem_of(budget=budget)
+    events = [(e, whole.evaluations, set(whole.counted)) for e in _kept(gauss_newton(whole, (3, 4), **settings))]
+    final = events[-1][0]["solvers"]
+    saved = [e for e in events if e[0]["state"] is not None]
+    for event, evaluations, counted in saved[::3]:
+        tensors = {}
+        data = json.loads(json.dumps(flatten(event["state"], tensors)))
+        again = problem_of(budget=budget, evaluations=evaluations, counted=counted)
+        *_, last = gauss_newton(again, (3, 4), state=unflatten(data, tensors), **settings)
+        assert last["solvers"] == final
+        assert again.evaluations == whole.evaluations
+
+
+def _kept(events):
+    """Events whose state is copied, as writing it to disk would."""
+    for event in events:
+        tensors = {}
+        data = flatten(event["state"], tensors)
+        yield {**event, "state": unflatten(data, {k: v.clone() for k, v in tensors.items()})}
+
+
+def guided_model(x, t, y):
+    return FLOW(x, t) + 0.2 * y.reshape(-1, 1, 1, 1).to(x) * x.tanh()
+
+
+def test_a_range_of_guidance_scales():
+    result = search(
+        guided_model, SHAPE, 4, cond=lambda n, g: {"y": torch.randint(1, 3, (n,), generator=g)}, uncond={"y": 0},
+        guidance_scale=(1.0, 3.0), dtype=F64, budget=20_000, progress=False, **SMALL,
+    )  # fmt: skip
+    first, *_, last = [e["held_out"][4] for e in result.history if "held_out" in e]
+    assert last < first
+
+
+def test_what_does_not_fit_is_named():
+    for settings, text in (({"space": "half"}, "space='half'"), ({"loss": "ends"}, "loss='ends'")):
+        with pytest.raises(ValueError, match=text):
+            list(gauss_newton(problem_of(), (4,), **settings))
+
+
+def shared(rank, world, port, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=world)
+    result = search(FLOW, SHAPE, 4, dtype=F64, budget=20_000, seed=3, progress=False, **SMALL)
+    result.solver.save(f"{folder}/{rank}.json")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_find_the_table_of_one(tmp_path):
+    from dss_fast import Solver
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(shared, (2, port, tmp_path), nprocs=2)
+    alone = search(FLOW, SHAPE, 4, dtype=F64, budget=20_000, seed=3, progress=False, **SMALL).solver
+    for rank in range(2):
+        found = Solver.load(tmp_path / f"{rank}.json")
+        for key, value in alone.tensors().items():
+            torch.testing.assert_close(found.tensors()[key], value, rtol=1e-6, atol=1e-6)
