@@ -23,7 +23,7 @@ def extension():
 
     class Optional(BuildExtension):
         def build_extensions(self):
-            try:  # torch turns ninja's and a missing compiler's failures into RuntimeError, which setuptools lets through
+            try:  # torch raises RuntimeError for ninja and a missing compiler, which `optional` does not catch
                 super().build_extensions()
             except (RuntimeError, OSError, CompileError) as error:
                 print(f"dss_fast: installing without the C++ extension: {error}", file=sys.stderr)

@@ -119,11 +119,13 @@ def report(group, setting, times, bytes_moved, per=1, skip=("copy",)):
             writer.writeheader()
         writer.writerows(rows)
     types = f"{rows[0]['state']}/{rows[0]['network']}"
-    print(f"\n{group} {rows[0]['shape']} N={setting.steps} {types}{' guided' if setting.pair else ''}, {bytes_moved:,} B")
+    guided = " guided" if setting.pair else ""
+    print(f"\n{group} {rows[0]['shape']} N={setting.steps} {types}{guided}, {bytes_moved:,} B")
     for row in rows:
         print(
-            f"  {row['way']:26} {float(row['median_us']):11.1f} us (p20 {float(row['p20_us']):9.1f})  {row['gb_per_s']:>7} GB/s  "
-            f"of copy {row['copy_fraction'] or '-':>6}  released/it {row['times_released'] or '-':>7}"
+            f"  {row['way']:26} {float(row['median_us']):11.1f} us (p20 {float(row['p20_us']):9.1f})  "
+            f"{row['gb_per_s']:>7} GB/s  of copy {row['copy_fraction'] or '-':>6}  "
+            f"released/it {row['times_released'] or '-':>7}"
         )
     return {row["way"]: float(row["median_us"]) for row in rows}
 

@@ -136,9 +136,7 @@ def released_loop(s):
     def run():
         x, trajectory = s.x, []
         for i in range(s.steps):
-            x, trajectory = released_step(
-                x, s.outputs[i], trajectory, s.coeffs, s.timedeltas[i], i, s.pair, s.scale
-            )
+            x, trajectory = released_step(x, s.outputs[i], trajectory, s.coeffs, s.timedeltas[i], i, s.pair, s.scale)
 
     return run
 

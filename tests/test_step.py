@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -57,7 +60,8 @@ def test_three_ways(backend, sample, dtypes):
         torch_way = eager(*inputs, guided)
         for mine, plain, exact in zip(ours, torch_way, truth, strict=True):
             assert mine.dtype is plain.dtype and mine.shape == plain.shape
-            mine, plain, exact = (t.nan_to_num(0.0) for t in (mine, plain, exact))  # slots to come are copied as they are
+            # slots to come are copied as they are
+            mine, plain, exact = (t.nan_to_num(0.0) for t in (mine, plain, exact))
             assert worst(mine, exact) <= worst(plain, exact) + EPS[mine.dtype] * float(exact.abs().max())
 
 
@@ -255,7 +259,11 @@ def opcheck_arguments():
         yield "multistep_pull", (detached[2][:, :4], *detached[3:], pair, 7)
 
 
-@pytest.mark.parametrize("op, arguments", list(opcheck_arguments()), ids=["-".join(p) for p in itertools.product(("grad", "pair", "plain"), "fipb")])
+@pytest.mark.parametrize(
+    "op, arguments",
+    list(opcheck_arguments()),
+    ids=["-".join(p) for p in itertools.product(("grad", "pair", "plain"), "fipb")],
+)
 def test_opcheck(op, arguments):
     torch.library.opcheck(getattr(torch.ops.dss_fast, op).default, arguments)
 
@@ -339,3 +347,32 @@ def test_errors_name_what_is_wrong(named):
 def test_a_backend_that_does_not_exist():
     with pytest.raises(ValueError, match="'cuda_graph' cannot run on cpu.*reference"):
         multistep_step(*draw((3,)), backend="cuda_graph")
+
+
+WITHOUT_EXTENSION = """
+import sys, warnings
+import torch
+from dss_fast import step
+assert not {"triton", "dss_fast.step_triton", "dss_fast._C"} & set(sys.modules), "importing should load neither"
+assert step.backends(torch.device("cpu")) == ["reference"]
+arguments = torch.randn(2, 3), torch.randn(2, 3), torch.randn(2, 1, 3), torch.ones(1, 1, 5), torch.zeros(1).long()
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        x, history = step.multistep_step(*arguments)
+assert [str(w.message).split(",")[0] for w in caught if "dss_fast" in str(w.message)] == [
+    "dss_fast runs its CPU step in plain PyTorch"], caught
+assert torch.equal(history[:, 0], arguments[0] + arguments[1])
+try:
+    step.multistep_step(*arguments, backend="cpp")
+except ValueError as error:
+    assert "DSS_FAST_NO_EXTENSION" in str(error)
+else:
+    raise AssertionError("a named backend that cannot run must not fall back")
+"""
+
+
+def test_without_the_extension_it_runs_and_says_so_once():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"DSS_FAST_NO_EXTENSION": "1"}
+    run = subprocess.run([sys.executable, "-c", WITHOUT_EXTENSION], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
