@@ -74,7 +74,8 @@ def _search(options: argparse.Namespace) -> None:
         out=options.out,
         resume=options.resume,
     )
-    print(result)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(result)
 
 
 def _sample(options: argparse.Namespace) -> None:

@@ -19,36 +19,46 @@ _COLORS = {"searched": "#c0392b", "rest": ["#2c3e50", "#2980b9", "#16a085", "#8e
 
 def plot_solver(solver: Solver, path: str | os.PathLike) -> Path:
     """The coefficients as a heat map, row i = step i, above the timesteps they belong to."""
-    plt = _pyplot()
     n = solver.num_steps
-    figure, (top, bottom) = plt.subplots(
+    figure, (top, bottom) = pyplot().subplots(
         2, 1, figsize=(1.6 + 0.62 * n, 2.6 + 0.62 * n), height_ratios=[max(n, 4), 1.3], layout="constrained"
     )
+    draw_coefficients(top, solver, f"{solver.name or 'solver'}: {n} steps, {solver.family}")
+    draw_timesteps(bottom, solver)
+    return write_figure(figure, path)
+
+
+def draw_coefficients(axes, solver: Solver, title: str) -> None:
+    """The lower triangle on the given axes, numbers in the cells."""
+    n = solver.num_steps
     table = [[c if j <= i else float("nan") for j, c in enumerate(row)] for i, row in enumerate(solver.coeffs)]
-    limit = max(abs(c) for row in solver.coeffs for c in row)
-    image = top.imshow(table, cmap="RdBu_r", vmin=-limit, vmax=limit)
-    for i, row in enumerate(table):
+    limit = max(abs(c) for row in solver.coeffs for c in row) or 1.0
+    image = axes.imshow(table, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    for i, row in enumerate(table if n <= 15 else []):
         for j, c in enumerate(row[: i + 1]):
             if c:
-                top.text(
-                    j, i, f"{c:.2f}", ha="center", va="center", fontsize=8,
-                    color="white" if abs(c) > 0.6 * limit else "black",
-                )  # fmt: skip
-    top.set(xlabel="prediction j", ylabel="step i", xticks=range(n), yticks=range(n))
-    top.set_title(f"{solver.name or 'solver'}: {n} steps, {solver.family}")
-    figure.colorbar(image, ax=top, shrink=0.8, label="coefficient")
-    bottom.hlines(0, 0, 1, color="0.8")
-    bottom.plot([k / n for k in range(n + 1)], [0.0] * (n + 1), "|", color="0.6", ms=18, label="uniform")
-    bottom.plot(solver.timesteps, [0.0] * (n + 1), "o", color=_COLORS["searched"], ms=6, label="this solver")
-    bottom.set(yticks=[], xlabel="u: 0 noise, 1 data", ylim=(-1, 1.6), xlim=(-0.02, 1.02))
-    bottom.legend(loc="upper center", ncols=2, frameon=False, fontsize=8)
-    bottom.spines[["left", "top", "right"]].set_visible(False)
-    return _write(figure, path)
+                color = "white" if abs(c) > 0.6 * limit else "black"
+                axes.text(j, i, f"{c:.2f}", ha="center", va="center", fontsize=8 if n <= 10 else 6, color=color)
+    axes.set(xlabel="prediction j", ylabel="step i", xticks=range(n), yticks=range(n), title=title)
+    axes.figure.colorbar(image, ax=axes, shrink=0.8, label="coefficient")
+
+
+def draw_timesteps(axes, solver: Solver) -> None:
+    """The timesteps as dots on the line from noise to data, equal steps as ticks behind them."""
+    n = solver.num_steps
+    axes.hlines(0, 0, 1, color="0.8")
+    axes.plot([k / n for k in range(n + 1)], [0.0] * (n + 1), "|", color="0.6", ms=18, label="equal steps")
+    axes.plot(solver.timesteps, [0.0] * (n + 1), "o", color=_COLORS["searched"], ms=6, label="timesteps")
+    if solver.network_timesteps is not None:
+        axes.plot(solver.network_timesteps, [0.0] * n, "x", color="black", ms=6, label="given to the network")
+    axes.set(yticks=[], xlabel="u: 0 noise, 1 data", ylim=(-1, 1.6), xlim=(-0.02, 1.02))
+    axes.legend(loc="upper center", ncols=3, frameon=False, fontsize=8)
+    axes.spines[["left", "top", "right"]].set_visible(False)
 
 
 def plot_errors(rows: Sequence[Mapping], path: str | os.PathLike, *, metric: str = "rmse") -> Path:
     """Error against network evaluations, a line per method, from the rows of a comparison; log scale."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
     methods: dict[str, list[Mapping]] = {}
     for row in rows:
@@ -77,7 +87,7 @@ def plot_errors(rows: Sequence[Mapping], path: str | os.PathLike, *, metric: str
     axes.grid(alpha=0.25, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
-    return _write(figure, path)
+    return write_figure(figure, path)
 
 
 def plot_samples(columns: Mapping[str, Tensor], path: str | os.PathLike, *, rows: int = 8) -> Path:
@@ -85,7 +95,7 @@ def plot_samples(columns: Mapping[str, Tensor], path: str | os.PathLike, *, rows
 
     columns: title -> images (B, C, H, W) in [0, 1], C = 1 or 3, the same B everywhere.
     """
-    plt = _pyplot()
+    plt = pyplot()
     rows = min(rows, min(len(images) for images in columns.values()))
     figure, grid = plt.subplots(
         rows,
@@ -101,10 +111,11 @@ def plot_samples(columns: Mapping[str, Tensor], path: str | os.PathLike, *, rows
             axes.imshow(image.numpy(), cmap="gray" if image.shape[-1] == 1 else None, vmin=0, vmax=1)
             axes.axis("off")
         grid[0][j].set_title(title, fontsize=9)
-    return _write(figure, path)
+    return write_figure(figure, path)
 
 
-def _pyplot():
+def pyplot():
+    """matplotlib.pyplot without a window. Raises ImportError naming the extra."""
     try:
         import matplotlib
     except ImportError as error:
@@ -115,7 +126,8 @@ def _pyplot():
     return matplotlib.pyplot
 
 
-def _write(figure, path: str | os.PathLike) -> Path:
+def write_figure(figure, path: str | os.PathLike) -> Path:
+    """Writes a figure as PNG by way of a temporary file and closes it."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -123,5 +135,5 @@ def _write(figure, path: str | os.PathLike) -> Path:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-        _pyplot().close(figure)
+        pyplot().close(figure)
     return path

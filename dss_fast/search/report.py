@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..handmade import handmade
+from ..plots import draw_coefficients, draw_timesteps, plot_samples, pyplot, write_figure
 from ..problem import Batch, Problem
 from ..sampling import sample
 from ..solver import Solver, write_atomically
@@ -21,9 +22,8 @@ SAMPLES = 16  # a batch of its own, drawn for the pictures only
 
 def overview(result, path: str | os.PathLike) -> None:
     """One picture: error over evaluations, then coefficients and timesteps of each solver."""
-    pyplot = _pyplot()
     count = len(result.solvers)
-    figure, axes = pyplot.subplots(1 + count, 2, figsize=(11, 3.2 * (1 + count)), squeeze=False)
+    figure, axes = pyplot().subplots(1 + count, 2, figsize=(11, 3.2 * (1 + count)), squeeze=False, layout="constrained")
     for axis, key, title in (
         (axes[0, 0], "loss", "training loss"),
         (axes[0, 1], "held_out", "held-out error"),
@@ -36,9 +36,9 @@ def overview(result, path: str | os.PathLike) -> None:
         if axis.get_legend_handles_labels()[0]:
             axis.legend()
     for row, (n, solver) in zip(axes[1:], result.solvers.items(), strict=True):
-        _heat_map(row[0], solver, f"N = {n}: coefficients")
-        _timesteps(row[1], solver, f"N = {n}: timesteps")
-    _save(figure, path)
+        draw_coefficients(row[0], solver, f"N = {n}")
+        draw_timesteps(row[1], solver)
+    write_figure(figure, path)
 
 
 def write_report(result, problem: Problem, config: dict, *, decode: Callable | None = None) -> Path:
@@ -88,10 +88,10 @@ def _pictures(result, problem: Problem, decode: Callable | None, out: Path) -> t
     whole.rank, whole.world = 0, 1
     batch = whole.batch("report", 0, SAMPLES)
     trajectory = integrate(whole.predictor(batch), batch.noise, dense_grid(problem.schedule))
-    pyplot = _pyplot()
     overview(result, out / "overview.png")
     pictures, errors = [out / "overview.png"], {}
-    figure, axes = pyplot.subplots(1, len(result.solvers), figsize=(5 * len(result.solvers), 3.6), squeeze=False)
+    width = 5 * len(result.solvers)
+    figure, axes = pyplot().subplots(1, len(result.solvers), figsize=(width, 3.6), squeeze=False, layout="constrained")
     for axis, (n, solver) in zip(axes[0], result.solvers.items(), strict=True):
         ends = []
         for label, table in (("before", handmade("euler", n, problem.schedule)), ("after", solver)):
@@ -105,12 +105,11 @@ def _pictures(result, problem: Problem, decode: Callable | None, out: Path) -> t
         axis.legend()
         errors[n] = (ends[0][0], ends[1][0])
         if decode is not None:
-            rows = {"before": ends[0][1], "after": ends[1][1]}
-            rows[f"teacher, {evaluations(trajectory.grid)} calls"] = trajectory.last
-            path = out / f"samples-{n}.png"
-            _sheet({label: decode(x) for label, x in rows.items()}, path, f"N = {n}")
-            pictures.append(path)
-    _save(figure, out / "stages.png")
+            columns = {f"before, N = {n}": ends[0][1], "after": ends[1][1]}
+            columns[f"teacher, {evaluations(trajectory.grid)} calls"] = trajectory.last
+            images = {title: decode(x) for title, x in columns.items()}
+            pictures.append(plot_samples(images, out / f"samples-{n}.png"))
+    write_figure(figure, out / "stages.png")
     pictures.insert(1, out / "stages.png")
     return pictures, errors
 
@@ -130,57 +129,3 @@ def _run(problem: Problem, batch: Batch, solver: Solver) -> Tensor:
         return_trajectory=True,
     )
     return states[1:].transpose(0, 1)
-
-
-def _heat_map(axis, solver: Solver, title: str) -> None:
-    table = torch.tensor(solver.coeffs)
-    limit = max(1.0, float(table.abs().max()))
-    upper = torch.ones_like(table).triu(1).bool()
-    picture = axis.imshow(table.masked_fill(upper, float("nan")).tolist(), cmap="RdBu_r", vmin=-limit, vmax=limit)
-    if solver.num_steps <= 12:
-        for i in range(solver.num_steps):
-            for j in range(i + 1):
-                axis.text(j, i, f"{table[i, j]:.2f}", ha="center", va="center", fontsize=6)
-    axis.figure.colorbar(picture, ax=axis)
-    axis.set(title=title, xlabel="prediction", ylabel="step")
-
-
-def _timesteps(axis, solver: Solver, title: str) -> None:
-    n = solver.num_steps
-    axis.plot(range(n + 1), solver.timesteps, marker="o", ms=3, label="searched")
-    axis.plot([0, n], [0, 1], lw=0.8, ls="--", color="gray", label="equal steps")
-    if solver.network_timesteps is not None:
-        axis.plot(range(n), solver.network_timesteps, marker="x", ls="", label="network's")
-    axis.set(title=title, xlabel="step", ylabel="u (0 noise, 1 data)")
-    axis.grid(alpha=0.3)
-    axis.legend()
-
-
-def _sheet(rows: dict[str, Tensor], path: Path, title: str) -> None:
-    """Images side by side from the same noise: one row per solver."""
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(len(rows), 1, figsize=(12, 1.1 * len(rows) + 0.5), squeeze=False)
-    for axis, (label, images) in zip(axes[:, 0], rows.items(), strict=True):
-        strip = torch.cat(list(images[:SAMPLES].float().cpu().clamp(0, 1)), -1).movedim(0, -1)
-        axis.imshow(strip.squeeze(-1).numpy(), cmap="gray" if strip.shape[-1] == 1 else None, vmin=0, vmax=1)
-        axis.set(xticks=[], yticks=[])
-        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
-    figure.suptitle(title)
-    _save(figure, path)
-
-
-def _save(figure, path: str | os.PathLike) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    _pyplot().close(figure)
-
-
-def _pyplot():
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install dss_fast[plots]") from error
-    matplotlib.use("Agg", force=False)
-    from matplotlib import pyplot
-
-    return pyplot

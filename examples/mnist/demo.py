@@ -32,7 +32,8 @@ def main() -> None:
 
     target = flow_guided()
     task = {k: v for k, v in target.items() if k not in ("features", "classify", "labels")}
-    result = search(**task, num_steps=STEPS, seed=options.seed, out=out / "search", name="searched")
+    again = (out / "search").exists()  # interrupted or finished before: go on from there
+    result = search(**task, num_steps=STEPS, seed=options.seed, out=out / "search", resume=again, name="searched")
     searched = {n: result.solvers[n] for n in STEPS}
     for n, solver in searched.items():
         solver.save(out / f"solver-{n}.json")
