@@ -56,7 +56,7 @@ class Denoiser:
         return output
 
     def _arguments(self, x: Tensor) -> dict[str, Any]:
-        """The keyword arguments of a call; the doubled ones are made once, at the first call."""
+        """The keyword arguments of a call, made once unless a condition is differentiated: then each call's own graph."""
         if self._doubled is not None:
             return self._doubled
         rows = len(x)
@@ -65,11 +65,14 @@ class Denoiser:
                 raise ValueError(
                     f"cond[{key!r}] has {len(value)} rows for {rows} samples; give {rows} rows, or 1 for all"
                 )
-        self._doubled = {k: _rows(v, rows, x.device) for k, v in self._cond.items()}
+        arguments = {k: _rows(v, rows, x.device) for k, v in self._cond.items()}
         if self.guided:
-            null = {**self._doubled, **{k: _rows(v, rows, x.device) for k, v in self._uncond.items()}}
-            self._doubled = {k: _pair(k, null[k], self._doubled.get(k, null[k]), rows) for k in null}
-        return self._doubled
+            null = {**arguments, **{k: _rows(v, rows, x.device) for k, v in self._uncond.items()}}
+            arguments = {k: _pair(k, null[k], arguments.get(k, null[k]), rows) for k in null}
+        given = (*self._cond.values(), *self._uncond.values())
+        if not any(isinstance(v, Tensor) and v.requires_grad for v in given):
+            self._doubled = arguments
+        return arguments
 
     def _check(self, output: Any, x: Tensor, t: Tensor) -> None:
         if not isinstance(output, Tensor) or output.shape != x.shape:

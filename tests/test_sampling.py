@@ -240,3 +240,15 @@ def test_import_needs_torch_alone():
         "assert not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_conditions_can_be_differentiated_through_the_doubled_call():
+    from dss_fast.denoiser import Denoiser
+
+    y = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    denoise = Denoiser(model, {"y": y}, {"y": 0.0})
+    x, t = torch.randn(3, 12, dtype=torch.float64), torch.full((3,), 0.4, dtype=torch.float64)
+    with torch.no_grad():
+        denoise(x, t)
+    (gradient,) = torch.autograd.grad(denoise(x, t).sum(), y)
+    assert torch.allclose(gradient, torch.full_like(y, 12))
