@@ -56,7 +56,7 @@ class Denoiser:
         return output
 
     def _arguments(self, x: Tensor) -> dict[str, Any]:
-        """The keyword arguments of a call, made once unless a condition is differentiated: then each call's own graph."""
+        """The keyword arguments of a call, made once, or anew for each call when a condition is differentiated."""
         if self._doubled is not None:
             return self._doubled
         rows = len(x)
