@@ -16,7 +16,9 @@ __all__ = ["multistep_pull", "multistep_step", "multistep_step_", "multistep_ste
 # 8 elements a thread make one 128-bit access of a 16-bit tensor and two of a 32-bit one. An H100 needs about 15 KB
 # under way on each multiprocessor (3.35 TB/s x 600 ns / 132); one block of 128 threads with 8 slots asks for 16 KB.
 BLOCK = 1024
-WARPS = 4
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+# Left alone, ptxas aims the float64 backward at 168 registers and then spills some (sm_90, a float32 history).
+DOUBLE_OPTIONS = {**OPTIONS, "maxnreg": 224}
 
 _BY_VALUE = ["batch", "blocks", "steps", "slots", "guided"]  # no new compilation when one of these is 1 or 16
 
@@ -106,7 +108,7 @@ def _launch_forward(x, output, history, weights, index, guided, history_next, ou
         size, history.stride(0), history.stride(1), history_next.stride(0), history_next.stride(1),
         batch, blocks, steps, slots, size if guided < 0 else guided,
         PAIR=output.shape[0] != batch, ROW_WEIGHTS=weights.shape[0] != 1, ROW_INDEX=index.shape[0] != 1,
-        IN_PLACE=history_next is history, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
+        IN_PLACE=history_next is history, BLOCK=BLOCK, **OPTIONS,
     )  # fmt: skip
 
 
@@ -256,7 +258,7 @@ def multistep_step_backward(grad_x_next, grad_history_next, x, output, history, 
             size, past.stride(0), past.stride(1), batch, blocks, steps, slots, size if guided < 0 else guided,
             PAIR=output.shape[0] != batch, ROW_WEIGHTS=weights.shape[0] != 1, ROW_INDEX=index.shape[0] != 1,
             LATER=grad_history_next is not None, X=dx, OUTPUT=doutput, HISTORY=dhistory, ROW=row,
-            BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
+            BLOCK=BLOCK, **(DOUBLE_OPTIONS if weights.dtype is torch.float64 else OPTIONS),
         )  # fmt: skip
     return *grads, sums.sum(1) if row else sums
 
@@ -320,6 +322,6 @@ def multistep_pull(adjoints, weights, index, pair=False, guided=-1):
             adjoints, weights.contiguous(), index.contiguous(), dx, doutput,
             size, adjoints.stride(0), adjoints.stride(1), batch, blocks, steps, slots, size if guided < 0 else guided,
             PAIR=pair, ROW_WEIGHTS=weights.shape[0] != 1, ROW_INDEX=index.shape[0] != 1,
-            BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
+            BLOCK=BLOCK, **OPTIONS,
         )  # fmt: skip
     return dx, doutput

@@ -46,7 +46,8 @@ def build(kernel, arch, dtypes, flags):
             if name.endswith("_ptr") or name in STRIDES:
                 hints[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, hints)
-    options = {"num_warps": step_triton.WARPS, "enable_fp_fusion": True}
+    double = kernel is step_triton._backward_kernel and dtypes[0] == "fp64"
+    options = step_triton.DOUBLE_OPTIONS if double else step_triton.OPTIONS
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -76,13 +77,14 @@ def expected(name, dtypes, flags):
         return state + halves * output + slots * history, state + (1 + copied) * history
     if name == "pull":
         return 5 * state, state + halves * state
-    later = flags["LATER"] * (1 + 2 * flags["HISTORY"])
-    loads = 2 * state + halves * output + (later + 2 * flags["ROW"]) * history
+    row, current = flags["ROW"], flags["ROW"] or flags["X"] or flags["OUTPUT"]  # what no result needs is not loaded
+    loads = row * (state + halves * output + 2 * history) + (current or flags["HISTORY"]) * state
+    loads += flags["LATER"] * (current + 2 * flags["HISTORY"]) * history
     return loads, flags["X"] * state + flags["OUTPUT"] * halves * output + flags["HISTORY"] * 2 * history
 
 
 def variants(full):
-    mixes = [("fp32",) * 3, ("fp32", "bf16", "bf16"), ("bf16",) * 3, ("fp64",) * 3]
+    mixes = [("fp32",) * 3, ("fp32", "bf16", "bf16"), ("bf16",) * 3, ("fp64", "fp64", "fp32")]
     booleans = (False, True)
     everything = dict.fromkeys(("X", "OUTPUT", "HISTORY", "ROW", "LATER"), True)
     for dtypes in itertools.product(TYPES, repeat=3) if full else mixes:
