@@ -1,4 +1,4 @@
-"""Without a GPU the Triton kernels are tested by its interpreter, which must be chosen before anything imports Triton."""
+"""Without a GPU the interpreter tests the Triton kernels; it must be chosen before anything imports Triton."""
 
 import os
 
