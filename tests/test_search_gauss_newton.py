@@ -96,9 +96,9 @@ def test_gradient_and_matrix_are_those_of_dense_autograd(kind, loss):
         theta[-3:] += 0.02
     point = Point(space, candidate=theta, share=math.inf)
     runs = [_forward(point, objective, teacher, 0, 1)]
-    point.theta, (point.values, _) = theta, _gathered(problem, teacher, runs)
+    point.theta, (point.values, _) = theta, _gathered(problem, runs)
     point.scale = float(10 * point.values.median())
-    _differentiate(point, objective, runs, 500)
+    _differentiate(point, objective, teacher, runs, 500)
     batch, trajectory = teacher[0]
 
     def residual(theta):

@@ -25,8 +25,9 @@ from .objective import Objective
 from .space import SPACES, Space, respaced
 
 ROBUST = 10.0  # medians of |e|^2 at which a sample counts half
-GROWTH = (0.17, 0.25, 0.35, 0.5, 0.7)  # share of the samples in each round; then all of them
+GROWTH = (0.12, 0.12, 0.2, 0.3, 0.4, 0.5, 0.7)  # share of the samples in each round; then all of them
 FULL_ROUNDS = 2
+SKETCHED = 2  # every so many batches a sketch
 MEMORY = 0.5  # of J'J from one round to the next
 DAMPING, LEAST_DAMPING, MOST_DAMPING = 1e-2, 1e-7, 1e6
 PAPER_SHARE = 1 / 50  # default budget, of the paper's 50,000 samples x (100 + 3 N)
@@ -52,8 +53,8 @@ def gauss_newton(
     loss: str | Callable[[Tensor], Tensor] = "end",
     trajectory_weight: float = 0.1,
     tolerance: float = 1e-3,
-    memory: int = 1 << 30,
-    memory_budget: int | float | None = 1 << 30,
+    memory: int = 1 << 29,
+    memory_budget: int | float | None = 1 << 29,
 ) -> Iterator[dict]:
     """min over theta  mean_b rho(|r_b|^2),  rho(z) = c log(1 + z / c),  c = ``robust`` medians of z
 
@@ -128,7 +129,7 @@ def gauss_newton(
         more = _enough(train, 4 * count)
         if more > len(few) and problem.affords(2 * n * sum(train.sizes[:more])):
             u = torch.tensor(found.solver.timesteps, dtype=torch.float64)
-            again, _ = fit(problem, [train[k] for k in range(more)], u, name=found.spacing, **_extras(space))
+            again, _ = fit(problem, (train[k] for k in range(more)), u, name=found.spacing, **_extras(space))
             found = Fit(again.solver, found.score, found.spacing, again.ridges)
         first[str(n)] = [found.solver, found.score]
         yield event("closed form", spacing=found.spacing)
@@ -237,7 +238,7 @@ def _round(point: Point, objective: Objective, train: Teacher, held_out: Teacher
             raise
         runs = None  # a step too far, not a broken model: the table before it ran
     problem.spend(n * size)
-    tried = math.inf if runs is None else _gathered(problem, train, runs)
+    tried = math.inf if runs is None else _gathered(problem, runs)
     if point.theta is not None:
         common = min(len(point.values), size)
         old = _robust(point.values[:common], point.scale)
@@ -253,7 +254,7 @@ def _round(point: Point, objective: Objective, train: Teacher, held_out: Teacher
             point.damping = max(point.damping / 4, LEAST_DAMPING)
     point.tries, point.theta, point.values = 0, point.candidate, tried[0]
     point.scale = float(objective.robust * point.values.median())
-    _differentiate(point, objective, runs, size)
+    _differentiate(point, objective, train, runs, size)
     del runs
     point.step()
     point.round += 1
@@ -270,17 +271,17 @@ def _round(point: Point, objective: Objective, train: Teacher, held_out: Teacher
 
 
 def _forward(point: Point, objective: Objective, train: Teacher, k: int, batches: int):
-    """One batch under the candidate: (batch, trajectory, rollout, error, residual, pull)."""
+    """One batch under the candidate: (batch, rollout, error, residual, pull); its trajectory may be large."""
     batch, trajectory = train[k]
     rollout = objective.rollout(point.space, point.candidate, batch, batches)
     targets = point.space.targets(point.candidate)
-    return batch, trajectory, rollout, *objective.residual(rollout.states, trajectory, targets)
+    return batch, rollout, *objective.residual(rollout.states, trajectory, targets)
 
 
-def _gathered(problem: Problem, train: Teacher, runs: list) -> Tensor:
+def _gathered(problem: Problem, runs: list) -> Tensor:
     """(2, n) float64: |r|^2 and end-point error of all samples, over all processes, means of squares."""
     both, start = torch.zeros(2, sum(run[0].size for run in runs), dtype=torch.float64), 0
-    for batch, _, _, error, residual, _ in runs:
+    for batch, _, error, residual, _ in runs:
         here = slice(start + problem.rank, start + batch.size, problem.world)
         both[0, here], both[1, here] = residual.double().square().mean(1).cpu(), error.cpu()
         start += batch.size
@@ -288,23 +289,24 @@ def _gathered(problem: Problem, train: Teacher, runs: list) -> Tensor:
     return both
 
 
-def _differentiate(point: Point, objective: Objective, runs: list, size: int) -> None:
+def _differentiate(point: Point, objective: Objective, train: Teacher, runs: list, size: int) -> None:
     """Gradient and J'J at the accepted table, over all processes; J'J remembers the rounds before."""
     problem, space, theta = objective.problem, point.space, point.theta
     n, dim, start = space.num_steps, len(theta), 0
     gradient = torch.zeros(dim, dtype=torch.float64)
     along, beside = torch.zeros(2, dim, dim, dtype=torch.float64)
     sketched = 0
-    for k, (batch, trajectory, rollout, _, residual, pull) in enumerate(runs):
+    for k, (batch, rollout, _, residual, pull) in enumerate(runs):
         values = point.values[start + problem.rank : start + batch.size : problem.world, None]
         weights = point.scale / (point.scale + values)
         cotangents = [residual]
-        if (k + point.round) % 2 == 0 or len(runs) == 1:
+        if (k + point.round) % SKETCHED == 0 or len(runs) < SKETCHED:
             cotangents.append(_signs(problem, residual, n, point.round, k, batch.size))
             sketched += batch.size
         scale = residual.shape[1] ** -0.5  # |r|^2 is averaged over its elements
+        trajectory = train[k][1] if objective.weight else None
         rows = objective.rows(space, theta, rollout, trajectory, torch.stack(cotangents) * scale, pull)
-        runs[k] = None
+        runs[k] = rollout = pull = None
         gradient += 2 * scale * (weights * rows[0]).sum(0)
         along += 2 * scale**2 * rows[0].mT @ (weights / values.clamp_min(1e-300) * rows[0])
         if len(rows) > 1:
