@@ -13,6 +13,7 @@ from ..problem import Batch, Problem
 from ..schedule import Schedule, transition
 from ..solver import Solver
 from ..teacher import Trajectory
+from .space import SPACES, respaced
 
 RIDGES = (1e-6, 1e-4, 1e-2, 1.0)
 # Fitted by the paper to its searched timesteps (arXiv 2505.21114, section 5): u as a polynomial of i / N.
@@ -156,6 +157,38 @@ def candidates(
             direction, sign = (direction + 1) % 3, 1.0
         if failures == 6:
             amount, failures = amount / 2, 0
+
+
+def extras(space: str) -> dict:
+    """What of a space's freedom the closed form can use."""
+    return {"free_rows": "rows" in SPACES[space], "noise": "noise" in SPACES[space]}
+
+
+def stage_one(
+    problem: Problem,
+    few: list[tuple[Batch, Trajectory]],
+    n: int,
+    space: str,
+    trials: int,
+    first: dict[str, list],
+    given: Solver | None,
+) -> Iterator[Fit]:
+    """Fits over the family of spacings, or from a neighbour's when one N is already done."""
+    names = FAMILY[problem.schedule.family]
+    start = [(name, spacing(name, n, problem.schedule)) for name in names]
+    if first:
+        near = min(first, key=lambda done: abs(int(done) - n))
+        u = torch.tensor(first[near][0].timesteps, dtype=torch.float64)
+        start = [(f"from N = {near}", respaced(u, n)), *start[:1]]
+        trials = min(trials, 6)
+    if given is not None:
+        u = torch.tensor(given.timesteps, dtype=torch.float64)
+        if not any(torch.allclose(u, other) for _, other in start):
+            start.insert(0, (given.name or "initial", u))
+    size = sum(batch.size for batch, _ in few)
+    if problem.budget is not None:
+        trials = max(1, min(trials, int((problem.budget - problem.evaluations) * 0.3 // (n * size))))
+    yield from candidates(problem, few, start, trials, **extras(space))
 
 
 class _Run:

@@ -20,9 +20,9 @@ from ..problem import Problem, mix
 from ..sampling import find_solver
 from ..solver import Solver
 from ..teacher import Teacher
-from .closed_form import FAMILY, Fit, candidates, fit, spacing
+from .closed_form import Fit, extras, fit, stage_one
 from .objective import Objective
-from .space import SPACES, Space, respaced
+from .space import SPACES, Space
 
 ROBUST = 10.0  # medians of |e|^2 at which a sample counts half
 GROWTH = (0.12, 0.12, 0.2, 0.3, 0.4, 0.5, 0.7)  # share of the samples in each round; then all of them
@@ -67,7 +67,9 @@ def gauss_newton(
     teacher_evaluations: model calls of each reference trajectory. trials: spacings tried in stage 1, on
         trial_samples of the samples. rounds: of Gauss-Newton. tolerance: stop a solver whose predicted
         relative gain is below. initial: adds a solver to what stage 1 may start from.
-    memory: bytes of trajectories kept. memory_budget: of the rollout's graphs, see ``unroll``.
+    memory: bytes of trajectories kept, and of rollouts between a round's acceptance test and its backward
+        (beyond that they run again, N evaluations more per sample). memory_budget: of a
+        rollout's graphs, see ``unroll``.
 
     A round costs N evaluations per sample for the candidate, which is also its acceptance test, and, once
     accepted, 2 N per backward. All N share the teacher; stage 1 of one N starts from the spacing of the last.
@@ -83,7 +85,7 @@ def gauss_newton(
     options = dict(budget=teacher_evaluations, cache=cache, memory=memory, key=key)
     train = Teacher(problem, "train", samples, batch_size, **options)
     held_out = Teacher(problem, "held_out", held_out_samples, min(batch_size, held_out_samples), **options)
-    objective = Objective(problem, loss, trajectory_weight, robust, memory_budget)
+    objective = Objective(problem, loss, trajectory_weight, robust, memory_budget, memory)
     state = {"first": {}, "points": {}} if state is None else state
     points = {n: Point.load(saved) for n, saved in state["points"].items()}
     first = dict(state["first"])
@@ -123,13 +125,13 @@ def gauss_newton(
                 few.append(train[len(few)])
                 count += few[-1][0].size
         found = None
-        for tried in _stage_one(problem, few, n, space, trials, first, start[n] if initial else None):
+        for tried in stage_one(problem, few, n, space, trials, first, start[n] if initial else None):
             found = tried if found is None or tried.score < found.score else found
             yield event("closed form", worth=False, spacing=tried.spacing, score=tried.score)
         more = _enough(train, 4 * count)
         if more > len(few) and problem.affords(2 * n * sum(train.sizes[:more])):
             u = torch.tensor(found.solver.timesteps, dtype=torch.float64)
-            again, _ = fit(problem, (train[k] for k in range(more)), u, name=found.spacing, **_extras(space))
+            again, _ = fit(problem, (train[k] for k in range(more)), u, name=found.spacing, **extras(space))
             found = Fit(again.solver, found.score, found.spacing, again.ridges)
         first[str(n)] = [found.solver, found.score]
         yield event("closed form", spacing=found.spacing)
@@ -220,10 +222,11 @@ def _round(point: Point, objective: Objective, train: Teacher, held_out: Teacher
     def afford(cost: int) -> bool:
         return problem.affords(cost) and point.spent + cost <= point.share
 
-    while batches > 1 and not afford(4 * n * size + 2 * checks):
+    cost = n * (4 if objective.keeps(n, size) else 5)
+    while batches > 1 and not afford(cost * size + 2 * checks):
         batches -= 1
         size -= train.sizes[batches]
-    if last or not afford(4 * n * size + 2 * checks) or size < 0.4 * (0 if point.values is None else len(point.values)):
+    if last or not afford(cost * size + 2 * checks) or size < 0.4 * (0 if point.values is None else len(point.values)):
         point.finished, values = True, {"num_steps": n}
         if afford(checks):
             values = _check(point, objective, held_out, point.candidate)
@@ -273,9 +276,11 @@ def _round(point: Point, objective: Objective, train: Teacher, held_out: Teacher
 def _forward(point: Point, objective: Objective, train: Teacher, k: int, batches: int):
     """One batch under the candidate: (batch, rollout, error, residual, pull); its trajectory may be large."""
     batch, trajectory = train[k]
-    rollout = objective.rollout(point.space, point.candidate, batch, batches)
+    kept = objective.keeps(point.space.num_steps, batches * batch.size)
+    rollout = objective.rollout(point.space, point.candidate, batch, batches if kept else 0)
     targets = point.space.targets(point.candidate)
-    return batch, rollout, *objective.residual(rollout.states, trajectory, targets)
+    found = objective.residual(rollout.states, trajectory, targets)
+    return batch, rollout if kept else None, *found
 
 
 def _gathered(problem: Problem, runs: list) -> Tensor:
@@ -304,6 +309,9 @@ def _differentiate(point: Point, objective: Objective, train: Teacher, runs: lis
             cotangents.append(_signs(problem, residual, n, point.round, k, batch.size))
             sketched += batch.size
         scale = residual.shape[1] ** -0.5  # |r|^2 is averaged over its elements
+        if rollout is None:  # all of them together did not fit
+            rollout = objective.rollout(space, theta, batch, 1)
+            problem.spend(n * batch.size)
         trajectory = train[k][1] if objective.weight else None
         rows = objective.rows(space, theta, rollout, trajectory, torch.stack(cotangents) * scale, pull)
         runs[k] = rollout = pull = None
@@ -360,29 +368,6 @@ def _check(point: Point, objective: Objective, held_out: Teacher, theta: Tensor)
 def _robust(values: Tensor, scale: float) -> float:
     """mean of c log(1 + z / c)."""
     return float(values.div(scale).log1p().mean()) * scale
-
-
-def _extras(space: str) -> dict:
-    return {"free_rows": "rows" in SPACES[space], "noise": "noise" in SPACES[space]}
-
-
-def _stage_one(problem, few, n, space, trials, first, given) -> Iterator[Fit]:
-    """Fits over the family of spacings, or from a neighbour's when one N is already done."""
-    names = FAMILY[problem.schedule.family]
-    start = [(name, spacing(name, n, problem.schedule)) for name in names]
-    if first:
-        near = min(first, key=lambda done: abs(int(done) - n))
-        u = torch.tensor(first[near][0].timesteps, dtype=torch.float64)
-        start = [(f"from N = {near}", respaced(u, n)), *start[:1]]
-        trials = min(trials, 6)
-    if given is not None:
-        u = torch.tensor(given.timesteps, dtype=torch.float64)
-        if not any(torch.allclose(u, other) for _, other in start):
-            start.insert(0, (given.name or "initial", u))
-    size = sum(batch.size for batch, _ in few)
-    if problem.budget is not None:
-        trials = max(1, min(trials, int((problem.budget - problem.evaluations) * 0.3 // (n * size))))
-    yield from candidates(problem, few, start, trials, **_extras(space))
 
 
 def _enough(teacher: Teacher, wanted: int) -> int:

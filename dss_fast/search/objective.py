@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,10 +16,10 @@ from .space import Space
 class Objective:
     """Residuals of a table on a batch, and rows of their Jacobian."""
 
-    def __init__(self, problem: Problem, loss, trajectory_weight: float, robust: float, memory_budget):
+    def __init__(self, problem: Problem, loss, trajectory_weight: float, robust: float, memory_budget, memory=1 << 29):
         self.problem, self.loss, self.robust = problem, loss, robust
         self.weight = trajectory_weight if loss == "trajectory" else 0.0
-        self.memory_budget = memory_budget
+        self.memory_budget, self.memory = memory_budget, memory
         self._jacobian: tuple[Tensor, Tensor] | None = None
 
     def rollout(self, space: Space, theta: Tensor, batch: Batch, shared_by: int) -> Rollout:
@@ -37,6 +38,11 @@ class Objective:
             memory_budget=budget if shared_by else None,
             wrt=("weights", "times") if shared_by else (),
         )
+
+    def keeps(self, num_steps: int, samples: int) -> bool:
+        """Whether the states and histories of so many samples may stay in memory together."""
+        numbers = (2 * num_steps + 1) * math.prod(self.problem.shape) * samples / self.problem.world
+        return numbers * self.problem.dtype.itemsize <= self.memory
 
     def residual(self, states: Tensor, trajectory, targets: Tensor) -> tuple[Tensor, Tensor, Callable | None]:
         """End-point error (B,) mean of squares, r (B, R), and a pullback of cotangents in feature space."""
