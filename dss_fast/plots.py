@@ -14,7 +14,10 @@ from torch import Tensor
 
 from .solver import Solver
 
-_COLORS = {"searched": "#c0392b", "rest": ["#2c3e50", "#2980b9", "#16a085", "#8e44ad", "#d68910", "#7f8c8d"]}
+_COLORS = {
+    "searched": "#c0392b",
+    "rest": ["#2980b9", "#16a085", "#8e44ad", "#d68910", "#2c3e50", "#7f8c8d", "#5dade2", "#a04000", "#82e0aa"],
+}
 
 
 def plot_solver(solver: Solver, path: str | os.PathLike) -> Path:
@@ -68,20 +71,16 @@ def plot_errors(rows: Sequence[Mapping], path: str | os.PathLike, *, metric: str
     for method in best:
         line = sorted(methods[method], key=lambda r: r["num_steps"])
         searched = line[0]["searched"]
-        style = (
-            {"color": _COLORS["searched"], "lw": 2.4, "zorder": 3} if searched else {"color": next(colors), "lw": 1.2}
-        )
+        if searched:
+            style = {"color": _COLORS["searched"], "lw": 2.4, "zorder": 3}
+        else:
+            style = {"color": next(colors), "lw": 1.2, "ls": "--" if "@" in method else "-"}
         steps, values = [r["num_steps"] for r in line], [r[metric] for r in line]
-        axes.plot(steps, values, "o-", ms=5, label=method, **style)
+        axes.plot(steps, values, marker="o", ms=5, label=method, **style)
         if metric == "rmse":
-            axes.fill_between(
-                steps,
-                [r["rmse_low"] for r in line],
-                [r["rmse_high"] for r in line],
-                alpha=0.15,
-                color=style["color"],
-            )
-    axes.set(yscale="log", xlabel="network evaluations per sample", ylabel=f"{metric} to the fine reference")
+            low, high = [r["rmse_low"] for r in line], [r["rmse_high"] for r in line]
+            axes.fill_between(steps, low, high, alpha=0.2 if searched else 0.05, color=style["color"], lw=0)
+    axes.set(yscale="log", xlabel="network evaluations per sample", ylabel=f"{metric.upper()} to the fine reference")
     axes.set_xticks(sorted({r["num_steps"] for r in rows}), labels=map(str, sorted({r["num_steps"] for r in rows})))
     axes.minorticks_off()
     axes.grid(alpha=0.25, which="both")
