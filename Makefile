@@ -21,7 +21,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks --benchmark
 
 lint: $(VENV)/.test
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check --exclude "*.md" .
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -51,9 +51,7 @@ def sample(kind, model, labels, guidance, steps, seed):
     log_snr = (alpha / sigma).log()
     levels = torch.linspace(log_snr[0], log_snr[-1], steps + 1, dtype=torch.float64)
     picks = torch.searchsorted(log_snr, levels)
-    times, alpha, sigma, log_snr = (
-        v[picks.clamp_max(4000)] for v in (times, alpha, sigma, log_snr)
-    )
+    times, alpha, sigma, log_snr = (v[picks.clamp_max(4000)] for v in (times, alpha, sigma, log_snr))
     for i in range(steps):
         y = (x - sigma[i].float() * guided(x, 1000 * times[i])) / alpha[i].float()
         h = log_snr[i + 1] - log_snr[i]
@@ -85,9 +83,7 @@ def test_output_has_the_inputs_shape_and_repeats(kind, model):
 
 def test_rows_do_not_see_each_other(kind, model):
     x, t, y = inputs(kind)
-    torch.testing.assert_close(
-        model(x, t, y)[1:2], model(x[1:2], t[1:2], y[1:2]), atol=2e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(model(x, t, y)[1:2], model(x[1:2], t[1:2], y[1:2]), atol=2e-5, rtol=1e-4)
 
 
 def test_float64_agrees_and_differentiates_in_time(kind):
@@ -139,9 +135,7 @@ def test_the_vp_reading_of_a_flow_network_is_exact():
     scale = (alpha + sigma)[:, None, None, None]
     velocity = dit(x / scale, alpha / (alpha + sigma), y)
     clean = velocity + noise
-    torch.testing.assert_close(
-        alpha[:, None, None, None] * clean + sigma[:, None, None, None] * noise, x
-    )
+    torch.testing.assert_close(alpha[:, None, None, None] * clean + sigma[:, None, None, None] * noise, x)
 
 
 def test_classifier_accuracy_and_features():

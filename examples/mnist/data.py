@@ -48,9 +48,7 @@ def shifted(images: Tensor, generator: torch.Generator, reach: int = 1) -> Tenso
     down, right = torch.randint(0, 2 * reach + 1, (2, batch, 1), generator=generator)
     rows = down + torch.arange(height)
     columns = right + torch.arange(width)
-    return padded[torch.arange(batch)[:, None, None], 0, rows[:, :, None], columns[:, None, :]][
-        :, None
-    ]
+    return padded[torch.arange(batch)[:, None, None], 0, rows[:, :, None], columns[:, None, :]][:, None]
 
 
 def warped(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -60,7 +58,5 @@ def warped(images: Tensor, generator: torch.Generator) -> Tensor:
     angle, scale, shear = 0.25 * draw[0], 1 + 0.15 * draw[1], 0.2 * draw[2]
     cos, sin = scale * angle.cos(), scale * angle.sin()
     rows = (cos, shear * cos - sin, draw[3] * 4 / 28, sin, shear * sin + cos, draw[4] * 4 / 28)
-    grid = F.affine_grid(
-        torch.stack(rows, dim=1).view(batch, 2, 3), list(images.shape), align_corners=False
-    )
+    grid = F.affine_grid(torch.stack(rows, dim=1).view(batch, 2, 3), list(images.shape), align_corners=False)
     return F.grid_sample(images + 1, grid, align_corners=False) - 1

@@ -71,13 +71,9 @@ def digits_from(target: dict[str, Any], solver: str, labels: Tensor, seed: int) 
 
     keys = ("schedule", "uncond", "guidance_scale")
     options = {key: target[key] for key in keys}
-    noise = torch.randn(
-        len(labels), *target["shape"], generator=torch.Generator().manual_seed(seed)
-    )
+    noise = torch.randn(len(labels), *target["shape"], generator=torch.Generator().manual_seed(seed))
     parts = zip(noise.split(100), labels.split(100), strict=True)
-    return torch.cat(
-        [sample(target["model"], x, solver, cond={"y": y}, **options) for x, y in parts]
-    )
+    return torch.cat([sample(target["model"], x, solver, cond={"y": y}, **options) for x, y in parts])
 
 
 def save_sheet(path: Path, images: Tensor, columns: int, zoom: int = 3) -> None:
@@ -106,9 +102,7 @@ def main() -> None:
     accuracy = (classifier(images).argmax(1) == truth).float().mean()
     print(f"classifier: held-out accuracy {accuracy:.3f}", flush=True)
     real = real_features()
-    print(
-        f"held-out against training images: Frechet {frechet_distance(real[:500], real[500:]):.2f}"
-    )
+    print(f"held-out against training images: Frechet {frechet_distance(real[:500], real[500:]):.2f}")
     for kind in args.kinds:
         target = {"flow": flow, "vp": vp}[kind](args.guidance)
         model = target["model"]

@@ -69,9 +69,7 @@ class DiT(nn.Module):
     for "no class". Returns the shape and dtype of x. Smooth in x and t; float64 after `.double()`.
     """
 
-    def __init__(
-        self, width: int = 96, depth: int = 4, heads: int = 3, patch: int = 4, mlp_ratio: int = 3
-    ):
+    def __init__(self, width: int = 96, depth: int = 4, heads: int = 3, patch: int = 4, mlp_ratio: int = 3):
         super().__init__()
         self.patch, self.side = patch, 28 // patch
         self.embed = nn.Linear(patch * patch, width)
@@ -128,9 +126,7 @@ class Classifier(nn.Module):
     def __init__(self):
         super().__init__()
         layers = ((1, 24, 1), (24, 48, 2), (48, 48, 1), (48, 96, 2))
-        self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride, padding=1, bias=False) for a, b, stride in layers
-        )
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride, padding=1, bias=False) for a, b, stride in layers)
         self.norms = nn.ModuleList(nn.GroupNorm(4, conv.out_channels) for conv in self.convs)
         self.hidden = nn.Linear(96, 64)
         self.dropout = nn.Dropout(0.3)

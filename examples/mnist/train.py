@@ -41,9 +41,7 @@ def draw_flow_times(kind: str, count: int, generator: torch.Generator) -> Tensor
     return torch.where(torch.arange(count) % 2 == 0, middle, spread)
 
 
-def velocity_loss(
-    model: nn.Module, images: Tensor, labels: Tensor, t: Tensor, noise: Tensor
-) -> Tensor:
+def velocity_loss(model: nn.Module, images: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """mean |model(x_t, t, y) - (x0 - eps)|^2 at x_t = t x0 + (1 - t) eps; t (B,).
 
     The same point read as VP has t times this error in epsilon, so one loss serves both models.
@@ -52,9 +50,7 @@ def velocity_loss(
     return F.mse_loss(model(mix * images + (1 - mix) * noise, t, labels), images - noise)
 
 
-def diffusion_batch_loss(
-    kind: str, model: nn.Module, batch: int, generator: torch.Generator
-) -> Tensor:
+def diffusion_batch_loss(kind: str, model: nn.Module, batch: int, generator: torch.Generator) -> Tensor:
     images, labels = data.train_split()
     picks = torch.randint(len(images), (batch,), generator=generator)
     dropped = torch.rand(batch, generator=generator) < LABEL_DROPOUT
@@ -67,9 +63,7 @@ def diffusion_batch_loss(
 def classifier_batch_loss(model: nn.Module, batch: int, generator: torch.Generator) -> Tensor:
     images, labels = data.train_split()
     picks = torch.randint(len(images), (batch,), generator=generator)
-    return F.cross_entropy(
-        model(data.warped(images[picks], generator)), labels[picks], label_smoothing=0.05
-    )
+    return F.cross_entropy(model(data.warped(images[picks], generator)), labels[picks], label_smoothing=0.05)
 
 
 @torch.no_grad()
@@ -96,9 +90,7 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 def make_optimizers(model: nn.Module, lr: float) -> Optimizers:
     """Muon for the matrices inside the transformer blocks, AdamW for everything else."""
-    matrices = [
-        p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2
-    ]
+    matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
     taken = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in taken]
     adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -117,9 +109,7 @@ def average_gradients(model: nn.Module) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def save_checkpoint(
-    path: Path, step: int, model: nn.Module, ema: nn.Module, optimizers: Optimizers
-) -> None:
+def save_checkpoint(path: Path, step: int, model: nn.Module, ema: nn.Module, optimizers: Optimizers) -> None:
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"ema.{name}": value for name, value in ema.state_dict().items()}
     for k, optimizer in enumerate(optimizers):
@@ -136,9 +126,7 @@ def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module, optimizers: Op
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         step = int(file.metadata()["step"])
     for prefix, module in (("model.", model), ("ema.", ema)):
-        part = {
-            name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)
-        }
+        part = {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
         module.load_state_dict(part)
     for k, optimizer in enumerate(optimizers):
         states: dict[int, dict[str, Tensor]] = {}
@@ -146,9 +134,7 @@ def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module, optimizers: Op
             if name.startswith(f"optimizer.{k}."):
                 _, _, i, key = name.split(".")
                 states.setdefault(int(i), {})[key] = value
-        optimizer.load_state_dict(
-            {"state": states, "param_groups": optimizer.state_dict()["param_groups"]}
-        )
+        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
     return step
 
 
@@ -165,9 +151,7 @@ def train(args: argparse.Namespace, checkpoint: Path, weights: Path) -> None:
     torch.manual_seed(args.seed)
     model: nn.Module = Classifier() if kind == "classifier" else DiT()
     if args.start_from:
-        model.load_state_dict(
-            {name: value.float() for name, value in load_file(args.start_from).items()}
-        )
+        model.load_state_dict({name: value.float() for name, value in load_file(args.start_from).items()})
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizers = make_optimizers(model, args.lr)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -216,16 +200,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="images a step; default: 96, classifier 64")
     parser.add_argument("--lr", type=float, help="peak; default: 4e-3, classifier 2e-3")
     parser.add_argument("--ema", type=float, default=0.998, help="decay of the weight average")
-    parser.add_argument(
-        "--start-from", type=Path, help="weights to start from instead of random ones"
-    )
+    parser.add_argument("--start-from", type=Path, help="weights to start from instead of random ones")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--every", type=float, default=120, help="seconds between checkpoints")
     parser.add_argument("--checkpoint", type=Path, help="default: out/mnist-<kind>.safetensors")
-    parser.add_argument(
-        "--weights", type=Path, help="default: <kind>.safetensors in examples/mnist/weights"
-    )
+    parser.add_argument("--weights", type=Path, help="default: <kind>.safetensors in examples/mnist/weights")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.steps = args.steps or (2500 if args.kind == "classifier" else 3400)
