@@ -6,6 +6,8 @@ python benchmarks/tables.py --write README.md   # replaces what stands between e
 
 import argparse
 import csv
+import json
+import statistics
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "step.csv"
@@ -103,19 +105,58 @@ def unroll():
     return about + "\n\n" + "\n".join(lines)
 
 
+def search():
+    """The search beside hand-made solvers and the paper's recipe, from results/search.jsonl."""
+    runs = {}
+    for line in (RESULTS.parent / "search.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        key = row["model"], row["num_steps"], row["kind"], row.get("space") or "", row.get("seed")
+        runs[key] = row  # rows further down replace earlier ones
+    cells = {}
+    for (model, n, kind, space, _), row in sorted(runs.items(), key=str):
+        cells.setdefault((model, n), {}).setdefault((kind, space), []).append(row)
+    lines = ["| model | N | best hand-made | the paper's recipe | searched, paper's space | searched | evaluations |"]
+    lines.append("| --- " * 7 + "|")
+    for (model, n), found in sorted(cells.items()):
+        text = [
+            _errors(found.get(k)) for k in (("handmade", ""), ("lion", ""), ("search", "plain"), ("search", "full"))
+        ]
+        spent = [f"{rows[0]['evaluations']:,}" for k, rows in found.items() if k in (("lion", ""), ("search", "full"))]
+        lines.append(f"| {model} | {n} | " + " | ".join(text) + " | " + ", ".join(spent) + " |")
+    about = (
+        "`python benchmarks/search_table.py`, held-out RMSE on noise no search draws: mean and standard deviation over "
+        "seeds. Evaluations: forward 1, backward 2, everything counted; the recipe's, where it was run, stand first."
+    )
+    return about + "\n\n" + "\n".join(lines)
+
+
+def _errors(rows):
+    if not rows:
+        return ""
+    errors = [row["rmse"] for row in rows]
+    spread = f" ± {statistics.stdev(errors):.4f}" if len(errors) > 1 else ""
+    solver = f" ({rows[0]['solver'].replace('/' + str(rows[0]['num_steps']), '')})" if "solver" in rows[0] else ""
+    return f"{statistics.mean(errors):.4f}{spread}{solver}"
+
+
 def read(name):
     with (RESULTS.parent / name).open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-SECTIONS = {"step": lambda: render(newest()), "recipe": recipe, "unroll": unroll}
+SECTIONS = {
+    "step.csv": lambda: render(newest()),
+    "recipe.csv": recipe,
+    "unroll.csv": unroll,
+    "search.jsonl": search,
+}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the text between the marks in FILE")
     arguments = parser.parse_args()
-    found = {name: make() for name, make in SECTIONS.items() if (RESULTS.parent / f"{name}.csv").exists()}
+    found = {f.partition(".")[0]: make() for f, make in SECTIONS.items() if (RESULTS.parent / f).exists()}
     if arguments.write is None:
         return print("\n\n".join(found.values()))
     document = arguments.write.read_text()
