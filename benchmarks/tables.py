@@ -124,8 +124,8 @@ def search():
         spent = [f"{rows[0]['evaluations']:,}" for k, rows in found.items() if k in (("lion", ""), ("search", "full"))]
         lines.append(f"| {model} | {n} | " + " | ".join(text) + " | " + ", ".join(spent) + " |")
     about = (
-        "`python benchmarks/search_table.py`, RMSE on noise that no search draws: mean and standard deviation over seeds "
-        "(one seed on the MNIST flow). The mixture's noise also served to choose the search's own settings, so its rows "
+        "`python benchmarks/search_table.py`, RMSE on noise that no search draws: mean and deviation over seeds "
+        "(one on the MNIST flow). The mixture's noise also served to choose the search's own settings, so its rows "
         "flatter the search a little. Evaluations: forward 1, backward 2, everything counted; the recipe's, where it "
         "was run, stand first."
     )
