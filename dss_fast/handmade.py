@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .schedule import Schedule, transition
+from .schedule import Flow, Schedule, transition
 from .solver import Solver
 
 SPACINGS = ("uniform", "lambda", "karras")
@@ -48,8 +48,6 @@ def handmade(
 
     Raises ValueError naming what exists when a name is unknown.
     """
-    from .schedule import Flow
-
     schedule = Flow() if schedule is None else schedule
     if method not in METHODS:
         raise ValueError(f"no hand-made solver is called {method!r}; there are {', '.join(METHODS)}")
