@@ -184,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("search", _search, "search a solver for a model", "out")
     sub.add_argument("--steps", type=_steps, default=[10], help="numbers of steps, as in 5,8,10")
     sub.add_argument("--method", default=None, help="gauss_newton (default) or lion, the paper's")
-    sub.add_argument("--space", default=None, help="plain (the paper's), rows, rows+noise, rows+times or full (default)")
+    sub.add_argument("--space", default=None, help="plain, rows, rows+noise, rows+times or full (default)")
     sub.add_argument("--samples", type=int, default=None, help="samples to search on")
     sub.add_argument("--budget", type=int, default=None, help="most model evaluations to spend")
     sub.add_argument("--resume", action="store_true", help="go on with the run in the output folder")

@@ -65,6 +65,7 @@ def test_search_sample_compare_show(folder, capsys):
         ("search nothere:x --steps 3", ("nothere", "No module")),
         ("search mymodel:gone --steps 3", ("gone", "target", "draw")),
         ("search mymodel:empty --steps 3", ("shape",)),
+        ("search mymodel:target --steps 3 --space wide", ("wide", "rows+times")),
         ("compare mymodel:target heun --steps 3", ("heun", "dpmpp_2m")),
         ("sample mymodel:target --solver gone.json", ("gone.json",)),
         ("show sit-xl-2-256/99", ("sit-xl-2-256/99", "dit-xl-2-256")),

@@ -25,12 +25,16 @@ def model(x, t):
     return torch.tanh(2 * x) * (1 - t) + 0.5 * torch.sin(3 * t) - 0.7 * x
 
 
-TASK = dict(method="lion", samples=160, batch_size=16, unique_samples=80, check_samples=16, check_every=2,
-            teacher_steps=20, dtype=F64, progress=False, report=False, key="bend")  # fmt: skip
+METHODS = {
+    "lion": dict(samples=160, batch_size=16, unique_samples=80, check_samples=16, check_every=2, teacher_steps=20,
+                 dtype=F64, progress=False, report=False, key="bend"),
+    "gauss_newton": dict(samples=64, batch_size=16, held_out_samples=16, trials=3, trial_samples=32, dtype=F64,
+                         progress=False, report=False, key="bend"),
+}  # fmt: skip
 
 
-def find(out=None, resume=False, function=model, **changes):
-    return search(function, (3,), [3, 4], out=out, resume=resume, **{**TASK, **changes})
+def find(out=None, resume=False, function=model, method="lion", **changes):
+    return search(function, (3,), [3, 4], out=out, resume=resume, method=method, **{**METHODS[method], **changes})
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +42,7 @@ def checkpoint_after_every_event(monkeypatch):
     monkeypatch.setattr(running, "CHECKPOINT_SECONDS", 0.0)
 
 
-def killed_at(moment, out, every=0.0):
+def killed_at(moment, out, every=0.0, method="lion"):
     """Runs the search and sends itself SIGKILL at the n-th write, sync or rename."""
     torch.set_num_threads(1)
     running.CHECKPOINT_SECONDS = every
@@ -53,18 +57,19 @@ def killed_at(moment, out, every=0.0):
     os.replace, os.fsync = partial(lethal, os.replace), partial(lethal, os.fsync)
     log = RunFolder.log
     RunFolder.log = lambda self, event: lethal(log, self, event)
-    find(out, resume=True)
+    find(out, resume=True, method=method)
 
 
-def test_killed_at_any_moment_it_resumes_to_the_same_bits(tmp_path):
-    expected = find()
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_at_any_moment_it_resumes_to_the_same_bits(tmp_path, method):
+    expected = find(method=method)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dss_fast", "lion_pytorch", "safetensors.torch"])
     generator = random.Random(0)
     for trial in range(2):
         out, kills = tmp_path / str(trial), 0
         for _ in range(3):
-            arguments = (generator.randint(1, 50), out, generator.choice([0.0, 0.0, 1e9]))
+            arguments = (generator.randint(1, 50), out, generator.choice([0.0, 0.0, 1e9]), method)
             worker = context.Process(target=killed_at, args=arguments)
             worker.start()
             worker.join(120)
@@ -72,7 +77,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bits(tmp_path):
             kills += worker.exitcode != 0
             if worker.exitcode == 0:
                 break
-        result = find(out, resume=True)
+        result = find(out, resume=True, method=method)
         assert kills
         assert result.solvers == expected.solvers and result.evaluations == expected.evaluations
         assert result.curve("loss", 4) == expected.curve("loss", 4)
@@ -154,8 +159,8 @@ def test_what_fails_later_leaves_the_solver_and_says_so(tmp_path):
 def test_report_log_and_provenance(tmp_path):
     pytest.importorskip("matplotlib")
     result = search(
-        model, (1, 4, 4), 3, out=tmp_path, decode=lambda x: x.sigmoid(), name="bend",
-        **{**TASK, "report": True, "samples": 48, "unique_samples": None},
+        model, (1, 4, 4), 3, out=tmp_path, decode=lambda x: x.sigmoid(), name="bend", method="lion",
+        **{**METHODS["lion"], "report": True, "samples": 48, "unique_samples": None},
     )  # fmt: skip
     text = (tmp_path / "report.md").read_text()
     for name in ("overview.png", "stages.png", "samples-3.png", "solver-3.json"):

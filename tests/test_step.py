@@ -104,6 +104,33 @@ def test_pull_three_ways(backend, sample, dtype):
             assert worst(mine, exact) <= 2 * EPS[dtype] * float(exact.abs().max()) + 20 * EPS[weights.dtype]
 
 
+@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (F32, BF16, BF16)], ids=names)
+def test_results_that_are_written_past_the_cache(dtypes):
+    """From 12 MB on; slots of an odd size start at any alignment, and the guided part ends within a block."""
+    reference, _ = implementation("reference")
+    sample, guided = (7, 90_001), 123_457
+    for inputs in (
+        draw(sample, batch=1, steps=10, at=9, pair=True, noise_slot=True, dtypes=dtypes),
+        draw(sample, batch=2, steps=10, at=3, dtypes=dtypes),
+    ):
+        inputs = inputs[:2] + (inputs[2].nan_to_num(0.5),) + inputs[3:]
+        x, output, history, weights, index = inputs
+        limit = guided if len(output) > len(x) else -1
+        ours = torch.ops.dss_fast.multistep_step(*inputs, limit)
+        theirs = reference.multistep_step(*inputs, limit)
+        grads = torch.sin(7 * x), torch.cos(history)
+        ours += torch.ops.dss_fast.multistep_step_backward(*grads, *inputs, limit)
+        theirs += reference.multistep_step_backward(*grads, *inputs, limit)
+        own = torch.ops.dss_fast.multistep_step(*inputs, limit)
+        torch.ops.dss_fast.multistep_step_(*inputs, limit, x)
+        assert torch.equal(x, own[0]) and torch.equal(history, own[1])
+        adjoints = history[:, :10].contiguous()
+        ours += torch.ops.dss_fast.multistep_pull(adjoints, weights, index, len(output) > len(x), limit)
+        theirs += reference.multistep_pull(adjoints, weights, index, len(output) > len(x), limit)
+        for mine, other in zip(ours, theirs, strict=True):
+            assert worst(mine, other.double()) <= 30 * EPS[mine.dtype] * float(other.abs().max())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_in_one_launch_are_the_rows_one_by_one(backend):
     """Rows at different steps of different solvers, idle ones among them: the same bits, gradients included."""

@@ -110,11 +110,14 @@ def gauss_newton(
             f"budget={problem.budget!r}: the teacher's {samples + held_out_samples} trajectories alone take "
             f"{train.cost() + held_out.cost()}; give a larger budget or fewer samples"
         )
-    yield event("teacher", worth=False)
+    if not first:
+        yield event("teacher", worth=False)
     for teacher in (held_out, train):
         for k in range(len(teacher)):
+            before = problem.evaluations
             _ = teacher[k]
-            yield event("teacher", worth=False)
+            if problem.evaluations > before:  # a resumed search only reads it again
+                yield event("teacher", worth=False)
 
     few, count = [], 0
     for n in steps:
