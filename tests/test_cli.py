@@ -75,6 +75,7 @@ def test_mistakes_are_one_line_and_status_2(folder, capsys, arguments, words):
     assert main(arguments.split()) == 2
     text = capsys.readouterr().err
     assert text.count("\n") == 1 and all(word in text for word in words), text
+    assert not list(folder.glob("out/*"))
 
 
 @pytest.mark.parametrize("arguments", ["search mymodel:target --steps 0", "search mymodel:target --steps five"])

@@ -163,6 +163,11 @@ class RunFolder:
                 solver.save(self.path / f"solver-{n}.json")
                 self._saved[n] = solver
 
+    def forget(self) -> None:
+        """Removes what opening it wrote: a search that was refused leaves the folder free for the next."""
+        for name in ("config.json", "log.jsonl"):
+            (self.path / name).unlink(missing_ok=True)
+
     def close(self) -> None:
         if self._log is not None:
             self._log.close()
@@ -246,6 +251,8 @@ def drive(
             kept = ", ".join(s.name for s in result.solvers.values())
             error.add_note(f"the best so far ({kept}) is in error.result" + (f" and {folder.path}" if folder else ""))
             error.result = result
+        elif folder and not history:
+            folder.forget()
         raise
     finally:
         if folder:
@@ -337,7 +344,7 @@ def _bar(wanted: bool):
     except ImportError:
         warnings.warn("no progress bar without tqdm: pip install dss_fast[search]", stacklevel=4)
         return _Silent()
-    return tqdm(unit="step", dynamic_ncols=True, smoothing=0.1)
+    return tqdm(unit="step", dynamic_ncols=True, smoothing=0.1, delay=0.1)  # none for an error at once
 
 
 def _show(bar, event: dict, shown: dict[str, str]) -> None:
