@@ -138,7 +138,7 @@ def run(
                     _, losses = result.curve("loss", n)
                     _, held_out = result.curve("held_out", n)
                     write(
-                        kind=kind, model=name, num_steps=n, seed=seed, space=space, evaluations=cost,
+                        kind=kind, model=name, num_steps=n, seed=seed, space=space, budget=budget, evaluations=cost,
                         paper_share=round(cost / (50_000 * (100 + 3 * n)), 5), **took,
                         train=losses[-1] if losses else None, held_out=held_out[-1] if held_out else None,
                         **fresh.row(result.solvers[n]), settings=settings,
@@ -147,21 +147,24 @@ def run(
 
 def show() -> None:
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    for model in dict.fromkeys(row["model"] for row in rows):
-        mine = [row for row in rows if row["model"] == model]
-        hand = {row["num_steps"]: row["rmse"] for row in mine if row["kind"] == "handmade"}
-        print(f"\n{model}\nN   method        runs  RMSE      spread  of hand-made  evaluations  of paper's")
-        keys = dict.fromkeys((row["num_steps"], row["kind"], row.get("space")) for row in mine)
-        for n, kind, space in sorted(keys, key=str):
-            found = [r for r in mine if (r["num_steps"], r["kind"], r.get("space")) == (n, kind, space)]
-            values = [r["rmse"] for r in found]
-            mean = statistics.mean(values)
-            spread = statistics.stdev(values) / mean if len(values) > 1 else 0.0
-            ratio = f"{mean / hand[n]:.2f}" if n in hand else ""
-            cost = found[-1].get("evaluations")
-            share = "" if cost is None else f"{cost:>11,}  1/{50_000 * (100 + 3 * n) / cost:.0f}"
-            label = kind if not space else f"{kind} {space}"
-            print(f"{n:<3} {label:<18}{len(values):>3}  {mean:.5f}  {spread:6.1%}  {ratio:>10}  {share}")
+    hand = {(row["model"], row["num_steps"]): row["rmse"] for row in rows if row["kind"] == "handmade"}
+    kinds = {}
+    for row in rows:
+        key = row["model"], row["num_steps"], row["kind"], row.get("space") or "", row.get("budget") or 0
+        kinds.setdefault(key, []).append(row)
+    for key, found in sorted(kinds.items()):
+        model, n, kind, space, budget = key
+        values = [row["rmse"] for row in found]
+        mean = statistics.mean(values)
+        spread = statistics.stdev(values) / mean if len(values) > 1 else 0.0
+        line = f"{model:<12}{n:<3} {kind + ' ' + space:<20}{len(values):>2} x {mean:.5f} {spread:6.1%}"
+        line += f"  hand-made / it {hand[model, n] / mean:.2f}" if (model, n) in hand else ""
+        if kind != "handmade":
+            train = statistics.mean(row["train"] for row in found)
+            share = 50_000 * (100 + 3 * n) / found[-1]["evaluations"]
+            line += f"  train {train:.5f}  {found[-1]['evaluations']:,} evaluations"
+            line += f", 1/{share:.0f} of the paper's" if not budget else ""
+        print(line)
 
 
 def main() -> None:
