@@ -138,8 +138,8 @@ def run(
                     _, losses = result.curve("loss", n)
                     _, held_out = result.curve("held_out", n)
                     write(
-                        kind=kind, model=name, num_steps=n, seed=seed, space=space, budget=budget, evaluations=cost,
-                        paper_share=round(cost / (50_000 * (100 + 3 * n)), 5), **took,
+                        kind=kind, model=name, num_steps=n, seed=seed, space=space, budget=budget, searched=group,
+                        evaluations=cost, **took,
                         train=losses[-1] if losses else None, held_out=held_out[-1] if held_out else None,
                         **fresh.row(result.solvers[n]), settings=settings,
                     )  # fmt: skip

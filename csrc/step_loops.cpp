@@ -74,17 +74,17 @@ DSS_INLINE void store_loop(const A* __restrict from, void* to, int64_t n) {
 }
 
 // Copies past the cache with stores of one width. Whole lines at once are a fifth faster than 16 bytes at a time.
-#define DSS_STREAM(NAME, TARGET, VECTOR, LOAD, STORE)                                   \
-  TARGET void NAME(const void* from, void* to, int64_t bytes) {                         \
-    constexpr int64_t kWidth = sizeof(VECTOR);                                          \
-    const char* source = static_cast<const char*>(from);                                \
-    char* target = static_cast<char*>(to);                                              \
-    const int64_t odd = -reinterpret_cast<uintptr_t>(to) % kWidth;                      \
-    int64_t i = odd < bytes ? odd : bytes;                                              \
-    std::memcpy(target, source, i);                                                     \
-    for (; i + kWidth <= bytes; i += kWidth)                                            \
-      STORE(reinterpret_cast<VECTOR*>(target + i), LOAD(reinterpret_cast<const VECTOR*>(source + i))); \
-    std::memcpy(target + i, source + i, bytes - i);                                     \
+#define DSS_STREAM(NAME, TARGET, VECTOR, LOAD, STORE)                                                   \
+  TARGET void NAME(const void* from, void* to, int64_t bytes) {                                         \
+    constexpr int64_t kWidth = sizeof(VECTOR);                                                          \
+    const char* source = static_cast<const char*>(from);                                                \
+    char* target = static_cast<char*>(to);                                                              \
+    const int64_t odd = -reinterpret_cast<uintptr_t>(to) % kWidth;                                      \
+    int64_t i = odd < bytes ? odd : bytes;                                                              \
+    std::memcpy(target, source, i);                                                                     \
+    for (; i + kWidth <= bytes; i += kWidth)                                                            \
+      STORE(reinterpret_cast<VECTOR*>(target + i), LOAD(reinterpret_cast<const VECTOR*>(source + i)));  \
+    std::memcpy(target + i, source + i, bytes - i);                                                     \
   }
 #if defined(__x86_64__)
 DSS_STREAM(stream16, , __m128i, _mm_loadu_si128, _mm_stream_si128)
@@ -196,7 +196,7 @@ DSS_INLINE void scale_loop(const A* grad, const A* later, A w, A* __restrict to,
   for (int64_t e = 0; e < n; ++e) to[e] = later ? w * grad[e] + later[e] : w * grad[e];
 }
 
-#define DSS_KERNELS(NAME, TARGET, STREAM)                                                                              \
+#define DSS_KERNELS(NAME, TARGET, STREAM)                                                                             \
   template <class A>                                                                                                  \
   struct NAME {                                                                                                       \
     template <class T>                                                                                                \
