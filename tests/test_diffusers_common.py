@@ -2,7 +2,7 @@
 
 Its code is in the GitHub tree only, not in the wheel: fetch a checkout of huggingface/diffusers and point
 DIFFUSERS_TREE at it; it also needs `pip install parameterized torchsde requests`. Skipped otherwise;
-test_diffusers_scheduler.py asks the same questions without it.
+test_diffusers_scheduler.py and test_diffusers_config.py ask the same questions without it.
 """
 
 import importlib

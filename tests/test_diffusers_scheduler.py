@@ -1,7 +1,6 @@
-"""DSSScheduler by itself: configs, tables, runs, state. Pipelines are in test_diffusers_pipelines.py."""
+"""DSSScheduler by itself: tables, runs, state. Its configs are in test_diffusers_config.py."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -9,36 +8,14 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' own, of NumPy 2
+from diffusers_runs import network, noise, run  # noqa: E402
+
 from dss_fast import VP, Flow, Solver, sample  # noqa: E402
 from dss_fast.integrations.diffusers import DSSScheduler  # noqa: E402
 
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler
 DDIM = diffusers.DDIMScheduler
 DPM = diffusers.DPMSolverMultistepScheduler
-
-
-def network(dtype=torch.float32):
-    weight = torch.randn(16, 16, generator=torch.Generator().manual_seed(5)).to(dtype) / 4
-
-    def net(x, t, scale=1.0):
-        return torch.tanh(x @ weight * scale + (t.reshape(-1, 1) / 1000 if torch.is_tensor(t) else t / 1000)).to(
-            x.dtype
-        )
-
-    return net
-
-
-def noise(rows=3, dtype=torch.float32):
-    return torch.randn(rows, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-def run(scheduler, n, x=None, net=None, start=0, **options):
-    scheduler.set_timesteps(n, **options)
-    x = noise() if x is None else x
-    net = net or network()
-    for t in scheduler.timesteps[start:]:
-        x = scheduler.step(net(x, t), t, x, return_dict=False)[0]
-    return x
 
 
 # ---- equality with the stock schedulers
@@ -386,71 +363,3 @@ def test_noise_levels():
     vp = DSSScheduler.from_config(stock.config, solver="dit-xl-2-256")
     t = torch.tensor([10, 700])
     torch.testing.assert_close(vp.add_noise(x0, eps, t), stock.add_noise(x0, eps, t))
-
-
-# ---- saving
-
-
-def test_configs_survive_a_round_trip(tmp_path):
-    own = Solver.from_timedeltas([0.3, 0.7], [[], [0.2]], "flow", name="mine/2")
-    own.save(tmp_path / "mine.json")
-    for solver in (
-        own,
-        tmp_path / "mine.json",
-        str(tmp_path / "mine.json"),
-        [own, "ab2"],
-        "sit-xl-2-256",
-        own.to_dict(),
-    ):
-        scheduler = DSSScheduler.from_config(FLOW(shift=3.0).config, solver=solver)
-        scheduler.save_pretrained(tmp_path / "saved")
-        loaded = DSSScheduler.from_pretrained(tmp_path / "saved")
-        n = 5 if solver == "sit-xl-2-256" else 2
-        assert torch.equal(run(scheduler, n), run(loaded, n))
-        assert loaded.solver == scheduler.solver and loaded.solver.name == scheduler.solver.name
-        assert loaded.config.shift == 3.0 and loaded.config.family == "flow"
-    config = json.loads((tmp_path / "saved" / "scheduler_config.json").read_text())
-    assert config["solver"] == [] and config["_solvers"][0]["name"] == "mine/2"
-
-
-def test_through_a_stock_scheduler_and_back(caplog):
-    own = Solver.from_timedeltas([0.3, 0.7], [[], [0.2]], "flow", name="mine/2")
-    scheduler = DSSScheduler.from_config(FLOW(shift=3.0).config, solver=own)
-    stock = FLOW.from_config(scheduler.config)
-    assert stock.shift == 3.0
-    assert "timedeltas" not in caplog.text and "coeffs" not in caplog.text
-    back = DSSScheduler.from_config(stock.config)
-    assert torch.equal(run(scheduler, 2), run(back, 2))
-    replaced = DSSScheduler.from_config(stock.config, solver="ab2")
-    assert replaced.config.solver == "ab2" and not replaced.config.get("_solvers")
-
-
-def test_stock_config_files(tmp_path):
-    """The files that published models carry name few keys; the rest is their class's own default."""
-    for name, content, check in (
-        ("PNDMScheduler", {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
-                           "steps_offset": 1, "skip_prk_steps": True, "set_alpha_to_one": False}, "vp"),
-        ("FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 1000, "shift": 3.0}, "flow"),
-        ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True,
-                                     "flow_shift": 5.0}, "flow"),
-        ("EulerDiscreteScheduler", {"beta_schedule": "scaled_linear", "timestep_spacing": "leading"}, "vp"),
-    ):  # fmt: skip
-        (tmp_path / "scheduler_config.json").write_text(json.dumps({"_class_name": name, **content}))
-        scheduler = DSSScheduler.from_pretrained(tmp_path, solver="dpmpp_2m")
-        assert scheduler.config.family == check
-        assert run(scheduler, 4).isfinite().all()
-
-
-def test_public_surface():
-    scheduler = DSSScheduler()
-    assert scheduler.order == 1 and scheduler.init_noise_sigma == 1.0 and len(scheduler) == 1000
-    assert scheduler.scale_model_input(torch.ones(1), 0.0) == 1
-    assert all(c is not None for c in scheduler.compatibles)
-    import inspect
-
-    assert list(inspect.signature(scheduler.set_timesteps).parameters) == [
-        "num_inference_steps", "device", "sigmas", "mu", "timesteps"
-    ]  # fmt: skip
-    assert list(inspect.signature(scheduler.step).parameters)[:3] == ["model_output", "timestep", "sample"]
-    trained = DSSScheduler(trained_betas=[0.1, 0.3])
-    torch.testing.assert_close(trained.betas, torch.tensor([0.1, 0.3]))
