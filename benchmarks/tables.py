@@ -112,23 +112,21 @@ def search():
         row = json.loads(line)
         name = row["kind"] if row["kind"] != "search" else row["space"]
         cells.setdefault((row.get("budget"), row["model"], row["num_steps"]), {}).setdefault(name, []).append(row)
-    head = [
-        "model",
-        "N",
-        "best hand-made",
-        "the paper's recipe",
-        "searched, paper's space",
-        "searched",
-        "hand-made / it",
-    ]
-    lines = ["| " + " | ".join([*head, "evaluations"]) + " |", "| --- " * 8 + "|"]
-    for (budget, model, n), found in sorted(cells.items(), key=_order):
-        if budget or "full" not in found:
+    head = ["model", "N", "best hand-made", "the paper's recipe", "searched, paper's space", "searched"]
+    head += ["hand-made / it", "of the median sample", "evaluations"]
+    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    for model, n in sorted({cell[1:] for cell in cells}):
+        budgets = [budget for budget, *cell in cells if cell == [model, n] and "full" in cells[budget, model, n]]
+        if not budgets:
             continue
+        budget = None if None in budgets else max(budgets)  # None: the default, the largest
+        found = {**cells[None, model, n], **cells[budget, model, n]}
         text = [_errors(found.get(k)) for k in ("handmade", "lion", "plain", "full")]
-        gain = found["handmade"][0]["rmse"] / statistics.mean(row["rmse"] for row in found["full"])
+        hand, mine = found["handmade"][0], found["full"]
+        text += [f"{hand[k] / statistics.mean(row[k] for row in mine):.2f}" for k in ("rmse", "median")]
         spent = [f"{found[k][0]['evaluations']:,}" for k in ("lion", "full") if k in found]
-        lines.append(f"| {model} | {n} | " + " | ".join([*text, f"{gain:.2f}", ", ".join(spent)]) + " |")
+        together = " for all N" if len(mine[0].get("searched", [n])) > 1 else ""
+        lines.append(f"| {model} | {n} | " + " | ".join(text) + f" | {', '.join(spent)}{together} |")
     about = (
         "`python benchmarks/search_table.py`: RMSE on noise that no search draws and nothing was chosen by, mean and "
         "deviation over seeds. Evaluations: forward 1, backward 2, everything counted; the recipe's, where it was "

