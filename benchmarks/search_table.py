@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -61,14 +62,16 @@ class Fresh:
         self.count = count
         grid = dense_grid(self.problem.schedule, 160 if name == "mixture" else 96)
         path = Path(__file__).parent / "results" / f".fresh-{name}-{FRESH}-{count}.pt"
-        known = torch.load(path) if path.exists() else []
+        known = torch.load(path, weights_only=True) if path.exists() else []
         for k in range(count // size):
             batch = self.problem.batch("fresh", k, size)
             if k >= len(known):
                 with torch.no_grad():
                     known.append(integrate(self.problem.predictor(batch), batch.noise, grid).last.clone())
             self.batches.append((batch, known[k]))
-        torch.save(known, path)
+        part = path.with_suffix(f".{os.getpid()}")
+        torch.save(known, part)
+        part.replace(path)  # several tables may be under way
 
     def errors(self, solver, count: int | None = None) -> torch.Tensor:
         """(count,) mean of squares of each sample."""
