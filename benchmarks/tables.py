@@ -130,7 +130,8 @@ def search():
     about = (
         "`python benchmarks/search_table.py`: RMSE on noise that no search draws and nothing was chosen by, mean and "
         "deviation over seeds. Evaluations: forward 1, backward 2, everything counted; the recipe's, where it was "
-        "run, stand first."
+        "run, stand first. On the mixture about 20 of 8,192 samples, which end at another digit, carry the mean "
+        "square from N = 8 on: they make its spread, and the median sample gains far more."
     )
     return about + "\n\n" + "\n".join(lines) + "\n\n" + options(cells)
 
