@@ -9,14 +9,15 @@ from __future__ import annotations
 import gc
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 KEPT = 8  # captured loops, least recently used dropped first; each holds its model's activations once
-_captured: OrderedDict[Hashable, _Capture] = OrderedDict()
+_captured: OrderedDict[Hashable, Callable[[Mapping[str, Tensor]], Tensor]] = OrderedDict()
 
 
 class _Capture:
@@ -25,18 +26,24 @@ class _Capture:
     def __init__(self, function: Callable[..., Tensor], tensors: Mapping[str, Tensor]):
         self.function = function  # holds the model alive, so that its id cannot be given to another
         self.inputs = {key: value.clone() for key, value in tensors.items()}
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            for _ in range(2):  # lazily made handles, autotuning and Triton's modules must exist before the capture
+            function(**self.inputs)  # lazily made handles, autotuning and Triton's modules must exist beforehand
+            with _refusing_to_wait():
                 function(**self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
+        current.wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        collecting = gc.isenabled()
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        before, collecting = generator.clone_state(), gc.isenabled()
         gc.disable()  # a Triton kernel finalised during the capture would unload its module and break it
         try:
             with torch.cuda.graph(self.graph):
                 self.output = function(**self.inputs)
+        except BaseException:  # PyTorch leaves its stream current, its generator capturing (ACE-Step-1.5 issue 587)
+            torch.cuda.set_stream(current)
+            generator.graphsafe_set_state(before)
+            raise
         finally:
             if collecting:
                 gc.enable()
@@ -46,6 +53,17 @@ class _Capture:
             self.inputs[key].copy_(value, non_blocking=True)
         self.graph.replay()
         return self.output.clone()
+
+
+@contextmanager
+def _refusing_to_wait() -> Iterator[None]:
+    """What waits for the device raises, here cleanly; in a capture the same would invalidate it."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def replay(key: Hashable, function: Callable[..., Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
@@ -61,7 +79,8 @@ def replay(key: Hashable, function: Callable[..., Tensor], tensors: Mapping[str,
     key = (key, *((name, t.shape, t.dtype, t.device) for name, t in sorted(tensors.items())))
     if key not in _captured:
         try:
-            _captured[key] = _Capture(function, tensors)
+            with torch.cuda.device(device):
+                _captured[key] = _Capture(function, tensors)
         except (RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             warnings.warn(
@@ -69,7 +88,7 @@ def replay(key: Hashable, function: Callable[..., Tensor], tensors: Mapping[str,
                 "copy to the host, no .item(), and no work on the CPU that depends on results",
                 stacklevel=4,
             )
-            return function(**tensors)
+            _captured[key] = lambda tensors: function(**tensors)  # and is not tried again
         while len(_captured) > KEPT:
             _captured.popitem(last=False)
     _captured.move_to_end(key)

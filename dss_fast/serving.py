@@ -83,6 +83,7 @@ class Batch:
         """(places,) what the network is told about time; places without a request repeat an old time."""
         return self._times.gather(1, self.index.clamp(max=self.max_steps - 1)[:, None])[:, 0]
 
+    @torch.no_grad()
     def step(self, output):
         """Advance every running place by one step in one launch. output: (places, *S), or the guided pair.
 

@@ -54,7 +54,8 @@ def _register(name, schema):
     def triton(*args):
         from dss_fast import step_triton
 
-        return getattr(step_triton, name)(*args)
+        with torch.cuda.device(args[0].get_device()):  # Triton launches on the current one
+            return getattr(step_triton, name)(*args)
 
     if _no_extension is not None:
         _library.impl(name, without_extension, "CPU")

@@ -44,16 +44,25 @@ def test_replays_new_noise_conditions_and_guidance():
 
 
 @needs_gpu
-def test_a_model_that_cannot_be_captured_runs_eagerly():
-    net = Net().cuda()
+@pytest.mark.parametrize("wait", [lambda t: t[0].item(), lambda t: torch.cuda.synchronize()])
+def test_a_model_that_cannot_be_captured_runs_eagerly(wait):
+    """The first is found before the capture, the second breaks it; neither leaves anything behind."""
+    net, calls = Net().cuda(), []
 
-    def syncing(x, t, y):
-        return net(x, t, y) * float(t[0].item() >= 0)
+    def waiting(x, t, y):
+        calls.append(wait(t))
+        return net(x, t, y)
 
     x, y = torch.randn(5, 16, device="cuda"), torch.randn(5, device="cuda")
+    stream = torch.cuda.current_stream()
+    expected = sample(waiting, x, "ab2/4", cond={"y": y})
     with pytest.warns(UserWarning, match="could not be captured"):
-        captured = sample(syncing, x, "ab2/4", cond={"y": y}, cuda_graph=True)
-    torch.testing.assert_close(captured, sample(syncing, x, "ab2/4", cond={"y": y}))
+        torch.testing.assert_close(sample(waiting, x, "ab2/4", cond={"y": y}, cuda_graph=True), expected)
+    assert torch.cuda.current_stream() == stream and torch.randn(3, device="cuda").isfinite().all()
+    calls.clear()
+    torch.testing.assert_close(sample(waiting, x, "ab2/4", cond={"y": y}, cuda_graph=True), expected)
+    assert len(calls) == 4  # it was not tried again
+    forget()
 
 
 @needs_gpu

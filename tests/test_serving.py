@@ -72,6 +72,14 @@ def test_a_free_place_may_hold_anything():
     assert batch.retire(place).isfinite().all() and batch.x[other].isnan().all()
 
 
+def test_a_model_with_parameters_needs_no_context():
+    batch, net = Batch(1, SHAPE, max_steps=5), torch.nn.Linear(5, 5)
+    place = batch.admit(torch.ones(SHAPE), "ab2/5")
+    while batch.running:
+        batch.step(net(batch.x))
+    assert not batch.retire(place).requires_grad
+
+
 def test_errors():
     batch = Batch(1, SHAPE, max_steps=5)
     with pytest.raises(ValueError, match="takes 10 steps.*5"):
