@@ -2,9 +2,9 @@
 
     pytest benchmarks/bench_step.py --benchmark -s [-k "forward and not 21x90x160"] [--threads 2]
 
-Three groups: `forward` and `gradient` take the last of N steps (all N outputs weighted; forward alone, or forward
-and backward), `loop` all N steps with the outputs at hand, per step. `host` is a loop on 256 elements: what Python
-costs. Rows go to results/step.csv.
+`forward` and `gradient` take the last of N steps (all N outputs weighted; forward alone, or forward and backward),
+`pull` what a rollout's N adjoints send back to its first step, `loop` all N steps with the outputs at hand, per step.
+`host` is a loop on 256 elements: what Python costs. Rows go to results/step.csv.
 """
 
 import csv
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from step_ways import GRADIENT, LAST_STEP, LOOP, Setting, copy
+from step_ways import GRADIENT, LAST_STEP, LOOP, PULL, Setting, copy
 
 RESULTS = Path(__file__).parent / "results" / "step.csv"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -195,6 +195,17 @@ def test_gradient(cell):
     report("gradient", s, times, s.bytes(backward=True))
 
 
+@pytest.mark.parametrize("cell", [(shape, 10, F32, False) for shape in SHAPES], ids=name)
+def test_pull(cell):
+    shape, steps, types, pair = cell
+    s = Setting(shape, steps, types, pair, DEVICE)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        ways = {k: build(s) for k, build in PULL.items()}
+        times = take_turns({**ways, "copy": copy(s.pull_bytes(), DEVICE)})
+    report("pull", s, times, s.pull_bytes())
+
+
 def test_host():
     """Tensors of 256 elements; on a GPU the time to enqueue, not to run."""
     s = Setting((1, 4, 8, 8), 10, F32, device=DEVICE)
@@ -216,7 +227,7 @@ def test_host():
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="no GPU")
 def test_graph():
-    """The whole 10-step loop with a trivial model as one graph, and the one-launch backward's share of a copy."""
+    """The whole 10-step loop, the outputs at hand, as one graph."""
     s = Setting(LATENT, 10, F32, device=DEVICE)
     with torch.no_grad():
         run = LOOP["ours"](s)

@@ -5,7 +5,7 @@ All compute x + dt * sum_j c_ij v_j, the step of a flow model, so that nobody pa
 
 import torch
 
-from dss_fast.step import multistep_step
+from dss_fast.step import multistep_pull, multistep_step
 
 
 class Setting:
@@ -34,6 +34,10 @@ class Setting:
             return forward
         reads = n * (2 * state + (1 + self.pair) * network + (self.steps - 1) * network)
         return forward + reads + n * (state + (1 + self.pair) * network + self.steps * network)
+
+    def pull_bytes(self):
+        """All N adjoints are read, the gradients of the state and of the output written."""
+        return self.x.numel() * self.x.element_size() * (self.steps + 2)
 
     def loop_bytes(self):
         n, state, network = self.x.numel(), self.x.element_size(), self.history.element_size()
@@ -232,4 +236,43 @@ GRADIENT = {
     "stacked eager": stacked_gradient,
     "released compiled": lambda s: released_gradient(s, True),
     "stacked compiled": lambda s: stacked_gradient(s, True),
+}
+
+
+def ours_pull(s):
+    return lambda: multistep_pull(s.history, s.weights, s.index[:1])
+
+
+def released_pull(s, compiled=False):
+    """What autograd does with the released list: a product and a sum for each later step; the state's is passed on."""
+    adjoints = [s.history[:, i].contiguous() for i in range(s.steps)]
+
+    def pull(adjoints, coeffs, timedeltas):
+        pulled = 0
+        for i, adjoint in enumerate(adjoints):
+            pulled = pulled + coeffs[i][0] * timedeltas[i] * adjoint
+        return pulled
+
+    pull = torch.compile(pull, fullgraph=True, dynamic=False) if compiled else pull
+    return lambda: pull(adjoints, s.coeffs, s.timedeltas)
+
+
+def stacked_pull(s, compiled=False):
+    column = (s.coeffs[:, 0] * s.timedeltas).contiguous()
+
+    def pull(adjoints, column):
+        if compiled:
+            return (column.view(1, -1, *[1] * (adjoints.dim() - 2)) * adjoints).sum(1)
+        return torch.einsum("k,bkd->bd", column, adjoints.flatten(2))
+
+    pull = torch.compile(pull, fullgraph=True, dynamic=False) if compiled else pull
+    return lambda: pull(s.history, column)
+
+
+PULL = {
+    "ours": ours_pull,
+    "released eager": released_pull,
+    "stacked eager": stacked_pull,
+    "released compiled": lambda s: released_pull(s, True),
+    "stacked compiled": lambda s: stacked_pull(s, True),
 }

@@ -14,6 +14,7 @@ RESULTS = Path(__file__).parent / "results" / "step.csv"
 TITLES = {
     "forward": "The last of N steps, microseconds",
     "gradient": "The last of N steps, forward and backward, microseconds",
+    "pull": "What the adjoints of N steps send back to the first, microseconds",
     "loop": "A step of a whole loop, microseconds",
     "host": "A step on 256 elements, microseconds: what Python costs",
     "graph": "A step of a loop replayed as one CUDA graph, microseconds",

@@ -39,7 +39,7 @@ if [ -n "$SANITIZER" ]; then
 else
   REPORT+=("sanitizers   absent   no compute-sanitizer on PATH or under /usr/local/cuda")
 fi
-stage benchmarks 170 "$PYTHON" -m pytest -q -s benchmarks/bench_step.py --benchmark
+stage benchmarks $((580 - SECONDS)) "$PYTHON" -m pytest -q -s benchmarks/bench_step.py --benchmark
 
 "$PYTHON" benchmarks/tables.py >"$LOGS/tables.md" 2>/dev/null
 tail -40 "$LOGS/benchmarks.log"
