@@ -97,12 +97,12 @@ void pull(const Shape& s, const at::Tensor& adjoints, const at::Tensor& weights,
   for_chunks(s, bytes, [&](int64_t b, int64_t first, int64_t last, int64_t) {
     const Step<A> step(w, s.steps, s.columns, s.per_row, at, s.index_per_row, b);
     const A* rows = w + (s.per_row ? b : 0) * s.steps * s.columns;
-    alignas(64) A own[kBlock], pulled[kBlock], dx[kBlock], du[kBlock], dc[kBlock];
+    const A head[] = {step.head[2], step.head[1], step.head[0], 0};  // dx = p * pulled + a * own, dm = q * pulled
+    alignas(64) A own[kBlock], pulled[kBlock], dx[kBlock], dm[kBlock], dcond[kBlock];
     int64_t n;
     for (auto e = first; e < last; e += n) {
       n = s.block(e, last);
       std::fill(pulled, pulled + n, A(0));
-      std::fill(dx, dx + n, A(0));
       const void* slots[kGroup];
       A wanted[kGroup];
       int count = 0;
@@ -115,17 +115,17 @@ void pull(const Shape& s, const at::Tensor& adjoints, const at::Tensor& weights,
         }
       }
       if (step.active) {
-        const A* gp = gs.read(k, b, e, n, own, step.i);
-        for (int64_t o = 0; o < n; ++o) dx[o] = step.head[0] * gp[o] + step.head[1] * pulled[o];
+        k.step[0](pulled, gs.read(k, b, e, n, own, step.i), head, nullptr, nullptr, 0, dx, dm, n);
+      } else {
+        std::fill(dx, dx + n, A(0));
+        std::fill(dm, dm + n, A(0));
       }
-      const A q = step.active ? step.head[2] : 0, g = e < s.guided ? step.g : A(1);
-      for (int64_t o = 0; o < n; ++o) {
-        du[o] = s.pair ? (1 - g) * (q * pulled[o]) : q * pulled[o];
-        dc[o] = g * (q * pulled[o]);
+      if (s.pair) {
+        k.combine_backward(pulled, pulled, e < s.guided ? step.g : A(1), dm, dcond, n);
+        dms.write(k, dcond, b + s.batch, e, n, stream);
       }
       dxs.write(k, dx, b, e, n, stream);
-      dms.write(k, du, b, e, n, stream);
-      if (s.pair) dms.write(k, dc, b + s.batch, e, n, stream);
+      dms.write(k, dm, b, e, n, stream);
     }
   });
 }
