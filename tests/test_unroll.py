@@ -4,17 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from dss_fast.unroll import BACKENDS, Rollout, _extension, unroll
+from dss_fast.unroll import Rollout, unroll
 
 torch.set_num_threads(1)
 SHAPE = (3, 4, 4)
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    if request.param == "cpp" and isinstance(_extension(), Exception):
-        pytest.skip(f"no extension: {_extension()}")
-    return request.param
 
 
 class Net(nn.Module):
