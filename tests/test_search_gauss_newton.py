@@ -12,8 +12,9 @@ from dss_fast import VP, Flow, sample, search
 from dss_fast.handmade import handmade
 from dss_fast.problem import Problem
 from dss_fast.search import closed_form
-from dss_fast.search.gauss_newton import Point, _differentiate, _forward, _gathered, gauss_newton
+from dss_fast.search.gauss_newton import _differentiate, _forward, _gathered, gauss_newton
 from dss_fast.search.objective import Objective
+from dss_fast.search.point import Point
 from dss_fast.search.run import flatten, unflatten
 from dss_fast.search.space import Space
 from dss_fast.teacher import Teacher, dense_grid, integrate
