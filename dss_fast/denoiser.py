@@ -21,6 +21,8 @@ class Denoiser:
     uncond: what replaces entries of cond in the unconditional branch; given, each call is made once with a
         doubled batch, unconditional rows first, and the output has 2B rows. Values: anything that
         expands to B rows. None: no guidance.
+    guided_channels: guide only the first channels of a sample, as DiT does with 3 of 4: the unconditional rows get
+        the conditional ones' other channels, between which any guidance is none. None: all.
     check_finite: raise FloatingPointError when the output holds NaN or Inf. Reads one number back from
         the device per call. None: on the CPU only.
 
@@ -33,9 +35,10 @@ class Denoiser:
         cond: Mapping[str, Any] | None = None,
         uncond: Mapping[str, Any] | None = None,
         *,
+        guided_channels: int | None = None,
         check_finite: bool | None = None,
     ):
-        self.model, self.guided = model, uncond is not None
+        self.model, self.guided, self.guided_channels = model, uncond is not None, guided_channels
         self.check_finite = check_finite
         self.nfe = 0
         self._cond, self._uncond = dict(cond or {}), dict(uncond or {})
@@ -46,13 +49,20 @@ class Denoiser:
         _check_signature(model, {**self._cond, **self._uncond})
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        cond = self._arguments(x)
+        cond, channels = self._arguments(x), self.guided_channels
+        if channels is not None and (x.ndim < 2 or not 0 < channels <= x.shape[1]):
+            raise ValueError(
+                f"guided_channels={channels!r}: samples of shape {tuple(x.shape[1:])} have 1 to {x.shape[1:2].numel()}"
+            )
         if self.guided:
             x, t = torch.cat([x, x]), torch.cat([t, t])
         output = self.model(x if self._dtype is None else x.to(self._dtype), t, **cond)
         output = getattr(output, "sample", output[0] if isinstance(output, tuple) else output)
         self._check(output, x, t)
         self.nfe += 2 if self.guided else 1
+        if self.guided and channels is not None:
+            uncond, guided = output.chunk(2)
+            output = torch.cat([torch.cat([uncond[:, :channels], guided[:, channels:]], 1), guided])
         return output
 
     def _arguments(self, x: Tensor) -> dict[str, Any]:

@@ -1,20 +1,124 @@
 """Noise schedules: alpha, sigma and the network's time on the unit interval, and the scalars of a step.
 
-A sample is ``x = alpha * x0 + sigma * epsilon``. Every schedule lives on u in [0, 1], u = 0 noise and
-u = 1 data, and is a frozen value: two equal schedules compare equal, print themselves and can be
-written to JSON. All scalars are float64 tensors and differentiable in u.
+A sample is ``x = alpha * x0 + sigma * epsilon``. Every schedule lives on u in [0, 1], u = 0 noise and u = 1 data,
+and is a frozen value: two equal schedules compare equal, hash, print and go through JSON without loss. It holds two
+things: the *path*, alpha and sigma over u, to which a solver's coefficients belong; and the model's *interface*, what
+the network returns and what time it is told. All scalars are float64 tensors and differentiable in u.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "velocity", "v_prediction", "x0")
+CONVENTIONS = ("paper", "diffusers")
+# Of alpha and sigma. Float32 tables of alphas_cumprod are within 1e-6 and a clamped zero terminal SNR within 2.5e-4 of
+# the same path; DDPM's linear betas and the paper's continuous VP are 1e-2 apart.
+SAME_PATH = 1e-3
+
+
+class Schedule(Protocol):
+    """What the package asks of a schedule. ``Flow``, ``VP``, ``DiscreteVP`` and ``Grid`` are the ones it has.
+
+    family: ``"flow"``, whose histories hold velocities x0 - epsilon, or ``"vp"``, whose histories hold x0.
+    """
+
+    @property
+    def family(self) -> str: ...
+
+    @property
+    def prediction_type(self) -> str: ...
+
+    @property
+    def convention(self) -> str: ...
+
+    def alpha_sigma(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at u, float64, u's shape."""
+        ...
+
+    def time(self, u: Tensor) -> Tensor:
+        """The time the network is called with at u, float64, u's shape."""
+        ...
+
+    def prediction(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """(p, q) with y = p * x + q * output: what a history stores, from what the network returns at u."""
+        ...
+
+    def transition(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b) with x_next = a * x + b * sum_j c_j y_j for the N steps between the N + 1 points u."""
+        ...
+
+    def clock(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """(scale, tau) of the sampling ODE d(x / scale) / dtau = y."""
+        ...
+
+    def x0(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """(r, s) with x0 = r * x + s * y: the clean sample that a stored prediction implies at u."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """The schedule as JSON data, lossless: ``from_dict`` gives an equal one back."""
+        ...
+
+
+def _prediction(self: Schedule, u: Tensor) -> tuple[Tensor, Tensor]:
+    """(p, q) with y = p * x + q * output, (n,) float64 each: y is the velocity x0 - epsilon of a flow, x0 for VP."""
+    alpha, sigma = self.alpha_sigma(u)
+    one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
+    kind = self.prediction_type
+    if self.family == "flow":
+        if kind == "velocity":
+            return zero, -one if self.convention == "diffusers" else one
+        if kind == "x0":
+            return -1 / sigma, 1 / sigma
+        norm = alpha**2 + sigma**2
+        return (alpha - sigma) / norm, -(alpha + sigma) / norm
+    if kind == "x0":
+        return zero, one
+    if kind == "epsilon":
+        return 1 / alpha, -sigma / alpha
+    if kind == "v_prediction":
+        return alpha, -sigma
+    return 1 / (alpha + sigma), sigma / (alpha + sigma)
+
+
+def _transition(self: Schedule, u: Tensor) -> tuple[Tensor, Tensor]:
+    """(a, b) with x_next = a * x + b * sum_j c_j y_j for the N steps between the N + 1 points u, (N,) float64 each.
+
+    Flow: a = 1, b = sigma - sigma'. VP: a = sigma'/sigma, b = alpha' - sigma' alpha / sigma (DDIM when c is the
+    newest y alone).
+    """
+    alpha, sigma = self.alpha_sigma(u)
+    if self.family == "flow":
+        return torch.ones_like(sigma[1:]), sigma[:-1] - sigma[1:]
+    ratio = sigma[1:] / sigma[:-1]
+    return ratio, alpha[1:] - ratio * alpha[:-1]
+
+
+def _clock(self: Schedule, u: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale, tau) of the sampling ODE d(x / scale) / dtau = y: (1, -sigma) of a flow, (sigma, alpha / sigma) for VP."""
+    alpha, sigma = self.alpha_sigma(u)
+    return (torch.ones_like(sigma), -sigma) if self.family == "flow" else (sigma, alpha / sigma)
+
+
+def _x0(self: Schedule, u: Tensor) -> tuple[Tensor, Tensor]:
+    """(r, s) with x0 = r * x + s * y: x + sigma * y of a flow, y itself for VP."""
+    _, sigma = self.alpha_sigma(u)
+    one, zero = torch.ones_like(sigma), torch.zeros_like(sigma)
+    return (one, sigma) if self.family == "flow" else (zero, one)
+
+
+def _to_dict(self: Any) -> dict[str, Any]:
+    """The schedule as JSON data: its kind and every field."""
+    values = {f.name: getattr(self, f.name) for f in fields(self)}
+    return {"kind": self.kind, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
 
 
 @dataclass(frozen=True)
@@ -35,19 +139,12 @@ class Flow:
     convention: str = "paper"
     prediction_type: str = "velocity"
     time_scale: float = 1000.0
-    family = "flow"
+    kind: ClassVar = "flow"
+    family: ClassVar = "flow"
 
-    def __post_init__(self):
-        _check_prediction_type(self.prediction_type)
-        if self.prediction_type == "epsilon":
-            raise ValueError(
-                "prediction_type='epsilon' on a flow: at u = 0 (alpha = 0) epsilon tells nothing about the data; "
-                "use 'velocity', 'v_prediction' or 'x0'"
-            )
-        if self.convention not in ("paper", "diffusers"):
-            raise ValueError(f"convention={self.convention!r}: choose 'paper' or 'diffusers'")
-        if not (math.isfinite(self.shift) and self.shift > 0):
-            raise ValueError(f"shift={self.shift!r}: must be a finite number above 0 (1 means no shift)")
+    def __post_init__(self) -> None:
+        _check_interface(self)
+        _check_positive(self, "shift", "time_scale")
 
     @classmethod
     def dynamic(
@@ -59,7 +156,7 @@ class Flow:
         base_shift: float = 0.5,
         max_shift: float = 1.15,
         kind: str = "exponential",
-        **options,
+        **options: Any,
     ) -> Flow:
         """Shift by image size: mu is linear in the token count, s = e^mu (FLUX) or s = mu (``"linear"``)."""
         slope = (max_shift - base_shift) / (max_seq_len - base_seq_len)
@@ -79,21 +176,14 @@ class Flow:
         alpha, sigma = self.alpha_sigma(u)
         return alpha if self.convention == "paper" else self.time_scale * sigma
 
-    def spec(self) -> dict:
-        """The schedule as JSON data."""
-        return {
-            "kind": "flow",
-            "shift": self.shift,
-            "convention": self.convention,
-            "prediction_type": self.prediction_type,
-        }
+    prediction, transition, clock, x0, to_dict = _prediction, _transition, _clock, _x0, _to_dict
 
 
 @dataclass(frozen=True)
 class VP:
     """Continuous variance preserving: alpha = exp(-1/2 int_0^t beta), beta(t) = beta_min + (beta_max - beta_min) t.
 
-    t = max(t_start - u, t_end); the network's time is 1000 t. The history of a VP model holds x0
+    t = max(t_start - u, t_end); the network's time is ``time_scale * t``. The history of a VP model holds x0
     predictions. Defaults are those of the published DiT and PixArt tables (arXiv 2505.21114).
     """
 
@@ -103,12 +193,17 @@ class VP:
     t_start: float = 0.999
     t_end: float = 1e-3
     time_scale: float = 1000.0
-    family = "vp"
+    kind: ClassVar = "vp"
+    family: ClassVar = "vp"
+    convention: ClassVar = "paper"
 
-    def __post_init__(self):
-        _check_prediction_type(self.prediction_type)
+    def __post_init__(self) -> None:
+        _check_interface(self)
+        _check_positive(self, "time_scale")
         if not 0 <= self.beta_min < self.beta_max < math.inf:
             raise ValueError(f"beta_min={self.beta_min!r}, beta_max={self.beta_max!r}: need 0 <= beta_min < beta_max")
+        if not 0 <= self.t_end < self.t_start < math.inf:
+            raise ValueError(f"t_start={self.t_start!r}, t_end={self.t_end!r}: need 0 <= t_end < t_start")
 
     def _t(self, u: Tensor) -> Tensor:
         return (self.t_start - u.double()).clamp_min(self.t_end)
@@ -123,14 +218,7 @@ class VP:
         """The time the network is called with at u, float64, u's shape."""
         return self.time_scale * self._t(u)
 
-    def spec(self) -> dict:
-        """The schedule as JSON data."""
-        return {
-            "kind": "vp",
-            "beta_min": self.beta_min,
-            "beta_max": self.beta_max,
-            "prediction_type": self.prediction_type,
-        }
+    prediction, transition, clock, x0, to_dict = _prediction, _transition, _clock, _x0, _to_dict
 
 
 @dataclass(frozen=True)
@@ -146,14 +234,16 @@ class DiscreteVP:
     prediction_type: str = "epsilon"
     final: str = "zero"
     name: str = "custom"
-    family = "vp"
+    kind: ClassVar = "discrete_vp"
+    family: ClassVar = "vp"
+    convention: ClassVar = "paper"
 
-    def __post_init__(self):
-        _check_prediction_type(self.prediction_type)
+    def __post_init__(self) -> None:
+        _check_interface(self)
         if self.final not in ("zero", "sigma_min"):
             raise ValueError(f"final={self.final!r}: choose 'zero' or 'sigma_min'")
-        table = tuple(float(a) for a in self.alphas_cumprod)
-        if len(table) < 2 or not all(0 <= b < a <= 1 for a, b in zip(table, table[1:], strict=False)):
+        table = _floats("alphas_cumprod", self.alphas_cumprod)
+        if len(table) < 2 or not all(0 <= b < a <= 1 for a, b in pairwise(table)):
             raise ValueError(
                 f"alphas_cumprod: need at least 2 values in [0, 1] falling strictly, got {len(table)} values "
                 f"from {table[:1]} to {table[-1:]}"
@@ -162,27 +252,31 @@ class DiscreteVP:
         object.__setattr__(self, "alphas_cumprod", tuple(max(a, 2.0**-24) for a in table))
         log_alpha = 0.5 * torch.tensor((1.0, *self.alphas_cumprod), dtype=torch.float64).log()
         object.__setattr__(self, "_log_alpha", log_alpha)
+        object.__setattr__(self, "_hash", hash((self.alphas_cumprod, self.prediction_type, self.final, self.name)))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined, no-any-return]  # once: 1000 numbers take 15 us
 
     @classmethod
-    def from_betas(cls, betas: Tensor | Sequence[float], **options) -> DiscreteVP:
+    def from_betas(cls, betas: Tensor | Sequence[float], **options: Any) -> DiscreteVP:
         """The schedule of a table of betas: alphas_cumprod = cumprod(1 - beta)."""
         betas = torch.as_tensor(betas, dtype=torch.float64)
         return cls(tuple(torch.cumprod(1 - betas, 0).tolist()), **options)
 
     @classmethod
-    def linear(cls, num: int = 1000, start: float = 1e-4, end: float = 0.02, **options) -> DiscreteVP:
+    def linear(cls, num: int = 1000, start: float = 1e-4, end: float = 0.02, **options: Any) -> DiscreteVP:
         """betas linear (DDPM, DiT)."""
         betas = torch.linspace(start, end, num, dtype=torch.float64)
         return cls.from_betas(betas, **{"name": "linear", **options})
 
     @classmethod
-    def scaled_linear(cls, num: int = 1000, start: float = 0.00085, end: float = 0.012, **options) -> DiscreteVP:
+    def scaled_linear(cls, num: int = 1000, start: float = 0.00085, end: float = 0.012, **options: Any) -> DiscreteVP:
         """square roots of betas linear (Stable Diffusion)."""
         betas = torch.linspace(start**0.5, end**0.5, num, dtype=torch.float64) ** 2
         return cls.from_betas(betas, **{"name": "scaled_linear", **options})
 
     @classmethod
-    def cosine(cls, num: int = 1000, max_beta: float = 0.999, **options) -> DiscreteVP:
+    def cosine(cls, num: int = 1000, max_beta: float = 0.999, **options: Any) -> DiscreteVP:
         """alphas_cumprod a squared cosine (Nichol and Dhariwal 2021), betas capped at ``max_beta``."""
         t = torch.arange(num + 1, dtype=torch.float64) / num
         bar = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -196,7 +290,7 @@ class DiscreteVP:
     def alpha_sigma(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma at u, float64, u's shape."""
         n = self._n(u)
-        table = self._log_alpha.to(n.device)
+        table: Tensor = self._log_alpha.to(n.device)  # type: ignore[attr-defined]  # set in __post_init__
         lower = n.detach().floor().clamp(-1, len(table) - 3).long()
         fraction = n - lower
         log_alpha = table[lower + 1] * (1 - fraction) + table[lower + 2] * fraction
@@ -208,20 +302,111 @@ class DiscreteVP:
         """The time the network is called with at u, float64, u's shape."""
         return self._n(u).clamp_min(0)
 
-    def spec(self) -> dict:
-        """The schedule as JSON data; the table itself is named by its kind, length and ends."""
-        table = self.alphas_cumprod
-        return {
-            "kind": "discrete_vp",
-            "name": self.name,
-            "num": len(table),
-            "ends": [table[0], table[-1]],
-            "final": self.final,
-            "prediction_type": self.prediction_type,
-        }
+    prediction, transition, clock, x0, to_dict = _prediction, _transition, _clock, _x0, _to_dict
 
 
-Schedule = Flow | VP | DiscreteVP
+@dataclass(frozen=True)
+class Grid:
+    """alpha, sigma and the network's time known at N + 1 points only, as a host program's list of sigmas gives them.
+
+    Point i stands at u = i / N; between the points alpha, sigma and time are interpolated linearly. Hand-made
+    solvers need no more than the points, so one can be built on any grid of any host.
+
+    alphas, sigmas: (N + 1,) with x = alpha * x0 + sigma * epsilon; sigma / alpha falls strictly.
+    times: (N,) or (N + 1,), what the network is called with.
+    family, prediction_type, convention: as in the other schedules.
+
+    Raises ValueError when the grid does not fall or the lengths do not fit.
+    """
+
+    alphas: tuple[float, ...] = field(repr=False)
+    sigmas: tuple[float, ...]
+    times: tuple[float, ...] = field(repr=False)
+    family: str = "vp"
+    prediction_type: str = "epsilon"
+    convention: str = "paper"
+    kind: ClassVar = "grid"
+
+    def __post_init__(self) -> None:
+        if self.family not in ("flow", "vp"):
+            raise ValueError(f"family={self.family!r}: choose 'flow' or 'vp'")
+        _check_interface(self)
+        for key in ("alphas", "sigmas", "times"):
+            object.__setattr__(self, key, _floats(key, getattr(self, key)))
+        n = len(self.sigmas) - 1
+        if n < 1 or len(self.alphas) != n + 1 or len(self.times) not in (n, n + 1):
+            raise ValueError(
+                f"a grid of {len(self.sigmas)} sigmas (at least 2) needs as many alphas and a time per step, got "
+                f"{len(self.alphas)} and {len(self.times)}"
+            )
+        for i, ((a, s), (a_next, s_next)) in enumerate(pairwise(zip(self.alphas, self.sigmas, strict=True))):
+            # sigma / alpha, multiplied out because alpha is 0 where a flow starts
+            if not s * a_next > s_next * a or s_next < 0:
+                raise ValueError(
+                    f"the noise must fall at every step; at step {i} sigma goes from {s:.6g} to {s_next:.6g}"
+                )
+
+    @classmethod
+    def flow(cls, sigmas: Sequence[float], times: Sequence[float], **options: Any) -> Grid:
+        """alpha = 1 - sigma; a network that speaks diffusers' convention unless told otherwise."""
+        options = {"prediction_type": "velocity", "convention": "diffusers", **options}
+        return cls(tuple(1 - float(s) for s in sigmas), tuple(sigmas), tuple(times), family="flow", **options)
+
+    @classmethod
+    def ve(cls, sigmas: Sequence[float], **options: Any) -> Grid:
+        """alpha = 1: k-diffusion's variance-exploding variables, with a network that returns x0."""
+        options = {"prediction_type": "x0", **options}
+        return cls((1.0,) * len(sigmas), tuple(sigmas), tuple(sigmas), **options)
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The points' own u, (N + 1,) float64."""
+        return torch.linspace(0, 1, len(self.sigmas), dtype=torch.float64)
+
+    def alpha_sigma(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at u, float64, u's shape."""
+        return self._at(self.alphas, u), self._at(self.sigmas, u)
+
+    def time(self, u: Tensor) -> Tensor:
+        """The time the network is called with at u, float64, u's shape."""
+        return self._at(self.times, u)
+
+    def _at(self, values: tuple[float, ...], u: Tensor) -> Tensor:
+        table = torch.tensor(values, dtype=torch.float64, device=u.device)
+        place = u.double() * (len(self.sigmas) - 1)
+        nearest = place.detach().round()
+        # u = i / N is not exact: a point itself must give the host's own number, to the bit
+        place = torch.where((place - nearest).abs() < 1e-9, nearest, place).clamp(0, len(table) - 1)
+        lower = place.detach().floor().clamp_max(max(len(table) - 2, 0)).long()
+        upper = (lower + 1).clamp_max(len(table) - 1)
+        fraction = place - lower
+        return torch.where(fraction == 0, table[lower], table[lower] * (1 - fraction) + table[upper] * fraction)
+
+    prediction, transition, clock, x0, to_dict = _prediction, _transition, _clock, _x0, _to_dict
+
+
+# What ``from_dict`` can build; a schedule of your own joins with its kind, and has ``to_dict`` and these fields.
+KINDS: dict[str, Any] = {kind.kind: kind for kind in (Flow, VP, DiscreteVP, Grid)}
+
+
+def from_dict(data: Mapping[str, Any]) -> Schedule:
+    """The schedule that ``to_dict`` wrote, equal to the bit. Raises ValueError naming the field at fault."""
+    if not isinstance(data, Mapping):
+        raise ValueError(f"schedule: must be an object, got {type(data).__name__}")
+    kind = data.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"schedule.kind={kind!r}: choose one of {', '.join(KINDS)}")
+    known = {f.name for f in fields(KINDS[kind])}
+    for key in data:
+        if key != "kind" and key not in known:
+            raise ValueError(f"schedule.{key}: unknown field of {kind}; known are {', '.join(sorted(known))}")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "kind"}
+    try:
+        return KINDS[kind](**values)
+    except TypeError as error:
+        raise ValueError(f"schedule: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"schedule.{error}") from None
 
 
 def default_schedule(family: str) -> Schedule:
@@ -229,78 +414,52 @@ def default_schedule(family: str) -> Schedule:
     return Flow() if family == "flow" else VP()
 
 
-def prediction(schedule: Schedule, u: Tensor) -> tuple[Tensor, Tensor]:
-    """(p, q) with y = p * x + q * output: what the history stores, from what the network returns.
+def path_difference(mine: Schedule, other: Schedule, u: Tensor) -> str | None:
+    """Where two schedules' paths part at the points u (n,), in words; None when they are one path.
 
-    y is the velocity x0 - epsilon for a flow and x0 for VP. u: (N,) float64. Each result: (N,) float64.
+    Compares alpha and sigma to ``SAME_PATH``; what the networks return and are told does not matter.
     """
-    alpha, sigma = schedule.alpha_sigma(u)
-    one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
+    for name, a, b in zip(("alpha", "sigma"), mine.alpha_sigma(u), other.alpha_sigma(u), strict=True):
+        apart = (a - b).abs() > SAME_PATH
+        if bool(apart.any()):
+            i = int(apart.nonzero()[0])
+            return f"{name} at u = {float(u[i]):.6g} is {float(a[i]):.6g} there and {float(b[i]):.6g} here"
+    return None
+
+
+def inverse(rising: Callable[[Tensor], Tensor], targets: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """u in [low, high] where a rising function of u takes the targets, by bisection: 60 halvings reach float64's last
+    bits."""
+    below, above = torch.full_like(targets, low), torch.full_like(targets, high)
+    for _ in range(60):
+        middle = (below + above) / 2
+        short = rising(middle) < targets
+        below, above = torch.where(short, middle, below), torch.where(short, above, middle)
+    return (below + above) / 2
+
+
+def _check_interface(schedule: Any) -> None:
     kind = schedule.prediction_type
-    backwards = getattr(schedule, "convention", "paper") == "diffusers"
-    if schedule.family == "flow":
-        if kind == "velocity":
-            return zero, -one if backwards else one
-        if kind == "x0":
-            return -1 / sigma, 1 / sigma
-        norm = alpha**2 + sigma**2
-        return (alpha - sigma) / norm, -(alpha + sigma) / norm
-    if kind == "x0":
-        return zero, one
-    if kind == "epsilon":
-        return 1 / alpha, -sigma / alpha
-    if kind == "v_prediction":
-        return alpha, -sigma
-    return 1 / (alpha + sigma), sigma / (alpha + sigma)
-
-
-def transition(schedule: Schedule, u: Tensor) -> tuple[Tensor, Tensor]:
-    """(a, b) with x_next = a * x + b * sum_j c_j y_j for the N steps between the N + 1 points u.
-
-    Flow: a = 1, b = sigma - sigma'. VP: a = sigma'/sigma, b = alpha' - sigma' alpha / sigma (DDIM when c
-    is the newest y alone). Each result: (N,) float64.
-    """
-    alpha, sigma = schedule.alpha_sigma(u)
-    if schedule.family == "flow":
-        return torch.ones_like(sigma[1:]), sigma[:-1] - sigma[1:]
-    ratio = sigma[1:] / sigma[:-1]
-    return ratio, alpha[1:] - ratio * alpha[:-1]
-
-
-def step_weights(
-    schedule: Schedule,
-    timesteps: Tensor,
-    coeffs: Tensor,
-    *,
-    guidance_scale: float | Tensor = 1.0,
-    noise_coeffs: Tensor | None = None,
-    network_timesteps: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Everything the steps of a solver need: the table of scalars and the times to call the network with.
-
-    timesteps: (N + 1,) u from 0 to 1. coeffs: (N, N), lower triangular. guidance_scale: a number, (N,) a
-    value per step, (B, 1) one per sample or (B, N) both. noise_coeffs: (N,) weights on the initial
-    noise, scaled by b like the rest. network_timesteps: (N,) u to call the network at, if not the solver's own.
-
-    Returns weights (R, N, 4 + K), columns a, p, q, guidance and b_i * c_ij, R = 1 or B and K = N, or N + 1
-    with the noise last; and times (N,). Both float64 and differentiable in timesteps (its two ends
-    are fixed) and coefficients.
-    """
-    u = torch.cat([timesteps[:1].detach(), timesteps[1:-1], timesteps[-1:].detach()]).double()
-    a, b = transition(schedule, u)
-    p, q = prediction(schedule, u[:-1])
-    columns = b[:, None] * torch.tril(coeffs.double())
-    if noise_coeffs is not None:
-        columns = torch.cat([columns, (b * noise_coeffs.double())[:, None]], 1)
-    scale = torch.as_tensor(guidance_scale, dtype=torch.float64, device=u.device)
-    scale = scale.expand(len(b)) if scale.ndim < 2 else scale.expand(-1, len(b))
-    scale = scale.reshape(-1, len(b), 1)
-    fixed = torch.stack([a, p, q], 1).expand(len(scale), -1, -1)
-    weights = torch.cat([fixed, scale, columns.expand(len(scale), -1, -1)], 2)
-    times = schedule.time(u[:-1] if network_timesteps is None else network_timesteps)
-    return weights, times
-
-
-def _check_prediction_type(kind: str) -> None:
     if kind not in PREDICTION_TYPES:
         raise ValueError(f"prediction_type={kind!r}: choose one of {', '.join(PREDICTION_TYPES)}")
+    if schedule.family == "flow" and kind == "epsilon":
+        raise ValueError(
+            "prediction_type='epsilon' on a flow: at u = 0 (alpha = 0) epsilon tells nothing about the data; "
+            "use 'velocity', 'v_prediction' or 'x0'"
+        )
+    if schedule.convention not in CONVENTIONS:
+        raise ValueError(f"convention={schedule.convention!r}: choose 'paper' or 'diffusers'")
+
+
+def _check_positive(schedule: Any, *keys: str) -> None:
+    for key in keys:
+        value = getattr(schedule, key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{key}={value!r}: must be a finite number above 0")
+
+
+def _floats(key: str, values: Sequence[float]) -> tuple[float, ...]:
+    try:
+        return tuple(float(v) for v in values)
+    except (TypeError, ValueError):
+        raise ValueError(f"{key}: must be a list of numbers, got {str(values)[:80]!r}") from None

@@ -1,10 +1,18 @@
 """Batch: requests at different steps of different solvers advance together, one launch of the step a tick."""
 
-import torch
+from __future__ import annotations
 
-from .sampling import device_weights, find_solver
-from .schedule import default_schedule
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .names import find_solver
+from .schedule import Schedule
+from .solver import Solver
 from .step import multistep_step
+from .table import StepTable
 
 __all__ = ["Batch"]
 
@@ -25,74 +33,78 @@ class Batch:
 
     places: how many requests run at once; the model always sees all of them.
     shape: of one sample. max_steps: the longest solver that may be admitted.
+    schedule: the model's, which all solvers must fit. None: that of the first solver admitted.
     history_dtype: storage of the predictions, by default that of the states.
-    guided: how many leading elements of a flattened sample use the guidance; None for all.
     """
 
-    def __init__(self, places, shape, max_steps, *, device=None, dtype=torch.float32, history_dtype=None, guided=None,
-                 backend=None):  # fmt: skip
+    def __init__(
+        self,
+        places: int,
+        shape: Sequence[int],
+        max_steps: int,
+        *,
+        schedule: Schedule | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        history_dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ):
         real = torch.float64 if dtype is torch.float64 else torch.float32
-        slots = max_steps + 1  # the last one holds the initial noise
         self.x = torch.zeros(places, *shape, device=device, dtype=dtype)
-        self.history = torch.zeros(places, slots, *shape, device=device, dtype=history_dtype or dtype)
-        self.weights = torch.zeros(places, max_steps, 4 + slots, device=device, dtype=real)
+        idle = StepTable.idle(places, max_steps, dtype=real, device=device)
+        self.weights, self._times = idle.weights, idle.times
+        self.history = torch.zeros(places, idle.slots, *shape, device=device, dtype=history_dtype or dtype)
         self.index = torch.full((places,), max_steps, device=device)  # max_steps and beyond: idle
-        self.max_steps, self.guided, self.backend = max_steps, guided, backend
-        self._times = torch.zeros(places, max_steps, device=device, dtype=real)
-        self._left = [None] * places  # steps to go: None free, 0 finished
+        self.max_steps, self.schedule, self.backend = max_steps, schedule, backend
+        self._left: list[int | None] = [None] * places  # steps to go: None free, 0 finished
 
     @property
-    def running(self):
+    def running(self) -> list[int]:
         """Places that still have steps to go."""
         return [place for place, left in enumerate(self._left) if left]
 
     @property
-    def free(self):
+    def free(self) -> list[int]:
+        """Places that hold no request."""
         return [place for place, left in enumerate(self._left) if left is None]
 
-    def admit(self, noise, solver, *, schedule=None, guidance_scale=1.0):
+    def admit(self, noise: Tensor, solver: Solver | str | os.PathLike[str], *, guidance_scale: float = 1.0) -> int:
         """Start a request: noise of one sample's shape, a Solver or its name. Returns its place.
 
-        Raises ValueError for a solver longer than max_steps or noise of another shape, RuntimeError when full.
+        Raises ValueError for a solver longer than max_steps, one of another family or path than the batch's schedule,
+        and noise of another shape; RuntimeError when full.
         """
-        solver = find_solver(solver, schedule)
-        schedule = default_schedule(solver.family) if schedule is None else schedule
-        steps = solver.num_steps
+        found = find_solver(solver, self.schedule)
+        steps = found.num_steps
         if steps > self.max_steps:
             raise ValueError(f"the solver takes {steps} steps, this batch at most {self.max_steps}; raise max_steps")
         if noise.shape != self.x.shape[1:]:
             raise ValueError(f"noise has shape {tuple(noise.shape)}; one sample here is {tuple(self.x.shape[1:])}")
+        table = StepTable.of(
+            found, self.schedule, guidance=guidance_scale, dtype=self.weights.dtype, device=self.x.device
+        ).padded(self.max_steps)
         if not self.free:
             raise RuntimeError(f"all {len(self._left)} places are taken; retire a finished one first")
+        self.schedule = found.schedule if self.schedule is None else self.schedule
         place = self.free[0]
-        scale = torch.as_tensor(guidance_scale, dtype=torch.float64)
-        weights, times = device_weights(solver, schedule, scale, self.x)
-        row = self.weights[place].zero_()
-        row[:steps, : 4 + steps] = weights[0, :, : 4 + steps]
-        if weights.shape[2] > 4 + steps:
-            row[:steps, -1] = weights[0, :, -1]
-        self._times[place, :steps] = times
-        self._times[place, steps:] = times[-1]
+        self.weights[place], self._times[place] = table.weights[0], table.times
         self.x[place] = noise
         self.history[place, -1] = noise
         self.index[place] = 0
         self._left[place] = steps
         return place
 
-    def times(self):
+    def times(self) -> Tensor:
         """(places,) what the network is told about time; places without a request repeat an old time."""
         return self._times.gather(1, self.index.clamp(max=self.max_steps - 1)[:, None])[:, 0]
 
     @torch.no_grad()
-    def step(self, output):
+    def step(self, output: Tensor) -> list[int]:
         """Advance every running place by one step in one launch. output: (places, *S), or the guided pair.
 
         Returns the places that have just finished.
         """
-        multistep_step(
-            self.x, output, self.history, self.weights, self.index,
-            guided=self.guided, out=self.x, backend=self.backend,
-        )  # fmt: skip
+        multistep_step(self.x, output, self.history, self.weights, self.index, out=self.x, backend=self.backend)
         self.index += 1
         finished = []
         for place, left in enumerate(self._left):
@@ -103,7 +115,7 @@ class Batch:
                     finished.append(place)
         return finished
 
-    def retire(self, place):
+    def retire(self, place: int) -> Tensor:
         """The sample of a finished place, which becomes free; of a running one, the state it has reached."""
         if self._left[place] is None:
             raise ValueError(f"place {place} holds no request; running are {self.running}")

@@ -1,9 +1,9 @@
-"""A solver is data: N + 1 timesteps and a lower triangle of coefficients. This room holds that table.
+"""A solver is data: N + 1 timesteps, a lower triangle of coefficients and the schedule they belong to.
 
     x_{i+1} = a_i * x_i + b_i * sum_{j<=i} coeffs[i][j] * y_j        (a, b from the schedule)
 
-Tables come from a search, from a JSON file, from the published ones shipped with the package, or from
-the hand-made methods in ``handmade.py``.
+Tables come from a search, from a JSON file, from the published ones shipped with the package (``names.py``), or from
+the hand-made methods (``methods.py``).
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import schedule as schedules
+from .files import write_json
+from .schedule import DiscreteVP, Schedule, default_schedule, path_difference
+
 FORMAT = "dss_fast.solver"
-VERSION = 1
-FAMILIES = ("flow", "vp")
+VERSION = 2
 ROW_SUM_TOLERANCE = 1e-6
 
 
@@ -34,7 +36,8 @@ class Solver:
     timesteps: N + 1 numbers rising strictly from 0 to 1, in visiting order.
     coeffs: N rows of N numbers, zero above the diagonal; row i weighs the predictions y_0..y_i and
         sums to 1 unless ``free_rows``.
-    family: what the predictions are, ``"flow"`` (velocities) or ``"vp"`` (x0).
+    schedule: the path (alpha, sigma over u) that the coefficients belong to, and the interface of the model it was
+        made for. ``family`` is read off it.
     name, source, provenance: where it comes from; not part of its value.
     noise_coeffs: N weights on the initial noise, scaled by b_i like the rest. None: none.
     network_timesteps: N points u to call the network at. None: the solver's own.
@@ -45,15 +48,15 @@ class Solver:
 
     timesteps: tuple[float, ...]
     coeffs: tuple[tuple[float, ...], ...]
-    family: str
+    schedule: Schedule
     name: str = field(default="", compare=False)
     source: str = field(default="", compare=False)
-    provenance: Mapping = field(default_factory=dict, compare=False, repr=False)
+    provenance: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     noise_coeffs: tuple[float, ...] | None = None
     network_timesteps: tuple[float, ...] | None = None
     free_rows: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         set_ = lambda key, value: object.__setattr__(self, key, value)  # noqa: E731
         set_("timesteps", _numbers("timesteps", self.timesteps))
         set_("coeffs", tuple(_numbers(f"coeffs[{i}]", row) for i, row in enumerate(_rows(self.coeffs))))
@@ -63,16 +66,21 @@ class Solver:
         for key in ("name", "source"):
             if not isinstance(getattr(self, key), str):
                 raise ValueError(f"{key}: must be a string, got {getattr(self, key)!r}")
-        if self.family not in FAMILIES:
-            raise ValueError(f"family={self.family!r}: choose 'flow' or 'vp'")
+        if not hasattr(self.schedule, "alpha_sigma"):
+            raise ValueError(f"schedule={self.schedule!r}: give a schedule, as in Flow() or VP()")
         if not isinstance(self.free_rows, bool):
             raise ValueError(f"free_rows={self.free_rows!r}: must be true or false")
         if not isinstance(self.provenance, Mapping):
             raise ValueError(f"provenance: must be a mapping, got {self.provenance!r}")
         self._check_times()
         self._check_coeffs()
+        values = (self.timesteps, self.coeffs, self.schedule, self.noise_coeffs, self.network_timesteps, self.free_rows)
+        set_("_hash", hash(values))  # once: tables are looked up by solver at every call of ``sample``
 
-    def _check_times(self):
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined, no-any-return]  # set in __post_init__
+
+    def _check_times(self) -> None:
         u, n = self.timesteps, self.num_steps
         if n < 1:
             raise ValueError(f"timesteps: need at least 2 (one step), got {len(u)}")
@@ -85,7 +93,7 @@ class Solver:
         if times is not None and (len(times) != n or not all(0 <= t <= 1 for t in times)):
             raise ValueError(f"network_timesteps: need {n} numbers in [0, 1], got {times!r}")
 
-    def _check_coeffs(self):
+    def _check_coeffs(self) -> None:
         n = self.num_steps
         if len(self.coeffs) != n:
             raise ValueError(f"coeffs: need {n} rows for {n + 1} timesteps, got {len(self.coeffs)}")
@@ -105,6 +113,11 @@ class Solver:
             raise ValueError(f"noise_coeffs: need {n} numbers, got {len(self.noise_coeffs)}")
 
     @property
+    def family(self) -> str:
+        """``"flow"``, whose predictions are velocities, or ``"vp"``, whose predictions are x0."""
+        return self.schedule.family
+
+    @property
     def num_steps(self) -> int:
         """N, the number of network evaluations per sample without guidance."""
         return len(self.timesteps) - 1
@@ -120,9 +133,37 @@ class Solver:
         values = {key: getattr(self, key) for key in keys}
         return {k: None if v is None else torch.tensor(v, dtype=torch.float64) for k, v in values.items()}
 
+    def on(self, schedule: Schedule | None, *, strict: bool = True) -> Schedule:
+        """The schedule to run on for a model with this one (None: the solver's own).
+
+        Another interface of the same path is fine. Raises ValueError for the other family, and for another path,
+        naming the first alpha or sigma at the solver's timesteps that differs; ``strict=False`` allows the path.
+        """
+        if schedule is None or schedule is self.schedule:
+            return self.schedule
+        if schedule.family != self.family:
+            raise ValueError(
+                f"{self.label} is for {self.family} models, the schedule is {schedule.family}; "
+                f"choose a {schedule.family} solver or the right schedule"
+            )
+        if strict:
+            u = torch.tensor(self.timesteps, dtype=torch.float64)
+            parts = path_difference(self.schedule, schedule, u)
+            if parts is not None:
+                raise ValueError(
+                    f"{self.label} belongs to another noise schedule: {parts}. Its own is {self.schedule!r}; give "
+                    "that one, search a solver for this model, or pass strict=False to run it all the same"
+                )
+        return schedule
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"solver {self.name or '(unnamed)'}"
+
     @classmethod
     def from_timedeltas(
-        cls, timedeltas: Sequence[float], lower: Sequence[Sequence[float]], family: str, **fields
+        cls, timedeltas: Sequence[float], lower: Sequence[Sequence[float]], schedule: Schedule, **fields: Any
     ) -> Solver:
         """From N increments (normalised to sum to 1) and the strict lower triangle, row i holding i numbers.
 
@@ -139,39 +180,16 @@ class Solver:
             if len(row) != i:
                 raise ValueError(f"lower[{i}]: need {i} numbers, got {len(row)}")
             rows.append((*row, 1 - math.fsum(row), *[0.0] * (len(deltas) - i - 1)))
-        return cls(tuple(steps), tuple(rows), family, **fields)
+        return cls(tuple(steps), tuple(rows), schedule, **fields)
 
-    @classmethod
-    def named(cls, name: str) -> Solver:
-        """A published solver, ``"family/N"``, for example ``"sit-xl-2-256/10"``; see :meth:`names`."""
-        table, _, steps = name.partition("/")
-        published = _published()
-        if table not in published or steps not in published[table]["steps"]:
-            known = ", ".join(f"{t}/{{{','.join(p['steps'])}}}" for t, p in published.items())
-            raise ValueError(f"no published solver is called {name!r}; there are {known}")
-        entry, row = published[table], published[table]["steps"][steps]
-        return cls.from_timedeltas(
-            row["timedeltas"],
-            row["coeffs"],
-            entry["family"],
-            name=name,
-            source=entry["source"],
-            provenance={"schedule": entry["schedule"]},
-        )
-
-    @classmethod
-    def names(cls) -> list[str]:
-        """The names of all published solvers."""
-        return [f"{table}/{n}" for table, entry in _published().items() for n in entry["steps"]]
-
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The solver as JSON data; :meth:`from_dict` gives an equal one back, bit for bit."""
         data = {
             "format": FORMAT,
             "version": VERSION,
             "name": self.name,
             "source": self.source,
-            "family": self.family,
+            "schedule": self.schedule.to_dict(),
             "num_steps": self.num_steps,
             "timesteps": list(self.timesteps),
             "coeffs": [list(row[: i + 1]) for i, row in enumerate(self.coeffs)],
@@ -186,20 +204,26 @@ class Solver:
         return data
 
     @classmethod
-    def from_dict(cls, data: Mapping) -> Solver:
-        """The solver in a mapping written by :meth:`to_dict`. Raises ValueError naming the field at fault."""
+    def from_dict(cls, data: Mapping[str, Any], schedule: Schedule | None = None) -> Solver:
+        """The solver in a mapping written by :meth:`to_dict`. Raises ValueError naming the field at fault.
+
+        schedule: for files of version 1 whose own is a table of alphas_cumprod, which they only name.
+        """
         if not isinstance(data, Mapping):
             raise ValueError(f"a solver must be a JSON object, got {type(data).__name__}")
         if data.get("format") != FORMAT:
             raise ValueError(f"format={data.get('format')!r}: not a solver; expected {FORMAT!r}")
-        if data.get("version") != VERSION:
-            raise ValueError(f"version={data.get('version')!r}: this release reads version {VERSION}")
-        required = {"format", "version", "family", "num_steps", "timesteps", "coeffs"}
+        version = data.get("version")
+        if version not in (1, VERSION):
+            raise ValueError(f"version={version!r}: this release reads versions 1 and {VERSION}")
+        required = {"format", "version", "num_steps", "timesteps", "coeffs", "family" if version == 1 else "schedule"}
         optional = {"name", "source", "provenance", "noise_coeffs", "network_timesteps", "free_rows"}
         for key in sorted(required - data.keys()):
             raise ValueError(f"{key}: missing")
         for key in sorted(data.keys() - required - optional):
             raise ValueError(f"{key}: unknown field; known are {', '.join(sorted(required | optional))}")
+        if schedule is None:
+            schedule = _first_version(data) if version == 1 else schedules.from_dict(data["schedule"])
         n, ragged = data["num_steps"], _rows(data["coeffs"])
         if n != len(ragged) or isinstance(n, bool):
             raise ValueError(f"num_steps={n!r}: but coeffs has {len(ragged)} rows")
@@ -210,17 +234,20 @@ class Solver:
                 raise ValueError(f"coeffs[{i}]: need {i + 1} numbers, got {len(row)}")
             rows.append((*row, *[0.0] * (n - i - 1)))
         fields = {key: data[key] for key in optional & data.keys()}
-        return cls(data["timesteps"], tuple(rows), data["family"], **fields)
+        return cls(data["timesteps"], tuple(rows), schedule, **fields)
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the solver as JSON: a temporary file beside ``path``, synced, then renamed over it."""
-        write_atomically(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        write_json(path, self.to_dict())
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> Solver:
-        """Reads a file written by :meth:`save`. Raises ValueError naming the file and the field at fault."""
+    def load(cls, path: str | os.PathLike[str], schedule: Schedule | None = None) -> Solver:
+        """Reads a file written by :meth:`save`. Raises ValueError naming the file and the field at fault.
+
+        schedule: see :meth:`from_dict`.
+        """
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")), schedule)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not a solver file, it is not text ({error})") from error
         except json.JSONDecodeError as error:
@@ -229,35 +256,39 @@ class Solver:
             raise ValueError(f"{path}: {error}") from error
 
 
-def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """Writes ``text`` so that ``path`` holds either its old content or all of the new, whatever happens."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+def _first_version(data: Mapping[str, Any]) -> Schedule:
+    """The schedule of a file of version 1, which named it in its provenance and left defaults out."""
+    family = data["family"]
+    if family not in ("flow", "vp"):
+        raise ValueError(f"family={family!r}: choose 'flow' or 'vp'")
+    provenance = data.get("provenance")
+    named = provenance.get("schedule") if isinstance(provenance, Mapping) else None
+    if named is None:
+        return default_schedule(family)
+    if isinstance(named, Mapping) and named.get("kind") == "discrete_vp":
+        recipe = {"linear": DiscreteVP.linear, "scaled_linear": DiscreteVP.scaled_linear, "cosine": DiscreteVP.cosine}
+        if named.get("name") in recipe:
+            options = {key: named[key] for key in ("final", "prediction_type")}
+            found = recipe[named["name"]](named["num"], **options)
+            table = found.alphas_cumprod
+            # Pipelines' tables were made in float32, 1e-4 off at their noisy end.
+            if all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(named["ends"], (table[0], table[-1]), strict=True)):
+                return found
+    elif isinstance(named, Mapping) and named.get("kind") in ("flow", "vp"):
+        return schedules.from_dict(named)
+    raise ValueError(
+        "provenance.schedule: a file of version 1 only names this schedule; give it, as in Solver.load(path, "
+        "schedule=DiscreteVP(alphas_cumprod)), and save the solver again"
+    )
 
 
-@cache
-def _published() -> dict:
-    files = sorted((Path(__file__).parent / "solvers").glob("*.json"))
-    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
-
-
-def _rows(value) -> tuple:
+def _rows(value: Any) -> tuple[Any, ...]:
     if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):
         raise ValueError(f"coeffs: must be a list of rows, got {type(value).__name__}")
     return tuple(value)
 
 
-def _numbers(key: str, values) -> tuple[float, ...]:
+def _numbers(key: str, values: Any) -> tuple[float, ...]:
     if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__iter__"):
         raise ValueError(f"{key}: must be a list of numbers, got {type(values).__name__}")
     if hasattr(values, "tolist"):

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .schedule import Flow, Schedule, transition
+from .schedule import Flow, Schedule, inverse
 from .solver import Solver
 
 SPACINGS = ("uniform", "lambda", "karras")
@@ -58,7 +58,6 @@ def handmade(
     u = torch.as_tensor(timesteps, dtype=torch.float64)
     rule, order = METHODS[method]
     n = len(u) - 1
-    a, b = transition(schedule, u)
     line = _Line(schedule, u)
     rows = torch.zeros(n, n, dtype=torch.float64)
     for i in range(n):
@@ -66,17 +65,16 @@ def handmade(
         if lower_order_final and (rule is _unip or (rule in (_dpmpp, _deis) and n < 15)):
             usable = min(usable, n - i)
         state = rule(line, i, usable)
-        rows[i] = (state - a[i] * line.states[i])[1:] / b[i]
+        rows[i] = (state - line.a[i] * line.states[i])[1:] / line.b[i]
         line.states.append(state)
     label = f"{method}/{n}" + (f"@{spacing}" if spacing != "uniform" else "")
     rows = torch.tril(rows)
     return Solver(
         tuple(u.tolist()),
         tuple(map(tuple, rows.tolist())),
-        schedule.family,
+        schedule,
         name=label,
         source="hand-made",
-        provenance={"schedule": schedule.spec()},
     )
 
 
@@ -85,17 +83,11 @@ def grid(num_steps: int, schedule: Schedule, spacing: str = "uniform") -> Tensor
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps!r}: need at least 1")
     u = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+    shift = check_spacing(spacing)
     if spacing == "uniform":
         return u
-    if spacing.startswith("shift"):
-        try:
-            shift = float(spacing[5:])
-            assert shift > 0 and math.isfinite(shift)
-        except (ValueError, AssertionError):
-            raise ValueError(f"spacing={spacing!r}: 'shift' needs a number above 0, as in 'shift3'") from None
+    if shift is not None:
         return 1 - shift * (1 - u) / (1 + (shift - 1) * (1 - u))
-    if spacing not in SPACINGS:
-        raise ValueError(f"spacing={spacing!r}: choose {', '.join(SPACINGS)} or shift<number>")
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
     finite = _log_snr(schedule, ends).isfinite()
     ends = torch.where(finite, ends, torch.tensor([LAST_U, 1 - LAST_U], dtype=torch.float64))
@@ -106,9 +98,24 @@ def grid(num_steps: int, schedule: Schedule, spacing: str = "uniform") -> Tensor
         rho = 7.0
         first, last = (-low / rho).exp(), (-high / rho).exp()
         targets = -rho * (first + (last - first) * u).log()
-    points = _inverse_log_snr(schedule, targets)
+    points = inverse(lambda u: _log_snr(schedule, u), targets)
     points[0], points[-1] = 0, 1
     return points
+
+
+def check_spacing(spacing: str) -> float | None:
+    """The number in ``shift<number>``, None for the other spacings. Raises ValueError naming what exists."""
+    if not spacing.startswith("shift"):
+        if spacing not in SPACINGS:
+            raise ValueError(f"spacing={spacing!r}: choose {', '.join(SPACINGS)} or shift<number>")
+        return None
+    try:
+        shift = float(spacing[5:])
+    except ValueError:
+        shift = 0.0
+    if not (shift > 0 and math.isfinite(shift)):
+        raise ValueError(f"spacing={spacing!r}: 'shift' needs a number above 0, as in 'shift3'")
+    return shift
 
 
 def _log_snr(schedule: Schedule, u: Tensor) -> Tensor:
@@ -116,25 +123,15 @@ def _log_snr(schedule: Schedule, u: Tensor) -> Tensor:
     return alpha.log() - sigma.log()
 
 
-def _inverse_log_snr(schedule: Schedule, targets: Tensor) -> Tensor:
-    """u where the log-SNR takes the targets, by bisection: 60 halvings reach float64's last bits."""
-    low, high = torch.zeros_like(targets), torch.ones_like(targets)
-    for _ in range(60):
-        middle = (low + high) / 2
-        below = _log_snr(schedule, middle) < targets
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return (low + high) / 2
-
-
 class _Line:
     """A sampling run written over the basis (x_init, y_0, ..., y_{N-1}): states and predictions as vectors."""
 
     def __init__(self, schedule: Schedule, u: Tensor):
-        self.family = schedule.family
         self.alpha, self.sigma = schedule.alpha_sigma(u)
         self.log_snr = self.alpha.log() - self.sigma.log()
-        # The variable in which the state, scaled, is the plain integral of what the history stores.
-        self.clock = -self.sigma if self.family == "flow" else self.alpha / self.sigma
+        _, self.clock = schedule.clock(u)
+        self.a, self.b = schedule.transition(u)
+        self.of_state, self.of_y = schedule.x0(u)
         self.basis = torch.eye(len(u), dtype=torch.float64)
         self.states = [self.basis[0]]
 
@@ -142,23 +139,18 @@ class _Line:
         return self.basis[j + 1]
 
     def x0(self, j: int) -> Tensor:
-        return self.states[j] + self.sigma[j] * self.y(j) if self.family == "flow" else self.y(j)
+        return self.of_state[j] * self.states[j] + self.of_y[j] * self.y(j)
 
     def epsilon(self, j: int) -> Tensor:
-        if self.family == "flow":
-            return self.states[j] - self.alpha[j] * self.y(j)
-        return (self.states[j] - self.alpha[j] * self.y(j)) / self.sigma[j]
+        return (self.states[j] - self.alpha[j] * self.x0(j)) / self.sigma[j]
 
     def ddim(self, i: int) -> Tensor:
         return self.alpha[i + 1] * self.x0(i) + self.sigma[i + 1] * self.epsilon(i)
 
     def advance(self, i: int, row: list[float] | Tensor, first: int) -> Tensor:
         """The state after step i when the history's y_first.. are mixed by a row that sums to one."""
-        mixed = sum(float(c) * self.y(first + k) for k, c in enumerate(row))
-        if self.family == "flow":
-            return self.states[i] + (self.sigma[i] - self.sigma[i + 1]) * mixed
-        ratio = self.sigma[i + 1] / self.sigma[i]
-        return ratio * self.states[i] + (self.alpha[i + 1] - ratio * self.alpha[i]) * mixed
+        mixed = torch.stack([float(c) * self.y(first + k) for k, c in enumerate(row)]).sum(0)
+        return self.a[i] * self.states[i] + self.b[i] * mixed
 
 
 _TEXTBOOK = {1: ((1,), 1), 2: ((-1, 3), 2), 3: ((5, -16, 23), 12), 4: ((-9, 37, -59, 55), 24)}

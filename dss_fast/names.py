@@ -1,0 +1,119 @@
+"""Names of solvers: the only place that reads ``"sit-xl-2-256/10"``, ``"dpmpp_2m/8@karras"`` or the path of a file.
+
+    solver  = name["/" N]["@" spacing]  |  path ending in ".json"
+    name    = a published table  |  a hand-made method (which alone takes a spacing)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from .methods import METHODS, check_spacing, handmade
+from .schedule import Schedule, from_dict
+from .solver import Solver
+
+
+@dataclass(frozen=True)
+class Name:
+    """What a name says. num_steps, spacing: None where it does not say."""
+
+    name: str
+    num_steps: int | None = None
+    spacing: str | None = None
+
+    @property
+    def handmade(self) -> bool:
+        """Whether a method makes it, for any N and on any grid; else it is a published table."""
+        return self.name in METHODS
+
+    @classmethod
+    def parse(cls, text: str) -> Name:
+        """Raises ValueError for what is no name, listing those that exist."""
+        rest, at, spacing = text.partition("@")
+        name, slash, steps = rest.partition("/")
+        if name not in METHODS and name not in _published():
+            raise ValueError(f"no solver is called {text!r}; there are {known()}")
+        if slash and not (steps.isascii() and steps.isdigit() and int(steps) > 0):
+            raise ValueError(f"solver={text!r}: {steps!r} is no number of steps; write for example '{name}/10'")
+        if at:
+            if name not in METHODS:
+                raise ValueError(f"solver={text!r}: a published table has its own timesteps; leave out '@{spacing}'")
+            check_spacing(spacing)
+        return cls(name, int(steps) if slash else None, spacing if at else None)
+
+
+def find_solver(
+    solver: Solver | str | os.PathLike[str], schedule: Schedule | None = None, num_steps: int | None = None
+) -> Solver:
+    """A solver from a Solver, a name (see the top of this module) or the path of a JSON file.
+
+    schedule: what hand-made rows are built on; ``Flow()`` by default. num_steps: for names without ``/N``.
+
+    Raises ValueError listing what exists.
+    """
+    if isinstance(solver, Solver):
+        return solver
+    if not isinstance(solver, str | os.PathLike):
+        raise ValueError(f"solver={solver!r}: give a Solver, a name or the path of a JSON file")
+    if is_file(solver):
+        return Solver.load(solver)
+    name = Name.parse(os.fspath(solver))
+    steps = num_steps if name.num_steps is None else name.num_steps
+    if name.handmade:
+        if steps is None:
+            raise ValueError(f"solver={str(solver)!r}: how many steps? Write for example '{name.name}/10'")
+        return _handmade(name.name, steps, schedule, name.spacing or "uniform")
+    if steps not in published_steps(name.name):
+        raise ValueError(f"no published solver is called {name.name}/{steps}; there are {known()}")
+    return _table(name.name, steps)
+
+
+def is_file(solver: str | os.PathLike[str]) -> bool:
+    """Whether a string or path names a file rather than a solver."""
+    return os.fspath(solver).endswith(".json")
+
+
+def solver_names() -> list[str]:
+    """The published solvers, ``"sit-xl-2-256/10"`` and so on."""
+    return [f"{name}/{n}" for name in _published() for n in published_steps(name)]
+
+
+def families() -> list[str]:
+    """The published tables' names without their steps, ``"sit-xl-2-256"`` and so on."""
+    return list(_published())
+
+
+def published_steps(name: str) -> list[int]:
+    """The numbers of steps a published table exists for, rising."""
+    return [int(n) for n in _published()[name]["steps"]]
+
+
+def known() -> str:
+    """What exists, for messages."""
+    published = [f"{name}/{{{','.join(map(str, published_steps(name)))}}}" for name in _published()]
+    return f"{', '.join(published)}; hand-made: {', '.join(f'{m}/N' for m in METHODS)}; or a path ending in .json"
+
+
+@lru_cache(64)
+def _handmade(method: str, num_steps: int, schedule: Schedule | None, spacing: str) -> Solver:
+    return handmade(method, num_steps, schedule, spacing=spacing)
+
+
+@lru_cache(None)
+def _table(name: str, num_steps: int) -> Solver:
+    entry = _published()[name]
+    row = entry["steps"][str(num_steps)]
+    schedule = from_dict(entry["schedule"])
+    return Solver.from_timedeltas(
+        row["timedeltas"], row["coeffs"], schedule, name=f"{name}/{num_steps}", source=entry["source"]
+    )
+
+
+@lru_cache(None)
+def _published() -> dict:
+    files = sorted((Path(__file__).parent / "solvers").glob("*.json"))
+    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}

@@ -1,0 +1,206 @@
+"""StepTable: the numbers that the steps of a run read, on one device, made in one place.
+
+    m_i     = m_uncond + guidance_i * (m_cond - m_uncond)
+    y_i     = p_i * x_i + q_i * m_i
+    x_{i+1} = a_i * x_i + sum_{j<=i} w_ij * y_j [+ w_iN * x_init]                 w_ij = b_i * c_ij
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .schedule import Schedule
+from .solver import Solver
+
+A, P, Q, GUIDANCE, HISTORY = range(5)  # columns; the history's weights are the rest
+CACHED = 128  # tables kept, a few kilobytes each
+
+Guidance = float | Sequence[float] | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class StepTable:
+    """The flat tensors that kernels see, with names for their columns.
+
+    weights: (R, N, 4 + K), float32 or float64: a, p, q, guidance, then K weights on the history, N predictions and,
+        where the solver weighs it, the initial noise. R = 1 for all samples, or B.
+    times: (N,) or (B, N), what the network is told at each step, in weights' dtype.
+    """
+
+    weights: Tensor
+    times: Tensor
+
+    @classmethod
+    def build(
+        cls,
+        schedule: Schedule,
+        timesteps: Tensor,
+        coeffs: Tensor,
+        *,
+        noise_coeffs: Tensor | None = None,
+        network_timesteps: Tensor | None = None,
+        guidance: Guidance = 1.0,
+    ) -> StepTable:
+        """The table of any numbers, float64, differentiable in timesteps (its two ends are fixed) and coefficients.
+
+        timesteps: (N + 1,) u from 0 to 1. coeffs: (N, N), lower triangular. noise_coeffs: (N,) weights on the initial
+        noise, scaled by b like the rest. network_timesteps: (N,) u to call the network at, if not the solver's own.
+        guidance: see :meth:`guided`.
+        """
+        u = torch.cat([timesteps[:1].detach(), timesteps[1:-1], timesteps[-1:].detach()]).double()
+        a, b = schedule.transition(u)
+        p, q = schedule.prediction(u[:-1])
+        columns = [torch.stack([a, p, q, torch.ones_like(a)], 1), b[:, None] * torch.tril(coeffs.double())]
+        if noise_coeffs is not None:
+            columns.append((b * noise_coeffs.double())[:, None])
+        times = schedule.time(u[:-1] if network_timesteps is None else network_timesteps)
+        table = cls(torch.cat(columns, 1)[None], times)
+        return table if isinstance(guidance, int | float) and guidance == 1 else table.guided(guidance)
+
+    @classmethod
+    def of(
+        cls,
+        solver: Solver,
+        schedule: Schedule | None = None,
+        *,
+        guidance: Guidance = 1.0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        strict: bool = True,
+    ) -> StepTable:
+        """The table of a solver for states of a dtype on a device; made once and kept.
+
+        schedule: the model's, see :meth:`Solver.on`, which also says what ``strict`` allows; None: the solver's.
+        guidance: see :meth:`guided`. dtype: of the states; the table is float64 for float64 and float32 for the rest.
+        """
+        fixed = guidance if isinstance(guidance, int | float) else None
+        real = torch.float64 if dtype == torch.float64 else torch.float32
+        table = _made(solver, schedule, fixed, real, torch.device(device), strict)
+        return table if fixed is not None else table.guided(guidance)
+
+    @classmethod
+    def idle(cls, rows: int, num_steps: int, *, dtype: torch.dtype, device: torch.device | str | None) -> StepTable:
+        """Rows of zeros, with a slot for the initial noise, that :meth:`padded` tables go into."""
+        weights = torch.zeros(rows, num_steps, HISTORY + num_steps + 1, device=device, dtype=dtype)
+        return cls(weights, torch.zeros(rows, num_steps, device=device, dtype=dtype))
+
+    @property
+    def num_steps(self) -> int:
+        """N."""
+        return self.weights.shape[1]
+
+    @property
+    def slots(self) -> int:
+        """K, how many tensors the history holds: N, or N + 1 with the initial noise last."""
+        return self.weights.shape[2] - HISTORY
+
+    @property
+    def weighs_noise(self) -> bool:
+        """Whether the history's last slot holds the initial noise."""
+        return self.slots > self.num_steps
+
+    @property
+    def history(self) -> Tensor:
+        """(R, N, K) weights on the history."""
+        return self.weights[:, :, HISTORY:]
+
+    def new_history(self, noise: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """(B, K, *S), empty but for the initial noise (B, *S), where the table weighs it."""
+        history = noise.new_empty((len(noise), self.slots, *noise.shape[1:]), dtype=dtype or noise.dtype)
+        if self.weighs_noise:
+            history[:, -1] = noise
+        return history
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> StepTable:
+        """The table on a device, in float64 for float64 states and float32 for all others; differentiable."""
+        real = None if dtype is None else torch.float64 if dtype == torch.float64 else torch.float32
+        place = lambda t: t.to(real).to(device, non_blocking=True)  # noqa: E731
+        return StepTable(place(self.weights), place(self.times))
+
+    def guided(self, scale: Guidance) -> StepTable:
+        """The table with a guidance scale: a number, (N,) a value per step, (B, 1) one per sample or (B, N) both.
+
+        Filled in on the table's device: a scale that lives there need not come back to the host.
+        """
+        weights = self.weights
+        scale = torch.as_tensor(scale, dtype=weights.dtype).to(weights.device, non_blocking=True)
+        scale = scale.expand(self.num_steps) if scale.ndim < 2 else scale.expand(-1, self.num_steps)
+        scale = scale.reshape(-1, self.num_steps, 1)
+        before, after = weights[:, :, :GUIDANCE], weights[:, :, HISTORY:]
+        rows = len(scale)
+        return replace(self, weights=torch.cat([before.expand(rows, -1, -1), scale, after.expand(rows, -1, -1)], 2))
+
+    def starting_at(self, first: int) -> StepTable:
+        """The table of a run whose history begins at step ``first``, as in img2img and inpainting.
+
+            w_i,first <- sum_{j<=first} w_ij        w_ij <- 0 for j < first
+
+        What rows give to the predictions before it goes to y_first: the prediction is taken as constant until then, so
+        rows keep their sums and the first step is Euler's (DDIM's for VP).
+        """
+        weights = self.weights.clone()
+        history = weights[:, :, HISTORY:]
+        history[:, first:, first] += history[:, first:, :first].sum(2)
+        history[:, :, :first] = 0
+        return replace(self, weights=weights)
+
+    def tail(self, first: int) -> StepTable:
+        """The last N - first steps as a table of their own; without the initial noise."""
+        moved = self.starting_at(first)
+        head, history = moved.weights[:, first:, :HISTORY], moved.history[:, first:, first : self.num_steps]
+        return StepTable(torch.cat([head, history], 2), moved.times[..., first:])
+
+    def padded(self, num_steps: int) -> StepTable:
+        """The table with idle steps to num_steps and a slot for the initial noise, as a row of a larger table.
+
+        The added steps have weights of zero and repeat the last time.
+        """
+        n = self.num_steps
+        weights = self.idle(len(self.weights), num_steps, dtype=self.weights.dtype, device=self.weights.device).weights
+        weights[:, :n, : HISTORY + n] = self.weights[:, :, : HISTORY + n]
+        if self.weighs_noise:
+            weights[:, :n, -1] = self.weights[:, :, -1]
+        last = self.times[..., -1:].expand(*self.times.shape[:-1], num_steps - n)
+        return StepTable(weights, torch.cat([self.times, last], -1))
+
+
+@lru_cache(CACHED)
+def _made(
+    solver: Solver,
+    schedule: Schedule | None,
+    guidance: float,
+    real: torch.dtype,
+    device: torch.device,
+    strict: bool,
+) -> StepTable:
+    with torch.inference_mode(False), torch.no_grad():  # a kept table may be used where gradients are wanted
+        table = StepTable.build(solver.on(schedule, strict=strict), **solver.tensors())
+        table = table if guidance is None or guidance == 1 else table.guided(guidance)
+        return table.to(device, real)
+
+
+def guidance_table(scale: Guidance, rows: int, num_steps: int) -> float | Tensor:
+    """The guidance scale of ``rows`` samples as :meth:`StepTable.guided` takes it.
+
+    A number stays one. Else a tensor (N,), (B, 1) or (B, N); a tensor (B,) is per sample unless N = B is per step.
+    Raises ValueError on any other shape.
+    """
+    if isinstance(scale, int | float):
+        return scale
+    table = torch.as_tensor(scale, dtype=torch.float64)
+    per_sample = isinstance(scale, Tensor) and table.shape == (rows,)
+    if table.shape == (num_steps,) and not (per_sample and rows != num_steps):
+        return table
+    if per_sample:
+        return table[:, None]
+    if table.ndim == 0 or table.shape in ((rows, 1), (rows, num_steps)):
+        return table
+    raise ValueError(
+        f"guidance_scale has shape {tuple(table.shape)}; give a number, {num_steps} numbers (one per step), "
+        f"a tensor ({rows},) per sample, or ({rows}, {num_steps})"
+    )

@@ -1,0 +1,213 @@
+"""Target: what is sampled, searched and compared, in one description."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .denoiser import Denoiser
+from .schedule import Schedule
+
+Model = Callable[..., Any]
+Draw = Callable[[int, torch.Generator], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A model with all that is said about it once: ``sample``, ``search`` and ``compare`` take it.
+
+        target = Target(model, (4, 32, 32), cond=draw_labels, uncond={"y": null}, guidance_scale=1.375)
+
+    model: called as model(x, t, **cond) -> (B, *S), or an object with ``sample``, or a tuple that begins with it.
+        x: (B, *S); t: (B,), in the schedule's units.
+    shape: of one sample, without the batch. ``sample`` needs it only when it draws the noise itself.
+    schedule: the model's. None: the solver's own in ``sample``, the paper's flow, ``Flow()``, elsewhere.
+    cond: the model's keyword arguments, or ``draw(n, generator) -> dict`` of them for n samples (generator: a CPU
+        ``torch.Generator``). uncond: what replaces them in the unconditional branch of guidance.
+    guidance_scale: a number, or, for a search, a pair (low, high) from which each sample draws its own. At 1 the
+        unconditional branch is not run.
+    guided_channels: guide only the first channels, as DiT does with 3 of 4. None: all.
+    noise: ``noise(n, generator) -> (n, *shape)``, the source of the flow; by default standard normal.
+    decode: samples -> images in [0, 1], for pictures. features: samples -> (B, F), for a Frechet distance.
+    classify: samples -> logits (B, L), labels: cond -> (B,): the share of samples read as what was asked.
+    device: where samples live. None: the model's, or, for a callable without parameters, the noise's, or the CPU.
+    dtype: of the states that are drawn here.
+    key: names the model in caches and run folders instead of a hash of its parameters.
+
+    Raises ValueError naming what does not fit.
+    """
+
+    model: Model
+    shape: tuple[int, ...] | None = None
+    schedule: Schedule | None = None
+    cond: Draw | Mapping[str, Any] | None = None
+    uncond: Mapping[str, Any] | None = None
+    guidance_scale: float | tuple[float, float] = 1.0
+    guided_channels: int | None = None
+    noise: Callable[[int, torch.Generator], Tensor] | None = None
+    decode: Callable[[Tensor], Tensor] | None = None
+    features: Callable[[Tensor], Tensor] | None = None
+    classify: Callable[[Tensor], Tensor] | None = None
+    labels: Callable[[Mapping[str, Any]], Tensor] | None = None
+    device: torch.device | str | None = None
+    dtype: torch.dtype = torch.float32
+    key: str | None = None
+
+    def __post_init__(self) -> None:
+        set_ = lambda key, value: object.__setattr__(self, key, value)  # noqa: E731
+        if not callable(self.model):
+            raise ValueError(f"model={type(self.model).__name__}: give a callable, model(x, t, **cond) -> like x")
+        if self.shape is not None:
+            set_("shape", tuple(self.shape))
+            if not all(isinstance(size, int) and size > 0 for size in self.shape):
+                raise ValueError(f"shape={self.shape!r}: give the sizes of one sample, as in (3, 32, 32)")
+        if self.schedule is not None and not hasattr(self.schedule, "alpha_sigma"):
+            raise ValueError(f"schedule={self.schedule!r}: give a schedule, as in Flow() or VP()")
+        if self.noise is not None and not callable(self.noise):
+            raise ValueError(f"noise={type(self.noise).__name__}: give a function noise(n, generator) -> (n, *shape)")
+        if not self.dtype.is_floating_point:
+            raise ValueError(f"dtype={self.dtype}: must be floating point")
+        if isinstance(self.guidance_scale, tuple | list):
+            scale = tuple(map(float, self.guidance_scale))
+            if len(scale) != 2 or not scale[0] <= scale[1]:
+                raise ValueError(f"guidance_scale={self.guidance_scale!r}: give a number, or low and high")
+            set_("guidance_scale", scale)
+        elif not isinstance(self.guidance_scale, int | float):
+            raise ValueError(f"guidance_scale={self.guidance_scale!r}: give a number, or low and high")
+        if self.guidance_scale != 1 and self.uncond is None:
+            raise ValueError(f"guidance_scale={self.guidance_scale!r} needs uncond, the unconditional arguments")
+        channels = self.guided_channels
+        if channels is not None and (channels < 1 or (self.shape is not None and channels > self.shape[0])):
+            raise ValueError(f"guided_channels={channels!r}: give a number from 1 to the channels of {self.shape}")
+
+    @classmethod
+    def of(cls, target: Target | Model, **given: Any) -> Target:
+        """The Target itself, or one around a bare callable, with the given fields that are not None put in.
+
+        Raises ValueError for a field there is none of.
+        """
+        known = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise ValueError(f"{name}={given[name]!r}: a Target has no such field; it has {', '.join(known)}")
+        given = {name: value for name, value in given.items() if value is not None}
+        if not isinstance(target, Target):
+            return cls(target, **given)
+        return replace(target, **given) if given else target
+
+    def to(self, device: torch.device | str) -> Target:
+        """The same with its modules on a device; as ``nn.Module.to``, it moves the modules themselves."""
+        for part in (self.model, self.decode, self.features, self.classify):
+            module = part if isinstance(part, nn.Module) else getattr(part, "__self__", None)
+            if isinstance(module, nn.Module):
+                module.to(device)
+        return replace(self, device=device)
+
+    @property
+    def guided(self) -> bool:
+        """Whether a call runs the unconditional branch too."""
+        return self.uncond is not None and self.guidance_scale != 1
+
+    @property
+    def home(self) -> torch.device | None:
+        """Where samples live: ``device``, or where the model's parameters are; None when neither says."""
+        if self.device is not None:
+            return torch.device(self.device)
+        if not isinstance(self.model, nn.Module):
+            return None
+        tensor = next(self.model.parameters(), None)
+        tensor = next(self.model.buffers(), None) if tensor is None else tensor
+        return None if tensor is None or tensor.is_meta else tensor.device
+
+    def draw(self, count: int, generator: torch.Generator, rank: int = 0, world: int = 1) -> Samples:
+        """``count`` samples to run, drawn on the CPU, the same anywhere; this process's rows of them.
+
+        Raises ValueError without a shape, and when the noise drawn has another.
+        """
+        if self.shape is None:
+            raise ValueError("the shape of one sample is not known: give it, as in Target(model, (4, 32, 32))")
+        if self.noise is None:
+            noise = torch.randn(count, *self.shape, generator=generator, dtype=torch.float64)
+        else:
+            noise = self.noise(count, generator)
+            if tuple(noise.shape) != (count, *self.shape):
+                raise ValueError(f"noise({count}, generator) returned {tuple(noise.shape)}, not {(count, *self.shape)}")
+        cond = self.cond(count, generator) if callable(self.cond) else dict(self.cond or {})
+        scale = None
+        if isinstance(self.guidance_scale, tuple):
+            low, high = self.guidance_scale
+            scale = low + (high - low) * torch.rand(count, generator=generator, dtype=torch.float64)
+        mine, device = slice(rank, None, world), self.home or torch.device("cpu")
+
+        def place(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return (value[mine] if value.ndim and len(value) == count else value).to(device)
+
+        cond = {key: place(value) for key, value in cond.items()}
+        return Samples(self, place(noise.to(self.dtype)), cond, None if scale is None else place(scale), count)
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Some samples of a target to run: this process's rows of a batch that all processes share.
+
+    noise: (B, *S). cond: the model's keyword arguments. scale: (B,) the guidance scale of each sample, None when all
+    share the target's. size: rows over all processes.
+    """
+
+    target: Target
+    noise: Tensor
+    cond: dict[str, Any]
+    scale: Tensor | None
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.noise)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The target's, which whoever draws batches has settled."""
+        assert self.target.schedule is not None
+        return self.target.schedule
+
+    @property
+    def guidance(self) -> float | Tensor:
+        """The guidance scale as a step table takes it: a number, or (B, 1)."""
+        if self.scale is not None:
+            return self.scale[:, None]
+        assert not isinstance(self.target.guidance_scale, tuple)
+        return self.target.guidance_scale
+
+    def denoiser(self) -> Denoiser:
+        """The model with these conditions: (x, t) -> output, checked for NaN and Inf."""
+        target = self.target
+        return Denoiser(
+            target.model,
+            self.cond,
+            target.uncond if target.guided else None,
+            guided_channels=target.guided_channels,
+            check_finite=True,
+        )
+
+    def predictor(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """(x, u) -> y = p x + q m, what a history stores, guided, in x's dtype. x: (B, *S); u: () float64."""
+        denoise, schedule, scale = self.denoiser(), self.schedule, self.guidance
+        if isinstance(scale, Tensor):
+            scale = scale.reshape(-1, *[1] * (self.noise.ndim - 1)).to(self.noise.dtype)
+
+        def predict(x: Tensor, u: Tensor) -> Tensor:
+            u = u.detach().reshape(1).cpu()
+            time = schedule.time(u).to(x.device, torch.promote_types(x.dtype, torch.float32))
+            output = denoise(x, time.expand(len(x))).to(x.dtype)
+            if self.target.guided:
+                uncond, cond = output.chunk(2)
+                output = uncond + scale * (cond - uncond)
+            p, q = schedule.prediction(u)
+            return float(q) * output if float(p) == 0 else float(p) * x + float(q) * output
+
+        return predict
