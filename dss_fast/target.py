@@ -37,6 +37,7 @@ class Target:
     device: where samples live. None: the model's, or, for a callable without parameters, the noise's, or the CPU.
     dtype: of the states that are drawn here.
     key: names the model in caches and run folders instead of a hash of its parameters.
+    name: of the model; solvers searched for it are called ``name/N``.
 
     Raises ValueError naming what does not fit.
     """
@@ -56,6 +57,7 @@ class Target:
     device: torch.device | str | None = None
     dtype: torch.dtype = torch.float32
     key: str | None = None
+    name: str = "searched"
 
     def __post_init__(self) -> None:
         set_ = lambda key, value: object.__setattr__(self, key, value)  # noqa: E731

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..handmade import grid
-from ..problem import Batch, Problem
-from ..schedule import Schedule, transition
+from ..methods import grid
+from ..schedule import Schedule
 from ..solver import Solver
-from ..teacher import Trajectory
-from .space import SPACES, respaced
+from ..target import Samples
+from .draws import Draws
+from .teacher import Trajectory
 
 RIDGES = (1e-6, 1e-4, 1e-2, 1.0)
 # Fitted by the paper to its searched timesteps (arXiv 2505.21114, section 5): u as a polynomial of i / N.
@@ -27,7 +27,7 @@ WARP = 0.25  # first step of the refinement, in log increments
 
 @dataclass(frozen=True)
 class Fit:
-    """A table fitted in closed form. score: the held-out robust error, smaller is better; errors: (n,) |e|^2."""
+    """A table fitted in closed form. score: the held-out robust error, smaller is better; spacing: its name."""
 
     solver: Solver
     score: float
@@ -36,11 +36,11 @@ class Fit:
 
 
 def spacing(name: str, num_steps: int, schedule: Schedule) -> Tensor:
-    """N + 1 points u: ``"fitted"``, the paper's polynomial for the family, or any of ``handmade.grid``."""
+    """N + 1 points u: ``"fitted"``, the paper's polynomial for the family, or any of ``methods.grid``."""
     if name != "fitted":
         return grid(num_steps, schedule, name)
     i = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
-    u = sum(c * i ** (k + 1) for k, c in enumerate(FITTED[schedule.family]))
+    u = torch.stack([c * i ** (k + 1) for k, c in enumerate(FITTED[schedule.family])]).sum(0)
     return (u / u[-1]).clamp(0, 1)
 
 
@@ -54,10 +54,21 @@ def warped(timesteps: Tensor, direction: int, amount: float) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.float64), inner, torch.ones(1, dtype=torch.float64)])
 
 
+def respaced(timesteps: Tensor, num_steps: int) -> Tensor:
+    """The spacing of one table carried over to another number of steps: linear in the step's fraction. float64."""
+    old = torch.linspace(0, 1, len(timesteps), dtype=torch.float64)
+    new = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+    k = torch.searchsorted(old, new, right=True).sub(1).clamp(0, len(old) - 2)
+    fraction = (new - old[k]) / (old[k + 1] - old[k])
+    u = timesteps[k] + fraction * (timesteps[k + 1] - timesteps[k])
+    u[0], u[-1] = 0, 1
+    return u
+
+
 @torch.no_grad()
 def fit(
-    problem: Problem,
-    data: Iterable[tuple[Batch, Trajectory]],
+    draws: Draws,
+    data: Iterable[tuple[Samples, Trajectory]],
     timesteps: Tensor,
     *,
     free_rows: bool = False,
@@ -77,21 +88,22 @@ def fit(
     data: pairs of batch and teacher trajectory; their states and histories are kept, N + 1 numbers per
     element. Costs N model evaluations per sample. scale: by default ten medians of |e|^2, returned.
     """
+    schedule = draws.target.schedule
+    assert schedule is not None
     u = timesteps.double()
-    steps, schedule = len(u) - 1, problem.schedule
-    a, b = transition(schedule, u)
-    runs = [_Run(problem, batch, trajectory.at(u[1:])) for batch, trajectory in data]
-    size = sum(run.batch.size for run in runs)
+    steps = len(u) - 1
+    a, b = schedule.transition(u)
+    runs = [_Run(draws, batch, trajectory.at(u[1:])) for batch, trajectory in data]
     coeffs = torch.zeros(steps, steps, dtype=torch.float64)
     weights_noise = torch.zeros(steps, dtype=torch.float64)
     chosen = []
     for i in range(steps):
         for run in runs:
-            run.call(u[i])
+            run.history.append(run.predict(run.x, u[i]))
         # The initial noise and a flow's first velocity differ by the data's mean only.
         with_noise = noise and i > 0
-        grams = sum(run.gram(i, float(a[i]), float(b[i]), free_rows, with_noise) for run in runs)
-        problem.all_reduce(grams)
+        grams = torch.stack([run.gram(i, float(a[i]), float(b[i]), free_rows, with_noise) for run in runs]).sum(0)
+        draws.all_reduce(grams)
         solution, ridge = _solve(grams, ridges)
         chosen.append(ridge)
         coeffs[i, :i] = solution[:i]
@@ -102,109 +114,88 @@ def fit(
             weights_noise[i] = solution[-1]
         for run in runs:
             run.advance(float(a[i]), float(b[i]) * coeffs[i, : i + 1], float(b[i] * weights_noise[i]))
-    problem.spend(size * steps)
+    size = sum(run.batch.size for run in runs)
     errors = torch.zeros(size, dtype=torch.float64)
     start = 0
     for run in runs:
-        errors[start + problem.rank : start + run.batch.size : problem.world] = run.error().cpu()
+        errors[draws.mine(start, run.batch.size)] = run.error().cpu()
         start += run.batch.size
-    problem.all_reduce(errors)
+    draws.all_reduce(errors)
     scale = 10 * float(errors.median()) if scale is None else scale
     score = float((errors[3::4] if size > 3 else errors).div(scale).log1p().mean())
     solver = Solver(
         tuple(u.tolist()),
         tuple(map(tuple, coeffs.tolist())),
-        schedule.family,
+        schedule,
         noise_coeffs=tuple(weights_noise.tolist()) if noise else None,
         free_rows=free_rows,
     )
     return Fit(solver, score, name, tuple(chosen)), scale
 
 
-def candidates(
-    problem: Problem,
-    data: list[tuple[Batch, Trajectory]],
-    start: list[tuple[str, Tensor]],
-    trials: int,
-    **options,
-) -> Iterator[Fit]:
-    """Fits the spacings in ``start``, then warps the best one's increments: pattern search, ``trials`` fits in all.
+@dataclass
+class Spacings:
+    """Which spacing to fit next: those to start from, then warps of the best one's increments, a pattern search.
 
-    The best so far is the fit with the smallest score. Yields each fit.
+    After each fit, :meth:`tell` it: the best so far is the fit with the smallest score.
     """
-    best, scale = None, None
-    for name, u in start[: max(1, trials)]:
-        if bool((u.diff() <= 0).any()):
-            continue
-        found, scale = fit(problem, data, u, scale=scale, name=name, **options)
-        best = found if best is None or found.score < best.score else best
-        trials -= 1
-        yield found
-    if best.solver.num_steps == 1:
-        return
-    amount, direction, sign, failures = WARP, 0, 1.0, 0
-    while trials > 0 and amount > WARP / 8:
-        u = torch.tensor(best.solver.timesteps, dtype=torch.float64)
-        found, _ = fit(problem, data, warped(u, direction, sign * amount), scale=scale, name="warped", **options)
-        trials -= 1
-        yield found
-        if found.score < best.score:
-            best, failures = found, 0
-            continue
-        failures += 1
-        sign = -sign
-        if failures % 2 == 0:
-            direction, sign = (direction + 1) % 3, 1.0
-        if failures == 6:
-            amount, failures = amount / 2, 0
+
+    start: list[tuple[str, Tensor]]
+    trials: int
+    best: Fit | None = None
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, u in self.start[: max(1, self.trials)]:
+            if bool((u.diff() <= 0).any()):
+                continue
+            self.trials -= 1
+            yield name, u
+        if self.best is None or self.best.solver.num_steps == 1:
+            return
+        amount, direction, sign, failures = WARP, 0, 1.0, 0
+        while self.trials > 0 and amount > WARP / 8:
+            before, u = self.best, torch.tensor(self.best.solver.timesteps, dtype=torch.float64)
+            self.trials -= 1
+            yield "warped", warped(u, direction, sign * amount)
+            if self.best is not before:
+                failures = 0
+                continue
+            failures += 1
+            sign = -sign
+            if failures % 2 == 0:
+                direction, sign = (direction + 1) % 3, 1.0
+            if failures == 6:
+                amount, failures = amount / 2, 0
+
+    def tell(self, found: Fit) -> None:
+        """Takes note of the fit of the spacing that was given last."""
+        if self.best is None or found.score < self.best.score:
+            self.best = found
 
 
-def extras(space: str) -> dict:
-    """What of a space's freedom the closed form can use."""
-    return {"free_rows": "rows" in SPACES[space], "noise": "noise" in SPACES[space]}
-
-
-def stage_one(
-    problem: Problem,
-    few: list[tuple[Batch, Trajectory]],
-    n: int,
-    space: str,
-    trials: int,
-    first: dict[str, list],
-    given: Solver | None,
-) -> Iterator[Fit]:
-    """Fits over the family of spacings, or from a neighbour's when one N is already done."""
-    names = FAMILY[problem.schedule.family]
-    start = [(name, spacing(name, n, problem.schedule)) for name in names]
-    if first:
-        near = min(first, key=lambda done: abs(int(done) - n))
-        u = torch.tensor(first[near][0].timesteps, dtype=torch.float64)
-        start = [(f"from N = {near}", respaced(u, n)), *start[:1]]
-        trials = min(trials, 6)
-    if given is not None:
-        u = torch.tensor(given.timesteps, dtype=torch.float64)
-        if not any(torch.allclose(u, other) for _, other in start):
-            start.insert(0, (given.name or "initial", u))
-    size = sum(batch.size for batch, _ in few)
-    if problem.budget is not None:
-        trials = max(1, min(trials, int((problem.budget - problem.evaluations) * 0.3 // (n * size))))
-    yield from candidates(problem, few, start, trials, **extras(space))
+def starts(
+    schedule: Schedule, num_steps: int, done: dict[int, Solver], trials: int
+) -> Spacings:
+    """The family of spacings, or, when one N is already done, that of its nearest neighbour first."""
+    names = [(name, spacing(name, num_steps, schedule)) for name in FAMILY[schedule.family]]
+    if not done:
+        return Spacings(names, trials)
+    near = min(done, key=lambda n: abs(n - num_steps))
+    u = torch.tensor(done[near].timesteps, dtype=torch.float64)
+    return Spacings([(f"from N = {near}", respaced(u, num_steps)), *names[:1]], min(trials, 6))
 
 
 class _Run:
     """One batch on its way: the state, what the network said so far, where the teacher is."""
 
-    def __init__(self, problem: Problem, batch: Batch, targets: Tensor):
-        self.problem, self.batch = problem, batch
-        self.predict = problem.predictor(batch)
+    def __init__(self, draws: Draws, batch: Samples, targets: Tensor):
+        self.batch = batch
+        self.predict = batch.predictor()
         self.targets = targets.flatten(2)
         self.x = self.first = batch.noise
         self.history: list[Tensor] = []
-        numbers = torch.arange(problem.rank, batch.size, problem.world)
+        numbers = torch.arange(draws.rank, batch.size, draws.world)
         self.held_out = (numbers % 4 == 3).to(batch.noise.device)
-
-    def call(self, u: Tensor) -> None:
-        self.history.append(self.predict(self.x, u))
 
     def gram(self, i: int, a: float, b: float, free_rows: bool, noise: bool) -> Tensor:
         """(2, k + 1, k + 1) float64: F and r's inner products over training and held-out samples."""
@@ -215,8 +206,7 @@ class _Run:
         columns.append(self.targets[:, i].reshape(now.shape) - a * self.x - b * now)
         f = torch.stack([c.flatten(1) for c in columns], 1).double()
         grams = f @ f.mT
-        both = torch.stack([grams[~self.held_out].sum(0), grams[self.held_out].sum(0)])
-        return both
+        return torch.stack([grams[~self.held_out].sum(0), grams[self.held_out].sum(0)])
 
     def advance(self, a: float, row: Tensor, noise: float) -> None:
         x = a * self.x
@@ -231,8 +221,7 @@ class _Run:
 
 def _solve(grams: Tensor, ridges: tuple[float, ...]) -> tuple[Tensor, float]:
     """The solution whose ridge does best on the held-out inner products (on its own when there are none)."""
-    grams = grams.cpu()
-    train, held_out = grams
+    train, held_out = grams.cpu()
     if not bool((held_out.diagonal() > 0).any()):
         held_out = train
     matrix, right = train[:-1, :-1], train[:-1, -1]
@@ -240,11 +229,11 @@ def _solve(grams: Tensor, ridges: tuple[float, ...]) -> tuple[Tensor, float]:
         return right, 0.0
     scale = matrix.diagonal().clamp_min(1e-300).sqrt()
     unit = matrix / scale[:, None] / scale
-    best = None
-    for ridge in ridges:
-        system = unit + ridge * torch.eye(len(right), dtype=torch.float64)
-        d = torch.linalg.solve(system, right / scale) / scale
-        error = float(d @ held_out[:-1, :-1] @ d - 2 * d @ held_out[:-1, -1])
-        if best is None or error < best[0]:
-            best = error, d, ridge
-    return best[1], best[2]
+
+    def solution(ridge: float) -> Tensor:
+        return torch.linalg.solve(unit + ridge * torch.eye(len(right), dtype=torch.float64), right / scale) / scale
+
+    def error(d: Tensor) -> float:
+        return float(d @ held_out[:-1, :-1] @ d - 2 * d @ held_out[:-1, -1])
+
+    return min(((solution(ridge), ridge) for ridge in ridges), key=lambda found: error(found[0]))

@@ -10,142 +10,195 @@ softmax, a second update per VP step, in-place sums that break the gradient, the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..problem import Batch, Problem
-from ..sampling import find_solver
+from ..names import find_solver
+from ..schedule import VP, Schedule
 from ..solver import Solver
-from ..teacher import paper_trajectory
-from ..teacher_store import Store
+from ..table import StepTable
+from ..target import Samples
 from ..unroll import unroll
+from .draws import Draws
+from .ledger import Ledger
+from .settings import check_counts
+from .store import Store
 
 
-def lion(
-    problem: Problem,
-    steps: tuple[int, ...],
-    *,
-    state: dict | None = None,
-    initial: str | Solver = "euler",
-    cache: str | Path | None = None,
-    key: str | None = None,
-    samples: int = 50_000,
-    batch_size: int = 32,
-    unique_samples: int | None = None,
-    lr: float = 0.01,
-    betas: tuple[float, float] = (0.9, 0.99),
-    weight_decay: float = 0.0,
-    huber_weight: float = 1000.0,
-    huber_delta: float = 1e-3,
-    teacher_steps: int = 100,
-    short_tail: bool | None = None,
-    check_every: int | None = None,
-    check_samples: int = 128,
-    memory: int = 2 << 30,
-    memory_budget: int | float | None = 1 << 30,
-) -> Iterator[dict]:
-    """Algorithms 1 (flow) and 2 (VP) of the paper. All N share each batch and its teacher trajectory.
+@dataclass(frozen=True)
+class Lion:
+    """Settings of Algorithms 1 (flow) and 2 (VP) of the paper. All N share each batch and its teacher trajectory.
 
     samples, batch_size: trajectories in all, and per step of Lion. unique_samples: repeat so many of them
         (a multiple of batch_size), their trajectories kept. None: each is new.
+    lr, betas, weight_decay: of Lion (arXiv 2302.06675).
     huber_weight: of 1000 * Huber(huber_delta) on the last point; 0 leaves the trajectory MSE alone.
     teacher_steps: of Euler; for VP the points of DDIM.
     short_tail: the last two rows use the immediately preceding output only; None: for N = 5 and 6.
     check_every: batches between looks at ``check_samples`` held-out ones, 20 looks by default. The solver
         with the smallest held-out error at the end point is kept. check_samples=0: the last is.
-    cache, key, memory: of kept trajectories, see ``Teacher``. memory_budget: see ``unroll``.
+    memory: bytes of kept trajectories, see ``Teacher``. memory_budget: see ``unroll``.
     """
-    update = _lion_update()
-    total = math.ceil(samples / batch_size)
-    check_every = check_every or max(1, total // 20)
-    points = {n: _Point(n, problem, initial, short_tail) for n in steps}
-    done = 0
-    if state is not None:
-        done = state["done"]
-        for n, point in points.items():
-            point.load(state["points"][str(n)])
 
-    def event(**values) -> dict:
-        return {
-            "stage": "lion",
-            "done": done,
-            "total": total,
-            "solvers": {n: point.best() for n, point in points.items()},
-            "state": {"done": done, "points": {str(n): p.save() for n, p in points.items()}},
-            **values,
-        }
+    samples: int = 50_000
+    batch_size: int = 32
+    unique_samples: int | None = None
+    lr: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    huber_weight: float = 1000.0
+    huber_delta: float = 1e-3
+    teacher_steps: int = 100
+    short_tail: bool | None = None
+    check_every: int | None = None
+    check_samples: int = 128
+    memory: int = 2 << 30
+    memory_budget: int | float | None = 1 << 30
+    name: ClassVar = "lion"
 
-    settings = {"kind": "paper", "steps": teacher_steps, "batch_size": batch_size}
-    kept = None
-    if unique_samples is not None and unique_samples < samples:
-        if unique_samples % batch_size or unique_samples < batch_size:
-            raise ValueError(f"unique_samples={unique_samples!r}: give a multiple of batch_size={batch_size}")
-        kept = Store(problem, settings, cache=cache, memory=memory, key=key)
-    numbers = (unique_samples or samples) // batch_size if kept else total
-    calls = teacher_steps if problem.schedule.family == "flow" else teacher_steps - 1
-    held_out = _HeldOut(problem, check_samples, batch_size, teacher_steps, calls, cache, key)
+    def __post_init__(self) -> None:
+        check_counts(self, "samples", "batch_size", "unique_samples", "teacher_steps", "check_every", "memory")
+        check_counts(self, "check_samples", least=0)
+        unique = self.unique_samples
+        if unique is not None and unique < self.samples and unique % self.batch_size:
+            raise ValueError(f"unique_samples={unique!r}: give a multiple of batch_size={self.batch_size}")
 
-    if state is None:
-        yield event(state=None)
-        if check_samples and problem.affords(held_out.cost(steps)):
-            yield event(held_out={n: point.offer(held_out.error(point)) for n, point in points.items()})
-    while done < total:
-        number = done % numbers
-        new = kept is None or done < numbers
-        if not problem.affords(batch_size * (calls * new + 3 * sum(steps))):
-            break
-        batch = problem.batch("train", number, batch_size)
-        trajectory = _paper_states(problem, batch, teacher_steps, kept, number)
-        if new:
-            problem.spend(batch_size * calls)
-        losses = {}
-        for n, point in points.items():
-            loss = point.loss(problem, batch, trajectory, huber_weight, huber_delta, memory_budget)
-            gradients = torch.autograd.grad(loss, point.parameters)
-            loss = loss.detach()
-            problem.all_reduce(loss, *gradients)
-            problem.spend(batch_size * 3 * n)
-            if not all(bool(v.isfinite().all()) for v in (loss, *gradients)):
-                raise FloatingPointError(
-                    f"the loss of N = {n} is {float(loss):.4g} with gradients not all finite, at batch "
-                    f"{done} of {total}; a smaller lr than {lr} may help"
-                )
-            with torch.no_grad():
-                for value, gradient, moment in zip(point.parameters, gradients, point.moments, strict=True):
-                    update(value, gradient, moment, lr, weight_decay, *betas)
-            losses[n] = float(loss)
-        done += 1
-        looks = {}
-        due = check_samples and (done % check_every == 0 or done == total)
-        if due and problem.affords(held_out.cost(steps)):
-            looks = {"held_out": {n: point.offer(held_out.error(point)) for n, point in points.items()}}
-        yield event(loss=losses, **looks)
+    def budget(self, steps: tuple[int, ...]) -> int | None:
+        """The evaluations spent when the user sets no limit: ``samples`` settles them."""
+        return None
+
+    def run(
+        self,
+        draws: Draws,
+        ledger: Ledger,
+        steps: tuple[int, ...],
+        *,
+        initial: str | Solver | None = None,
+        cache: Path | None = None,
+        state: dict[str, Any] | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """The events of a search, see ``runs``."""
+        update, schedule = _lion_update(), draws.target.schedule
+        assert schedule is not None
+        total = math.ceil(self.samples / self.batch_size)
+        check_every = self.check_every or max(1, total // 20)
+        points = {n: _Point(n, schedule, initial, self.short_tail) for n in steps}
+        done = 0
+        if state is not None:
+            done = state["done"]
+            for n, point in points.items():
+                point.load(state["points"][n])
+
+        def event(**values: Any) -> dict[str, Any]:
+            return {
+                "stage": "lion",
+                "done": done,
+                "total": total,
+                "complete": done == total,
+                "solvers": {n: point.best() for n, point in points.items()},
+                "state": {"done": done, "points": {n: p.save() for n, p in points.items()}},
+                **values,
+            }
+
+        described = {"kind": "paper", "steps": self.teacher_steps, "batch_size": self.batch_size}
+        kept = None
+        if self.unique_samples is not None and self.unique_samples < self.samples:
+            kept = Store(draws, described, cache=cache, memory=self.memory)
+        numbers = (self.unique_samples or self.samples) // self.batch_size if kept else total
+        calls = len(paper_points(schedule, self.teacher_steps)) - 1
+        held_out = _HeldOut(draws, ledger, self, cache)
+
+        if state is None:
+            yield event(state=None)
+            if self.check_samples and ledger.affords(held_out.cost(steps)):
+                yield event(held_out={n: point.offer(held_out.error(point)) for n, point in points.items()})
+        while done < total:
+            number = done % numbers
+            new = kept is None or done < numbers
+            if not ledger.affords(self.batch_size * (calls * new + 3 * sum(steps))):
+                break
+            batch = draws.batch("train", number, self.batch_size)
+            trajectory = _paper_states(batch, self.teacher_steps, kept, number)
+            if new:
+                ledger.spend(self.batch_size * calls)
+            losses = {}
+            for n, point in points.items():
+                loss = self._loss(point, batch, trajectory)
+                gradients = torch.autograd.grad(loss, point.parameters)
+                loss = loss.detach()
+                draws.all_reduce(loss, *gradients)
+                ledger.spend(self.batch_size * 3 * n)
+                if not all(bool(v.isfinite().all()) for v in (loss, *gradients)):
+                    raise FloatingPointError(
+                        f"the loss of N = {n} is {float(loss):.4g} with gradients not all finite, at batch "
+                        f"{done} of {total}; a smaller lr than {self.lr} may help"
+                    )
+                with torch.no_grad():
+                    for value, gradient, moment in zip(point.parameters, gradients, point.moments, strict=True):
+                        update(value, gradient, moment, self.lr, self.weight_decay, *self.betas)
+                losses[n] = float(loss)
+            done += 1
+            looks = {}
+            due = self.check_samples and (done % check_every == 0 or done == total)
+            if due and ledger.affords(held_out.cost(steps)):
+                looks = {"held_out": {n: point.offer(held_out.error(point)) for n, point in points.items()}}
+            yield event(loss=losses, **looks)
+
+    def _loss(self, point: _Point, batch: Samples, trajectory: Tensor) -> Tensor:
+        """The loss of this process's rows; summed over processes it is that of the batch."""
+        states, timesteps = _states(point, batch, self.memory_budget)
+        last = trajectory.shape[1] - 1
+        nearest = (timesteps[1:].detach() * last).round().long().clamp(0, last).to(trajectory.device)
+        real = torch.promote_types(states.dtype, torch.float32)
+        difference = (states - trajectory[:, nearest]).to(real)
+        share = batch.size * difference[0, 0].numel()
+        loss = difference.square().sum() / share
+        if self.huber_weight:
+            end = difference[:, -1]
+            huber = torch.nn.functional.huber_loss(
+                end, torch.zeros_like(end), reduction="sum", delta=self.huber_delta
+            )
+            loss = loss + self.huber_weight * huber / share
+        return loss
 
 
 class _Point:
     """A point of the paper's space: raws (N,) and the free entries of the strict triangle, float64."""
 
-    def __init__(self, num_steps: int, problem: Problem, initial: str | Solver, short_tail: bool | None):
+    def __init__(self, num_steps: int, schedule: Schedule, initial: str | Solver | None, short_tail: bool | None):
         n = self.num_steps = num_steps
-        self.family = problem.schedule.family
+        self.schedule = schedule
         row, column = torch.tril_indices(n, n, -1)
         if n in (5, 6) if short_tail is None else short_tail:
             free = (row < n - 2) | (column == row - 1)
             row, column = row[free], column[free]
         self.places = row, column
-        start = initial if isinstance(initial, Solver) else find_solver(initial, problem.schedule, n)
-        if start.num_steps != n or start.family != self.family:
+        start = find_solver(initial or "euler", schedule, n)
+        if start.num_steps != n:
+            raise ValueError(f"initial={start.name!r} has {start.num_steps} steps; the search is for {n}")
+        start.on(schedule)
+        if start.free_rows or start.noise_coeffs is not None or start.network_timesteps is not None:
             raise ValueError(
-                f"initial={start.name!r} has {start.num_steps} steps for {start.family}; "
-                f"the search is for {n} steps and {self.family}"
+                f"initial={start.name!r} has free rows, noise weights or network times, which the paper's space has "
+                "not; search with method='two_stage'"
             )
         table = start.tensors()
+        timesteps, coeffs = table["timesteps"], table["coeffs"]
+        assert timesteps is not None and coeffs is not None
+        left = torch.tril(coeffs, -1).index_put(self.places, torch.zeros(len(row), dtype=torch.float64))
+        if bool(left.any()):
+            raise ValueError(
+                f"initial={start.name!r} uses more than the preceding output in its last two rows, which short_tail "
+                "leaves out; pass Lion(short_tail=False)"
+            )
         # 1 for equal steps, the paper's start
-        self.raws = 1 + (table["timesteps"].diff() * n).log()
-        self.lower = table["coeffs"][self.places]
+        self.raws = 1 + (timesteps.diff() * n).log()
+        self.lower = coeffs[self.places]
         self.parameters = [self.raws.requires_grad_(), self.lower.requires_grad_()]
         self.moments = [torch.zeros_like(p) for p in self.parameters]
         self.best_error = math.inf
@@ -154,30 +207,6 @@ class _Point:
     def table(self) -> tuple[Tensor, Tensor]:
         """timesteps (N + 1,) and coeffs (N, N), differentiable."""
         return point_table(self.raws, self.lower, self.places)
-
-    def loss(self, problem, batch, trajectory, huber_weight, huber_delta, memory_budget) -> Tensor:
-        """The loss of this process's rows; summed over processes it is that of the batch."""
-        timesteps, coeffs = self.table()
-        weights, times = problem.weights(batch, timesteps, coeffs)
-        real = torch.promote_types(problem.dtype, torch.float32)
-        states = unroll(
-            problem.denoiser(batch),
-            batch.noise,
-            weights.to(problem.device, real),
-            times.to(problem.device, real),
-            guided=problem.guided_elements,
-            memory_budget=memory_budget,
-        )
-        last = trajectory.shape[1] - 1
-        nearest = (timesteps[1:].detach() * last).round().long().clamp(0, last).to(trajectory.device)
-        difference = (states - trajectory[:, nearest]).to(real)
-        share = batch.size * math.prod(problem.shape)
-        loss = difference.square().sum() / share
-        if huber_weight:
-            end = difference[:, -1]
-            huber = torch.nn.functional.huber_loss(end, torch.zeros_like(end), reduction="sum", delta=huber_delta)
-            loss = loss + huber_weight * huber / share
-        return loss
 
     def offer(self, error: float) -> float:
         """Keeps the present values if their held-out error is the smallest so far."""
@@ -191,9 +220,9 @@ class _Point:
         raws, lower = (v.detach() for v in values)
         _, coeffs = point_table(raws, lower, self.places)
         rows = [row[:i] for i, row in enumerate(coeffs.tolist())]
-        return Solver.from_timedeltas(torch.softmax(raws, 0), rows, self.family)
+        return Solver.from_timedeltas(torch.softmax(raws, 0).tolist(), rows, self.schedule)
 
-    def save(self) -> dict:
+    def save(self) -> dict[str, Any]:
         return {
             "raws": self.raws.detach().clone(),
             "lower": self.lower.detach().clone(),
@@ -202,7 +231,7 @@ class _Point:
             "best_error": self.best_error,
         }
 
-    def load(self, saved: dict) -> None:
+    def load(self, saved: dict[str, Any]) -> None:
         with torch.no_grad():
             self.raws.copy_(saved["raws"])
             self.lower.copy_(saved["lower"])
@@ -213,41 +242,34 @@ class _Point:
 class _HeldOut:
     """The end-point error on noise that is never trained on, against the same teacher."""
 
-    def __init__(self, problem, samples, batch_size, teacher_steps, calls, cache, key):
-        self.problem, self.samples, self.calls = problem, samples, calls
-        self.teacher_steps = teacher_steps
+    def __init__(self, draws: Draws, ledger: Ledger, settings: Lion, cache: Path | None):
+        self.draws, self.ledger, self.teacher_steps = draws, ledger, settings.teacher_steps
+        samples, batch_size = settings.check_samples, settings.batch_size
         self.sizes = [min(batch_size, samples - k) for k in range(0, samples, batch_size)]
-        self.sizes = [size for size in self.sizes if size >= problem.world]
-        settings = {"kind": "paper end", "steps": teacher_steps, "sizes": self.sizes}
-        self.store = Store(problem, settings, cache=cache, key=key) if samples else None
+        assert draws.target.schedule is not None
+        self.calls = len(paper_points(draws.target.schedule, self.teacher_steps)) - 1
+        described = {"kind": "paper end", "steps": self.teacher_steps, "sizes": self.sizes}
+        self.store = Store(draws, described, cache=cache) if samples else None
 
     def cost(self, steps: tuple[int, ...]) -> int:
-        new = "held-out teacher" not in self.problem.counted
+        """Evaluations of one look at solvers of these N."""
+        new = "held-out teacher" not in self.ledger.counted
         return sum(self.sizes) * (sum(steps) + self.calls * new)
 
     @torch.no_grad()
     def error(self, point: _Point) -> float:
         """Root mean square over samples, elements and processes."""
-        problem, sums = self.problem, torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(2, dtype=torch.float64)
         for k, size in enumerate(self.sizes):
-            batch = problem.batch("held_out", k, size)
-            target = self.store.get(k, batch, lambda b=batch: self._end(b))["end"].to(problem.device)
-            timesteps, coeffs = point.table()
-            weights, times = problem.weights(batch, timesteps, coeffs)
-            real = torch.promote_types(problem.dtype, torch.float32)
-            weights, times = weights.to(problem.device, real), times.to(problem.device, real)
-            states = unroll(problem.denoiser(batch), batch.noise, weights, times, guided=problem.guided_elements)
-            error = (states[:, -1] - target).double().square()
+            batch = self.draws.batch("held_out", k, size)
+            target = _paper_states(batch, self.teacher_steps, self.store, k, last=True)
+            states, _ = _states(point, batch, None)
+            error = (states[:, -1] - target[:, -1]).double().square()
             sums += torch.tensor([float(error.sum()), error.numel()], dtype=torch.float64)
-        problem.spend_once("held-out teacher", sum(self.sizes) * self.calls)
-        problem.spend(sum(self.sizes) * point.num_steps)
-        problem.all_reduce(sums)
+        self.ledger.spend_once("held-out teacher", sum(self.sizes) * self.calls)
+        self.ledger.spend(sum(self.sizes) * point.num_steps)
+        self.draws.all_reduce(sums)
         return float((sums[0] / sums[1]).sqrt())
-
-    def _end(self, batch: Batch) -> dict[str, Tensor]:
-        problem = self.problem
-        states = paper_trajectory(problem.predictor(batch), batch.noise, problem.schedule, self.teacher_steps)
-        return {"end": states[:, -1]}
 
 
 def point_table(raws: Tensor, lower: Tensor, places: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -258,20 +280,55 @@ def point_table(raws: Tensor, lower: Tensor, places: tuple[Tensor, Tensor]) -> t
     return timesteps, triangle + torch.diag(1 - triangle.sum(1))
 
 
-def _paper_states(problem: Problem, batch: Batch, num: int, kept: Store | None, number: int) -> Tensor:
-    def build() -> dict[str, Tensor]:
-        states = paper_trajectory(problem.predictor(batch), batch.noise, problem.schedule, num)
-        return {"states": states}
+def paper_points(schedule: Schedule, num: int = 100) -> Tensor:
+    """The paper's teacher grid: ``num`` Euler steps for a flow (num + 1 points), ``num`` points of DDIM for VP.
 
-    if kept is None:
-        return build()["states"]
-    return kept.get(number, batch, build)["states"].to(problem.device)
+    VP: t from t_start to 0 in equal parts, the last clamped to t_end, so num - 1 model calls and no final
+    jump to x0 (arXiv 2505.21114, released code).
+    """
+    if schedule.family == "flow":
+        return torch.linspace(0, 1, num + 1, dtype=torch.float64)
+    return torch.linspace(0, schedule.t_start if isinstance(schedule, VP) else 1.0, num, dtype=torch.float64)
 
 
-def _lion_update():
+@torch.no_grad()
+def paper_trajectory(
+    predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, schedule: Schedule, num: int = 100
+) -> Tensor:
+    """The states of the paper's teacher, (B, L + 1, *S): L = 100 first-order steps for a flow, 99 for VP."""
+    points = paper_points(schedule, num)
+    a, b = schedule.transition(points)
+    states = [x]
+    for i in range(len(points) - 1):
+        y = predict(x, points[i])
+        x = float(a[i]) * x + float(b[i]) * y
+        states.append(x)
+    return torch.stack(states, 1)
+
+
+def _states(point: _Point, batch: Samples, memory_budget: int | float | None) -> tuple[Tensor, Tensor]:
+    """The rollout's states x_1..x_N, (B, N, *S), and the timesteps; differentiable in the point."""
+    timesteps, coeffs = point.table()
+    table = StepTable.build(point.schedule, timesteps, coeffs, guidance=batch.guidance)
+    table, x = table.to(batch.noise.device, batch.noise.dtype), batch.noise
+    return unroll(batch.denoiser(), x, table.weights, table.times, memory_budget=memory_budget), timesteps
+
+
+def _paper_states(batch: Samples, num: int, kept: Store | None, number: int, last: bool = False) -> Tensor:
+    """The teacher's states of a batch, (B, L + 1, *S), or the last one only; from the store where there is one."""
+    found = None if kept is None else kept.find(number, batch)
+    if found is None:
+        states = paper_trajectory(batch.predictor(), batch.noise, batch.schedule, num)
+        found = {"states": states[:, -1:] if last else states}
+        if kept is not None:
+            found = kept.keep(number, batch, found)
+    return found["states"].to(batch.noise.device)
+
+
+def _lion_update() -> Callable[..., None]:
     """Lion's update of one tensor, of the lion-pytorch package. Its Optimizer would import the compiler, seconds."""
     try:
         from lion_pytorch.lion_pytorch import update_fn
     except ImportError as error:
-        raise ImportError("method='lion' needs lion-pytorch: pip install dss_fast[search]") from error
+        raise ImportError("method='lion' needs lion-pytorch: pip install 'dss_fast[search]'") from error
     return update_fn

@@ -1,92 +1,77 @@
-"""What a search makes small: residuals of a table on a batch, and rows of their Jacobian."""
+"""What a search makes small: the residuals of a rollout, and how cotangents of theirs come back to its states."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..problem import Batch, Problem
-from ..unroll import Rollout
-from .space import Space
+from .teacher import Trajectory
+
+Loss = str | Callable[[Tensor], Tensor]
+Moves = Callable[[Tensor, Trajectory], Tensor]
 
 
-class Objective:
-    """Residuals of a table on a batch, and rows of their Jacobian."""
+@dataclass(frozen=True, eq=False)
+class Residual:
+    """The residuals r of a batch.
 
-    def __init__(self, problem: Problem, loss, trajectory_weight: float, robust: float, memory_budget, memory=1 << 29):
-        self.problem, self.loss, self.robust = problem, loss, robust
-        self.weight = trajectory_weight if loss == "trajectory" else 0.0
-        self.memory_budget, self.memory = memory_budget, memory
-        self._jacobian: tuple[Tensor, Tensor] | None = None
+    error: (B,) float64, mean of squares at the end point. values: (B, R).
+    back: cotangents (C, B, R) -> cotangents of the states, (C, B, *S) at the end point or (C, B, N, *S) along.
+    moves: (cotangents, trajectory) -> (C, B, N - 1) float64, the gradients in the inner targets, at which u the
+        teacher is met; None where the targets stay.
+    """
 
-    def rollout(self, space: Space, theta: Tensor, batch: Batch, shared_by: int) -> Rollout:
-        """A rollout to differentiate, one of ``shared_by`` alive at a time; 0: states only."""
-        problem, budget = self.problem, self.memory_budget
-        if isinstance(budget, int | float) and shared_by:
-            budget = type(budget)(budget / shared_by)
-        weights, times = problem.weights(batch, **space.table(theta))
-        real = torch.promote_types(problem.dtype, torch.float32)
-        return Rollout(
-            problem.denoiser(batch),
-            batch.noise,
-            weights.to(problem.device, real),
-            times.to(problem.device, real),
-            guided=problem.guided_elements,
-            memory_budget=budget if shared_by else None,
-            wrt=("weights", "times") if shared_by else (),
-        )
+    error: Tensor
+    values: Tensor
+    back: Callable[[Tensor], Tensor]
+    moves: Moves | None = None
 
-    def keeps(self, num_steps: int, samples: int) -> bool:
-        """Whether the states and histories of so many samples may stay in memory together."""
-        numbers = (2 * num_steps + 1) * math.prod(self.problem.shape) * samples / self.problem.world
-        return numbers * self.problem.dtype.itemsize <= self.memory
 
-    def residual(self, states: Tensor, trajectory, targets: Tensor) -> tuple[Tensor, Tensor, Callable | None]:
-        """End-point error (B,) mean of squares, r (B, R), and a pullback of cotangents in feature space."""
-        end = states[:, -1]
-        error = (end - trajectory.last).flatten(1).double().square().mean(1)
-        if callable(self.loss):
-            with torch.enable_grad():
-                leaf = end.detach().requires_grad_()
-                features = self.loss(leaf).flatten(1)
-            with torch.no_grad():
-                wanted = self.loss(trajectory.last).flatten(1)
+def residual(loss: Loss, weight: float, states: Tensor, trajectory: Trajectory, targets: Tensor) -> Residual:
+    """The residuals of states (B, N, *S) under a loss: ``"end"``, ``"trajectory"`` or a function of samples.
 
-            def pull(cotangent: Tensor) -> Tensor:
-                return torch.autograd.grad(features, leaf, cotangent.to(features), retain_graph=True)[0]
+    weight: of the inner states' squares in ``"trajectory"``. targets: (N,) the u where x_1..x_N should meet the teacher.
+    """
+    end = states[:, -1]
+    difference = end - trajectory.last
+    error = difference.flatten(1).double().square().mean(1)
+    if callable(loss):
+        return _of_features(loss, error, end, trajectory.last)
+    if loss == "trajectory" and weight and states.shape[1] > 1:
+        return _along(weight, error, states, trajectory, targets)
+    return Residual(error, difference.flatten(1), lambda c: c.reshape(len(c), *end.shape))
 
-            return error, (features.detach() - wanted), pull
-        if self.weight and states.shape[1] > 1:
-            shape = [1, -1, *[1] * (states.ndim - 2)]
-            scale = torch.tensor([self.weight**0.5] * (states.shape[1] - 1) + [1.0]).reshape(shape)
-            wanted = torch.cat([trajectory.at(targets[:-1]), trajectory.last[:, None]], 1)
-            return error, ((states - wanted) * scale.to(states)).flatten(1), None
-        return error, (end - trajectory.last).flatten(1), None
 
-    def rows(self, space: Space, theta: Tensor, rollout: Rollout, trajectory, cotangents: Tensor, pull) -> Tensor:
-        """(C, B, P): J_b' c for each cotangent c (C, B, R), float64 on the CPU."""
-        problem, targets = self.problem, space.targets(theta)
-        if self._jacobian is None or not torch.equal(self._jacobian[0], theta):
-            self._jacobian = theta.clone(), space.jacobian(theta, problem.schedule)
-        jacobian = self._jacobian[1]
-        count, rows = cotangents.shape[:2]
-        shape = rollout.states.shape
-        if pull is not None:
-            at_end = torch.stack([pull(c) for c in cotangents])
-            found = rollout.pull(at_end)
-        elif self.weight and shape[1] > 1:
-            along = cotangents.reshape(count, *shape).clone()
-            along[:, :, :-1] *= self.weight**0.5
-            found = rollout.pull(along)
-        else:
-            found = rollout.pull(cotangents.reshape(count, rows, *shape[2:]))
-        flat = torch.cat([found.weights.flatten(2), found.times], 2).double().cpu()
-        gradient = flat @ jacobian[: flat.shape[2]]
-        if self.weight and shape[1] > 1 and pull is None:
-            speed = trajectory.velocity(targets[:-1]).flatten(2)
-            moved = -(along[:, :, :-1].flatten(3) * speed).sum(3).double().cpu()
-            gradient = gradient + moved @ jacobian[flat.shape[2] : -1]
-        return gradient
+def _of_features(function: Callable[[Tensor], Tensor], error: Tensor, end: Tensor, wanted: Tensor) -> Residual:
+    """feature(x_N) - feature(teacher(1))."""
+    with torch.enable_grad():
+        leaf = end.detach().requires_grad_()
+        features = function(leaf).flatten(1)
+    with torch.no_grad():
+        values = features.detach() - function(wanted).flatten(1)
+
+    def back(cotangents: Tensor) -> Tensor:
+        pulled = [torch.autograd.grad(features, leaf, c.to(features), retain_graph=True)[0] for c in cotangents]
+        return torch.stack(pulled)
+
+    return Residual(error, values, back)
+
+
+def _along(weight: float, error: Tensor, states: Tensor, trajectory: Trajectory, targets: Tensor) -> Residual:
+    """x_N - teacher(1), and sqrt(weight) (x_i - teacher(u_i)) for the inner states; the u_i move with the table."""
+    shape = [1, -1, *[1] * (states.ndim - 2)]
+    scale = torch.tensor([weight**0.5] * (states.shape[1] - 1) + [1.0]).reshape(shape).to(states)
+    wanted = torch.cat([trajectory.at(targets[:-1]), trajectory.last[:, None]], 1)
+    inner = targets[:-1].detach()
+
+    def back(cotangents: Tensor) -> Tensor:
+        return cotangents.reshape(len(cotangents), *states.shape) * scale
+
+    def moves(cotangents: Tensor, trajectory: Trajectory) -> Tensor:
+        speed = trajectory.velocity(inner).flatten(2)
+        return -(back(cotangents)[:, :, :-1].flatten(3) * speed).sum(3).double().cpu()
+
+    return Residual(error, ((states - wanted) * scale).flatten(1), back, moves)

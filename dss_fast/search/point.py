@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from ..schedule import Schedule
 from ..solver import Solver
+from .gauss_newton import Quadratic
 from .space import Space
 
 DAMPING = 1e-2  # of Levenberg-Marquardt at the start, relative to J'J's diagonal
+LEAST_DAMPING, MOST_DAMPING = 1e-7, 1e6
+MOST_TRIES = 4  # in a row that do not improve
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Point:
-    """Where the search for one N stands; everything a resumed one needs.
+    """Where the search for one N stands; everything a resumed one needs. A value: each method gives the next one.
 
-    theta: accepted; candidate: to be tried next. matrix, gradient, values, scale: J'J, gradient, |r|^2 of the
-    samples and robust scale there. best: theta with the smallest held-out loss.
+    theta: accepted; candidate: to be tried next. loss: the quadratic there. values, scale: |r|^2 of its samples and
+    the robust scale. predicted: what the candidate should gain. round, tries: accepted ones, and refused ones since.
+    small: rounds in a row whose gain was below the tolerance. best: theta with the smallest held-out loss.
+    share: evaluations it may spend. spent: those it has.
     """
 
     space: Space
     candidate: Tensor
     share: float
     theta: Tensor | None = None
-    matrix: Tensor | None = None
-    gradient: Tensor | None = None
+    loss: Quadratic | None = None
     values: Tensor | None = None
-    mass: float = 0.0
     scale: float = 0.0
     damping: float = DAMPING
     predicted: float = 0.0
@@ -37,40 +41,47 @@ class Point:
     tries: int = 0
     best: Tensor | None = None
     best_loss: float = math.inf
-    best_error: float = math.inf
     held_out_scale: float = 0.0
     small: int = 0
     spent: int = 0
     finished: bool = False
-    _solver: Solver | None = field(default=None, repr=False)
 
-    def solver(self) -> Solver:
-        if self._solver is None:
-            self._solver = self.space.solver(self.best)
-        return self._solver
+    def solver(self) -> Solver | None:
+        """The best table so far."""
+        return None if self.best is None else self.space.solver(self.best)
 
-    def save(self) -> dict:
-        saved = {k: v for k, v in vars(self).items() if k not in ("space", "_solver")}
+    def stepped(self) -> Point:
+        """With the damped step from theta as the next candidate."""
+        assert self.loss is not None and self.theta is not None
+        candidate = self.space.move(self.theta, self.loss.step(self.damping))
+        return replace(self, candidate=candidate, predicted=self.loss.gain(candidate - self.theta))
+
+    def rejected(self) -> Point:
+        """The candidate was no better: a shorter step, or the end."""
+        shorter = replace(self, damping=min(6 * self.damping, MOST_DAMPING), tries=self.tries + 1)
+        return replace(shorter, finished=shorter.tries > MOST_TRIES).stepped()
+
+    def damped_less(self) -> Point:
+        """The candidate kept what the quadratic promised: a longer step next."""
+        return replace(self, damping=max(self.damping / 4, LEAST_DAMPING))
+
+    def checked(self, theta: Tensor, loss: float, scale: float) -> Point:
+        """After a look at the held-out loss of theta: the best if it is the smallest."""
+        found = replace(self, held_out_scale=scale)
+        return replace(found, best=theta.clone(), best_loss=loss) if loss < self.best_loss else found
+
+    def save(self) -> dict[str, Any]:
+        """As nested data for a checkpoint; infinities as None."""
+        saved = {f.name: getattr(self, f.name) for f in fields(self)}
         saved = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in saved.items()}
-        return {**saved, "space": [self.space.kind, self.space.family, list(self.space.timesteps)]}
+        loss = None if self.loss is None else asdict(self.loss)
+        return {**saved, "loss": loss, "space": [self.space.kind, list(self.space.timesteps)]}
 
     @classmethod
-    def load(cls, saved: dict) -> Point:
-        kind, family, timesteps = saved["space"]
-        values = {k: math.inf if v is None and k.startswith("best_") else v for k, v in saved.items()}
-        return cls(**{**values, "space": Space(kind, family, tuple(timesteps))})
-
-    def keep(self, theta: Tensor, loss: float, error: float) -> None:
-        """Makes theta the best if its held-out loss is the smallest."""
-        if loss < self.best_loss:
-            self.best, self.best_loss, self.best_error, self._solver = theta.clone(), loss, error, None
-
-    def step(self) -> None:
-        """The Levenberg-Marquardt step from theta, damping scaled by J'J's diagonal."""
-        scale = self.matrix.diagonal().clamp_min(1e-12 * float(self.matrix.diagonal().max())).sqrt()
-        system = self.matrix / scale[:, None] / scale
-        system = system + self.damping * torch.eye(len(scale), dtype=torch.float64)
-        step = -torch.linalg.solve(system, self.gradient / scale) / scale
-        self.candidate = self.space.move(self.theta, step)
-        moved = self.candidate - self.theta
-        self.predicted = -float(self.gradient @ moved + 0.5 * moved @ self.matrix @ moved)
+    def load(cls, saved: dict[str, Any], schedule: Schedule) -> Point:
+        """What :meth:`save` wrote."""
+        kind, timesteps = saved["space"]
+        loss = None if saved["loss"] is None else Quadratic(**saved["loss"])
+        best_loss = math.inf if saved["best_loss"] is None else saved["best_loss"]
+        space = Space(kind, schedule, tuple(timesteps))
+        return cls(**{**saved, "loss": loss, "best_loss": best_loss, "space": space})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..schedule import Schedule, step_weights
+from ..schedule import Schedule
 from ..solver import Solver
+from ..table import Guidance, StepTable
 
 SPACES = {
     "plain": (),
@@ -34,14 +36,14 @@ class Space:
     solver's timesteps add nothing to what a table can do (its increments multiply free rows). In a flow they
     then stay where they were. In VP they move all the same: a_i and b_i bend with them, and the search gets
     further along a path that bends alike (N = 10 on MNIST: RMSE .0130 instead of .0158).
-    timesteps: (N + 1,) those that stay.
+    schedule: the target's. timesteps: (N + 1,) those that stay.
     """
 
     kind: str
-    family: str
+    schedule: Schedule
     timesteps: tuple[float, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in SPACES:
             raise ValueError(f"space={self.kind!r}: choose {', '.join(SPACES)}")
 
@@ -55,7 +57,7 @@ class Space:
 
     @property
     def moves_timesteps(self) -> bool:
-        return self.family == "vp" or not {"rows", "times"} <= set(SPACES[self.kind])
+        return self.schedule.family == "vp" or not {"rows", "times"} <= set(SPACES[self.kind])
 
     def sizes(self) -> list[int]:
         """How many numbers each part of theta has."""
@@ -64,23 +66,32 @@ class Space:
         return [n if self.moves_timesteps else 0, triangle, n * ("noise" in free), n * ("times" in free)]
 
     def theta(self, solver: Solver) -> Tensor:
-        """The numbers behind a solver's table; what the space does not have is left out."""
+        """The numbers behind a solver's table. Raises ValueError for a table that holds what the space has not."""
         table, n = solver.tensors(), self.num_steps
         raws, _, noise, times = self.sizes()
+        for missing, word in (
+            (solver.free_rows and not self.free_rows, "free rows"),
+            (solver.noise_coeffs is not None and not noise, "weights on the noise"),
+            (solver.network_timesteps is not None and not times, "network times of its own"),
+        ):
+            if missing:
+                raise ValueError(f"{solver.label} has {word}, which space {self.kind!r} has not; take space='full'")
         zero = torch.zeros(n, dtype=torch.float64)
-        own = table["timesteps"][:-1]
+        timesteps, coeffs = table["timesteps"], table["coeffs"]
+        assert timesteps is not None and coeffs is not None
+        own = timesteps[:-1]
         called = own if table["network_timesteps"] is None else table["network_timesteps"]
-        rows = table["coeffs"][self._places()]
+        weights = zero if table["noise_coeffs"] is None else table["noise_coeffs"]
         parts = [
-            (table["timesteps"].diff() * n).log() if raws else zero[:0],
-            rows,
-            (zero if table["noise_coeffs"] is None else table["noise_coeffs"]) if noise else zero[:0],
+            (timesteps.diff() * n).log() if raws else zero[:0],
+            coeffs[self._places()],
+            weights if noise else zero[:0],
             (called - own if raws else called) if times else zero[:0],
         ]
         return torch.cat(parts)
 
-    def table(self, theta: Tensor) -> dict[str, Tensor | None]:
-        """timesteps, coeffs, noise_coeffs, network_timesteps: arguments of ``step_weights``, differentiable."""
+    def numbers(self, theta: Tensor) -> dict[str, Any]:
+        """timesteps, coeffs, noise_coeffs, network_timesteps: what ``StepTable.build`` takes, differentiable."""
         n = self.num_steps
         raws, triangle, noise, times = theta.split(self.sizes())
         u, own = self._timesteps(raws)
@@ -94,35 +105,36 @@ class Space:
             "network_timesteps": (own + times).clamp(0, 1) if len(times) else None,
         }
 
-    def solver(self, theta: Tensor, **fields) -> Solver:
+    def table(self, theta: Tensor, guidance: Guidance = 1.0) -> StepTable:
+        """The table that steps read, float64, differentiable."""
+        return StepTable.build(self.schedule, **self.numbers(theta), guidance=guidance)
+
+    def solver(self, theta: Tensor) -> Solver:
         """The table as a Solver."""
-        table = {k: None if v is None else v.tolist() for k, v in self.table(theta).items()}
-        return Solver(family=self.family, free_rows=self.free_rows, **table, **fields)
+        numbers = {k: None if v is None else v.tolist() for k, v in self.numbers(theta).items()}
+        return Solver(schedule=self.schedule, free_rows=self.free_rows, **numbers)
 
     def targets(self, theta: Tensor) -> Tensor:
         """(N,) the u whose teacher state x_1..x_N should meet: where the network sees it, and 1."""
-        table = self.table(theta)
-        seen = table["network_timesteps"]
-        seen = table["timesteps"][:-1] if seen is None else seen
+        numbers = self.numbers(theta)
+        seen = numbers["network_timesteps"]
+        seen = numbers["timesteps"][:-1] if seen is None else seen
         return torch.cat([seen[1:], theta.new_ones(1)])
 
-    def jacobian(self, theta: Tensor, schedule: Schedule) -> Tensor:
+    def jacobian(self, theta: Tensor) -> Tensor:
         """(N (4 + K) + N + N, P): d(weights, times, targets)/d theta, each flattened."""
 
         def flat(theta: Tensor) -> Tensor:
-            weights, times = step_weights(schedule, **self.table(theta))
-            return torch.cat([weights.flatten(), times, self.targets(theta)])
+            table = self.table(theta)
+            return torch.cat([table.weights.flatten(), table.times, self.targets(theta)])
 
         return torch.autograd.functional.jacobian(flat, theta)
 
     def move(self, theta: Tensor, step: Tensor) -> Tensor:
         """theta + step, the step shortened to what is trusted, times kept in [0, 1]."""
         raws, _, _, times = step.split(self.sizes())
-        longest = max(
-            [1.0]
-            + [float(raws.abs().max()) / MAX_LOG_INCREMENT for _ in range(len(raws) > 0)]
-            + [float(times.abs().max()) / MAX_TIME for _ in range(len(times) > 0)]
-        )
+        farthest = [float(part.abs().max()) if len(part) else 0.0 for part in (raws, times)]
+        longest = max(1.0, farthest[0] / MAX_LOG_INCREMENT, farthest[1] / MAX_TIME)
         raws, triangle, noise, times = (theta + step / longest).split(self.sizes())
         if len(times):
             _, own = self._timesteps(raws)
@@ -140,14 +152,3 @@ class Space:
     def _places(self) -> tuple[Tensor, Tensor]:
         rows, columns = torch.tril_indices(self.num_steps, self.num_steps, 0 if self.free_rows else -1)
         return rows, columns
-
-
-def respaced(timesteps: Tensor, num_steps: int) -> Tensor:
-    """The spacing of one table carried over to another number of steps: linear in the step's fraction. float64."""
-    old = torch.linspace(0, 1, len(timesteps), dtype=torch.float64)
-    new = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
-    k = torch.searchsorted(old, new, right=True).sub(1).clamp(0, len(old) - 2)
-    fraction = (new - old[k]) / (old[k + 1] - old[k])
-    u = timesteps[k] + fraction * (timesteps[k + 1] - timesteps[k])
-    u[0], u[-1] = 0, 1
-    return u

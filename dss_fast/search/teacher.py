@@ -1,7 +1,7 @@
 """The fine trajectory a search imitates: high order, dense output, kept on disk.
 
-With z = x and tau = -sigma for a flow, z = x / sigma and tau = alpha / sigma for VP, the sampling ODE is
-dz/dtau = y, y being what a history stores (velocity, x0). The grid is uniform in a variable s in which
+With scale and tau the schedule's clock and z = x / scale, the sampling ODE is dz/dtau = y, y being what a history
+stores (velocity, x0). The grid is uniform in a variable s in which
 trajectories are smooth. Between grid points y is a polynomial in s whose weights are integrated over tau:
 Adams-Bashforth of order 3 predicts, the model is called once there, and Adams-Moulton of order 4 with that
 call corrects, both of lower order in the first steps, where y hardly moves: measured order 4 overall. With a
@@ -20,16 +20,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .problem import Batch, Problem
-from .schedule import Schedule, transition
-from .teacher_store import Store
+from ..schedule import Schedule, inverse
+from ..target import Samples
+from .draws import Draws
+from .ledger import Ledger
+from .store import Store
 
 EVALUATIONS = 64
-LOG_SHARE, SOFTENING = 0.5, 0.02  # of the grid variable s, see Grid
+LOG_SHARE, SOFTENING = 0.5, 0.02  # of the grid variable s, see DenseGrid
 
 
 @dataclass(frozen=True, eq=False)
-class Grid:
+class DenseGrid:
     """M + 1 points u where a dense trajectory is known, uniform in s,
 
         s(u) = (1 - share) * u / end + share * (L(u) - L(0)) / (L(end) - L(0))
@@ -39,6 +41,7 @@ class Grid:
     where the network's time stops (0.998 for VP's t = 0.999 - u with t >= 0.001, 1 for a flow).
 
     jump: whether a last step from there to u = 1 remains (a discrete table's, to clean data).
+    open: whether the network is called at ``end``: a flow's may be undefined at sigma = 0.
 
     points: (M + 1,) u. slope: (M + 1, 2), dx/ds = slope_0 x + slope_1 y. predict, correct: (M, 4) weights on
     the four newest y, oldest first, of the two Adams formulas; ratio: (M,) the factor of x.
@@ -54,13 +57,15 @@ class Grid:
     correct: Tensor = field(init=False, repr=False)
     ratio: Tensor = field(init=False, repr=False)
     jump: bool = field(init=False)
+    open: bool = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         set_ = lambda key, value: object.__setattr__(self, key, value)  # noqa: E731
         schedule, m = self.schedule, self.intervals
         set_("end", _last_moving_u(schedule))
         _, (end, final) = schedule.alpha_sigma(torch.tensor([self.end, 1.0], dtype=torch.float64))
         set_("jump", self.end < 1 and bool((end - final).abs() > 1e-9))
+        set_("open", bool(end > 0))
         s = torch.linspace(0, 1, m + 1, dtype=torch.float64)
         u = self.inverse(s)
         set_("points", u)
@@ -68,8 +73,8 @@ class Grid:
         # Integration by parts leaves values of tau only: int l tau' = [l tau] - int l' tau.
         nodes, node_weights = _gauss_legendre(8)
         inner = s[:-1, None] + nodes / m
-        tau, tau_inner = self.tau(u), self.tau(self.inverse(inner.flatten())).reshape(inner.shape)
-        _, sigma = schedule.alpha_sigma(u)
+        (scale, tau), (_, tau_inner) = schedule.clock(u), schedule.clock(self.inverse(inner.flatten()))
+        tau_inner = tau_inner.reshape(inner.shape)
         for name, first, highest in (("predict", -3, 3), ("correct", -2, 4)):
             rows = torch.zeros(m, 4, dtype=torch.float64)
             for order in range(1, highest + 1):
@@ -80,13 +85,8 @@ class Grid:
                 known = max(0, order - first - 4)  # from this row on there are so many y
                 rows[known:] = 0
                 rows[known:, 4 - order :] = (at_end - at_start - between)[known:]
-            set_(name, rows if schedule.family == "flow" else rows * sigma[1:, None])
-        set_("ratio", transition(schedule, u)[0])
-
-    def tau(self, u: Tensor) -> Tensor:
-        """The ODE's own clock at u."""
-        alpha, sigma = self.schedule.alpha_sigma(u)
-        return -sigma if self.schedule.family == "flow" else alpha / sigma
+            set_(name, rows * scale[1:, None])
+        set_("ratio", schedule.transition(u)[0])
 
     def s(self, u: Tensor) -> Tensor:
         """The grid variable at u, 0 to 1; differentiable."""
@@ -95,13 +95,8 @@ class Grid:
         return (1 - self.share) * linear + self.share * log
 
     def inverse(self, s: Tensor) -> Tensor:
-        """u at s, by bisection to float64's last bits."""
-        low, high = torch.zeros_like(s), torch.full_like(s, self.end)
-        for _ in range(55):
-            middle = (low + high) / 2
-            below = self.s(middle) < s
-            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        u = (low + high) / 2
+        """u at s."""
+        u = inverse(self.s, s, 0.0, self.end)
         return torch.where(s <= 0, 0.0, torch.where(s >= 1, self.end, u))
 
     def _log_snr(self, u: Tensor) -> Tensor:
@@ -114,20 +109,19 @@ class Grid:
             # Just inside, where the clamp at the end still has a slope.
             u = u.clamp_max(self.end - 1e-9).requires_grad_()
             ds = torch.autograd.grad(self.s(u).sum(), u)[0]
-            dtau = torch.autograd.grad(self.tau(u).sum(), u)[0]
-            if self.schedule.family == "flow":
-                return torch.stack([torch.zeros_like(ds), dtau / ds], -1)
-            sigma = self.schedule.alpha_sigma(u)[1]
-            dsigma = torch.autograd.grad(sigma.sum(), u)[0]
-        sigma = sigma.detach()
-        return torch.stack([dsigma / sigma / ds, sigma * dtau / ds], -1)
+            scale, tau = self.schedule.clock(u)
+            dtau = torch.autograd.grad(tau.sum(), u, retain_graph=True)[0]
+            # A flow's scale is one everywhere.
+            dscale = torch.autograd.grad(scale.sum(), u)[0] if scale.requires_grad else torch.zeros_like(u)
+        scale = scale.detach()
+        return torch.stack([dscale / scale / ds, scale * dtau / ds], -1)
 
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
     """A dense trajectory: states and slopes dx/ds (B, M + 1, *S) on a grid, and last (B, *S), at u = 1."""
 
-    grid: Grid
+    grid: DenseGrid
     states: Tensor
     slopes: Tensor
     last: Tensor
@@ -168,9 +162,9 @@ class Trajectory:
         return x.to(real)
 
 
-def integrate(predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, grid: Grid) -> Trajectory:
+def integrate(predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, grid: DenseGrid) -> Trajectory:
     """The dense trajectory from x (B, *S) at u = 0. predict(x, u) -> y. Calls: see :func:`evaluations`."""
-    m, schedule = grid.intervals, grid.schedule
+    m = grid.intervals
     states = x.new_empty((len(x), m + 1, *x.shape[1:]))
     slopes = torch.empty_like(states)
     history: list[Tensor] = [predict(x, grid.points[0])]
@@ -182,7 +176,7 @@ def integrate(predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, grid: Grid
         states[:, n], slopes[:, n] = x, slope(x, history[n], grid.slope[n])
         base = float(grid.ratio[n]) * x
         x = base + _mixed(grid.predict[n], history[-4:])
-        if n + 1 < m or schedule.family == "vp":
+        if n + 1 < m or grid.open:
             history.append(predict(x, grid.points[n + 1]))
             x = base + _mixed(grid.correct[n], history[-4:])
             history[-5:-4] = [None] * (len(history) > 4)
@@ -193,57 +187,30 @@ def integrate(predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, grid: Grid
         # y is the result itself here: 7e-4 off where the predictor stood.
         history[m] = predict(x, grid.points[m])
     states[:, m], slopes[:, m] = x, slope(x, history[m], grid.slope[m])
-    a, b = transition(schedule, torch.tensor([grid.end, 1.0], dtype=torch.float64))
+    a, b = grid.schedule.transition(torch.tensor([grid.end, 1.0], dtype=torch.float64))
     last = float(a) * x + float(b) * history[m] if grid.jump else x
     return Trajectory(grid, states, slopes, last)
 
 
-def evaluations(grid: Grid) -> int:
-    """Model calls of :func:`integrate` per sample: one a step, one or two more at VP's end."""
-    return grid.intervals + (grid.schedule.family == "vp") + grid.jump
+def evaluations(grid: DenseGrid) -> int:
+    """Model calls of :func:`integrate` per sample: one a step, one or two more at an open end."""
+    return grid.intervals + grid.open + grid.jump
 
 
 @lru_cache(maxsize=16)
-def dense_grid(schedule: Schedule, budget: int = EVALUATIONS) -> Grid:
+def dense_grid(schedule: Schedule, budget: int = EVALUATIONS) -> DenseGrid:
     """The grid whose trajectory takes ``budget`` model calls, at least 16. Raises ValueError below."""
     if budget < 16:
         raise ValueError(f"teacher evaluations={budget!r}: need at least 16 (24 to 64 are usual)")
-    return Grid(schedule, budget - (schedule.family == "vp") - Grid(schedule, 4).jump)
-
-
-def paper_points(schedule: Schedule, num: int = 100) -> Tensor:
-    """The paper's teacher grid: ``num`` Euler steps for a flow (num + 1 points), ``num`` of DDIM for VP.
-
-    VP: t from t_start to 0 in equal parts, the last clamped to t_end, so num - 1 model calls and no final
-    jump to x0 (arXiv 2505.21114, released code).
-    """
-    if schedule.family == "flow":
-        return torch.linspace(0, 1, num + 1, dtype=torch.float64)
-    return torch.linspace(0, getattr(schedule, "t_start", 1.0), num, dtype=torch.float64)
-
-
-@torch.no_grad()
-def paper_trajectory(
-    predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, schedule: Schedule, num: int = 100
-) -> Tensor:
-    """The states of the paper's teacher, (B, L + 1, *S): L = 100 first-order steps for a flow, 99 for VP."""
-    points = paper_points(schedule, num)
-    a, b = transition(schedule, points)
-    states = [x]
-    for i in range(len(points) - 1):
-        y = predict(x, points[i])
-        x = float(a[i]) * x + float(b[i]) * y
-        states.append(x)
-    return torch.stack(states, 1)
+    return DenseGrid(schedule, budget - evaluations(DenseGrid(schedule, 4)) + 4)
 
 
 class Teacher:
     """The dense trajectories of a set of samples, batch by batch, made once and kept.
 
-    problem: the model and its samples. stream, count, batch_size: batches 0.. of that stream, count samples
+    draws: the model and its samples. ledger: what is spent. stream, count, batch_size: batches 0.. of that stream, count samples
         in all. budget: model calls per sample, 48 to 64. cache: a folder that outlives the process; None
-        keeps them in memory up to ``memory`` bytes and in a temporary folder beyond. key: names the model in
-        the cache, instead of a hash of its parameters.
+        keeps them in memory up to ``memory`` bytes and in a temporary folder beyond.
 
     ``for batch, trajectory in teacher: ...`` streams them; ``teacher[k]`` is one pair. Trajectories are
     counted as model evaluations when first asked for, found in the cache or not, so that the count does
@@ -252,7 +219,8 @@ class Teacher:
 
     def __init__(
         self,
-        problem: Problem,
+        draws: Draws,
+        ledger: Ledger,
         stream: str,
         count: int,
         batch_size: int,
@@ -260,14 +228,14 @@ class Teacher:
         budget: int = EVALUATIONS,
         cache: str | Path | None = None,
         memory: int = 2 << 30,
-        key: str | None = None,
-    ):
+    ) -> None:
         if count < 1 or batch_size < 1:
             raise ValueError(f"count={count!r}, batch_size={batch_size!r}: need at least 1 of each")
-        self.problem, self.stream = problem, stream
-        self.grid = dense_grid(problem.schedule, budget)
+        assert draws.target.schedule is not None
+        self.draws, self.ledger, self.stream = draws, ledger, stream
+        self.grid = dense_grid(draws.target.schedule, budget)
         self.sizes = [min(batch_size, count - k) for k in range(0, count, batch_size)]
-        if len(self.sizes) > 1 and self.sizes[-1] < problem.world:
+        if len(self.sizes) > 1 and self.sizes[-1] < draws.world:
             self.sizes.pop()
         settings = {
             "kind": "dense",
@@ -277,28 +245,26 @@ class Teacher:
             "budget": budget,
             "grid": ["ab3 am4", LOG_SHARE, SOFTENING],
         }
-        self.store = Store(problem, settings, cache=cache, memory=memory, key=key)
+        self.store = Store(draws, settings, cache=cache, memory=memory)
 
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def __iter__(self) -> Iterator[tuple[Batch, Trajectory]]:
+    def __iter__(self) -> Iterator[tuple[Samples, Trajectory]]:
         return (self[k] for k in range(len(self)))
 
     @torch.no_grad()
-    def __getitem__(self, k: int) -> tuple[Batch, Trajectory]:
+    def __getitem__(self, k: int) -> tuple[Samples, Trajectory]:
         if not 0 <= k < len(self):
             raise IndexError(f"batch {k} of {len(self)}")
-        batch = self.problem.batch(self.stream, k, self.sizes[k])
-
-        def build() -> dict[str, Tensor]:
-            made = integrate(self.problem.predictor(batch), batch.noise, self.grid)
-            return {"states": made.states, "slopes": made.slopes, "last": made.last}
-
-        tensors = self.store.get(k, batch, build)
+        batch = self.draws.batch(self.stream, k, self.sizes[k])
+        tensors = self.store.find(k, batch)
+        if tensors is None:
+            made = integrate(batch.predictor(), batch.noise, self.grid)
+            tensors = self.store.keep(k, batch, {"states": made.states, "slopes": made.slopes, "last": made.last})
         spent = self.sizes[k] * evaluations(self.grid)
-        self.problem.spend_once(f"teacher {self.stream} {self.sizes[k]} {k}", spent)
-        tensors = {name: value.to(self.problem.device) for name, value in tensors.items()}
+        self.ledger.spend_once(f"teacher {self.stream} {self.sizes[k]} {k}", spent)
+        tensors = {name: value.to(self.draws.device) for name, value in tensors.items()}
         return batch, Trajectory(self.grid, **tensors)
 
     def cost(self) -> int:
@@ -312,11 +278,8 @@ def _last_moving_u(schedule: Schedule) -> float:
     final = at(1.0)
     if at(1 - 1e-7) != final:
         return 1.0
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if at(middle) == final else (middle, high)
-    return high
+    arrived = lambda u: (schedule.time(u) == final).double()  # noqa: E731
+    return float(inverse(arrived, torch.tensor([0.5], dtype=torch.float64)))
 
 
 def _mixed(row: Tensor, history: list[Tensor]) -> Tensor:

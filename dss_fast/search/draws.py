@@ -1,0 +1,113 @@
+"""Draws: the noise and conditions of a search, settled by its seed, and the processes that share them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..files import tensor_bytes
+from ..schedule import Flow
+from ..target import Samples, Target
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Batches of a target's samples, the same for any number of processes.
+
+    seed: with a stream's name and a batch's number it settles that batch, whatever ran before.
+    rank, world: this process and how many share the work.
+    """
+
+    target: Target
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def of(cls, target: Target, seed: int = 0) -> Draws:
+        """For the processes there are; a target without a schedule gets the paper's flow."""
+        target = target if target.schedule is not None else replace(target, schedule=Flow())
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return cls(target, seed, torch.distributed.get_rank(), torch.distributed.get_world_size())
+        return cls(target, seed)
+
+    @property
+    def alone(self) -> Draws:
+        """The same for one process that takes whole batches."""
+        return replace(self, rank=0, world=1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where samples live."""
+        return self.target.home or torch.device("cpu")
+
+    def batch(self, stream: str, number: int, size: int) -> Samples:
+        """Batch ``number`` of a stream (``"train"``, ``"held_out"``): this process's rows of ``size`` samples."""
+        if size < self.world:
+            raise ValueError(f"a batch of {size} samples cannot be shared by {self.world} processes")
+        generator = torch.Generator().manual_seed(mix(self.seed, stream, number))
+        return self.target.draw(size, generator, self.rank, self.world)
+
+    def mine(self, start: int, size: int) -> slice:
+        """Where this process's rows of a batch of ``size`` stand in a vector over samples that has it at ``start``."""
+        return slice(start + self.rank, start + size, self.world)
+
+    def all_reduce(self, *tensors: Tensor) -> None:
+        """Sums each tensor over all processes, in place, in float64 and in one message."""
+        if self.world > 1:
+            together = torch.cat([tensor.reshape(-1).to(self.device, torch.float64) for tensor in tensors])
+            torch.distributed.all_reduce(together)
+            for tensor, part in zip(tensors, together.split([t.numel() for t in tensors]), strict=True):
+                tensor.copy_(part.reshape(tensor.shape))
+
+    def parameters_hash(self) -> str:
+        """A hash of the model's parameters and buffers, without a call of the model."""
+        digest = hashlib.blake2b(digest_size=16)
+        if isinstance(self.target.model, nn.Module):
+            for name, value in sorted(self.target.model.state_dict().items()):
+                if isinstance(value, Tensor):
+                    digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                    digest.update(tensor_bytes(value))
+        return digest.hexdigest()
+
+    def outputs_hash(self) -> str:
+        """A hash of what the model returns for two fixed samples at two times; 4 evaluations."""
+        digest = hashlib.blake2b(digest_size=16)
+        batch = replace(self.alone, seed=0).batch("probe", 0, 2)
+        predict = batch.predictor()
+        with torch.no_grad():
+            for u in (0.25, 0.75):
+                digest.update(tensor_bytes(predict(batch.noise, torch.tensor(u, dtype=torch.float64))))
+        for key, value in {**batch.cond, **(self.target.uncond or {})}.items():
+            digest.update(key.encode())
+            plain = isinstance(value, str | int | float | bool | list | tuple | None)
+            text = repr(value) if plain else type(value).__name__  # a repr may hold an address
+            digest.update(tensor_bytes(value) if isinstance(value, Tensor) else text.encode())
+        return digest.hexdigest()
+
+
+def mix(*parts: int | str) -> int:
+    """A 32-bit seed from numbers and names (torch's CPU generator uses no more bits)."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest())
+
+
+def join_processes() -> bool:
+    """Joins the process group that torchrun describes in the environment; whether there was one to join.
+
+    Each process takes the GPU of its local rank. PyTorch chooses the backend by the tensors: gloo and NCCL.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or torch.distributed.is_initialized():
+        return False
+    take_local_device()
+    torch.distributed.init_process_group()
+    return True
+
+
+def take_local_device() -> None:
+    """Makes the GPU of this process's local rank the current one, before any model is built there."""
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
