@@ -1,7 +1,7 @@
 """Names of solvers: the only place that reads ``"sit-xl-2-256/10"``, ``"dpmpp_2m/8@karras"`` or the path of a file.
 
-    solver  = name["/" N]["@" spacing]  |  path ending in ".json"
-    name    = a published table  |  a hand-made method (which alone takes a spacing)
+solver  = name["/" N]["@" spacing]  |  path ending in ".json"
+name    = a published table  |  a hand-made method (which alone takes a spacing)
 """
 
 from __future__ import annotations

@@ -196,7 +196,9 @@ def _on_cpu(generator: torch.Generator | None) -> torch.Generator:
 def _scale(target: Target, given: Guidance | None, rows: int, num_steps: int) -> float | Tensor:
     """The guidance scale as a step table takes it; 1 where every entry is. Raises ValueError without a branch for it."""
     if given is None and isinstance(target.guidance_scale, tuple):
-        raise ValueError(f"the target's guidance_scale is a range, {target.guidance_scale}; give the one to sample with")
+        raise ValueError(
+            f"the target's guidance_scale is a range, {target.guidance_scale}; give the one to sample with"
+        )
     scale = guidance_table(target.guidance_scale if given is None else given, rows, num_steps)
     if isinstance(scale, Tensor) and scale.device.type == "cpu" and bool((scale == 1).all()):
         scale = 1.0

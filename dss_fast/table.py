@@ -1,8 +1,8 @@
 """StepTable: the numbers that the steps of a run read, on one device, made in one place.
 
-    m_i     = m_uncond + guidance_i * (m_cond - m_uncond)
-    y_i     = p_i * x_i + q_i * m_i
-    x_{i+1} = a_i * x_i + sum_{j<=i} w_ij * y_j [+ w_iN * x_init]                 w_ij = b_i * c_ij
+m_i     = m_uncond + guidance_i * (m_cond - m_uncond)
+y_i     = p_i * x_i + q_i * m_i
+x_{i+1} = a_i * x_i + sum_{j<=i} w_ij * y_j [+ w_iN * x_init]                 w_ij = b_i * c_ij
 """
 
 from __future__ import annotations

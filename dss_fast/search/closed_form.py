@@ -173,9 +173,7 @@ class Spacings:
             self.best = found
 
 
-def starts(
-    schedule: Schedule, num_steps: int, done: dict[int, Solver], trials: int
-) -> Spacings:
+def starts(schedule: Schedule, num_steps: int, done: dict[int, Solver], trials: int) -> Spacings:
     """The family of spacings, or, when one N is already done, that of its nearest neighbour first."""
     names = [(name, spacing(name, num_steps, schedule)) for name in FAMILY[schedule.family]]
     if not done:

@@ -160,9 +160,7 @@ class Lion:
         loss = difference.square().sum() / share
         if self.huber_weight:
             end = difference[:, -1]
-            huber = torch.nn.functional.huber_loss(
-                end, torch.zeros_like(end), reduction="sum", delta=self.huber_delta
-            )
+            huber = torch.nn.functional.huber_loss(end, torch.zeros_like(end), reduction="sum", delta=self.huber_delta)
             loss = loss + self.huber_weight * huber / share
         return loss
 

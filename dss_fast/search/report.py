@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..handmade import handmade
+from ..files import write_text
+from ..methods import handmade
 from ..plots import draw_coefficients, draw_timesteps, plot_samples, pyplot, write_figure
-from ..problem import Batch, Problem
 from ..sampling import sample
-from ..solver import Solver, write_atomically
-from ..teacher import dense_grid, evaluations, integrate
+from ..solver import Solver
+from ..target import Samples
+from .draws import Draws
+from .runs import SearchResult
+from .teacher import dense_grid, evaluations, integrate
 
 SAMPLES = 16  # a batch of its own, drawn for the pictures only
 
 
-def overview(result, path: str | os.PathLike) -> None:
+def overview(result: SearchResult, path: str | os.PathLike[str]) -> None:
     """One picture: error over evaluations, then coefficients and timesteps of each solver."""
     count = len(result.solvers)
     figure, axes = pyplot().subplots(1 + count, 2, figsize=(11, 3.2 * (1 + count)), squeeze=False, layout="constrained")
@@ -41,17 +44,14 @@ def overview(result, path: str | os.PathLike) -> None:
     write_figure(figure, path)
 
 
-def write_report(result, problem: Problem, config: dict, *, decode: Callable | None = None) -> Path:
-    """report.md in the run folder, with overview.png, stages.png and, given decode, samples-N.png.
+def write_report(result: SearchResult, draws: Draws, config: dict[str, Any]) -> Path:
+    """report.md in the run folder, with overview.png, stages.png and, where the target decodes, samples-N.png.
 
     The pictures take SAMPLES trajectories of their own, which the search's evaluations do not include.
     """
-    out = Path(result.out)
-    spent = problem.evaluations
-    try:
-        pictures, errors = _pictures(result, problem, decode, out)
-    finally:
-        problem.evaluations = spent
+    assert result.out is not None
+    out = result.out
+    pictures, errors = _pictures(result, draws, out)
     lines = [f"# Search: {', '.join(f'N = {n}' for n in result.solvers)}, method {config['method']}", ""]
     lines += [
         f"{result.evaluations:,} model evaluations (forward 1, backward 2, guidance once). "
@@ -75,27 +75,22 @@ def write_report(result, problem: Problem, config: dict, *, decode: Callable | N
         "```",
         "",
     ]
-    write_atomically(out / "report.md", "\n".join(lines))
+    write_text(out / "report.md", "\n".join(lines))
     return out / "report.md"
 
 
 @torch.no_grad()
-def _pictures(result, problem: Problem, decode: Callable | None, out: Path) -> tuple[list[Path], dict]:
-    whole = Problem(
-        problem.model, problem.shape, problem.schedule, problem.draw, problem.uncond, problem.guidance_scale,
-        problem.guided_channels, problem.device, problem.dtype, problem.seed,
-    )  # fmt: skip
-    whole.rank, whole.world = 0, 1
-    batch = whole.batch("report", 0, SAMPLES)
-    trajectory = integrate(whole.predictor(batch), batch.noise, dense_grid(problem.schedule))
+def _pictures(result: SearchResult, draws: Draws, out: Path) -> tuple[list[Path], dict[int, tuple[float, float]]]:
+    batch, decode = draws.alone.batch("report", 0, SAMPLES), draws.target.decode
+    trajectory = integrate(batch.predictor(), batch.noise, dense_grid(batch.schedule))
     overview(result, out / "overview.png")
     pictures, errors = [out / "overview.png"], {}
     width = 5 * len(result.solvers)
     figure, axes = pyplot().subplots(1, len(result.solvers), figsize=(width, 3.6), squeeze=False, layout="constrained")
     for axis, (n, solver) in zip(axes[0], result.solvers.items(), strict=True):
         ends = []
-        for label, table in (("before", handmade("euler", n, problem.schedule)), ("after", solver)):
-            states = _run(whole, batch, table)
+        for label, table in (("before", handmade("euler", n, batch.schedule)), ("after", solver)):
+            states = _run(batch, table)
             u = torch.tensor(table.timesteps[1:], dtype=torch.float64)
             error = (states - trajectory.at(u)).square().flatten(2).mean((0, 2)).sqrt()
             axis.plot(u.tolist(), error.tolist(), marker="o", ms=3, label=label)
@@ -114,18 +109,8 @@ def _pictures(result, problem: Problem, decode: Callable | None, out: Path) -> t
     return pictures, errors
 
 
-def _run(problem: Problem, batch: Batch, solver: Solver) -> Tensor:
+def _run(batch: Samples, solver: Solver) -> Tensor:
     """The states x_1..x_N, (B, N, *S)."""
-    scale = problem.guidance_scale if batch.scale is None else batch.scale[:, None]
-    _, states = sample(
-        problem.model,
-        batch.noise,
-        solver,
-        schedule=problem.schedule,
-        cond=batch.cond,
-        uncond=problem.uncond if problem.guided else None,
-        guidance_scale=scale,
-        guided_channels=problem.guided_channels,
-        return_trajectory=True,
-    )
+    target, scale = batch.target, batch.guidance
+    _, states = sample(target, batch.noise, solver, cond=batch.cond, guidance_scale=scale, return_trajectory=True)
     return states[1:].transpose(0, 1)

@@ -5,13 +5,14 @@ of work, which :func:`drive` logs, shows and saves. Its keys:
 
     solvers     {N: Solver}, the best so far
     state       everything the method needs to go on bit for bit: nested dicts and lists of tensors,
-                numbers and strings (keys are strings, tuples come back as lists); None: not yet worth saving
+                numbers and strings (tuples come back as lists); None: not yet worth saving
     done, total units of work, for the progress bar
+    complete    whether the method has nothing left to do, whatever the budget
     stage       a word
     loss        {N: number}, training error; held_out: {N: number}, error on noise never trained on
     others      logged as they are when JSON can hold them
 
-A method asks ``problem.affords(cost)`` before it spends and returns when the budget says no.
+A method asks ``ledger.affords(cost)`` before it spends and returns when the budget says no.
 """
 
 from __future__ import annotations
@@ -20,19 +21,21 @@ import json
 import math
 import os
 import time
-import warnings
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..problem import Problem
-from ..solver import Solver, write_atomically
-from ..teacher_store import read_tensors, save_tensors, sweep
+from ..files import check_writable, read_tensors, sweep, write_json, write_tensors, write_text
+from ..progress import bar as progress_bar
+from ..solver import Solver
+from .draws import Draws
+from .ledger import Ledger
 
-FORMAT = "dss_fast.run/1"
+FORMAT = "dss_fast.run/2"
 CHECKPOINT_SECONDS = 1.0  # a checkpoint is tens of kilobytes and two syncs, about 5 ms
 
 
@@ -41,15 +44,23 @@ class SearchResult:
     """What a search found.
 
     solvers: by number of steps. history: one dict per event, ``evaluations``, ``loss`` and ``held_out``
-    (by N) among its keys. evaluations: of the model, as counted by :class:`Problem`. interrupted: ended by
+    (by N) among its keys. evaluations: of the model, as counted by :class:`Ledger`. interrupted: ended by
     Ctrl-C. out: the run folder.
     """
 
     solvers: dict[int, Solver]
-    history: list[dict] = field(repr=False)
+    history: list[dict[str, Any]] = field(repr=False)
     evaluations: int = 0
     interrupted: bool = False
     out: Path | None = None
+
+    @classmethod
+    def of(
+        cls, checkpoint: dict[str, Any], folder: RunFolder | None, out: str | os.PathLike[str] | None
+    ) -> SearchResult:
+        """What a finished search found, from its checkpoint and log."""
+        history = folder.read_log() if folder else []
+        return cls(checkpoint["solvers"], history, checkpoint["evaluations"], out=None if out is None else Path(out))
 
     @property
     def solver(self) -> Solver:
@@ -73,7 +84,7 @@ class SearchResult:
         found = [(at, value) for at, value in pairs if value is not None]
         return [at for at, _ in found], [value for _, value in found]
 
-    def plot(self, path: str | os.PathLike) -> None:
+    def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws loss curve, coefficients and timesteps of every solver into a picture file."""
         from .report import overview
 
@@ -87,32 +98,42 @@ class RunFolder:
     be resumed, ValueError when the one to resume had other settings; all before any work.
     """
 
-    def __init__(self, path: str | os.PathLike, config: dict, resume: bool):
+    def __init__(self, path: str | os.PathLike[str], config: dict[str, Any], resume: bool):
         self.path = Path(path)
         check_writable(self.path)
         self.config = json.loads(json.dumps(config, allow_nan=False))
-        self._log = None
+        self._log: Any = None
         self._saved: dict[int, Solver] = {}
-        self.checkpoint: dict | None = None
+        self.checkpoint: dict[str, Any] | None = None
+        self._before: dict[str, Any] | None = None
         known = self.path / "config.json"
         if known.exists():
             if not resume:
                 raise FileExistsError(f"{self.path} holds a search; pass resume=True or choose another folder")
-            self._check(json.loads(known.read_text(encoding="utf-8")))
+            self._before = json.loads(known.read_text(encoding="utf-8"))
+            self._check({"outputs"})
             self.checkpoint = self._load()
-        sweep(self.path)
-        write_atomically(known, json.dumps(self.config, indent=1) + "\n")
 
-    def _check(self, found: dict) -> None:
-        mine = self.config
-        for key in sorted((found.keys() | mine.keys()) - {"budget", "versions", "date", "processes"}):
+    def begin(self, config: dict[str, Any]) -> None:
+        """Before the first event: the config in full. Raises ValueError when the model returns other outputs now."""
+        self.config = json.loads(json.dumps(config, allow_nan=False))
+        self._check()
+        sweep(self.path)
+        write_json(self.path / "config.json", self.config)
+
+    def _check(self, unknown: Iterable[str] = ()) -> None:
+        found, mine = self._before, self.config
+        if found is None:
+            return
+        free = {"budget", "versions", "date", "processes", *unknown}
+        for key in sorted((found.keys() | mine.keys()) - free):
             if found.get(key) != mine.get(key):
                 raise ValueError(
                     f"{self.path} cannot be resumed: {key} was {found.get(key)!r}, now {mine.get(key)!r}; "
                     "use the same settings or another folder"
                 )
 
-    def _load(self) -> dict | None:
+    def _load(self) -> dict[str, Any] | None:
         path = self.path / "checkpoint.safetensors"
         if not path.exists():
             return None
@@ -125,21 +146,28 @@ class RunFolder:
         saved["solvers"] = {int(n): Solver.from_dict(data) for n, data in saved["solvers"].items()}
         return saved
 
-    def open_log(self) -> list[dict]:
+    def open_log(self) -> list[dict[str, Any]]:
         """Opens the log to go on after the checkpoint; returns the events before it."""
+        kept = self.read_log()
+        path = self.path / "log.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines()[: len(kept)] if path.exists() else []
+        write_text(path, "".join(line + "\n" for line in lines))
+        self._log = open(path, "a", encoding="utf-8")
+        return kept
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """The events before the checkpoint."""
         path = self.path / "log.jsonl"
         keep = self.checkpoint["events"] if self.checkpoint else 0
         lines = path.read_text(encoding="utf-8").splitlines()[:keep] if path.exists() else []
-        write_atomically(path, "".join(line + "\n" for line in lines))
-        self._log = open(path, "a", encoding="utf-8")
-        return [_with_step_keys(json.loads(line)) for line in lines]
+        return [_whole_keys(json.loads(line)) for line in lines]
 
-    def log(self, event: dict) -> None:
+    def log(self, event: dict[str, Any]) -> None:
         """Appends an event to log.jsonl."""
         self._log.write(json.dumps(event) + "\n")
         self._log.flush()
 
-    def save(self, event: dict, problem: Problem, finished: bool = False) -> None:
+    def save(self, event: dict[str, Any], budget: int | None, finished: bool = False) -> None:
         """Writes the checkpoint: where to go on after ``event``."""
         os.fsync(self._log.fileno())
         tensors: dict[str, Tensor] = {}
@@ -147,14 +175,15 @@ class RunFolder:
             "format": FORMAT,
             "events": event["events"],
             "finished": finished,
-            "budget": problem.budget,
+            "complete": bool(event.get("complete")),
+            "budget": budget,
             "evaluations": event["evaluations"],
             "counted": event["counted"],
             "state": flatten(event.get("state"), tensors),
             "solvers": {str(n): solver.to_dict() for n, solver in event["solvers"].items()},
         }
         tensors = tensors or {"_": torch.zeros(1)}
-        save_tensors(self.path / "checkpoint.safetensors", tensors, {"checkpoint": json.dumps(data)})
+        write_tensors(self.path / "checkpoint.safetensors", tensors, {"checkpoint": json.dumps(data)})
 
     def save_solvers(self, solvers: dict[int, Solver]) -> None:
         """Writes the solvers that changed, each to solver-N.json."""
@@ -173,62 +202,51 @@ class RunFolder:
             self._log.close()
 
 
-def check_writable(folder: Path) -> None:
-    """Makes a folder and writes into it. Raises OSError if either fails."""
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".probe-{os.getpid()}"
-    probe.write_text("")
-    probe.unlink()
-
-
 def drive(
-    method,
-    problem: Problem,
-    steps: tuple[int, ...],
-    settings: dict,
+    events: Iterable[dict[str, Any]],
+    ledger: Ledger,
     *,
+    draws: Draws | None = None,
     folder: RunFolder | None = None,
-    checkpoint: dict | None = None,
-    provenance: dict | None = None,
+    checkpoint: dict[str, Any] | None = None,
+    provenance: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> SearchResult:
-    """Runs a method to its end, its budget or Ctrl-C, and keeps the best solvers whatever happens.
+    """Runs a method's events to their end, the budget's or Ctrl-C, and keeps the best solvers whatever happens.
 
-    folder: rank 0's. checkpoint: where to go on, on every rank.
+    folder: rank 0's. checkpoint: where the events go on, on every rank.
 
     Whatever else the method raises comes through with what was kept as a note and as ``error.result``.
     """
+    rank = 0 if draws is None else draws.rank
     history = folder.open_log() if folder else []
     result = SearchResult({}, history, out=folder.path if folder else None)
-    state = None
     if checkpoint:
-        state, result.solvers = checkpoint["state"], checkpoint["solvers"]
-        problem.evaluations = result.evaluations = checkpoint["evaluations"]
-        problem.counted = set(checkpoint["counted"])
-        if checkpoint["finished"] and checkpoint["budget"] == problem.budget:
-            if folder:
-                folder.close()
-            return result
-    bar, shown = _bar(progress and problem.rank == 0), {}
-    resumable, saved_at, unsaved = None, time.monotonic(), False
+        result.solvers, result.evaluations = checkpoint["solvers"], checkpoint["evaluations"]
+        ledger.restore(checkpoint["evaluations"], checkpoint["counted"])
+    # No bar for a search that fails at once.
+    bar = progress_bar(progress and rank == 0, unit="step", dynamic_ncols=True, smoothing=0.1, delay=0.1)
+    shown: dict[str, str] = {}
+    resumable: dict[str, Any] | None = None
+    saved_at, unsaved = time.monotonic(), False
 
     def keep(finished: bool = False) -> None:
         if folder and resumable is not None:
-            folder.save(resumable, problem, finished)
+            folder.save(resumable, ledger.budget, finished)
         if folder:
             folder.save_solvers(result.solvers)
 
     try:
         with bar:
-            for event in method(problem, steps, state=state, **settings):
-                event = {**event, "evaluations": problem.evaluations, "events": len(history) + 1}
-                event["counted"] = sorted(problem.counted)
+            for event in events:
+                event = {**event, "evaluations": ledger.evaluations, "events": len(history) + 1}
+                event["counted"] = sorted(ledger.counted)
                 event["solvers"] = _signed(event["solvers"], event, provenance, result.solvers)
-                result.solvers, result.evaluations, unsaved = event["solvers"], problem.evaluations, True
+                result.solvers, result.evaluations, unsaved = event["solvers"], ledger.evaluations, True
                 line = _loggable(event)
                 if folder:
                     folder.log(line)
-                history.append(_with_step_keys(line))
+                history.append(_whole_keys(json.loads(json.dumps(line))))
                 # After its line: Ctrl-C in between leaves a line too many, which resuming cuts off.
                 resumable = event if event.get("state") is not None else resumable
                 _show(bar, event, shown)
@@ -242,7 +260,7 @@ def drive(
         result.interrupted = True
         if unsaved:
             keep()
-        if problem.rank == 0:
+        if rank == 0:
             where = f", saved in {folder.path}; resume=True continues" if folder else ""
             print(f"interrupted after {result.evaluations} evaluations: best solver so far kept{where}")
     except Exception as error:
@@ -250,7 +268,7 @@ def drive(
             keep()
             kept = ", ".join(s.name for s in result.solvers.values())
             error.add_note(f"the best so far ({kept}) is in error.result" + (f" and {folder.path}" if folder else ""))
-            error.result = result
+            error.result = result  # type: ignore[attr-defined]
         elif folder and not history:
             folder.forget()
         raise
@@ -260,27 +278,32 @@ def drive(
     return result
 
 
-def _signed(solvers: dict[int, Solver], event: dict, provenance: dict | None, before: dict[int, Solver]) -> dict:
+def _signed(
+    solvers: dict[int, Solver],
+    event: dict[str, Any],
+    provenance: dict[str, Any] | None,
+    before: dict[int, Solver],
+) -> dict[int, Solver]:
     """The solvers with name, source and provenance; those that did not change stay the same objects."""
     signed = {}
     for n, solver in solvers.items():
         if before.get(n) == solver:
             signed[n] = before[n]
             continue
-        extra = {**(provenance or {}), "evaluations": event["evaluations"]}
+        known = dict(provenance or {})
+        name, method = known.pop("name", "searched"), known.get("method", "?")
+        known["evaluations"] = event["evaluations"]
         held_out = (event.get("held_out") or {}).get(n)
         if held_out is not None:
-            extra["held_out"] = held_out
-        fields = {**solver.to_dict(), "provenance": {**solver.provenance, **extra}}
-        fields["name"] = solver.name or f"{extra.pop('name', 'searched')}/{n}"
-        fields["source"] = solver.source or f"dss_fast.search, method {extra.get('method', '?')}"
-        signed[n] = Solver.from_dict(fields)
+            known["held_out"] = held_out
+        known = {**solver.provenance, **json.loads(json.dumps(known))}
+        signed[n] = replace(solver, name=f"{name}/{n}", source=f"dss_fast.search, method {method}", provenance=known)
     return signed
 
 
-def _loggable(event: dict) -> dict:
+def _loggable(event: dict[str, Any]) -> dict[str, Any]:
     """What of an event goes to the log: all that JSON can hold but states and tables."""
-    line = {"time": round(time.time(), 3)}
+    line: dict[str, Any] = {"time": round(time.time(), 3)}
     for key, value in event.items():
         if key in ("state", "solvers", "counted", "events"):
             continue
@@ -291,12 +314,11 @@ def _loggable(event: dict) -> dict:
     return line
 
 
-def _with_step_keys(line: dict) -> dict:
-    """A log line with its tables by N keyed by int again."""
-    for key in ("loss", "held_out"):
-        if isinstance(line.get(key), dict):
-            line[key] = {int(n): value for n, value in line[key].items()}
-    return line
+def _whole_keys(value: Any) -> Any:
+    """JSON data with its tables by N keyed by int again; keys are strings only in files."""
+    if isinstance(value, dict):
+        return {int(key) if key.isdecimal() else key: _whole_keys(item) for key, item in value.items()}
+    return [_whole_keys(item) for item in value] if isinstance(value, list) else value
 
 
 def flatten(value: Any, tensors: dict[str, Tensor], path: str = "state") -> Any:
@@ -320,37 +342,14 @@ def unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
             return tensors[value["$tensor"]]
         if value.keys() == {"$solver"}:
             return Solver.from_dict(value["$solver"])
-        return {key: unflatten(item, tensors) for key, item in value.items()}
+        return {int(key) if key.isdecimal() else key: unflatten(item, tensors) for key, item in value.items()}
     if isinstance(value, list):
         return [unflatten(item, tensors) for item in value]
     return value
 
 
-class _Silent:
-    """A progress bar that is not there."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return False
-
-
-def _bar(wanted: bool):
-    if not wanted:
-        return _Silent()
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        warnings.warn("no progress bar without tqdm: pip install dss_fast[search]", stacklevel=4)
-        return _Silent()
-    return tqdm(unit="step", dynamic_ncols=True, smoothing=0.1, delay=0.1)  # none for an error at once
-
-
-def _show(bar, event: dict, shown: dict[str, str]) -> None:
+def _show(bar: Any, event: dict[str, Any], shown: dict[str, str]) -> None:
     """Stage, losses and evaluations beside the bar; tqdm adds the time left."""
-    if isinstance(bar, _Silent):
-        return
     done, total = event.get("done"), event.get("total")
     if done is not None:
         if bar.n == 0 and done > 1:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
