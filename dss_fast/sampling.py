@@ -194,7 +194,7 @@ def _on_cpu(generator: torch.Generator | None) -> torch.Generator:
 
 
 def _scale(target: Target, given: Guidance | None, rows: int, num_steps: int) -> float | Tensor:
-    """The guidance scale as a step table takes it; 1 where every entry is. Raises ValueError without a branch for it."""
+    """The guidance scale as a step table takes it; 1 where every entry is. Raises ValueError without its branch."""
     if given is None and isinstance(target.guidance_scale, tuple):
         raise ValueError(
             f"the target's guidance_scale is a range, {target.guidance_scale}; give the one to sample with"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dss_fast import VP, DiscreteVP, Flow, handmade, sample
-from dss_fast.handmade import METHODS
+from dss_fast.methods import METHODS
 
 ADAMS = {"euler": 1, "ab2": 2, "ab3": 3, "ab4": 4}
 

@@ -4,17 +4,19 @@ import json
 import os
 import random
 import signal
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from torch import multiprocessing
 
-from dss_fast import Solver, search
-from dss_fast.problem import Problem
-from dss_fast.schedule import Flow
-from dss_fast.search import run as running
-from dss_fast.search.run import RunFolder, check_writable, drive, flatten, unflatten
+from dss_fast import Flow, Solver, Target, search
+from dss_fast.files import check_writable
+from dss_fast.search import Lion, TwoStage
+from dss_fast.search import runs as running
+from dss_fast.search.ledger import Ledger
+from dss_fast.search.runs import RunFolder, drive, flatten, unflatten
 
 F64 = torch.float64
 
@@ -25,16 +27,26 @@ def model(x, t):
     return torch.tanh(2 * x) * (1 - t) + 0.5 * torch.sin(3 * t) - 0.7 * x
 
 
+class Scaled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x, t):
+        return self.scale * model(x, t)
+
+
+LION = Lion(samples=160, batch_size=16, unique_samples=80, check_samples=16, check_every=2, teacher_steps=20)
 METHODS = {
-    "lion": dict(samples=160, batch_size=16, unique_samples=80, check_samples=16, check_every=2, teacher_steps=20,
-                 dtype=F64, progress=False, report=False, key="bend"),
-    "gauss_newton": dict(samples=64, batch_size=16, held_out_samples=16, trials=3, trial_samples=32, dtype=F64,
-                         progress=False, report=False, key="bend"),
-}  # fmt: skip
+    "lion": LION,
+    "two_stage": TwoStage(samples=64, batch_size=16, held_out_samples=16, trials=3, trial_samples=32),
+}
 
 
-def find(out=None, resume=False, function=model, method="lion", **changes):
-    return search(function, (3,), [3, 4], out=out, resume=resume, method=method, **{**METHODS[method], **changes})
+def find(out=None, resume=False, function=model, method="lion", key="bend", **options):
+    target = Target(function, (3,), dtype=F64, key=key)
+    options = {"progress": False, "report": False, **options}
+    return search(target, [3, 4], out=out, resume=resume, method=METHODS[method], **options)
 
 
 @pytest.fixture(autouse=True)
@@ -107,9 +119,16 @@ def test_a_finished_search_resumes_without_a_model_call(tmp_path):
 
 
 def test_another_model_is_not_resumed(tmp_path):
-    find(tmp_path, key=None)
+    """A function by its outputs, as soon as it would be called; a module by its parameters, even a finished search."""
+    find(tmp_path / "function", key=None, budget=6_000)
+    with pytest.raises(ValueError, match="cannot be resumed: outputs was"):
+        find(tmp_path / "function", resume=True, key=None, function=lambda x, t: model(x, t) + 0.01)
+    module = Scaled()
+    find(tmp_path / "module", key=None, function=module)
+    with torch.no_grad():
+        module.scale += 0.01
     with pytest.raises(ValueError, match="cannot be resumed: model was"):
-        find(tmp_path, resume=True, key=None, function=lambda x, t: model(x, t) + 0.01)
+        find(tmp_path / "module", resume=True, key=None, function=module)
 
 
 def test_ctrl_c_keeps_the_best_and_the_search_goes_on_later(tmp_path, capsys):
@@ -158,10 +177,8 @@ def test_what_fails_later_leaves_the_solver_and_says_so(tmp_path):
 
 def test_report_log_and_provenance(tmp_path):
     pytest.importorskip("matplotlib")
-    result = search(
-        model, (1, 4, 4), 3, out=tmp_path, decode=lambda x: x.sigmoid(), name="bend", method="lion",
-        **{**METHODS["lion"], "report": True, "samples": 48, "unique_samples": None},
-    )  # fmt: skip
+    target = Target(model, (1, 4, 4), decode=lambda x: x.sigmoid(), name="bend", dtype=F64, key="bend")
+    result = search(target, 3, out=tmp_path, method=replace(LION, samples=48, unique_samples=None), progress=False)
     text = (tmp_path / "report.md").read_text()
     for name in ("overview.png", "stages.png", "samples-3.png", "solver-3.json"):
         assert name in text and (tmp_path / name).stat().st_size > 300
@@ -189,24 +206,25 @@ def test_the_bar_shows_loss_evaluations_and_time_left(capsys):
 
 def test_any_generator_of_events_is_a_method(tmp_path):
     """What another method has to do: yield its solvers and all it needs to go on."""
-    euler = Solver((0.0, 0.5, 1.0), ((1.0, 0.0), (0.0, 1.0)), "flow")
+    euler = Solver((0.0, 0.5, 1.0), ((1.0, 0.0), (0.0, 1.0)), Flow())
 
-    def method(problem, steps, state=None):
+    def method(ledger, state=None):
         state = state or {"at": 0, "parts": [], "solver": euler}
         for at in range(state["at"], 6):
-            problem.spend(10)
+            ledger.spend(10)
             state = {**state, "at": at + 1, "parts": [*state["parts"], torch.tensor([at / 3], dtype=F64)]}
             lower = [[], [0.1 * float(state["parts"][-1])]]
-            solver = Solver.from_timedeltas((1, 1), lower, "flow")
+            solver = Solver.from_timedeltas((1, 1), lower, Flow())
             yield {"solvers": {2: solver}, "state": state, "done": at + 1, "total": 6, "note": "hello"}
             if at == 2 and stop:
                 raise KeyboardInterrupt
 
     stop = True
     for resume in (False, True):
-        problem = Problem(model, (3,), Flow())
-        folder = RunFolder(tmp_path, {"method": "mine"}, resume)
-        result = drive(method, problem, (2,), {}, folder=folder, checkpoint=folder.checkpoint, progress=False)
+        ledger, folder = Ledger(), RunFolder(tmp_path, {"method": "mine"}, resume)
+        folder.begin({"method": "mine"})
+        events = method(ledger, folder.checkpoint and folder.checkpoint["state"])
+        result = drive(events, ledger, folder=folder, checkpoint=folder.checkpoint, progress=False)
         assert result.interrupted is stop
         stop = False
     assert result.evaluations == 60 and [e["note"] for e in result.history] == ["hello"] * 6

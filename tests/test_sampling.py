@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from dss_fast import VP, Flow, Solver, handmade, sample
-from dss_fast.schedule import step_weights
+from dss_fast import VP, DiscreteVP, Flow, Solver, Target, find_solver, handmade, sample
+from dss_fast.table import StepTable
 
 GENERATOR = torch.Generator().manual_seed(0)
 MIX = torch.randn(12, 12, generator=GENERATOR, dtype=torch.float64) / 4
@@ -24,9 +24,10 @@ def model(x, t, y=None, strength=1.0):
     return out.reshape(x.shape)
 
 
-def by_hand(solver, schedule, x, network, **scalars):
+def by_hand(solver, schedule, x, network, guidance=1.0):
     """The definition, written out."""
-    weights, times = step_weights(schedule, **solver.tensors(), **scalars)
+    table = StepTable.build(schedule, **solver.tensors(), guidance=guidance)
+    weights, times = table.weights, table.times
     first, history = x, []
     for i in range(solver.num_steps):
         a, p, q, g = weights[0, i, :4]
@@ -47,7 +48,7 @@ def test_any_shape(shape, name):
     network = (lambda x, t: torch.sin(x + 0.01)) if len(shape) == 1 else model
     kept = x.clone()
     result = sample(network, x, name)
-    solver = Solver.named(name) if "xl" in name else handmade("ab4", 7)
+    solver = find_solver(name) if "xl" in name else handmade("ab4", 7)
     schedule = VP() if solver.family == "vp" else Flow()
     expected = by_hand(solver, schedule, x, lambda x, t, g: network(x, t.expand(len(x))))
     assert result.shape == x.shape and torch.allclose(result, expected, rtol=1e-10)
@@ -93,7 +94,7 @@ def test_guidance(schedule):
         u, c = model(x, t, torch.full((rows,), -1.0).double()), model(x, t, y)
         return u + g * (c - u)
 
-    expected = by_hand(solver, schedule, x, guided, guidance_scale=2.5)
+    expected = by_hand(solver, schedule, x, guided, 2.5)
     assert torch.allclose(sample(model, x, solver, guidance_scale=2.5, **options), expected)
     per_sample = sample(model, x, solver, guidance_scale=torch.linspace(1, 3, rows), **options)
     for k in range(rows):
@@ -101,7 +102,7 @@ def test_guidance(schedule):
         alone = sample(model, x, solver, guidance_scale=scale, **options)
         assert torch.allclose(per_sample[k], alone[k])
     per_step = [1.0, 2.0, 3.0, 2.0, 1.5]
-    expected = by_hand(solver, schedule, x, guided, guidance_scale=torch.tensor(per_step))
+    expected = by_hand(solver, schedule, x, guided, torch.tensor(per_step))
     assert torch.allclose(sample(model, x, solver, guidance_scale=per_step, **options), expected)
     both = torch.tensor(per_step).expand(rows, n)
     assert torch.allclose(sample(model, x, solver, guidance_scale=both, **options), expected)
@@ -138,7 +139,7 @@ def test_extended_table():
     solver = Solver(
         (0, 0.3, 0.6, 1),
         ((0.9, 0, 0), (-0.4, 1.3, 0), (0.1, -0.5, 1.5)),
-        "flow",
+        Flow(),
         noise_coeffs=(0.05, -0.1, 0.02),
         network_timesteps=(0.01, 0.33, 0.65),
         free_rows=True,

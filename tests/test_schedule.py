@@ -1,12 +1,14 @@
 """Schedules: their formulas, ends, prediction types and gradients."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from dss_fast import VP, DiscreteVP, Flow
-from dss_fast.schedule import PREDICTION_TYPES, prediction, step_weights, transition
+from dss_fast.schedule import PREDICTION_TYPES
+from dss_fast.table import StepTable
 
 U = torch.linspace(0, 1, 11, dtype=torch.float64)
 ALL = [
@@ -30,7 +32,7 @@ def test_monotone_from_noise_to_data(schedule):
         assert torch.allclose(alpha**2 + sigma**2, torch.ones_like(U))
     else:
         assert torch.allclose(alpha + sigma, torch.ones_like(U))
-    assert hash(schedule) == hash(schedule) and schedule.spec()["kind"]
+    assert hash(schedule) == hash(schedule) and schedule.to_dict()["kind"]
 
 
 @pytest.mark.parametrize("schedule", [s for s in ALL if s.family == "vp"] + [Flow(), Flow(shift=2.0)], ids=str)
@@ -50,15 +52,13 @@ def test_every_prediction_type_gives_the_same_history(schedule, kind):
         "velocity": x0 - epsilon,
         "v_prediction": alpha * epsilon - sigma * x0,
     }[kind]
-    schedule = type(schedule)(
-        **{**{f: getattr(schedule, f) for f in schedule.__dataclass_fields__}, "prediction_type": kind}
-    )
-    p, q = prediction(schedule, u)
+    schedule = dataclasses.replace(schedule, prediction_type=kind)
+    p, q = schedule.prediction(u)
     assert torch.allclose(p * x + q * output, x0 - epsilon if schedule.family == "flow" else x0)
 
 
 def test_diffusers_convention_points_the_other_way():
-    p, q = prediction(Flow(convention="diffusers"), U[:-1])
+    p, q = Flow(convention="diffusers").prediction(U[:-1])
     assert (p == 0).all() and (q == -1).all()
     assert torch.allclose(Flow(convention="diffusers").time(U), 1000 * (1 - U))
     assert torch.allclose(Flow().time(U), U)
@@ -103,7 +103,8 @@ def test_weights_are_differentiable_and_finite(schedule):
     u = torch.tensor([0, 0.2, 0.55, 1.0], dtype=torch.float64, requires_grad=True)
     c = torch.tril(torch.randn(3, 3, dtype=torch.float64)).requires_grad_()
     noise = torch.randn(3, dtype=torch.float64, requires_grad=True)
-    weights, times = step_weights(schedule, u, c, noise_coeffs=noise)
+    table = StepTable.build(schedule, u, c, noise_coeffs=noise)
+    weights, times = table.weights, table.times
     assert weights.shape == (1, 3, 8) and times.shape == (3,)
     for gradient in torch.autograd.grad(weights.square().sum() + times.sum(), (u, c, noise)):
         assert gradient.isfinite().all()
@@ -111,9 +112,12 @@ def test_weights_are_differentiable_and_finite(schedule):
     inner = torch.tensor([0.2003, 0.5507], dtype=torch.float64, requires_grad=True)
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
     rows = c.detach().requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda i, c: step_weights(schedule, torch.cat([ends[:1], i, ends[1:]]), c), (inner, rows)
-    )
+
+    def flat(i, c):
+        table = StepTable.build(schedule, torch.cat([ends[:1], i, ends[1:]]), c)
+        return table.weights, table.times
+
+    assert torch.autograd.gradcheck(flat, (inner, rows))
 
 
 def test_guidance_shapes():
@@ -124,13 +128,13 @@ def test_guidance_shapes():
         (torch.ones(4, 1), 4),
         (torch.ones(4, 2), 4),
     ):
-        weights, _ = step_weights(Flow(), u, c, guidance_scale=scale)
+        weights = StepTable.build(Flow(), u, c, guidance=scale).weights
         assert weights.shape == (rows, 2, 6)
         assert torch.equal(weights[0, :, 3], torch.as_tensor(scale).double().expand(rows, 2)[0])
 
 
 def test_transition_of_vp_is_ddim():
-    a, b = transition(VP(), U)
+    a, b = VP().transition(U)
     alpha, sigma = VP().alpha_sigma(U)
     x0, epsilon = 0.3, -1.1
     x = alpha * x0 + sigma * epsilon

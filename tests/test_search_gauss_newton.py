@@ -8,16 +8,15 @@ import pytest
 import torch
 from torch import multiprocessing
 
-from dss_fast import VP, Flow, sample, search
-from dss_fast.handmade import handmade
-from dss_fast.problem import Problem
-from dss_fast.search import closed_form
-from dss_fast.search.gauss_newton import _differentiate, _forward, _gathered, gauss_newton
-from dss_fast.search.objective import Objective
+from dss_fast import VP, Flow, Target, handmade, sample, search
+from dss_fast.search import TwoStage, closed_form
+from dss_fast.search.draws import Draws
+from dss_fast.search.ledger import Ledger
 from dss_fast.search.point import Point
-from dss_fast.search.run import flatten, unflatten
+from dss_fast.search.runs import flatten, unflatten
 from dss_fast.search.space import Space
-from dss_fast.teacher import Teacher, dense_grid, integrate
+from dss_fast.search.teacher import Teacher, dense_grid, integrate
+from dss_fast.search.two_stage import Stage
 from examples.mixture import Mixture
 
 F64 = torch.float64
@@ -41,26 +40,32 @@ MODELS = {"flow": (FLOW, Flow()), "vp": (vp_model, VP())}
 SMALL = dict(samples=48, batch_size=16, held_out_samples=16, teacher_evaluations=20, trials=4, trial_samples=32)
 
 
-def problem_of(family="flow", **fields):
+def draws_of(family="flow", seed=3):
     model, schedule = MODELS[family]
-    return Problem(model, SHAPE, schedule, **{"dtype": F64, "seed": 3, **fields})
+    return Draws.of(Target(model, SHAPE, schedule, dtype=F64), seed)
+
+
+def events(budget=None, steps=(4,), state=None, **settings):
+    """The ledger and the events of a search."""
+    method = TwoStage(**settings)
+    ledger = Ledger(method.budget(steps) if budget is None else budget)
+    return ledger, method.run(draws_of(), ledger, steps, state=state)
 
 
 def fresh_error(solver, family="flow", count=256):
-    problem = problem_of(family, seed=77)
-    batch = problem.batch("fresh", 0, count)
+    batch = draws_of(family, seed=77).batch("fresh", 0, count)
     with torch.no_grad():
-        last = integrate(problem.predictor(batch), batch.noise, dense_grid(problem.schedule, 100)).last
-    x = sample(problem.model, batch.noise, solver, schedule=problem.schedule)
+        last = integrate(batch.predictor(), batch.noise, dense_grid(batch.schedule, 100)).last
+    x = sample(batch.target, batch.noise, solver)
     return float((x - last).square().mean().sqrt())
 
 
 @pytest.mark.parametrize("free", [False, True])
 def test_a_row_is_the_least_squares_solution(free):
-    problem = problem_of()
-    data = list(Teacher(problem, "train", 32, 16, budget=20))
+    draws, ledger = draws_of(), Ledger()
+    data = list(Teacher(draws, ledger, "train", 32, 16, budget=20))
     u = torch.tensor([0.0, 0.3, 0.7, 1.0], dtype=F64)
-    found, _ = closed_form.fit(problem, data, u, free_rows=free, noise=free, ridges=(1e-14,))
+    found, _ = closed_form.fit(draws, data, u, free_rows=free, noise=free, ridges=(1e-14,))
     table = found.solver.tensors()
     x = first = torch.cat([batch.noise for batch, _ in data])
     targets = torch.cat([trajectory.at(u) for _, trajectory in data])
@@ -79,32 +84,31 @@ def test_a_row_is_the_least_squares_solution(free):
                 torch.testing.assert_close(table["noise_coeffs"][i], d[-1], rtol=1e-6, atol=1e-8)
         x = x + b * sum(c * y for c, y in zip(table["coeffs"][i], ys, strict=False))
         x = x + b * table["noise_coeffs"][i] * first if free else x
-    assert problem.evaluations == 32 * (20 + 3)
+    assert ledger.evaluations == 32 * 20
 
 
 @pytest.mark.parametrize("loss", ["end", "trajectory", "features"])
 @pytest.mark.parametrize("kind", ["plain", "full"])
 def test_gradient_and_matrix_are_those_of_dense_autograd(kind, loss):
-    problem = problem_of()
+    draws, ledger = draws_of(), Ledger()
     mixing = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=F64)
     feature = lambda x: (x.flatten(1) @ mixing).tanh()  # noqa: E731
-    teacher = Teacher(problem, "train", 500, 500, budget=24)
-    objective = Objective(problem, feature if loss == "features" else loss, 0.1, 10.0, None)
+    teacher = Teacher(draws, ledger, "train", 500, 500, budget=24)
+    settings = TwoStage(loss=feature if loss == "features" else loss, memory_budget=None)
     start = handmade("ab2", 3, Flow())
-    space = Space(kind, "flow", start.timesteps)
+    space = Space(kind, Flow(), start.timesteps)
     theta = space.theta(start)
     if kind == "full":
         theta[-3:] += 0.02
+    stage = Stage(settings, draws, ledger, teacher, teacher)
     point = Point(space, candidate=theta, share=math.inf)
-    runs = [_forward(point, objective, teacher, 0, 1)]
-    point.theta, (point.values, _) = theta, _gathered(problem, runs)
-    point.scale = float(10 * point.values.median())
-    _differentiate(point, objective, teacher, runs, 500)
+    trial = stage.attempt(point, 1)
+    point, _ = stage.accept(point, trial)
     batch, trajectory = teacher[0]
 
     def residual(theta):
         table = space.table(theta)
-        weights, times = problem.weights(batch, **table)
+        weights, times = table.weights, table.times
         x, ys, states = batch.noise, [], []
         for i in range(3):
             ys.append(FLOW(x, times[i].expand(len(x))))
@@ -129,9 +133,9 @@ def test_gradient_and_matrix_are_those_of_dense_autograd(kind, loss):
     gradient = 2 * torch.einsum("b,br,brp->p", weights, r, jacobian) / r.shape[1] / 500
     matrix = 2 * torch.einsum("b,brp,brq->pq", weights, jacobian, jacobian) / r.shape[1] / 500
 
-    torch.testing.assert_close(point.gradient, gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()))
+    torch.testing.assert_close(point.loss.gradient, gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()))
     unit = matrix.diagonal().sqrt()
-    difference = (point.matrix - matrix) / unit[:, None] / unit
+    difference = (point.loss.matrix - matrix) / unit[:, None] / unit
     assert float(difference.abs().max()) < 0.35  # 500 rows of a sketch: 1 / sqrt(500) and heavy tails
     assert float(difference.diagonal().mean().abs()) < 0.1
 
@@ -139,10 +143,9 @@ def test_gradient_and_matrix_are_those_of_dense_autograd(kind, loss):
 @pytest.mark.parametrize("family", MODELS)
 def test_it_halves_the_best_hand_made_error_within_its_budget(family):
     model, schedule = MODELS[family]
-    result = search(
-        model, SHAPE, [4, 6], schedule=schedule, dtype=F64, budget=60_000, progress=False, samples=192,
-        held_out_samples=32, batch_size=64,
-    )  # fmt: skip
+    method = TwoStage(samples=192, held_out_samples=32, batch_size=64)
+    target = Target(model, SHAPE, schedule, dtype=F64)
+    result = search(target, [4, 6], method=method, budget=60_000, progress=False)
     assert result.evaluations <= 60_000
     for n, solver in result.solvers.items():
         names = [f"{m}/{n}@{s}" for m in ("ab2", "ab3", "dpmpp_2m", "unip3") for s in ("shift1", "lambda", "shift2")]
@@ -150,44 +153,46 @@ def test_it_halves_the_best_hand_made_error_within_its_budget(family):
 
 
 def test_the_default_budget_is_a_fiftieth_of_the_papers_and_kept_to():
-    problem = problem_of()
-    events = list(gauss_newton(problem, (3,), teacher_evaluations=20))
-    assert problem.budget == 50_000 * 109 // 50
-    assert 0.8 * problem.budget < problem.evaluations <= problem.budget
-    assert events[-1]["total"] == problem.budget
+    ledger, found = events(steps=(3,), teacher_evaluations=20)
+    *_, last = found
+    assert ledger.budget == 50_000 * 109 // 50
+    assert 0.8 * ledger.budget < ledger.evaluations <= ledger.budget
+    assert last["total"] == ledger.budget and last["complete"]
 
 
 @pytest.mark.parametrize("budget", [3_000, 5_000, 9_000, 20_000])
 def test_any_budget_is_respected(budget):
-    problem = problem_of(budget=budget)
-    *_, event = gauss_newton(problem, (4,), **SMALL)
-    assert problem.evaluations <= budget
+    ledger, found = events(budget, **SMALL)
+    *_, event = found
+    assert ledger.evaluations <= budget
     assert event["solvers"][4].num_steps == 4
 
 
 def test_a_budget_below_the_teachers_cost_is_refused():
     with pytest.raises(ValueError, match="budget=500: the teacher's 64 trajectories alone take 1280"):
-        list(gauss_newton(problem_of(budget=500), (4,), **SMALL))
+        list(events(500, **SMALL)[1])
 
 
 def test_resumed_at_any_event_it_ends_with_the_same_bits():
     settings, budget = {**SMALL, "rounds": 3}, 30_000
-    whole = problem_of(budget=budget)
-    events = [(e, whole.evaluations, set(whole.counted)) for e in _kept(gauss_newton(whole, (3, 4), **settings))]
-    final = events[-1][0]["solvers"]
-    saved = [e for e in events if e[0]["state"] is not None]
+    whole, found = events(budget, (3, 4), **settings)
+    seen = [(e, whole.evaluations, set(whole.counted)) for e in _kept(found)]
+    final = seen[-1][0]["solvers"]
+    saved = [e for e in seen if e[0]["state"] is not None]
     for event, evaluations, counted in saved[::3]:
         tensors = {}
         data = json.loads(json.dumps(flatten(event["state"], tensors)))
-        again = problem_of(budget=budget, evaluations=evaluations, counted=counted)
-        *_, last = gauss_newton(again, (3, 4), state=unflatten(data, tensors), **settings)
+        # Another budget does not change the samples that were planned.
+        again, found = events(budget, (3, 4), state=unflatten(data, tensors), **settings)
+        again.restore(evaluations, counted)
+        *_, last = found
         assert last["solvers"] == final
         assert again.evaluations == whole.evaluations
 
 
-def _kept(events):
+def _kept(found):
     """Events whose state is copied, as writing it to disk would."""
-    for event in events:
+    for event in found:
         tensors = {}
         data = flatten(event["state"], tensors)
         yield {**event, "state": unflatten(data, {k: v.clone() for k, v in tensors.items()})}
@@ -198,23 +203,33 @@ def guided_model(x, t, y):
 
 
 def test_a_range_of_guidance_scales():
-    result = search(
-        guided_model, SHAPE, 4, cond=lambda n, g: {"y": torch.randint(1, 3, (n,), generator=g)}, uncond={"y": 0},
-        guidance_scale=(1.0, 3.0), dtype=F64, budget=20_000, progress=False, **SMALL,
+    target = Target(
+        guided_model, SHAPE, cond=lambda n, g: {"y": torch.randint(1, 3, (n,), generator=g)}, uncond={"y": 0},
+        guidance_scale=(1.0, 3.0), dtype=F64,
     )  # fmt: skip
+    result = search(target, 4, method=TwoStage(**SMALL), budget=20_000, progress=False)
     first, *_, last = [e["held_out"][4] for e in result.history if "held_out" in e]
     assert last < first
 
 
 def test_what_does_not_fit_is_named():
-    for settings, text in (({"space": "half"}, "space='half'"), ({"loss": "ends"}, "loss='ends'")):
+    for settings, text in (
+        ({"space": "half"}, "space='half'"),
+        ({"loss": "ends"}, "loss='ends'"),
+        ({"samples": 0}, "samples=0"),
+        ({"robust": 0}, "robust=0"),
+        ({"teacher_evaluations": 8}, "teacher_evaluations=8.*16"),
+    ):
         with pytest.raises(ValueError, match=text):
-            list(gauss_newton(problem_of(), (4,), **settings))
+            TwoStage(**settings)
+
+
+SHARED = dict(method=TwoStage(**SMALL), budget=20_000, seed=3, progress=False)
 
 
 def shared(rank, world, port, folder):
     torch.distributed.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=world)
-    result = search(FLOW, SHAPE, 4, dtype=F64, budget=20_000, seed=3, progress=False, **SMALL)
+    result = search(Target(FLOW, SHAPE, dtype=F64), 4, **SHARED)
     result.solver.save(f"{folder}/{rank}.json")
     torch.distributed.destroy_process_group()
 
@@ -226,7 +241,7 @@ def test_two_processes_find_the_table_of_one(tmp_path):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     multiprocessing.spawn(shared, (2, port, tmp_path), nprocs=2)
-    alone = search(FLOW, SHAPE, 4, dtype=F64, budget=20_000, seed=3, progress=False, **SMALL).solver
+    alone = search(Target(FLOW, SHAPE, dtype=F64), 4, **SHARED).solver
     for rank in range(2):
         found = Solver.load(tmp_path / f"{rank}.json")
         for key, value in alone.tensors().items():

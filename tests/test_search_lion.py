@@ -8,9 +8,13 @@ import torch
 from torch import multiprocessing, nn
 
 from dss_fast import VP, Flow, Solver, sample, search
-from dss_fast.problem import Problem
-from dss_fast.search.lion import lion, point_table
-from dss_fast.teacher import dense_grid, integrate
+from dss_fast import Target
+from dss_fast.search import Lion
+from dss_fast.search.draws import Draws
+from dss_fast.search.ledger import Ledger
+from dss_fast.search.lion import point_table
+from dss_fast.search.teacher import dense_grid, integrate
+from dss_fast.table import StepTable
 from dss_fast.unroll import unroll
 
 F64 = torch.float64
@@ -44,23 +48,27 @@ def vp_model(x, t, shift=NOWHERE):
 
 
 MODELS = {"flow": (flow_model, Flow()), "vp": (vp_model, VP())}
-QUICK = dict(method="lion", progress=False, dtype=F64)
+QUICK = dict(shape=(2,), progress=False, dtype=F64)
 
 
 def draw(n, generator):
     return {"shift": torch.rand(n, generator=generator, dtype=F64)}
 
 
-def events(family, steps=(4,), **settings):
+def draws_of(family, seed=0, **fields):
     model, schedule = MODELS[family]
-    task = Problem(model, (2,), schedule, dtype=F64)
-    return task, list(lion(task, steps, **settings))
+    return Draws.of(Target(model, (2,), schedule, dtype=F64, **fields), seed)
+
+
+def events(family, steps=(4,), initial=None, **settings):
+    ledger = Ledger()
+    return ledger, list(Lion(**settings).run(draws_of(family), ledger, steps, initial=initial))
 
 
 def by_hand(family, n, batches, batch_size, short_tail):
     """A1 to A4 written out: one loop per batch, plain autograd, Lion by its formula."""
-    model, schedule = MODELS[family]
-    task = Problem(model, (2,), schedule, dtype=F64)
+    model, _ = MODELS[family]
+    task = draws_of(family)
     raws, lower = torch.ones(n, dtype=F64), torch.zeros(n, n, dtype=F64)
     free = torch.ones(n, n).tril(-1).bool()
     if short_tail:
@@ -119,7 +127,7 @@ def ab(t):
 def test_it_is_the_papers_algorithm(family, n):
     raws, lower, loss = by_hand(family, n, 6, 8, short_tail=n in (5, 6))
     _, found = events(family, (n,), samples=48, batch_size=8, check_samples=0)
-    point = found[-1]["state"]["points"][str(n)]
+    point = found[-1]["state"]["points"][n]
     assert torch.allclose(point["raws"], raws, rtol=0, atol=1e-9)
     row, column = torch.tril_indices(n, n, -1)
     if n in (5, 6):
@@ -132,23 +140,21 @@ def test_it_is_the_papers_algorithm(family, n):
 def test_short_tail_leaves_the_papers_number_of_free_entries():
     for n, free in ((5, 5), (6, 8), (7, 21)):
         _, found = events("flow", (n,), samples=8, batch_size=8, check_samples=0)
-        assert len(found[-1]["state"]["points"][str(n)]["lower"]) == free
+        assert len(found[-1]["state"]["points"][n]["lower"]) == free
     _, found = events("flow", (5,), samples=8, batch_size=8, check_samples=0, short_tail=False)
-    assert len(found[-1]["state"]["points"]["5"]["lower"]) == 10
+    assert len(found[-1]["state"]["points"][5]["lower"]) == 10
 
 
 @pytest.mark.parametrize("family", ["flow", "vp"])
 @pytest.mark.parametrize("guided", [False, True])
 def test_gradient_through_the_whole_rollout(family, guided):
-    model, schedule = MODELS[family]
     extra = dict(uncond={"shift": torch.zeros(1, dtype=F64)}, guidance_scale=1.7) if guided else {}
-    task = Problem(model, (2,), schedule, draw=draw, dtype=F64, **extra)
-    batch = task.batch("train", 0, 3)
+    batch = draws_of(family, cond=draw, **extra).batch("train", 0, 3)
     places = tuple(torch.tril_indices(4, 4, -1))
 
     def states(raws, lower):
-        weights, times = task.weights(batch, *point_table(raws, lower, places))
-        return unroll(task.denoiser(batch), batch.noise, weights, times)
+        table = StepTable.build(batch.schedule, *point_table(raws, lower, places), guidance=batch.guidance)
+        return unroll(batch.denoiser(), batch.noise, table.weights, table.times)
 
     generator = torch.Generator().manual_seed(3)
     raws = torch.randn(4, generator=generator, dtype=F64) / 3
@@ -159,11 +165,10 @@ def test_gradient_through_the_whole_rollout(family, guided):
 @pytest.mark.parametrize("family", ["flow", "vp"])
 def test_it_improves_a_small_model(family):
     model, schedule = MODELS[family]
-    repeats = dict(samples=40 * 32, unique_samples=8 * 32, check_every=8, check_samples=64)
-    result = search(model, (2,), [4, 5], schedule=schedule, seed=1, **repeats, **QUICK)
-    task = Problem(model, (2,), schedule, dtype=F64, seed=99)
-    batch = task.batch("fresh", 0, 256)
-    truth = integrate(task.predictor(batch), batch.noise, dense_grid(schedule, 200)).last
+    repeats = Lion(samples=40 * 32, unique_samples=8 * 32, check_every=8, check_samples=64)
+    result = search(model, [4, 5], schedule=schedule, seed=1, method=repeats, **QUICK)
+    batch = draws_of(family, seed=99).batch("fresh", 0, 256)
+    truth = integrate(batch.predictor(), batch.noise, dense_grid(schedule, 200)).last
     for n in (4, 5):
         error = {}
         for label, solver in (("euler", f"euler/{n}"), ("searched", result.solvers[n])):
@@ -193,16 +198,16 @@ def test_evaluations_are_counted_as_the_paper_counts_and_the_budget_holds():
     rows = []
     model = lambda x, t: (rows.append(len(x)), flow_model(x, t))[1]  # noqa: E731
     for budget in (1, 5_000, 12_345):
-        result = search(model, (2,), 4, samples=10_000, budget=budget, key="m", **QUICK)
+        result = search(model, 4, method=Lion(samples=10_000), budget=budget, key="m", **QUICK)
         assert result.evaluations <= budget and result.solver.num_steps == 4
     guided = dict(cond=draw, uncond={"shift": torch.zeros(1, dtype=F64)})
     doubled = []
     watch = lambda x, t, shift: (doubled.append(len(x)), flow_model(x, t, shift))[1]  # noqa: E731
-    common = dict(samples=16, batch_size=16, check_samples=0, key="m", **QUICK, **guided)
-    search(watch, (2,), 3, **common)
+    common = dict(method=Lion(samples=16, batch_size=16, check_samples=0), key="m", **QUICK, **guided)
+    search(watch, 3, **common)
     assert set(doubled) == {16}  # scale 1: no second branch
     doubled.clear()
-    result = search(watch, (2,), 3, guidance_scale=2.0, **common)
+    result = search(watch, 3, guidance_scale=2.0, **common)
     assert set(doubled) == {32} and result.evaluations == 16 * 109
 
 
@@ -228,7 +233,7 @@ def test_nothing_of_the_model_needs_a_gradient_in_the_teacher_and_it_gets_its_pa
             return self.scale * flow_model(x, t)
 
     model = Network()
-    result = search(model, (2,), 3, samples=16, batch_size=16, check_samples=0, **QUICK)
+    result = search(model, 3, method=Lion(samples=16, batch_size=16, check_samples=0), **QUICK)
     assert model.scale.requires_grad and model.graphs <= 3  # only the student's calls
     assert math.isclose(sum(result.solver.timedeltas), 1, rel_tol=1e-12)
 
@@ -241,17 +246,17 @@ def test_nan_keeps_the_best_so_far():
         return flow_model(x, t) * (float("nan") if len(calls) > 900 else 1.0)
 
     with pytest.raises(FloatingPointError, match="NaN or Inf for 32 of 32 samples") as caught:
-        search(breaks, (2,), 4, samples=3200, check_samples=32, key="m", **QUICK)
+        search(breaks, 4, method=Lion(samples=3200, check_samples=32), key="m", **QUICK)
     assert isinstance(caught.value.result.solver, Solver)
     assert any("best so far" in note for note in caught.value.__notes__)
     with pytest.raises(FloatingPointError, match="NaN"):
-        search(lambda x, t: x * float("nan"), (2,), 4, samples=64, **QUICK)
+        search(lambda x, t: x * float("nan"), 4, method=Lion(samples=64), **QUICK)
 
 
 def test_initial_solver_is_where_it_starts():
     _, found = events("flow", (4,), samples=8, batch_size=8, check_samples=0, initial="ab2@shift2")
     start = found[0]["solvers"][4]
-    from dss_fast.sampling import find_solver
+    from dss_fast import find_solver
 
     given = find_solver("ab2/4@shift2", Flow())
     assert torch.allclose(torch.tensor(start.coeffs), torch.tensor(given.coeffs), atol=1e-12)
@@ -265,29 +270,32 @@ def test_initial_solver_is_where_it_starts():
     [
         (dict(num_steps=0), "num_steps=0"),
         (dict(num_steps=[5, 5]), "several different"),
-        (dict(method="adam"), "'gauss_newton' or 'lion'"),
-        (dict(learning_rate=1.0), "no setting 'learning_rate'.*huber_weight"),
-        (dict(samples=0), "samples=0"),
+        (dict(method="adam"), "'two_stage' or 'lion'"),
+        (dict(learning_rate=1.0), "learning_rate=1.0: a Target has no such field"),
+        (dict(method=lambda: Lion(samples=0)), "samples=0"),
+        (dict(budget=0), "budget=0"),
         (dict(shape=(0,)), "shape"),
         (dict(guidance_scale=2.0), "needs uncond"),
-        (dict(initial="rk4"), "no published solver"),
-        (dict(samples=64, unique_samples=33), "multiple of batch_size"),
-        (dict(cond=lambda n, g: {"style": torch.zeros(n)}, samples=32), "no keyword 'style'.*shift"),
+        (dict(initial="rk4"), "no solver is called"),
+        (dict(initial="ab3", num_steps=5), "ab3/5.*short_tail"),
+        (dict(method=lambda: Lion(samples=64, unique_samples=33)), "multiple of batch_size"),
+        (dict(cond=lambda n, g: {"style": torch.zeros(n)}), "no keyword 'style'.*shift"),
     ],
 )
 def test_bad_arguments_are_named(changes, message):
-    arguments = {"num_steps": 3, "shape": (2,), **QUICK, **changes}
+    arguments = {"num_steps": 3, "method": "lion", **QUICK, **changes}
     with pytest.raises(ValueError, match=message):
-        search(flow_model, **arguments)
+        method = arguments.pop("method")
+        search(flow_model, method=method() if callable(method) else method, **arguments)
 
 
-SHARED = dict(samples=150, batch_size=15, check_samples=24, check_every=5)
+SHARED = dict(method=Lion(samples=150, batch_size=15, check_samples=24, check_every=5), **QUICK)
 
 
 def shared(rank, world, port, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=world)
-    result = search(flow_model, (2,), [3, 5], cond=draw, out=folder, report=False, **SHARED, **QUICK)
+    result = search(flow_model, [3, 5], cond=draw, out=folder, report=False, **SHARED)
     assert (result.out is not None) == (rank == 0)
     torch.distributed.destroy_process_group()
 
@@ -301,7 +309,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
     workers = [context.Process(target=shared, args=(r, 2, port, tmp_path / "two")) for r in range(2)]
     for worker in workers:
         worker.start()
-    alone = search(flow_model, (2,), [3, 5], cond=draw, **SHARED, **QUICK)
+    alone = search(flow_model, [3, 5], cond=draw, **SHARED)
     for worker in workers:
         worker.join(60)
         assert worker.exitcode == 0

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from dss_fast import VP, Flow
-from dss_fast.handmade import handmade
-from dss_fast.schedule import step_weights
-from dss_fast.search.space import MAX_TIME, SPACES, Space, respaced
+from dss_fast.methods import handmade
+from dss_fast.search.closed_form import respaced
+from dss_fast.search.space import MAX_TIME, SPACES, Space
 
 F64 = torch.float64
 SCHEDULES = {"flow": Flow(), "vp": VP()}
@@ -14,7 +14,7 @@ SCHEDULES = {"flow": Flow(), "vp": VP()}
 
 def space_of(kind, family, n=4):
     solver = handmade("ab2" if family == "flow" else "dpmpp_2m", n, SCHEDULES[family], spacing="shift2")
-    return Space(kind, family, solver.timesteps), solver
+    return Space(kind, SCHEDULES[family], solver.timesteps), solver
 
 
 @pytest.mark.parametrize("family", SCHEDULES)
@@ -38,10 +38,10 @@ def test_the_jacobian_is_the_difference_quotient(kind, family):
         theta[-space.num_steps :] += 0.03  # off the clamp at 0
 
     def flat(theta):
-        weights, times = step_weights(SCHEDULES[family], **space.table(theta))
-        return torch.cat([weights.flatten(), times, space.targets(theta)])
+        table = space.table(theta)
+        return torch.cat([table.weights.flatten(), table.times, space.targets(theta)])
 
-    jacobian, h = space.jacobian(theta, SCHEDULES[family]), 1e-6
+    jacobian, h = space.jacobian(theta), 1e-6
     for k in range(len(theta)):
         step = torch.zeros_like(theta)
         step[k] = h
@@ -71,7 +71,7 @@ def test_a_long_step_is_shortened_and_times_stay_inside(family):
 
 def test_an_unknown_space_is_named():
     with pytest.raises(ValueError, match="space='fulll': choose plain, rows"):
-        Space("fulll", "flow", (0.0, 1.0))
+        Space("fulll", Flow(), (0.0, 1.0))
 
 
 def test_a_spacing_carried_over_keeps_its_shape():

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dss_fast import VP, Flow, Solver, handmade, sample
+from dss_fast import VP, DiscreteVP, Flow, Grid, Solver, find_solver, handmade, sample, solver_names
 
 PARITY = json.loads((Path(__file__).parent / "data" / "parity.json").read_text())
-GOOD = {"timesteps": (0, 0.25, 1), "coeffs": ((1, 0), (-0.5, 1.5)), "family": "flow"}
+GOOD = {"timesteps": (0, 0.25, 1), "coeffs": ((1, 0), (-0.5, 1.5)), "schedule": Flow()}
 
 
 @pytest.mark.parametrize("family, name, end", [(f, n, e) for f in ("flow", "vp") for n, e in PARITY[f]["end"].items()])
@@ -28,10 +28,10 @@ def test_published_tables_reach_the_authors_end_states(family, name, end):
     assert float((ours - end).norm() / end.norm()) < 1e-6
 
 
-@pytest.mark.parametrize("name", Solver.names())
+@pytest.mark.parametrize("name", solver_names())
 def test_every_published_table_loads_and_runs(name):
-    solver = Solver.named(name)
-    assert solver.num_steps == int(name.split("/")[1]) and solver.source and solver.provenance["schedule"]
+    solver = find_solver(name)
+    assert solver.num_steps == int(name.split("/")[1]) and solver.source and solver.schedule in (Flow(), VP())
     x = torch.randn(2, 3, dtype=torch.float64)
     model = (lambda x, t: -x) if solver.family == "flow" else (lambda x, t: x / 2)
     assert sample(model, x, solver).isfinite().all()
@@ -39,8 +39,8 @@ def test_every_published_table_loads_and_runs(name):
 
 def test_published_increments_are_those_of_a_softmax():
     """Lion moved the raws by 0.01, so each log ratio of increments is an even multiple of 0.01 (to print)."""
-    for name in Solver.names():
-        deltas = torch.tensor(Solver.named(name).timedeltas, dtype=torch.float64)
+    for name in solver_names():
+        deltas = torch.tensor(find_solver(name).timedeltas, dtype=torch.float64)
         logs = (deltas / deltas[-1]).log() / 0.02
         rounding = 5e-5 * (1 / deltas + 1 / deltas[-1]) / 0.02
         assert ((logs - logs.round()).abs() <= rounding + 1e-9).all(), name
@@ -52,7 +52,7 @@ def test_value_semantics():
     assert solver != Solver(**{**GOOD, "timesteps": (0, 0.3, 1)}) and solver.num_steps == 2
     assert solver.timedeltas == (0.25, 0.75)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        solver.family = "vp"
+        solver.schedule = VP()
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_value_semantics():
         ({"coeffs": ((1, 0), (float("inf"), 1.5))}, ("coeffs[1][0]", "finite")),
         ({"coeffs": ((1, 0), (True, 0.0))}, ("coeffs[1][0]", "number", "True")),
         ({"coeffs": 3}, ("coeffs", "int")),
-        ({"family": "ve"}, ("family", "ve", "flow")),
+        ({"schedule": "ve"}, ("schedule", "ve", "Flow()")),
         ({"name": 3}, ("name", "3")),
         ({"provenance": []}, ("provenance",)),
         ({"noise_coeffs": (1,)}, ("noise_coeffs", "2 numbers")),
@@ -86,19 +86,19 @@ def test_construction_names_the_field_at_fault(change, words):
 
 
 def test_from_timedeltas():
-    solver = Solver.from_timedeltas([1, 2, 1], [[], [0.5], [-0.25, 0.5]], "flow")
+    solver = Solver.from_timedeltas([1, 2, 1], [[], [0.5], [-0.25, 0.5]], Flow())
     assert solver.timesteps == (0, 0.25, 0.75, 1)
     assert solver.coeffs == ((1, 0, 0), (0.5, 0.5, 0), (-0.25, 0.5, 0.75))
     with pytest.raises(ValueError, match="timedeltas.*above 0"):
-        Solver.from_timedeltas([1, -1], [[], [0]], "flow")
+        Solver.from_timedeltas([1, -1], [[], [0]], Flow())
     with pytest.raises(ValueError, match=r"lower\[1\]: need 1 numbers, got 2"):
-        Solver.from_timedeltas([1, 1], [[], [0, 0]], "flow")
+        Solver.from_timedeltas([1, 1], [[], [0, 0]], Flow())
 
 
 EXTENDED = Solver(
     (0, 0.3, 1),
     ((0.9, 0), (-0.1, 1.3)),
-    "vp",
+    VP(t_start=1.0, t_end=1e-4),
     name="extended",
     provenance={"seed": 3},
     noise_coeffs=(0.1, -0.2),
@@ -109,7 +109,7 @@ EXTENDED = Solver(
 
 @pytest.mark.parametrize(
     "solver",
-    [EXTENDED, handmade("unip3", 7, VP(), spacing="karras"), *map(Solver.named, Solver.names())],
+    [EXTENDED, handmade("unip3", 7, VP(), spacing="karras"), *map(find_solver, solver_names())],
     ids=lambda s: s.name,
 )
 def test_json_round_trip_is_bit_exact(solver, tmp_path):
@@ -136,7 +136,10 @@ def edited(**changes):
         ("", ("truncated",)),
         ("[1, 2]", ("object", "list")),
         ('{"format": "onnx"}', ("format", "onnx")),
-        (edited(version=2), ("version=2", "version 1")),
+        (edited(version=3), ("version=3", "versions 1 and 2")),
+        (edited(schedule={"kind": "ve"}), ("schedule.kind", "ve", "discrete_vp")),
+        (edited(schedule={"kind": "flow", "shft": 3}), ("schedule.shft", "unknown", "shift")),
+        (edited(schedule={"kind": "vp", "beta_min": 9, "beta_max": 2}), ("schedule.beta_min",)),
         (edited(timesteps=None), ("timesteps: missing",)),
         (edited(extra=1), ("extra: unknown",)),
         (edited(num_steps=3), ("num_steps=3", "2 rows")),
@@ -170,5 +173,5 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["sit-xl-2-256", "sit-xl-2-256/11", "resnet/5"])
 def test_unknown_names_list_those_that_exist(name):
     with pytest.raises(ValueError) as error:
-        Solver.named(name)
+        find_solver(name)
     assert name in str(error.value) and "dit-xl-2-256/{5,6,7,8,9,10}" in str(error.value)

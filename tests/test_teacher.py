@@ -3,13 +3,16 @@
 import math
 import os
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
-from dss_fast import VP, DiscreteVP, Flow, handmade, sample
-from dss_fast.problem import Problem
-from dss_fast.teacher import Grid, Teacher, Trajectory, dense_grid, evaluations, integrate, paper_trajectory
+from dss_fast import VP, DiscreteVP, Flow, Target, handmade, sample
+from dss_fast.search.draws import Draws
+from dss_fast.search.ledger import Ledger
+from dss_fast.search.lion import paper_trajectory
+from dss_fast.search.teacher import DenseGrid, Teacher, Trajectory, dense_grid, evaluations, integrate
 
 F64 = torch.float64
 SPREAD, CENTER = 0.3, torch.tensor([0.7, -0.4], dtype=F64)
@@ -57,7 +60,7 @@ def test_trajectory_has_order_four(name):
     schedule, sizes = SCHEDULES[name], (80, 160, 320)
     errors = []
     for m in sizes:
-        made = integrate(predict_normal(schedule), noise(), Grid(schedule, m))
+        made = integrate(predict_normal(schedule), noise(), DenseGrid(schedule, m))
         errors.append(float((made.last - exact(schedule, 1.0, noise())).abs().max()))
     assert slope(errors, sizes) > 3.7, errors
 
@@ -76,7 +79,7 @@ def test_interpolation_has_order_four(name):
     u = torch.rand(400, generator=torch.Generator().manual_seed(1), dtype=F64)
     errors = []
     for m in sizes:
-        grid = Grid(schedule, m)
+        grid = DenseGrid(schedule, m)
         states = torch.stack([exact(schedule, float(at), noise()) for at in grid.points], 1)
         y = torch.stack([predict_normal(schedule)(states[:, k], at) for k, at in enumerate(grid.points)], 1)
         slopes = grid.slope[:, :1] * states + grid.slope[:, 1:] * y
@@ -141,8 +144,8 @@ class Counting:
         return (center * t - x) * (1 - 0.91 * t) / (0.09 * t**2 + (1 - t) ** 2) + center
 
 
-def problem(model=None, **options):
-    return Problem(model or Counting(), (3,), Flow(), **options)
+def drawn(model=None, seed=0, **options):
+    return Draws.of(Target(model or Counting(), (3,), Flow(), **options), seed)
 
 
 def stream(teacher):
@@ -150,33 +153,33 @@ def stream(teacher):
 
 
 def test_teacher_counts_streams_and_keeps():
-    task = problem()
-    teacher = Teacher(task, "train", 10, 4, budget=24)
-    assert teacher.sizes == [4, 4, 2] and teacher.cost() == 240 and task.evaluations == 0
+    draws, ledger = drawn(), Ledger()
+    teacher = Teacher(draws, ledger, "train", 10, 4, budget=24)
+    assert teacher.sizes == [4, 4, 2] and teacher.cost() == 240 and ledger.evaluations == 0
     first = stream(teacher)
-    assert task.model.rows == task.evaluations == 240 == 10 * evaluations(teacher.grid)
+    assert draws.target.model.rows == ledger.evaluations == 240 == 10 * evaluations(teacher.grid)
     again = stream(teacher)
-    assert task.model.rows == task.evaluations == 240
+    assert draws.target.model.rows == ledger.evaluations == 240
     assert all(map(torch.equal, first, again))
-    small = problem()
-    from_disk = Teacher(small, "train", 10, 4, budget=24, memory=2000)  # one of three batches fits
+    small = drawn()
+    from_disk = Teacher(small, Ledger(), "train", 10, 4, budget=24, memory=2000)  # one of three batches fits
     assert all(map(torch.equal, first, stream(from_disk)))
     assert all(map(torch.equal, first, stream(from_disk)))
-    assert small.model.rows == 240 and 0 < from_disk.store._bytes <= 2000
+    assert small.target.model.rows == 240 and 0 < from_disk.store._bytes <= 2000
 
 
 def test_cache_is_found_again_and_keyed_by_what_determines_it(tmp_path):
     def run(**options):
-        cond = options.pop("cond", None)
         size = options.pop("size", 4)
-        task = problem(draw=cond, **options)
-        got = stream(Teacher(task, "train", 8, size, budget=20, cache=tmp_path))
-        return got, task.model.rows - 4 * (1 + task.guided), task.evaluations  # 4: the fingerprint's
+        draws, ledger = drawn(**options), Ledger()
+        got = stream(Teacher(draws, ledger, "train", 8, size, budget=20, cache=tmp_path))
+        calls = draws.target.model.rows - 4 * (1 + draws.target.guided)  # 4: the hash of its outputs
+        return got, calls, ledger.evaluations
 
     first, rows, count = run()
-    assert rows == 160 and count == 164
+    assert rows == 160 and count == 160
     again, rows, count = run()
-    assert rows == 0 and count == 164 and all(map(torch.equal, first, again))
+    assert rows == 0 and count == 160 and all(map(torch.equal, first, again))
     draw = lambda n, generator: {"shift": torch.rand(n, generator=generator)}  # noqa: E731
     assert run(model=Counting(0.6))[1] == 160
     assert run(seed=1)[1] == 160
@@ -193,20 +196,19 @@ def test_cache_is_found_again_and_keyed_by_what_determines_it(tmp_path):
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "empty", "foreign"])
 def test_damaged_entry_is_noticed_and_built_again(tmp_path, harm):
-    task = problem()
-    first = stream(Teacher(task, "train", 8, 4, budget=20, cache=tmp_path, key="model"))
+    first = stream(Teacher(drawn(key="model"), Ledger(), "train", 8, 4, budget=20, cache=tmp_path))
     path = sorted(tmp_path.glob("*/*.safetensors"))[1]
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
     foreign = b"\x02\x00\x00\x00\x00\x00\x00\x00{}"
     path.write_bytes({"flip": data, "truncate": data[:-50], "empty": b"", "foreign": foreign}[harm])
-    other = problem()
+    other = drawn(key="model")
     with pytest.warns(UserWarning, match="damaged"):
-        again = stream(Teacher(other, "train", 8, 4, budget=20, cache=tmp_path, key="model"))
-    assert other.model.rows == 80 and all(map(torch.equal, first, again))
+        again = stream(Teacher(other, Ledger(), "train", 8, 4, budget=20, cache=tmp_path))
+    assert other.target.model.rows == 80 and all(map(torch.equal, first, again))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        once_more = Teacher(problem(), "train", 8, 4, budget=20, cache=tmp_path, key="model")
+        once_more = Teacher(drawn(key="model"), Ledger(), "train", 8, 4, budget=20, cache=tmp_path)
         assert all(map(torch.equal, first, stream(once_more)))
 
 
@@ -214,31 +216,30 @@ def test_a_crash_in_the_middle_of_a_write_leaves_nothing_behind_that_is_read(tmp
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(MemoryError("killed")))
     with pytest.raises(MemoryError):
-        stream(Teacher(problem(), "train", 4, 4, budget=20, cache=tmp_path, key="model"))
+        stream(Teacher(drawn(key="model"), Ledger(), "train", 4, 4, budget=20, cache=tmp_path))
     assert not list(tmp_path.glob("*/[0-9]*"))
     monkeypatch.setattr(os, "replace", replace)
-    task = problem()
-    stream(Teacher(task, "train", 4, 4, budget=20, cache=tmp_path, key="model"))
-    assert task.model.rows == 80
+    draws = drawn(key="model")
+    stream(Teacher(draws, Ledger(), "train", 4, 4, budget=20, cache=tmp_path))
+    assert draws.target.model.rows == 80
 
 
 def test_range_of_guidance_and_processes_share_one_draw():
     draw = lambda n, generator: {"shift": torch.rand(n, generator=generator)}  # noqa: E731
-    options = dict(draw=draw, uncond={"shift": torch.zeros(1)}, guidance_scale=(1.0, 4.0))
-    whole = problem(**options)
+    options = dict(cond=draw, uncond={"shift": torch.zeros(1)}, guidance_scale=(1.0, 4.0))
+    whole = drawn(**options)
     batch = whole.batch("train", 3, 6)
     assert batch.scale.min() >= 1 and batch.scale.max() <= 4 and len(set(batch.scale.tolist())) == 6
     parts = []
     for rank in (0, 1):
-        part = problem(**options)
-        part.rank, part.world = rank, 2
+        part = replace(whole, rank=rank, world=2)
         parts.append(part.batch("train", 3, 6))
     for rank, part in enumerate(parts):
         assert torch.equal(part.noise, batch.noise[rank::2]) and part.size == 6
         assert torch.equal(part.scale, batch.scale[rank::2])
         assert torch.equal(part.cond["shift"], batch.cond["shift"][rank::2])
     assert not torch.equal(batch.noise, whole.batch("held_out", 3, 6).noise)
-    y = whole.predictor(batch)(batch.noise, torch.tensor(0.5, dtype=F64))
+    y = batch.predictor()(batch.noise, torch.tensor(0.5, dtype=F64))
     t = torch.full((6,), 0.5)
     low, high = Counting()(batch.noise, t, torch.zeros(6)), Counting()(batch.noise, t, batch.cond["shift"])
     assert torch.allclose(y, low + batch.scale[:, None].float() * (high - low), atol=1e-5)
@@ -248,6 +249,6 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="at least 16"):
         dense_grid(Flow(), 10)
     with pytest.raises(ValueError, match="needs uncond"):
-        problem(guidance_scale=2.0)
+        drawn(guidance_scale=2.0)
     with pytest.raises(ValueError, match="count=0"):
-        Teacher(problem(), "train", 0, 4)
+        Teacher(drawn(), Ledger(), "train", 0, 4)

@@ -62,8 +62,8 @@ class Lion:
     name: ClassVar = "lion"
 
     def __post_init__(self) -> None:
-        check_counts(self, "samples", "batch_size", "unique_samples", "teacher_steps", "check_every", "memory")
-        check_counts(self, "check_samples", least=0)
+        check_counts(self, "samples", "batch_size", "unique_samples", "teacher_steps", "check_every")
+        check_counts(self, "check_samples", "memory", least=0)
         unique = self.unique_samples
         if unique is not None and unique < self.samples and unique % self.batch_size:
             raise ValueError(f"unique_samples={unique!r}: give a multiple of batch_size={self.batch_size}")

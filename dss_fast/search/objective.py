@@ -33,7 +33,7 @@ class Residual:
 def residual(loss: Loss, weight: float, states: Tensor, trajectory: Trajectory, targets: Tensor) -> Residual:
     """The residuals of states (B, N, *S) under a loss: ``"end"``, ``"trajectory"`` or a function of samples.
 
-    weight: of the inner states' squares in ``"trajectory"``. targets: (N,) the u where x_1..x_N should meet the teacher.
+    weight: of the inner states' squares in ``"trajectory"``. targets: (N,) u where x_i should meet the teacher.
     """
     end = states[:, -1]
     difference = end - trajectory.last

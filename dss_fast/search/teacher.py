@@ -208,8 +208,8 @@ def dense_grid(schedule: Schedule, budget: int = EVALUATIONS) -> DenseGrid:
 class Teacher:
     """The dense trajectories of a set of samples, batch by batch, made once and kept.
 
-    draws: the model and its samples. ledger: what is spent. stream, count, batch_size: batches 0.. of that stream, count samples
-        in all. budget: model calls per sample, 48 to 64. cache: a folder that outlives the process; None
+    draws: the model and its samples. ledger: what is spent. stream, count, batch_size: batches 0.. of that stream,
+        count samples in all. budget: model calls per sample, 48 to 64. cache: a folder that outlives the process; None
         keeps them in memory up to ``memory`` bytes and in a temporary folder beyond.
 
     ``for batch, trajectory in teacher: ...`` streams them; ``teacher[k]`` is one pair. Trajectories are

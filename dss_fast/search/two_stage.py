@@ -88,7 +88,7 @@ class TwoStage:
                 raise ValueError(f"{name}={value!r}: give a number above 0")
 
     def budget(self, steps: tuple[int, ...]) -> int:
-        """The evaluations spent when the user sets no limit: 1/50 of the paper's recipe, 1000 (100 + 3 N) for each N."""
+        """The evaluations spent when the user sets no limit: a fiftieth of the paper's, 1000 (100 + 3 N) for each N."""
         return int(sum(50_000 * (100 + 3 * n) for n in steps) * PAPER_SHARE)
 
     def run(
@@ -184,7 +184,7 @@ class TwoStage:
                 space = Space(self.space, schedule, first[n].timesteps)
                 share = (ledger.budget - ledger.evaluations) * n / sum(steps[steps.index(n) :])
                 points[n] = Point(space, candidate=space.theta(first[n]), share=share)
-            stage = _Stage(self, draws, ledger, train, held_out)
+            stage = Stage(self, draws, ledger, train, held_out)
             while not points[n].finished:
                 before, point = ledger.evaluations, points[n]
                 batches = stage.plan(point)
@@ -226,7 +226,7 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """A candidate's runs, and of all samples over all processes: values |r|^2 and errors, (n,) float64 means of squares."""
+    """A candidate's runs; values |r|^2 and errors, (n,) float64 means of squares, of all samples of all processes."""
 
     runs: list[Run]
     values: Tensor
@@ -234,7 +234,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class _Stage:
+class Stage:
     """Stage 2 of one number of steps: what a round needs."""
 
     settings: TwoStage
@@ -324,7 +324,7 @@ class _Stage:
 
     @torch.no_grad()
     def check(self, point: Point, theta: Tensor) -> tuple[Point, float]:
-        """The point after a look at theta's held-out loss, by which the best is chosen, and the RMSE at the end point."""
+        """The point after a look at theta's held-out loss, by which the best is chosen; and the end point's RMSE."""
         space, n, runs, total = point.space, point.space.num_steps, [], sum(self.held_out.sizes)
         try:
             for batch, trajectory in self.held_out:
