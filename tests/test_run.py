@@ -120,7 +120,7 @@ def test_a_finished_search_resumes_without_a_model_call(tmp_path):
 
 def test_another_model_is_not_resumed(tmp_path):
     """A function by its outputs, as soon as it would be called; a module by its parameters, even a finished search."""
-    find(tmp_path / "function", key=None, budget=6_000)
+    find(tmp_path / "function", key=None, budget=3_000)
     with pytest.raises(ValueError, match="cannot be resumed: outputs was"):
         find(tmp_path / "function", resume=True, key=None, function=lambda x, t: model(x, t) + 0.01)
     module = Scaled()

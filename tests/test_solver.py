@@ -175,3 +175,79 @@ def test_unknown_names_list_those_that_exist(name):
     with pytest.raises(ValueError) as error:
         find_solver(name)
     assert name in str(error.value) and "dit-xl-2-256/{5,6,7,8,9,10}" in str(error.value)
+
+
+VERSION1 = Path(__file__).parent / "data" / "version1"
+
+
+def quadratic(x, t):
+    """A velocity of products and sums alone, which are the same bits on every processor."""
+    return 0.5 * x * (t[:, None] - 1.5) + 0.25 * (t * t)[:, None] * x.roll(1, 1)
+
+
+WRITTEN_BEFORE = {
+    "flow-full": (quadratic, Flow()),
+    "flow-diffusers-shift3": (lambda x, t: -quadratic(x, 1 - t / 1000), Flow(convention="diffusers", shift=3.0)),
+    "vp-full": (lambda x, t: 0.75 * x + (t / 1024)[:, None] * 0.25 * x.roll(1, 1), VP()),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", WRITTEN_BEFORE)
+def test_a_table_of_version_1_gives_the_bits_it_gave_when_it_was_written(name, dtype):
+    """Files and end points of release 7ab4fe3; the schedule was then given by hand and is now read from the file."""
+    model, schedule = WRITTEN_BEFORE[name]
+    ends = json.loads((VERSION1 / "ends.json").read_text())[name][str(dtype).split(".")[1]]
+    solver = Solver.load(VERSION1 / f"{name}.json")
+    assert solver.schedule == schedule
+    x = torch.linspace(-2, 2, 12, dtype=torch.float64).reshape(3, 4).to(dtype)
+    found = sample(model, x, solver, backend="reference")
+    assert [[v.hex() for v in row] for row in found.double().tolist()] == ends
+    again = Solver.from_dict(json.loads(json.dumps(solver.to_dict())))
+    assert torch.equal(sample(model, x, again, schedule=schedule, backend="reference"), found)
+
+
+def first_version(schedule, family="vp"):
+    """A file of version 1 with a schedule as its provenance named it."""
+    data = handmade("euler", 2, VP() if family == "vp" else Flow()).to_dict()
+    del data["schedule"]
+    return {**data, "version": 1, "family": family, "provenance": {"schedule": schedule}}
+
+
+def test_version_1_names_its_schedule():
+    named = {"kind": "discrete_vp", "num": 1000, "final": "sigma_min", "prediction_type": "v_prediction"}
+    known = DiscreteVP.scaled_linear(final="sigma_min", prediction_type="v_prediction")
+    ends = [known.alphas_cumprod[0], known.alphas_cumprod[-1]]
+    found = Solver.from_dict(first_version({**named, "name": "scaled_linear", "ends": ends}))
+    assert found.schedule == known
+    assert Solver.from_dict(first_version(None, "flow")).schedule == Flow()
+    other = first_version({**named, "name": "scaled_linear", "ends": [0.99, 0.1]})
+    with pytest.raises(ValueError, match="only names this schedule.*schedule=DiscreteVP"):
+        Solver.from_dict(other)
+    assert Solver.from_dict(other, DiscreteVP.cosine()).schedule == DiscreteVP.cosine()
+    with pytest.raises(ValueError, match="only names this schedule"):
+        Solver.from_dict(first_version({"kind": "grid", "family": "vp", "sigmas": [2.0, 1.0, 0.0]}))
+
+
+def test_the_schedule_is_part_of_the_value():
+    shifted, plain = handmade("ab2", 4, Flow(shift=3.0)), handmade("ab2", 4)
+    assert shifted.coeffs == plain.coeffs or shifted != plain
+    assert handmade("euler", 4, VP(t_start=1.0, t_end=1e-4)) != handmade("euler", 4, VP())
+    assert plain.on(None) is plain.schedule and plain.family == "flow"
+
+
+def test_another_interface_runs_and_another_path_is_refused():
+    """The first alpha or sigma that differs is named; strict=False goes on."""
+    x = torch.randn(3, 4, dtype=torch.float64)
+    solver = handmade("ab2", 4, Flow())
+    spoken = Flow(convention="diffusers")
+    theirs = sample(lambda x, t: -quadratic(x, 1 - t / 1000), x, solver, schedule=spoken)
+    torch.testing.assert_close(theirs, sample(quadratic, x, solver))
+    with pytest.raises(ValueError, match=r"alpha at u = 0.25 is 0.25 there and 0.1 here.*strict=False"):
+        sample(quadratic, x, solver, schedule=Flow(shift=3.0))
+    assert sample(quadratic, x, solver, schedule=Flow(shift=3.0), strict=False).isfinite().all()
+    with pytest.raises(ValueError, match="for flow models, the schedule is vp"):
+        sample(quadratic, x, solver, schedule=VP(), strict=False)
+    grid = Grid.flow([1.0, 0.75, 0.5, 0.25, 0.0], [1000.0, 750.0, 500.0, 250.0])
+    on_grid = sample(lambda x, t: -quadratic(x, 1 - t / 1000), x, solver, schedule=grid)
+    torch.testing.assert_close(on_grid, theirs)
