@@ -103,7 +103,7 @@ def test_gradient_and_matrix_are_those_of_dense_autograd(kind, loss):
     stage = Stage(settings, draws, ledger, teacher, teacher)
     point = Point(space, candidate=theta, share=math.inf)
     trial = stage.attempt(point, 1)
-    point, _ = stage.accept(point, trial)
+    point, _ = stage.accept(point, trial, stage.differentiate(point, trial))
     batch, trajectory = teacher[0]
 
     def residual(theta):
@@ -246,3 +246,48 @@ def test_two_processes_find_the_table_of_one(tmp_path):
         found = Solver.load(tmp_path / f"{rank}.json")
         for key, value in alone.tensors().items():
             torch.testing.assert_close(found.tensors()[key], value, rtol=1e-6, atol=1e-6)
+
+
+def test_initial_is_the_table_it_starts_from():
+    """Coefficients included; what the search cannot hold is refused by its name."""
+    target, options = Target(FLOW, SHAPE, dtype=F64), dict(method=TwoStage(**SMALL), budget=12_000, progress=False)
+    start = search(target, 4, **options).solver
+    further = search(target, 4, initial=start, **options)
+    assert start.noise_coeffs is not None and further.history[0]["stage"] == "teacher"
+    assert not [e for e in further.history if e["stage"] == "closed form"]  # nothing to fit: the table is given
+    _, errors = further.curve("held_out", 4)
+    assert fresh_error(further.solver) <= 1.05 * fresh_error(start) and min(errors) <= errors[0]
+    for initial, space, message in (
+        (start, "plain", "searched/4 has free rows, which space 'plain' has not"),
+        (handmade("ab2", 3), "full", "ab2/3 has 3 steps; the search is for 4"),
+        (handmade("ab2", 4, Flow(shift=3.0)), "full", "ab2/4 belongs to another noise schedule"),
+        ("dit-xl-2-256", "full", "no published solver is called dit-xl-2-256/4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            search(target, 4, initial=initial, method=TwoStage(**{**SMALL, "space": space}), progress=False)
+
+
+def test_the_trials_samples_reach_the_plan_of_the_budget():
+    few, _ = (event for event, _ in zip(events(60_000, trial_samples=32)[1], range(2), strict=False))
+    many, _ = (event for event, _ in zip(events(60_000, trial_samples=512)[1], range(2), strict=False))
+    assert few["samples"] > many["samples"]
+
+
+def test_a_finished_search_calls_no_model_whatever_the_budget(tmp_path):
+    target = Target(Counting(), SHAPE, dtype=F64)
+    options = dict(method=TwoStage(**SMALL), out=tmp_path, progress=False, report=False)
+    first = search(target, 3, budget=9_000, **options)
+    target.model.calls = 0
+    for budget in (9_000, 20_000, 100, None):
+        again = search(target, 3, budget=budget, resume=True, **options)
+        assert again.solvers == first.solvers and again.evaluations == first.evaluations
+        assert again.history == first.history
+    assert target.model.calls == 0
+
+
+class Counting(torch.nn.Module):
+    calls = 0
+
+    def forward(self, x, t):
+        self.calls += 1
+        return FLOW(x, t)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dss_fast import sample
+from dss_fast import Flow, handmade, sample
 from dss_fast.serving import Batch
 
 SHAPE = (3, 5)
@@ -81,6 +81,12 @@ def test_a_model_with_parameters_needs_no_context():
 
 
 def test_errors():
+    batch = Batch(2, SHAPE, max_steps=5)
+    batch.admit(torch.zeros(SHAPE), "ab2/5")  # the first one says what model this is
+    with pytest.raises(ValueError, match="for vp models, the schedule is flow"):
+        batch.admit(torch.zeros(SHAPE), "dit-xl-2-256/5")
+    with pytest.raises(ValueError, match="another noise schedule: alpha at u = 0.25"):
+        batch.admit(torch.zeros(SHAPE), handmade("ab2", 4, Flow(shift=3.0)))
     batch = Batch(1, SHAPE, max_steps=5)
     with pytest.raises(ValueError, match="takes 10 steps.*5"):
         batch.admit(torch.zeros(SHAPE), "ab2/10")

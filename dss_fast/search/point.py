@@ -65,6 +65,10 @@ class Point:
         """The candidate kept what the quadratic promised: a longer step next."""
         return replace(self, damping=max(self.damping / 4, LEAST_DAMPING))
 
+    def ended(self) -> Point:
+        """The search for this N is over; without a look at any table the last candidate is the best."""
+        return replace(self, finished=True, best=self.candidate.clone() if self.best is None else self.best)
+
     def checked(self, theta: Tensor, loss: float, scale: float) -> Point:
         """After a look at the held-out loss of theta: the best if it is the smallest."""
         found = replace(self, held_out_scale=scale)

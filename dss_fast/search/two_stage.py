@@ -23,7 +23,7 @@ from ..target import Samples
 from ..unroll import Rollout
 from .closed_form import fit, starts
 from .draws import Draws, mix
-from .gauss_newton import Sums, robust, signs_beside
+from .gauss_newton import Quadratic, Sums, robust, signs_beside
 from .ledger import Ledger
 from .objective import Loss, Residual, residual
 from .point import Point
@@ -186,16 +186,22 @@ class TwoStage:
                 points[n] = Point(space, candidate=space.theta(first[n]), share=share)
             stage = Stage(self, draws, ledger, train, held_out)
             while not points[n].finished:
-                before, point = ledger.evaluations, points[n]
+                before, point, values = ledger.evaluations, points[n], {}
                 batches = stage.plan(point)
                 trial = stage.attempt(point, batches) if batches else None
+                look = None
                 if not batches:
-                    point, values = stage.end(point)
+                    point = point.ended()
+                    look = point.candidate if stage.affords_look(point) else None
                 elif trial is None or not stage.improves(point, trial):
                     point = point.rejected()
                     values = {"accepted": False, "damping": point.damping}
                 else:
-                    point, values = stage.accept(point, trial)
+                    point, values = stage.accept(point, trial, stage.differentiate(point, trial))
+                    look = point.theta if point.round in (1, *range(4, self.rounds + 1)) else None
+                if look is not None:
+                    point, rmse = stage.check(point, look)
+                    values = {**values, "held_out": {n: rmse}}
                 points[n] = replace(point, spent=point.spent + ledger.evaluations - before)
                 yield event("gauss-newton", num_steps=n, **values)
 
@@ -291,36 +297,21 @@ class Stage:
         old, new = self._losses(point, trial)
         return new < old
 
-    def accept(self, point: Point, trial: Trial) -> tuple[Point, dict[str, Any]]:
-        """The candidate as the accepted table, differentiated, with the next candidate; and what to log."""
+    def accept(self, point: Point, trial: Trial, loss: Quadratic) -> tuple[Point, dict[str, Any]]:
+        """The candidate as the accepted table, the quadratic around it and the next candidate; and what to log."""
         settings, n = self.settings, point.space.num_steps
         if point.values is not None:
             old, new = self._losses(point, trial)
             point = point.damped_less() if old - new > 0.5 * point.predicted else point
-        scale = float(settings.robust * trial.values.median())
-        point = replace(point, tries=0, theta=point.candidate, values=trial.values, scale=scale)
-        loss = self._differentiate(point, trial).quadratic(self.draws.all_reduce).remembering(point.loss)
-        point = replace(point, loss=loss, round=point.round + 1).stepped()
+        scale, loss = self._scale(trial), loss.remembering(point.loss)
+        point = replace(point, tries=0, theta=point.candidate, values=trial.values, scale=scale, loss=loss)
+        point = replace(point, round=point.round + 1).stepped()
         gain = point.predicted / max(robust(trial.values, scale), 1e-300)
         point = replace(point, small=point.small + 1 if gain < settings.tolerance else 0)
         if point.small > 1 and point.round >= min(len(GROWTH), settings.rounds):
             point = replace(point, round=settings.rounds)
         values = {"loss": {n: math.sqrt(float(trial.errors.mean()))}, "accepted": True, "damping": point.damping}
-        values |= {"gain": gain, "used": len(trial.values)}
-        if point.round in (1, *range(4, settings.rounds + 1)):
-            assert point.theta is not None
-            point, rmse = self.check(point, point.theta)
-            values |= {"held_out": {n: rmse}}
-        return point, values
-
-    def end(self, point: Point) -> tuple[Point, dict[str, Any]]:
-        """The point as the search leaves it: the last candidate is looked at once more if the budget allows."""
-        values: dict[str, Any] = {}
-        if self._affords(point, point.space.num_steps * sum(self.held_out.sizes)):
-            point, rmse = self.check(point, point.candidate)
-            values = {"held_out": {point.space.num_steps: rmse}}
-        best = point.candidate.clone() if point.best is None else point.best
-        return replace(point, finished=True, best=best), values
+        return point, {**values, "gain": gain, "used": len(trial.values)}
 
     @torch.no_grad()
     def check(self, point: Point, theta: Tensor) -> tuple[Point, float]:
@@ -337,10 +328,9 @@ class Stage:
         scale = point.held_out_scale or self.settings.robust * float(values.median())
         return point.checked(theta, robust(values, scale), scale), math.sqrt(float(errors.mean()))
 
-    def _differentiate(self, point: Point, trial: Trial) -> Sums:
-        """Gradient and J'J at the accepted table. Lets each rollout go as soon as it was pulled back."""
-        space, theta = point.space, point.theta
-        assert theta is not None
+    def differentiate(self, point: Point, trial: Trial) -> Quadratic:
+        """Gradient and J'J at the candidate. Lets each rollout go as soon as it was pulled back."""
+        space, theta, limit = point.space, point.candidate, self._scale(trial)
         n, start, sums, jacobian = space.num_steps, 0, Sums(len(theta)), space.jacobian(theta)
         runs, trial_count = trial.runs, len(trial.runs)
         for k in range(trial_count):
@@ -365,10 +355,18 @@ class Stage:
                 rows = rows + found.moves(scaled, self.train[k][1]) @ jacobian[flat.shape[2] : -1]
             runs[k] = replace(runs[k], rollout=None)
             del rollout, pulled, flat
-            sums.add(rows, values, point.scale / (point.scale + values), scale, batch.size)
+            sums.add(rows, values, limit / (limit + values), scale, batch.size)
             self.ledger.spend(2 * n * batch.size * len(cotangents))
             start += batch.size
-        return sums
+        return sums.quadratic(self.draws.all_reduce)
+
+    def affords_look(self, point: Point) -> bool:
+        """Whether the budget allows one more look at the held-out samples."""
+        return self._affords(point, point.space.num_steps * sum(self.held_out.sizes))
+
+    def _scale(self, trial: Trial) -> float:
+        """The square at which a sample counts half: ``robust`` medians."""
+        return float(self.settings.robust * trial.values.median())
 
     def _table(self, space: Space, theta: Tensor, batch: Samples) -> tuple[Tensor, Tensor]:
         """weights and times of a table for a batch."""
