@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import datetime
 from pathlib import Path
 
 import torch
 
-from dss_fast import search
-from dss_fast.compare import compare
+from dss_fast import compare, search
+from dss_fast.search import Lion
 from examples import mnist
 
 STEPS = (5, 10)
@@ -36,17 +37,10 @@ def main() -> None:
     options = parser.parse_args()
     for model in options.models:
         target = getattr(mnist, model)()
-        task = {k: target[k] for k in ("model", "shape", "schedule", "cond")}
-        result = search(
-            **task,
-            num_steps=STEPS,
-            method="lion",
-            samples=UNIQUE * EPOCHS,
-            unique_samples=UNIQUE,
-            name="lion",
-        )
+        method = Lion(samples=UNIQUE * EPOCHS, unique_samples=UNIQUE)
+        result = search(dataclasses.replace(target, name="lion"), STEPS, method=method)
         names = [f"{m}/{n}@{s}" for n in STEPS for m in METHODS for s in SPACINGS[model]]
-        table = compare(solvers=[*names, *result.solvers.values()], samples=options.samples, **target)
+        table = compare(target, [*names, *result.solvers.values()], samples=options.samples)
         print(f"{model}, {result.evaluations} model evaluations\n{table}\n")
         stamp = {
             "model": f"mnist {model}",

@@ -25,11 +25,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from dss_fast import search  # noqa: E402
-from dss_fast.handmade import METHODS, handmade  # noqa: E402
-from dss_fast.problem import Problem  # noqa: E402
-from dss_fast.sampling import sample  # noqa: E402
-from dss_fast.teacher import dense_grid, integrate  # noqa: E402
+from dss_fast import Solver, Target, handmade, sample, search  # noqa: E402
+from dss_fast.methods import METHODS  # noqa: E402
+from dss_fast.search import Lion, TwoStage  # noqa: E402
+from dss_fast.search.draws import Draws  # noqa: E402
+from dss_fast.search.teacher import dense_grid, integrate  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "search.jsonl"
 SPACINGS = ("uniform", "lambda", "karras", "shift0.5", "shift1.5", "shift2", "shift3")
@@ -39,7 +39,7 @@ SIZE = 64  # of a batch
 COUNTS = {"mixture": 8192}  # its error is in few samples: 20 of these carry half of the mean square
 
 
-def target(name: str) -> dict:
+def target(name: str) -> Target:
     """The search target of a model's short name."""
     if name == "mixture":
         from examples.mixture import digits
@@ -54,37 +54,33 @@ class Fresh:
     """Held-out noise and where the teacher takes it."""
 
     def __init__(self, name: str, count: int | None = None):
-        self.task = task = target(name)
-        keys = ("model", "shape", "schedule", "uncond", "guidance_scale")
-        self.problem = Problem(**{k: task[k] for k in keys if k in task}, draw=task.get("cond"), seed=FRESH)
+        self.draws = Draws.of(target(name), FRESH)
+        self.target = self.draws.target
         count, size = count or COUNTS.get(name, 256), SIZE
         self.batches = []
         self.count = count
-        grid = dense_grid(self.problem.schedule, 160 if name == "mixture" else 96)
+        grid = dense_grid(self.target.schedule, 160 if name == "mixture" else 96)
         path = Path(__file__).parent / "results" / f".fresh-{name}-{FRESH}-{count}.pt"
         known = torch.load(path, weights_only=True) if path.exists() else []
         for k in range(count // size):
-            batch = self.problem.batch("fresh", k, size)
+            batch = self.draws.batch("fresh", k, size)
             if k >= len(known):
                 with torch.no_grad():
-                    known.append(integrate(self.problem.predictor(batch), batch.noise, grid).last.clone())
+                    known.append(integrate(batch.predictor(), batch.noise, grid).last.clone())
             self.batches.append((batch, known[k]))
         part = path.with_suffix(f".{os.getpid()}")
         torch.save(known, part)
         part.replace(path)  # several tables may be under way
 
-    def errors(self, solver, count: int | None = None) -> torch.Tensor:
+    def errors(self, solver: Solver, count: int | None = None) -> torch.Tensor:
         """(count,) mean of squares of each sample."""
         found = []
         for batch, last in self.batches[: count and -(-count // SIZE)]:
-            x = sample(
-                self.problem.model, batch.noise, solver, schedule=self.problem.schedule, cond=batch.cond,
-                uncond=self.problem.uncond, guidance_scale=self.problem.guidance_scale,
-            )  # fmt: skip
+            x = sample(self.target, batch.noise, solver, cond=batch.cond)
             found.append((x - last).double().square().flatten(1).mean(1))
         return torch.cat(found)
 
-    def row(self, solver, count: int | None = None) -> dict:
+    def row(self, solver: Solver, count: int | None = None) -> dict:
         errors = self.errors(solver, count)
         return {"rmse": math.sqrt(float(errors.mean())), "median": math.sqrt(float(errors.median()))}
 
@@ -102,7 +98,7 @@ def best_handmade(name: str, steps: list[int]) -> None:
         found = []
         for method in METHODS:
             for spacing in SPACINGS:
-                solver = handmade(method, n, fresh.problem.schedule, spacing=spacing)
+                solver = handmade(method, n, fresh.target.schedule, spacing=spacing)
                 try:
                     found.append((fresh.row(solver, SCREENED)["rmse"], solver))
                 except FloatingPointError:
@@ -123,16 +119,14 @@ def run(
     **settings,
 ):
     fresh = Fresh(name)
-    keys = ("model", "shape", "schedule", "cond", "uncond", "guidance_scale")
-    task = {k: fresh.task[k] for k in keys if k in fresh.task}
     # The recipe treats each N alone but can share batches and teacher; the cost is written as if it did not.
     groups = [steps] if kind == "lion" or together else [[n] for n in steps]
     for seed in seeds:
         for group in groups:
             for space in spaces if kind == "search" else [None]:
-                extra = {"space": space} if kind == "search" else {"method": "lion"}
+                method = TwoStage(space=space, **settings) if kind == "search" else Lion(**settings)
                 start, cpu = time.perf_counter(), time.process_time()
-                result = search(**task, num_steps=group, seed=seed, budget=budget, progress=False, **extra, **settings)
+                result = search(fresh.target, group, method=method, seed=seed, budget=budget, progress=False)
                 took = {"seconds": round(time.perf_counter() - start, 1), "cpu": round(time.process_time() - cpu, 1)}
                 for n in group:
                     cost = result.evaluations

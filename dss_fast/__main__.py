@@ -1,30 +1,33 @@
 """The command line: ``python -m dss_fast {search,sample,compare,show}``.
 
-A model is named ``module:attribute``. The attribute is a dict, or a function without arguments that
-returns one, of what ``search``, ``sample`` and ``compare`` take: model, shape, schedule, cond, uncond,
-guidance_scale, and optionally features, classify, labels and decode.
+A model is named ``module:attribute``. The attribute is a Target, or a function without arguments that returns one.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from . import __version__
 from .compare import compare
-from .handmade import METHODS
+from .files import check_writable, write_tensors, write_text
+from .methods import METHODS
+from .names import find_solver, solver_names
 from .plots import plot_samples, plot_solver
-from .sampling import find_solver, sample
+from .sampling import sample
 from .schedule import default_schedule
+from .search import METHODS as SEARCHES
 from .search import search
-from .solver import Solver
+from .search.draws import take_local_device
+from .target import Target
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,8 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def load_target(name: str) -> dict:
-    """The dict behind ``module:attribute``. Raises ValueError saying which part does not exist."""
+def load_target(name: str, device: str | None = None) -> Target:
+    """The Target behind ``module:attribute``, moved to a device. Raises ValueError saying which part does not exist."""
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise ValueError(f"model {name!r}: write module:attribute, as in examples.mnist:flow")
@@ -53,67 +56,53 @@ def load_target(name: str) -> dict:
         public = ", ".join(k for k, v in vars(found).items() if not k.startswith("_") and callable(v))
         raise ValueError(f"model {name!r}: {module} has no {attribute!r}; it has: {public}")
     target = getattr(found, attribute)
-    target = target() if callable(target) else target
-    missing = {"model", "shape"} - set(target) if isinstance(target, dict) else {"a dict"}
-    if missing:
-        raise ValueError(f"model {name!r}: lacks {', '.join(sorted(missing))}; see python -m dss_fast --help")
-    return target
+    target = target() if callable(target) and not isinstance(target, Target) else target
+    target = Target(**target) if isinstance(target, Mapping) else target
+    if not isinstance(target, Target) or target.shape is None:
+        got = "a Target without a shape" if isinstance(target, Target) else type(target).__name__
+        raise ValueError(f"model {name!r} is {got}; it must be a Target with a shape, or a function that returns one")
+    return target if device is None else target.to(device)
 
 
 def _search(options: argparse.Namespace) -> None:
-    target = load_target(options.model)
-    settings = {
-        key: getattr(options, key)
-        for key in ("method", "space", "samples", "budget", "seed", "device")
-        if getattr(options, key) is not None
-    }
+    take_local_device()  # before the model is built
+    target = load_target(options.model, options.device)
+    method = SEARCHES[options.method]
+    given = {k: v for k, v in (("space", options.space), ("samples", options.samples)) if v is not None}
+    known = [f.name for f in fields(method)]
+    for key in given:
+        if key not in known:
+            raise ValueError(f"--{key}: method {options.method!r} has no such setting; it has {', '.join(known)}")
     result = search(
-        **_accepted(search, target),
-        **settings,
-        num_steps=options.steps,
-        out=options.out,
-        resume=options.resume,
-    )
+        target, options.steps, method=method(**given), budget=options.budget, seed=options.seed or 0,
+        out=options.out, resume=options.resume,
+    )  # fmt: skip
     if int(os.environ.get("RANK", "0")) == 0:
         print(result)
 
 
 def _sample(options: argparse.Namespace) -> None:
-    target = load_target(options.model)
-    path = Path(options.out)
-    _check_folder(path.parent)
-    schedule = target.get("schedule")
-    solver = find_solver(options.solver, schedule, options.steps)
-    generator = torch.Generator().manual_seed(options.seed)
-    noise = torch.randn(options.number, *target["shape"], generator=generator)
-    cond = target.get("cond")
-    cond = cond(options.number, generator) if callable(cond) else cond
-    x = sample(
-        target["model"], noise.to(options.device or "cpu"), solver, cond=cond,
-        **{k: target[k] for k in ("schedule", "uncond", "guidance_scale", "guided_channels") if k in target},
-    )  # fmt: skip
+    target, path = load_target(options.model, options.device), Path(options.out)
+    check_writable(path.parent)
+    solver = find_solver(options.solver, target.schedule, options.steps)
+    x = sample(target, options.number, solver, generator=torch.Generator().manual_seed(options.seed))
+    assert isinstance(x, Tensor)
     if path.suffix == ".safetensors":
-        from safetensors.torch import save_file
-
-        save_file({"samples": x.cpu().contiguous()}, path)
+        write_tensors(path, {"samples": x.cpu()}, {})
     else:
-        images = target["decode"](x) if "decode" in target else x
+        images = x if target.decode is None else target.decode(x)
         columns = min(8, len(images))
         plot_samples({f"{c}": images[c::columns] for c in range(columns)}, path, rows=len(images) // columns)
     print(f"{options.number} samples of {solver.name or options.solver} in {path}")
 
 
 def _compare(options: argparse.Namespace) -> None:
-    target = load_target(options.model)
-    out = Path(options.out)
-    _check_folder(out)
-    arguments = {k: getattr(options, k) for k in ("samples", "seed", "device") if getattr(options, k) is not None}
-    result = compare(
-        solvers=options.solvers or list(DEFAULT_SOLVERS), num_steps=options.steps,
-        **_accepted(compare, target), **arguments,
-    )  # fmt: skip
+    target, out = load_target(options.model, options.device), Path(options.out)
+    check_writable(out)
+    given = {k: getattr(options, k) for k in ("samples", "seed") if getattr(options, k) is not None}
+    result = compare(target, options.solvers or list(DEFAULT_SOLVERS), num_steps=options.steps, **given)
     print(result)
-    (out / "compare.txt").write_text(str(result) + "\n")
+    write_text(out / "compare.txt", f"{result}\n")
     result.save(out / "compare.json")
     result.plot(out / "compare.png")
     print(f"\nsaved in {out}: compare.txt, compare.json, compare.png")
@@ -121,12 +110,11 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _show(options: argparse.Namespace) -> None:
     if options.solver is None:
-        print("published:  " + "  ".join(Solver.names()))
+        print("published:  " + "  ".join(solver_names()))
         print("hand-made:  " + "  ".join(f"{m}/N[@spacing]" for m in METHODS))
         return
-    schedule = default_schedule(options.family)
-    solver = find_solver(options.solver, schedule)
-    print(f"{solver.name or options.solver}: {solver.num_steps} steps, {solver.family}; {solver.source}")
+    solver = find_solver(options.solver, default_schedule(options.family))
+    print(f"{solver.name or options.solver}: {solver.num_steps} steps, {solver.schedule}; {solver.source}")
     for i, row in enumerate(solver.coeffs):
         cells = " ".join(f"{c:8.4f}" for c in row[: i + 1])
         print(f"  u {solver.timesteps[i]:.5f} -> {solver.timesteps[i + 1]:.5f}   {cells}")
@@ -139,19 +127,6 @@ def _show(options: argparse.Namespace) -> None:
 
 # What a user would otherwise run, each on the spacings it is used with.
 DEFAULT_SOLVERS = ("euler", "ab2", "ab4", "dpmpp_2m", "dpmpp_2m@lambda", "unip3", "unip3@lambda", "deis")
-
-
-def _accepted(function: Callable, target: dict) -> dict:
-    """The part of a target that a function takes."""
-    return {k: v for k, v in target.items() if k in inspect.signature(function).parameters}
-
-
-def _check_folder(folder: Path) -> None:
-    """Raises OSError before any work when results could not be written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".probe.{os.getpid()}"
-    probe.touch()
-    probe.unlink()
 
 
 def _steps(text: str) -> list[int]:
@@ -171,19 +146,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, run: Callable, text: str, out: str | None = None) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Callable[[argparse.Namespace], None], text: str, out: str | None = None
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         if out:
             sub.add_argument("model", help="module:attribute, for example examples.mnist:flow")
             sub.add_argument("-o", "--out", default=out, help=f"where results go (default {out})")
             sub.add_argument("--seed", type=int, default=None)
-            sub.add_argument("--device", default=None, help="cpu, cuda, ... (default cpu)")
+            sub.add_argument("--device", default=None, help="move the model to cpu, cuda, ... (default: where it is)")
         return sub
 
     sub = command("search", _search, "search a solver for a model", "out")
     sub.add_argument("--steps", type=_steps, default=[10], help="numbers of steps, as in 5,8,10")
-    sub.add_argument("--method", default=None, help="gauss_newton (default) or lion, the paper's")
+    sub.add_argument("--method", choices=tuple(SEARCHES), default="two_stage", help="lion is the paper's recipe")
     sub.add_argument("--space", default=None, help="plain, rows, rows+noise, rows+times or full (default)")
     sub.add_argument("--samples", type=int, default=None, help="samples to search on")
     sub.add_argument("--budget", type=int, default=None, help="most model evaluations to spend")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .files import write_json
+from .names import Name, find_solver, is_file, published_steps
 from .plots import plot_errors, plot_samples
-from .problem import Problem
-from .sampling import check_family, find_solver, sample
-from .schedule import Flow, Schedule
-from .solver import Solver, write_atomically
-from .teacher import dense_grid, integrate
+from .progress import bar as progress_bar
+from .sampling import sample
+from .schedule import Schedule
+from .search.draws import Draws
+from .search.teacher import dense_grid, integrate
+from .solver import Solver
+from .target import Model, Samples, Target
 
 REFERENCE_EVALUATIONS = 160  # of the fourth-order teacher; its own error is far below any few-step solver's
 
@@ -28,7 +31,7 @@ REFERENCE_EVALUATIONS = 160  # of the fourth-order teacher; its own error is far
 class Comparison:
     """What :func:`compare` measured: ``rows``, one dict per solver, and ``images``, title -> samples (a few)."""
 
-    rows: list[dict]
+    rows: list[dict[str, Any]]
     images: dict[str, Tensor] = field(repr=False)
 
     def __str__(self) -> str:
@@ -51,15 +54,17 @@ class Comparison:
         ]
         return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """The rows as JSON."""
-        write_atomically(path, json.dumps(self.rows, indent=1) + "\n")
+        write_json(path, self.rows)
 
-    def plot(self, path: str | os.PathLike, *, metric: str = "rmse") -> Path:
+    def plot(self, path: str | os.PathLike[str], *, metric: str = "rmse") -> Path:
         """Error against steps, a line per method. Needs matplotlib."""
         return plot_errors(self.rows, path, metric=metric)
 
-    def plot_samples(self, path: str | os.PathLike, solvers: Sequence[str] | None = None, *, rows: int = 8) -> Path:
+    def plot_samples(
+        self, path: str | os.PathLike[str], solvers: Sequence[str] | None = None, *, rows: int = 8
+    ) -> Path:
         """Samples side by side from the same noise, the reference last. Needs matplotlib."""
         titles = list(self.images) if solvers is None else [*solvers, "reference"]
         return plot_samples({t: self.images[t] for t in titles}, path, rows=rows)
@@ -70,27 +75,16 @@ _OPTIONAL = {"frechet": "Frechet", "accuracy": "label acc."}
 
 @torch.no_grad()
 def compare(
-    model: Callable,
-    shape: Sequence[int],
-    solvers: Sequence[Solver | str],
+    target: Target | Model,
+    solvers: Sequence[Solver | str | os.PathLike[str]],
     *,
     num_steps: Sequence[int] = (5, 10),
-    schedule: Schedule | None = None,
-    cond: Callable | Mapping[str, Any] | None = None,
-    uncond: Mapping[str, Any] | None = None,
-    guidance_scale: float = 1.0,
-    guided_channels: int | None = None,
     samples: int = 256,
     batch_size: int = 64,
     seed: int = 20_000,
-    features: Callable[[Tensor], Tensor] | None = None,
     real_features: Tensor | None = None,
-    classify: Callable[[Tensor], Tensor] | None = None,
-    labels: Callable[[dict], Tensor] | None = None,
-    decode: Callable[[Tensor], Tensor] | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
     progress: bool = True,
+    **description: Any,
 ) -> Comparison:
     """Runs each solver on the same fresh noise and measures it.
 
@@ -99,42 +93,42 @@ def compare(
     with a 95 % interval over noises (normal, on the mean of per-sample squares). The reference is the fourth-order
     teacher with ``REFERENCE_EVALUATIONS`` calls from the same noise.
 
-    solvers: Solvers, names or paths; a name without ``/N`` is run at each of num_steps.
-    cond: draw(n, generator) -> dict, or a dict for all. The seed's noises are used by no search.
-    features: images -> (B, F), for the Frechet distance |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) to
-        real_features (R, F), or to the reference's own features when none are given.
-    classify: images -> logits (B, L), labels: cond -> (B,): the share of samples read as what was asked.
-    decode: samples -> images in [0, 1] for the pictures.
+    target: a Target with a shape; its schedule is ``Flow()`` by default. Its ``decode`` gives the pictures, its
+        ``classify`` and ``labels`` the share of samples read as what was asked, its ``features`` the Frechet distance
+        |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) to real_features (R, F), or to the reference's own when none are
+        given. Or the model alone, with the Target's fields as ``description``.
+    solvers: Solvers, names or paths; a name without ``/N`` is run at each of num_steps that it has.
+    seed: of noises that no search uses.
 
     Returns a :class:`Comparison`; its rows hold solver, method, num_steps, nfe, rmse, rmse_low, rmse_high,
     frechet, accuracy, ms_per_sample. Raises ValueError before any work when a solver does not fit.
     """
-    schedule = Flow() if schedule is None else schedule
-    problem = Problem(model, tuple(shape), schedule, cond, uncond, guidance_scale, guided_channels, device, dtype, seed)
+    draws = Draws.of(Target.of(target, **description), seed).alone
+    target, schedule = draws.target, draws.target.schedule
+    assert schedule is not None
+    if isinstance(target.guidance_scale, tuple):
+        raise ValueError(f"guidance_scale={target.guidance_scale!r}: solvers are compared at one scale; give a number")
     table = _expand(solvers, schedule, num_steps)
     grid = dense_grid(schedule, REFERENCE_EVALUATIONS)
     sizes = [min(batch_size, samples - k) for k in range(0, samples, batch_size)]
-    bar = _bar(len(sizes) * (len(table) + 1), progress)
+    bar = progress_bar(progress, total=len(sizes) * (len(table) + 1), leave=False)
     sums = {title: _Sums() for title in [*table, "reference"]}
     for number, size in enumerate(sizes):
-        batch = problem.batch("compare", number, size)
+        batch = draws.batch("compare", number, size)
         bar.set_description("reference")
-        reference = integrate(problem.predictor(batch), batch.noise, grid).last
-        sums["reference"].add(reference, reference, 0.0, batch.cond, features, classify, labels, decode)
+        reference = integrate(batch.predictor(), batch.noise, grid).last
+        sums["reference"].add(reference, reference, 0.0, batch)
         bar.update()
         for title, solver in table.items():
             bar.set_description(title)
             start = time.perf_counter()
-            x = sample(
-                model, batch.noise, solver, schedule=schedule, cond=batch.cond, uncond=uncond,
-                guidance_scale=guidance_scale, guided_channels=guided_channels, check_finite=True,
-            )  # fmt: skip
-            seconds = time.perf_counter() - start
-            sums[title].add(x, reference, seconds, batch.cond, features, classify, labels, decode)
+            x = sample(target, batch.noise, solver, cond=batch.cond, check_finite=True)
+            assert isinstance(x, Tensor)
+            sums[title].add(x, reference, time.perf_counter() - start, batch)
             bar.update()
     bar.close()
-    target = real_features if real_features is not None else sums["reference"].features_so_far()
-    pair = "x2" if problem.guided else ""
+    against = real_features if real_features is not None else sums["reference"].features_so_far()
+    pair = "x2" if target.guided else ""
     rows = []
     for title, solver in table.items():
         row = {
@@ -143,35 +137,39 @@ def compare(
             "searched": solver.source != "hand-made",
             "num_steps": solver.num_steps,
             "nfe": f"{solver.num_steps}{pair}",
-            **sums[title].measure(target),
+            **sums[title].measure(against),
         }
         rows.append(row)
-    return Comparison(rows, {title: s.images for title, s in sums.items()})
+    return Comparison(rows, {title: s.images for title, s in sums.items() if s.images is not None})
 
 
 class _Sums:
     """What is kept of one solver's samples."""
 
-    def __init__(self):
-        self.squares, self.seconds, self.hits, self.labelled = [], [], 0, 0
-        self.features, self.images = [], None
+    def __init__(self) -> None:
+        self.squares: list[Tensor] = []
+        self.seconds: list[float] = []
+        self.features: list[Tensor] = []
+        self.images: Tensor | None = None
+        self.hits = self.labelled = 0
 
-    def add(self, x, reference, seconds, cond, features, classify, labels, decode):
+    def add(self, x: Tensor, reference: Tensor, seconds: float, batch: Samples) -> None:
+        target = batch.target
         self.squares.append((x.double() - reference.double()).square().flatten(1).mean(1).cpu())
         self.seconds.append(seconds / len(x))
-        if features is not None:
-            self.features.append(features(x).double().cpu())
-        if classify is not None and labels is not None:
-            self.hits += int((classify(x).argmax(-1).cpu() == labels(cond).cpu()).sum())
+        if target.features is not None:
+            self.features.append(target.features(x).double().cpu())
+        if target.classify is not None and target.labels is not None:
+            self.hits += int((target.classify(x).argmax(-1).cpu() == target.labels(batch.cond).cpu()).sum())
             self.labelled += len(x)
         if self.images is None:
-            images = x if decode is None else decode(x)
+            images = x if target.decode is None else target.decode(x)
             self.images = images[:16].cpu()
 
     def features_so_far(self) -> Tensor | None:
         return torch.cat(self.features) if self.features else None
 
-    def measure(self, target: Tensor | None) -> dict:
+    def measure(self, against: Tensor | None) -> dict[str, Any]:
         squares = torch.cat(self.squares)
         mean = float(squares.mean())
         half = 1.96 * float(squares.std()) / math.sqrt(len(squares)) if len(squares) > 1 else 0.0
@@ -180,7 +178,7 @@ class _Sums:
             "rmse": math.sqrt(mean),
             "rmse_low": math.sqrt(max(mean - half, 0.0)),
             "rmse_high": math.sqrt(mean + half),
-            "frechet": None if features is None else frechet_distance(features, target),
+            "frechet": None if features is None or against is None else frechet_distance(features, against),
             "accuracy": self.hits / self.labelled if self.labelled else None,
             "ms_per_sample": 1000 * sorted(self.seconds)[len(self.seconds) // 2],
             "samples": len(squares),
@@ -201,14 +199,24 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     return float((shift + c1.trace() + c2.trace() - 2 * cross).clamp_min(0))
 
 
-def _expand(solvers: Sequence[Solver | str], schedule: Schedule, num_steps: Sequence[int]) -> dict[str, Solver]:
-    """title -> solver, in order, names without steps once for each number of steps."""
+def _expand(
+    solvers: Sequence[Solver | str | os.PathLike[str]], schedule: Schedule, num_steps: Sequence[int]
+) -> dict[str, Solver]:
+    """title -> solver, in order, names without steps once for each number of steps they have."""
     table: dict[str, Solver] = {}
     for item in solvers:
-        open_ended = isinstance(item, str) and "/" not in item and not item.endswith(".json")
-        for n in num_steps if open_ended else [None]:
+        steps: Sequence[int | None] = [None]
+        if not isinstance(item, Solver) and not is_file(item):
+            name = Name.parse(os.fspath(item))
+            if name.num_steps is None:
+                steps = [n for n in num_steps if name.handmade or n in published_steps(name.name)]
+                if not steps:
+                    raise ValueError(
+                        f"solver {name.name} exists for {published_steps(name.name)} steps, not {num_steps}"
+                    )
+        for n in steps:
             solver = find_solver(item, schedule, n)
-            check_family(solver, schedule)
+            solver.on(schedule)
             table[solver.name or f"solver {len(table) + 1}/{solver.num_steps}"] = solver
     if not table:
         raise ValueError("no solvers to compare")
@@ -223,9 +231,3 @@ def _cell(key: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}" if key in ("frechet", "ms_per_sample") else f"{value:.4f}"
     return str(value)
-
-
-def _bar(total: int, progress: bool):
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, disable=not progress, leave=False)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from .files import replacing
 from .solver import Solver
 
 _COLORS = {
@@ -20,7 +22,7 @@ _COLORS = {
 }
 
 
-def plot_solver(solver: Solver, path: str | os.PathLike) -> Path:
+def plot_solver(solver: Solver, path: str | os.PathLike[str]) -> Path:
     """The coefficients as a heat map, row i = step i, above the timesteps they belong to."""
     n = solver.num_steps
     figure, (top, bottom) = pyplot().subplots(
@@ -31,7 +33,7 @@ def plot_solver(solver: Solver, path: str | os.PathLike) -> Path:
     return write_figure(figure, path)
 
 
-def draw_coefficients(axes, solver: Solver, title: str) -> None:
+def draw_coefficients(axes: Any, solver: Solver, title: str) -> None:
     """The lower triangle on the given axes, numbers in the cells."""
     n = solver.num_steps
     table = [[c if j <= i else float("nan") for j, c in enumerate(row)] for i, row in enumerate(solver.coeffs)]
@@ -46,7 +48,7 @@ def draw_coefficients(axes, solver: Solver, title: str) -> None:
     axes.figure.colorbar(image, ax=axes, shrink=0.8, label="coefficient")
 
 
-def draw_timesteps(axes, solver: Solver) -> None:
+def draw_timesteps(axes: Any, solver: Solver) -> None:
     """The timesteps as dots on the line from noise to data, equal steps as ticks behind them."""
     n = solver.num_steps
     axes.hlines(0, 0, 1, color="0.8")
@@ -59,11 +61,11 @@ def draw_timesteps(axes, solver: Solver) -> None:
     axes.spines[["left", "top", "right"]].set_visible(False)
 
 
-def plot_errors(rows: Sequence[Mapping], path: str | os.PathLike, *, metric: str = "rmse") -> Path:
+def plot_errors(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, metric: str = "rmse") -> Path:
     """Error against network evaluations, a line per method, from the rows of a comparison; log scale."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
-    methods: dict[str, list[Mapping]] = {}
+    methods: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         methods.setdefault(row["method"], []).append(row)
     colors = iter(_COLORS["rest"] * 9)
@@ -89,7 +91,7 @@ def plot_errors(rows: Sequence[Mapping], path: str | os.PathLike, *, metric: str
     return write_figure(figure, path)
 
 
-def plot_samples(columns: Mapping[str, Tensor], path: str | os.PathLike, *, rows: int = 8) -> Path:
+def plot_samples(columns: Mapping[str, Tensor], path: str | os.PathLike[str], *, rows: int = 8) -> Path:
     """Images of several solvers side by side, each row from the same noise.
 
     columns: title -> images (B, C, H, W) in [0, 1], C = 1 or 3, the same B everywhere.
@@ -113,7 +115,7 @@ def plot_samples(columns: Mapping[str, Tensor], path: str | os.PathLike, *, rows
     return write_figure(figure, path)
 
 
-def pyplot():
+def pyplot() -> Any:
     """matplotlib.pyplot without a window. Raises ImportError naming the extra."""
     try:
         import matplotlib
@@ -125,14 +127,11 @@ def pyplot():
     return matplotlib.pyplot
 
 
-def write_figure(figure, path: str | os.PathLike) -> Path:
+def write_figure(figure: Any, path: str | os.PathLike[str]) -> Path:
     """Writes a figure as PNG by way of a temporary file and closes it."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        figure.savefig(temporary, format="png", dpi=140)
-        os.replace(temporary, path)
+        with replacing(path, durable=False) as temporary:
+            figure.savefig(temporary, format="png", dpi=140)
     finally:
-        temporary.unlink(missing_ok=True)
         pyplot().close(figure)
-    return path
+    return Path(path)

@@ -103,7 +103,7 @@ def _transition(self: Schedule, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _clock(self: Schedule, u: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale, tau) of the sampling ODE d(x / scale) / dtau = y: (1, -sigma) for flows, (sigma, alpha / sigma) for VP."""
+    """(scale, tau) of the ODE d(x / scale) / dtau = y: (1, -sigma) for flows, (sigma, alpha / sigma) for VP."""
     alpha, sigma = self.alpha_sigma(u)
     return (torch.ones_like(sigma), -sigma) if self.family == "flow" else (sigma, alpha / sigma)
 

@@ -14,25 +14,27 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dss_fast import VP, Flow, sample, search
-from dss_fast.sampling import find_solver
+from dss_fast import VP, Flow, Solver, Target, find_solver, sample, search
+from dss_fast.search.draws import join_processes, take_local_device
 
 from .imagenet import images
 from .imagenet.model import Transformer, load
 
+Decode = Callable[[Tensor], Tensor]
 CLASSES = 1000
 SHAPE = (4, 32, 32)
 LATENT_SCALE = 0.18215
 GUIDANCE = {"sit": (1.375, None), "dit": (1.5, 3)}
 
 
-def target(kind: str, network: Transformer, guidance_scale: float = 1.0, guided_channels: int | None = None) -> dict:
+def target(kind: str, network: Transformer, guidance_scale: float = 1.0, guided_channels: int | None = None) -> Target:
     """The search target of a network: SiT is a flow in the paper's own convention, DiT the paper's VP model.
 
     The paper searches without guidance and samples with it.
@@ -43,28 +45,28 @@ def target(kind: str, network: Transformer, guidance_scale: float = 1.0, guided_
     def draw(n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         return {"y": torch.randint(classes, (n,), generator=generator)}
 
-    return {
-        "model": network,
-        "shape": (network.channels, size, size),
-        "schedule": Flow() if kind == "sit" else VP(),
-        "cond": draw,
-        "uncond": {"y": torch.tensor([classes])} if guidance_scale != 1 else None,
-        "guidance_scale": guidance_scale,
-        "guided_channels": guided_channels,
-    }
+    return Target(
+        network,
+        (network.channels, size, size),
+        Flow() if kind == "sit" else VP(),
+        cond=draw,
+        uncond={"y": torch.tensor([classes])} if guidance_scale != 1 else None,
+        guidance_scale=guidance_scale,
+        guided_channels=guided_channels,
+    )
 
 
-def sit(checkpoint: str = "SiT-XL-2-256x256.pt") -> dict:
+def sit(checkpoint: str = "SiT-XL-2-256x256.pt") -> Target:
     """A search target for the command line."""
     return target("sit", load(checkpoint))
 
 
-def dit(checkpoint: str = "DiT-XL-2-256x256.pt") -> dict:
+def dit(checkpoint: str = "DiT-XL-2-256x256.pt") -> Target:
     """A search target for the command line."""
     return target("dit", load(checkpoint))
 
 
-def decoder(path: str, device: torch.device | str, dtype: torch.dtype = torch.float32):
+def decoder(path: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Decode:
     """latents (B, 4, h, w) -> (B, 8h, 8w, 3) uint8, through a KL autoencoder in diffusers' layout."""
     from diffusers import AutoencoderKL
 
@@ -84,34 +86,26 @@ def to_bytes(pictures: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def make_images(first: int, count: int, *, problem: dict, solver, decode, batch: int, seed: int) -> Tensor:
+def make_images(
+    first: int, count: int, *, target: Target, solver: Solver | str, decode: Decode, batch: int, seed: int
+) -> Tensor:
     """Images first .. first + count - 1, (count, H, W, 3) uint8."""
-    network, parts = problem["model"], []
-    device = next(network.parameters()).device
+    network, parts = target.model, []
     classes = network.y_embedder.embedding_table.num_embeddings - 1
     for start in range(first, first + count, batch):
         rows = min(batch, first + count - start)
-        noise, y = images.draw(start, rows, problem["shape"], classes, seed)
-        latents = sample(
-            network,
-            noise.to(device),
-            solver,
-            schedule=problem["schedule"],
-            cond={"y": y.to(device)},
-            uncond=problem["uncond"],
-            guidance_scale=problem["guidance_scale"],
-            guided_channels=problem["guided_channels"],
-        )
+        noise, y = images.draw(start, rows, target.shape, classes, seed)
+        latents = sample(target, noise, solver, cond={"y": y})
         parts.append(decode(latents).cpu())
     return torch.cat(parts)
 
 
 def run_sampling(
-    problem: dict, solver, decode, out: Path, *, total: int, chunk: int, batch: int, seed: int
+    target: Target, solver: Solver | str, decode: Decode, out: Path, *, total: int, chunk: int, batch: int, seed: int
 ) -> Path | None:
     """All images over all processes of torchrun; the first process then writes ``out.npz``."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    make = partial(make_images, problem=problem, solver=solver, decode=decode, batch=batch, seed=seed)
+    make = partial(make_images, target=target, solver=solver, decode=decode, batch=batch, seed=seed)
     report = (lambda i, n: print(f"chunk {i + 1} of {n}", flush=True)) if rank == 0 else None
     images.write_chunks(out, total, chunk, make, rank, world, report)
     if world > 1:
@@ -138,14 +132,14 @@ def main(arguments: list[str] | None = None) -> None:
 
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    take_local_device()
+    join_processes()
     dtype = getattr(torch, options.dtype) if device.type == "cuda" else torch.float32
     network = load(options.checkpoint).to(device, dtype)
 
     if options.command == "search":
         problem = target(options.model, network, options.guidance or 1.0, GUIDANCE[options.model][1])
-        result = search(**problem, num_steps=options.steps, seed=options.seed)
+        result = search(problem, options.steps, seed=options.seed)
         if int(os.environ.get("RANK", 0)) == 0:
             result.solver.save(options.out)
             print(f"wrote {options.out}")
@@ -155,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
     scale, channels = GUIDANCE[options.model]
     problem = target(options.model, network, options.guidance or scale, channels)
     published = {"sit": "sit-xl-2-256", "dit": "dit-xl-2-256"}[options.model]
-    solver = find_solver(options.solver or published, problem["schedule"], options.steps)
+    solver = find_solver(options.solver or published, problem.schedule, options.steps)
     sizes = {"total": options.total, "chunk": options.chunk, "batch": options.batch, "seed": options.seed}
     done = run_sampling(problem, solver, decoder(options.vae, device, dtype), options.out, **sizes)
     if done:

@@ -13,6 +13,7 @@ from dss_fast.__main__ import main
 
 TARGET = """
 import torch
+from dss_fast import Target
 
 def velocity(x, t, y):
     return torch.tanh(y[:, None] - x * (1 + t[:, None]))
@@ -21,13 +22,18 @@ def draw(n, generator):
     return {"y": torch.randint(0, 2, (n,), generator=generator).float()}
 
 def target():
-    return {"model": velocity, "shape": (6,), "cond": draw}
+    return Target(velocity, (6,), cond=draw)
 
 def pictures():
-    return {**target(), "decode": lambda x: x.sigmoid().reshape(-1, 1, 2, 3)}
+    return Target(velocity, (6,), cond=draw, decode=lambda x: x.sigmoid().reshape(-1, 1, 2, 3))
 
 def empty():
-    return {"model": velocity}
+    return Target(velocity)
+
+def network():
+    return Target(torch.nn.Linear(6, 6), (6,))
+
+described = {"model": velocity, "shape": (6,), "cond": draw}
 """
 
 
@@ -54,7 +60,7 @@ def test_search_sample_compare_show(folder, capsys):
     assert (folder / "digits.png").stat().st_size > 2000 and (folder / "x.safetensors").exists()
     assert main("show runs/solver-3.json --plot table.png".split()) == 0
     out = capsys.readouterr().out
-    assert "3 steps, flow" in out and (folder / "table.png").exists()
+    assert "3 steps, Flow(" in out and (folder / "table.png").exists()
     assert main(["show"]) == 0 and "sit-xl-2-256/10" in capsys.readouterr().out
 
 
@@ -65,6 +71,8 @@ def test_search_sample_compare_show(folder, capsys):
         ("search nothere:x --steps 3", ("nothere", "No module")),
         ("search mymodel:gone --steps 3", ("gone", "target", "draw")),
         ("search mymodel:empty --steps 3", ("shape",)),
+        ("search mymodel:torch --steps 3", ("module", "must be a Target")),
+        ("search mymodel:target --steps 3 --method lion --space plain", ("--space", "lion", "huber_weight")),
         ("search mymodel:target --steps 3 --space wide", ("wide", "rows+times")),
         ("compare mymodel:target heun --steps 3", ("heun", "dpmpp_2m")),
         ("sample mymodel:target --solver gone.json", ("gone.json",)),
@@ -93,6 +101,15 @@ def test_unwritable_folder_before_the_work(folder, capsys, command):
     (folder / "taken").write_text("a file")
     assert main(command.split()) == 2
     assert "taken" in capsys.readouterr().err
+
+
+def test_device_moves_the_model(folder):
+    """A model on the meta device computes nothing, so all three commands say that it was moved."""
+    from dss_fast.__main__ import load_target
+
+    assert load_target("mymodel:network", "meta").model.weight.is_meta
+    assert load_target("mymodel:network").home == torch.device("cpu")
+    assert load_target("mymodel:described").shape == (6,)
 
 
 def test_module_entry_point(folder):

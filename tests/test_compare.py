@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from dss_fast import Solver, handmade, sample
-from dss_fast.compare import compare, frechet_distance
+from dss_fast import Target, compare, find_solver, handmade, sample
+from dss_fast.compare import frechet_distance
 from dss_fast.plots import plot_solver
 
 SHIFT = torch.linspace(-1, 1, 4)[:, None, None]
@@ -22,23 +22,21 @@ def draw(n, generator):
     return {"y": torch.randint(0, 2, (n,), generator=generator).float()}
 
 
-TARGET = {"model": model, "shape": (4, 2, 2), "cond": draw}
+TARGET = Target(
+    model,
+    (4, 2, 2),
+    cond=draw,
+    features=lambda x: x.flatten(1)[:, :3],
+    classify=lambda x: torch.stack([-x.mean((1, 2, 3)), x.mean((1, 2, 3)) - 0.4], 1),
+    labels=lambda cond: cond["y"],
+    decode=lambda x: x[:, :1].sigmoid(),
+)
 
 
 @pytest.fixture(scope="module")
 def result():
-    return compare(
-        solvers=["euler", "ab3", "sit-xl-2-256/10"],
-        num_steps=(5, 10),
-        samples=24,
-        batch_size=16,
-        features=lambda x: x.flatten(1)[:, :3],
-        classify=lambda x: torch.stack([-x.mean((1, 2, 3)), x.mean((1, 2, 3)) - 0.4], 1),
-        labels=lambda cond: cond["y"],
-        decode=lambda x: x[:, :1].sigmoid(),
-        progress=False,
-        **TARGET,
-    )
+    solvers = ["euler", "ab3", "sit-xl-2-256/10"]
+    return compare(TARGET, solvers, num_steps=(5, 10), samples=24, batch_size=16, progress=False)
 
 
 def test_rows(result):
@@ -53,13 +51,12 @@ def test_rows(result):
 
 def test_rmse_is_the_distance_to_a_fine_solution(result):
     """The same noises by hand, against Adams-Bashforth with 400 steps."""
-    from dss_fast import Flow
-    from dss_fast.problem import Problem
+    from dss_fast.search.draws import Draws
 
-    problem = Problem(model, (4, 2, 2), Flow(), draw, seed=20_000)
+    draws = Draws.of(TARGET, 20_000)
     squares = []
     for number, size in enumerate((16, 8)):
-        batch = problem.batch("compare", number, size)
+        batch = draws.batch("compare", number, size)
         fine = sample(model, batch.noise, "ab4/400", cond=batch.cond)
         coarse = sample(model, batch.noise, "euler/5", cond=batch.cond)
         squares.append((fine - coarse).square().flatten(1).mean(1))
@@ -78,7 +75,7 @@ def test_table_files_and_pictures(result, tmp_path):
     assert json.loads((tmp_path / "c.json").read_text()) == result.rows
     result.plot(tmp_path / "c.png")
     result.plot_samples(tmp_path / "s.png", ["euler/5", "ab3/10"], rows=4)
-    plot_solver(Solver.named("dit-xl-2-256/7"), tmp_path / "t.png")
+    plot_solver(find_solver("dit-xl-2-256/7"), tmp_path / "t.png")
     for name in ("c.png", "s.png", "t.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG") and (tmp_path / name).stat().st_size > 5000
     assert len(list(tmp_path.iterdir())) == 4
@@ -100,9 +97,14 @@ def test_bad_solvers_are_refused_before_any_work():
         calls.append(1)
         return model(x, t, y)
 
-    for solvers, words in (([], "no solvers"), (["dit-xl-2-256/5"], "vp"), (["heun"], "heun")):
+    for solvers, words in (
+        ([], "no solvers"),
+        (["dit-xl-2-256/5"], "vp"),
+        (["heun"], "heun"),
+        (["sit-xl-2-256"], "exists for .5, 6, 7, 8, 9, 10. steps, not for .3,."),
+    ):
         with pytest.raises(ValueError, match=words):
-            compare(counting, (4, 2, 2), solvers, cond=draw, progress=False)
+            compare(counting, solvers, num_steps=(3,), shape=(4, 2, 2), cond=draw, progress=False)
     assert not calls
 
 
@@ -110,8 +112,6 @@ def test_guidance_counts_twice():
     def guided(x, t, y):
         return model(x, t, y)
 
-    table = compare(
-        guided, (4, 2, 2), [handmade("euler", 3)], cond=draw, uncond={"y": 0.5}, guidance_scale=2.0, samples=4,
-        progress=False,
-    )  # fmt: skip
+    target = Target(guided, (4, 2, 2), cond=draw, uncond={"y": 0.5}, guidance_scale=2.0)
+    table = compare(target, [handmade("euler", 3)], samples=4, progress=False)
     assert table.rows[0]["nfe"] == "3x2"

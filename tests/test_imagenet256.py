@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dss_fast import Solver, sample
+from dss_fast import find_solver, sample
 from examples import imagenet256
 from examples.imagenet import images
 from examples.imagenet.model import XL, Transformer, load
@@ -109,12 +109,8 @@ def test_loading(tmp_path):
 @pytest.mark.parametrize("kind", ["sit", "dit"])
 def test_targets_sample(kind):
     scale, channels = imagenet256.GUIDANCE[kind]
-    problem = imagenet256.target(kind, small(), scale, channels)
-    cond = problem["cond"](3, torch.Generator().manual_seed(0))
-    keys = ("uncond", "guidance_scale", "guided_channels", "schedule")
-    x = sample(
-        problem["model"], (3, *problem["shape"]), f"{kind}-xl-2-256/5", cond=cond, **{k: problem[k] for k in keys}
-    )
+    target = imagenet256.target(kind, small(), scale, channels)
+    x = sample(target, 3, f"{kind}-xl-2-256/5", generator=torch.Generator().manual_seed(0))
     assert x.shape == (3, 4, 8, 8) and x.isfinite().all()
 
 
@@ -155,12 +151,12 @@ def test_an_interrupted_run_goes_on(tmp_path):
 
 
 def test_sampling_end_to_end(tmp_path):
-    problem = imagenet256.target("sit", small(), 1.375)
-    solver = Solver.named("sit-xl-2-256/5")
+    target = imagenet256.target("sit", small(), 1.375)
+    solver = find_solver("sit-xl-2-256/5")
     decode = lambda z: imagenet256.to_bytes(z[:, :3])  # noqa: E731
     sizes = {"total": 5, "chunk": 2, "batch": 2, "seed": 1}
-    done = imagenet256.run_sampling(problem, solver, decode, tmp_path / "run", **sizes)
-    whole = imagenet256.make_images(0, 5, problem=problem, solver=solver, decode=decode, batch=5, seed=1)
+    done = imagenet256.run_sampling(target, solver, decode, tmp_path / "run", **sizes)
+    whole = imagenet256.make_images(0, 5, target=target, solver=solver, decode=decode, batch=5, seed=1)
     saved = np.load(done)["arr_0"]
     # batches of another size may differ in the last bit of a matrix product, a rounding step of a byte
     assert saved.shape == (5, 8, 8, 3) and np.abs(saved.astype(int) - whole.numpy()).max() <= 1

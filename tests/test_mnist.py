@@ -172,15 +172,15 @@ def test_splits_are_fixed_and_apart():
 def test_targets_hold_what_a_search_needs(name):
     pytest.importorskip("dss_fast")
     target = getattr(mnist, name)()
-    assert target["shape"] == (1, 28, 28) and target["schedule"].family == name.split("_")[0]
-    assert target["guidance_scale"] == (1.5 if name.endswith("guided") else 1.0)
-    cond = target["cond"](6, torch.Generator().manual_seed(1))
-    again = target["cond"](6, torch.Generator().manual_seed(1))
+    assert target.shape == (1, 28, 28) and target.schedule.family == name.split("_")[0]
+    assert target.guidance_scale == (1.5 if name.endswith("guided") else 1.0)
+    cond = target.cond(6, torch.Generator().manual_seed(1))
+    again = target.cond(6, torch.Generator().manual_seed(1))
     assert torch.equal(cond["y"], again["y"]) and cond["y"].shape == (6,) and cond["y"].max() < 10
     x = torch.randn(6, 1, 28, 28)
-    t = target["schedule"].time(torch.full((6,), 0.5, dtype=torch.float64)).float()
-    output = target["model"](x, t, **cond)
+    t = target.schedule.time(torch.full((6,), 0.5, dtype=torch.float64)).float()
+    output = target.model(x, t, **cond)
     assert output.shape == x.shape
-    assert target["features"](x).shape == (6, 64) and target["classify"](x).shape == (6, 10)
-    assert torch.equal(target["labels"](cond), cond["y"])
-    assert 0 <= target["decode"](3 * x).min() and target["decode"](3 * x).max() <= 1
+    assert target.features(x).shape == (6, 64) and target.classify(x).shape == (6, 10)
+    assert torch.equal(target.labels(cond), cond["y"])
+    assert 0 <= target.decode(3 * x).min() and target.decode(3 * x).max() <= 1

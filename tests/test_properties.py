@@ -44,7 +44,9 @@ def discrete(draw):
     for ratio in ratios:
         table.append(value)
         value *= ratio
-    return DiscreteVP(tuple(table), draw(kinds), draw(st.sampled_from(["zero", "sigma_min"])), draw(st.text(max_size=5)))
+    return DiscreteVP(
+        tuple(table), draw(kinds), draw(st.sampled_from(["zero", "sigma_min"])), draw(st.text(max_size=5))
+    )
 
 
 @st.composite

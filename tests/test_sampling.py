@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dss_fast import VP, DiscreteVP, Flow, Solver, Target, find_solver, handmade, sample
+from dss_fast import VP, Flow, Solver, find_solver, handmade, sample
 from dss_fast.table import StepTable
 
 GENERATOR = torch.Generator().manual_seed(0)

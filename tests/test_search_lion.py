@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import multiprocessing, nn
 
-from dss_fast import VP, Flow, Solver, sample, search
-from dss_fast import Target
+from dss_fast import VP, Flow, Solver, Target, sample, search
 from dss_fast.search import Lion
 from dss_fast.search.draws import Draws
 from dss_fast.search.ledger import Ledger

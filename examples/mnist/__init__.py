@@ -1,18 +1,20 @@
 """Two small class-conditional digit models to search solvers for: a rectified flow and a VP model.
 
-`flow`, `flow_guided`, `vp` and `vp_guided` each return a search target: the keyword arguments that
-`dss_fast.search`, `compare` and the command line (`search examples.mnist:flow`) take.
+`flow`, `flow_guided`, `vp` and `vp_guided` each return a Target, which `dss_fast.search`, `sample`, `compare` and the
+command line (`search examples.mnist:flow`) take.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from dss_fast import VP, Flow, Target
+from dss_fast.schedule import Schedule
 
 from .model import NULL_CLASS, Classifier, DiT, VPModel
 
@@ -66,41 +68,37 @@ def real_features() -> Tensor:
     return torch.cat([classifier.features(part) for part in digits()[0].split(500)])
 
 
-def _target(model: nn.Module, schedule: Any, guidance_scale: float) -> dict[str, Any]:
+def _target(model: nn.Module, schedule: Schedule, guidance_scale: float) -> Target:
     classifier = load_classifier()
-    return {
-        "model": model,
-        "shape": (1, 28, 28),
-        "schedule": schedule,
-        "cond": draw_labels,
-        "uncond": {"y": NULL_CLASS} if guidance_scale != 1 else None,
-        "guidance_scale": guidance_scale,
-        "features": classifier.features,
-        "classify": classifier,
-        "labels": labels,
-        "decode": decode,
-    }
+    return Target(
+        model,
+        (1, 28, 28),
+        schedule,
+        cond=draw_labels,
+        uncond={"y": NULL_CLASS} if guidance_scale != 1 else None,
+        guidance_scale=guidance_scale,
+        features=classifier.features,
+        classify=classifier,
+        labels=labels,
+        decode=decode,
+    )
 
 
-def flow(guidance_scale: float = 1.0) -> dict[str, Any]:
+def flow(guidance_scale: float = 1.0) -> Target:
     """The rectified flow, by default without guidance."""
-    from dss_fast import Flow
-
     return _target(load_flow(), Flow(), guidance_scale)
 
 
-def flow_guided() -> dict[str, Any]:
+def flow_guided() -> Target:
     """The rectified flow at guidance 1.5: two network evaluations per step."""
     return flow(1.5)
 
 
-def vp(guidance_scale: float = 1.0) -> dict[str, Any]:
+def vp(guidance_scale: float = 1.0) -> Target:
     """The VP model, by default without guidance."""
-    from dss_fast import VP
-
     return _target(load_vp(), VP(), guidance_scale)
 
 
-def vp_guided() -> dict[str, Any]:
+def vp_guided() -> Target:
     """The VP model at guidance 1.5: two network evaluations per step."""
     return vp(1.5)

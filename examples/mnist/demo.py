@@ -12,9 +12,8 @@ import argparse
 import time
 from pathlib import Path
 
-from dss_fast import search
+from dss_fast import compare, search
 from dss_fast.__main__ import DEFAULT_SOLVERS
-from dss_fast.compare import compare
 from dss_fast.plots import plot_solver
 
 from . import flow
@@ -32,17 +31,14 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
 
     target = flow()
-    task = {k: v for k, v in target.items() if k not in ("features", "classify", "labels")}
     again = (out / "search").exists()  # interrupted or finished before: go on from there
-    result = search(
-        **task, num_steps=STEPS, seed=options.seed, budget=BUDGET, out=out / "search", resume=again, name="searched"
-    )
+    result = search(target, STEPS, seed=options.seed, budget=BUDGET, out=out / "search", resume=again)
     searched = {n: result.solvers[n] for n in STEPS}
     for n, solver in searched.items():
         solver.save(out / f"solver-{n}.json")
         plot_solver(solver, out / f"solver-{n}.png")
 
-    table = compare(solvers=[*DEFAULT_SOLVERS, *searched.values()], num_steps=(5, 8, 10, 15), samples=64, **target)
+    table = compare(target, [*DEFAULT_SOLVERS, *searched.values()], num_steps=(5, 8, 10, 15), samples=64)
     (out / "compare.txt").write_text(f"{table}\n")
     table.save(out / "compare.json")
     table.plot(out / "error.png")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dss_fast import Target, sample
 
 from . import data, decode, flow, load_classifier, load_flow, load_vp, real_features, vp
 from .model import NULL_CLASS, vp_alpha_sigma
@@ -65,15 +66,11 @@ def milliseconds(model: torch.nn.Module, batch: int = 64, repeats: int = 10) -> 
     return 1000 * best / batch
 
 
-def digits_from(target: dict[str, Any], solver: str, labels: Tensor, seed: int) -> Tensor:
+def digits_from(target: Target, solver: str, labels: Tensor, seed: int) -> Tensor:
     """One image per label (n, 1, 28, 28), in parts of 100."""
-    from dss_fast import sample
-
-    keys = ("schedule", "uncond", "guidance_scale")
-    options = {key: target[key] for key in keys}
-    noise = torch.randn(len(labels), *target["shape"], generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(len(labels), *target.shape, generator=torch.Generator().manual_seed(seed))
     parts = zip(noise.split(100), labels.split(100), strict=True)
-    return torch.cat([sample(target["model"], x, solver, cond={"y": y}, **options) for x, y in parts])
+    return torch.cat([sample(target, x, solver, cond={"y": y}) for x, y in parts])
 
 
 def save_sheet(path: Path, images: Tensor, columns: int, zoom: int = 3) -> None:
@@ -105,15 +102,15 @@ def main() -> None:
     print(f"held-out against training images: Frechet {frechet_distance(real[:500], real[500:]):.2f}")
     for kind in args.kinds:
         target = {"flow": flow, "vp": vp}[kind](args.guidance)
-        model = target["model"]
+        model = target.model
         count = sum(p.numel() for p in model.parameters())
         print(f"{kind}: {count:,} parameters, {milliseconds(model):.2f} ms per image")
         given, null, linear = prediction_errors(kind)
         print(f"{kind}: held-out MSE {given:.4f}, {null:.4f} without class, {linear:.4f} linear")
         labels = torch.arange(args.samples) % 10
         drawn = digits_from(target, FINE[kind], labels, seed=0)
-        accuracy = (target["classify"](drawn).argmax(1) == labels).float().mean()
-        distance = frechet_distance(target["features"](drawn), real)
+        accuracy = (target.classify(drawn).argmax(1) == labels).float().mean()
+        distance = frechet_distance(target.features(drawn), real)
         print(f"{kind}: {FINE[kind]}: label accuracy {accuracy:.3f}, Frechet {distance:.2f}")
         sheet = digits_from(target, FINE[kind], torch.arange(80) // 8, seed=1)
         save_sheet(args.sheets / f"samples_{kind}.png", sheet, columns=8)
