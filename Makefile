@@ -1,5 +1,6 @@
 # make demo   search, sample and compare on the shipped MNIST model; results in out/
 # make test   the test suite
+# make lint   style and types
 # make bench  the benchmarks, rows appended under benchmarks/results/
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,7 +22,9 @@ bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks --benchmark
 
 lint: $(VENV)/.test
-	$(BIN)/ruff check . && $(BIN)/ruff format --check --exclude "*.md" .
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --exclude "*.md" .
+	$(BIN)/mypy
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -44,8 +44,7 @@ class Denoiser:
         self._cond, self._uncond = dict(cond or {}), dict(uncond or {})
         self._doubled: dict[str, Any] | None = None
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-        floating = parameter is not None and parameter.is_floating_point()
-        self._dtype = parameter.dtype if floating else None
+        self._dtype = parameter.dtype if parameter is not None and parameter.is_floating_point() else None
         _check_signature(model, {**self._cond, **self._uncond})
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
@@ -56,7 +55,7 @@ class Denoiser:
             )
         if self.guided:
             x, t = torch.cat([x, x]), torch.cat([t, t])
-        output = self.model(x if self._dtype is None else x.to(self._dtype), t, **cond)
+        output: Any = self.model(x if self._dtype is None else x.to(self._dtype), t, **cond)
         output = getattr(output, "sample", output[0] if isinstance(output, tuple) else output)
         self._check(output, x, t)
         self.nfe += 2 if self.guided else 1

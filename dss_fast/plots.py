@@ -16,7 +16,7 @@ from torch import Tensor
 from .files import replacing
 from .solver import Solver
 
-_COLORS = {
+_COLORS: dict[str, Any] = {
     "searched": "#c0392b",
     "rest": ["#2980b9", "#16a085", "#8e44ad", "#d68910", "#2c3e50", "#7f8c8d", "#5dade2", "#a04000", "#82e0aa"],
 }

@@ -22,6 +22,7 @@ CONVENTIONS = ("paper", "diffusers")
 # Of alpha and sigma. Float32 tables of alphas_cumprod are within 1e-6 and a clamped zero terminal SNR within 2.5e-4 of
 # the same path; DDPM's linear betas and the paper's continuous VP are 1e-2 apart.
 SAME_PATH = 1e-3
+FLOOR = 2.0**-24  # of alphas_cumprod: a zero terminal SNR has no log, and this is what diffusers puts in its place
 
 
 class Schedule(Protocol):
@@ -29,6 +30,8 @@ class Schedule(Protocol):
 
     family: ``"flow"``, whose histories hold velocities x0 - epsilon, or ``"vp"``, whose histories hold x0.
     """
+
+    def __hash__(self) -> int: ...
 
     @property
     def family(self) -> str: ...
@@ -243,19 +246,18 @@ class DiscreteVP:
         if self.final not in ("zero", "sigma_min"):
             raise ValueError(f"final={self.final!r}: choose 'zero' or 'sigma_min'")
         table = _floats("alphas_cumprod", self.alphas_cumprod)
-        if len(table) < 2 or not all(0 <= b < a <= 1 for a, b in pairwise(table)):
+        if len(table) < 2 or not all(0 <= b < a <= 1 or a == b == FLOOR for a, b in pairwise(table)):
             raise ValueError(
                 f"alphas_cumprod: need at least 2 values in [0, 1] falling strictly, got {len(table)} values "
                 f"from {table[:1]} to {table[-1:]}"
             )
-        # A zero terminal SNR has no log; 2^-24 is what diffusers puts in its place.
-        object.__setattr__(self, "alphas_cumprod", tuple(max(a, 2.0**-24) for a in table))
+        object.__setattr__(self, "alphas_cumprod", tuple(max(a, FLOOR) for a in table))
         log_alpha = 0.5 * torch.tensor((1.0, *self.alphas_cumprod), dtype=torch.float64).log()
         object.__setattr__(self, "_log_alpha", log_alpha)
         object.__setattr__(self, "_hash", hash((self.alphas_cumprod, self.prediction_type, self.final, self.name)))
 
     def __hash__(self) -> int:
-        return self._hash  # type: ignore[attr-defined, no-any-return]  # once: 1000 numbers take 15 us
+        return self._hash  # type: ignore[attr-defined]  # once: 1000 numbers take 15 us
 
     @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float], **options: Any) -> DiscreteVP:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import schedule as schedules
 from .files import write_json
@@ -78,7 +77,7 @@ class Solver:
         set_("_hash", hash(values))  # once: tables are looked up by solver at every call of ``sample``
 
     def __hash__(self) -> int:
-        return self._hash  # type: ignore[attr-defined, no-any-return]  # set in __post_init__
+        return self._hash  # type: ignore[attr-defined]  # set in __post_init__
 
     def _check_times(self) -> None:
         u, n = self.timesteps, self.num_steps
@@ -127,8 +126,8 @@ class Solver:
         """The N differences of ``timesteps``."""
         return tuple(b - a for a, b in pairwise(self.timesteps))
 
-    def tensors(self) -> dict[str, Tensor | None]:
-        """timesteps, coeffs, noise_coeffs and network_timesteps as float64 tensors, as ``step_weights`` takes."""
+    def tensors(self) -> dict[str, Any]:
+        """timesteps, coeffs, noise_coeffs and network_timesteps as float64 tensors or None, for ``StepTable.build``."""
         keys = ("timesteps", "coeffs", "noise_coeffs", "network_timesteps")
         values = {key: getattr(self, key) for key in keys}
         return {k: None if v is None else torch.tensor(v, dtype=torch.float64) for k, v in values.items()}
@@ -266,10 +265,9 @@ def _first_version(data: Mapping[str, Any]) -> Schedule:
     if named is None:
         return default_schedule(family)
     if isinstance(named, Mapping) and named.get("kind") == "discrete_vp":
-        recipe = {"linear": DiscreteVP.linear, "scaled_linear": DiscreteVP.scaled_linear, "cosine": DiscreteVP.cosine}
-        if named.get("name") in recipe:
+        if named.get("name") in ("linear", "scaled_linear", "cosine"):
             options = {key: named[key] for key in ("final", "prediction_type")}
-            found = recipe[named["name"]](named["num"], **options)
+            found = getattr(DiscreteVP, named["name"])(named["num"], **options)
             table = found.alphas_cumprod
             # Pipelines' tables were made in float32, 1e-4 off at their noisy end.
             if all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(named["ends"], (table[0], table[-1]), strict=True)):

@@ -121,7 +121,7 @@ class Target:
             return torch.device(self.device)
         if not isinstance(self.model, nn.Module):
             return None
-        tensor = next(self.model.parameters(), None)
+        tensor: Tensor | None = next(self.model.parameters(), None)
         tensor = next(self.model.buffers(), None) if tensor is None else tensor
         return None if tensor is None or tensor.is_meta else tensor.device
 

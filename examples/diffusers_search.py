@@ -33,8 +33,8 @@ def main(arguments: list[str] | None = None, **options_of_search):
     call.pop("output_type")
 
     target = from_pipeline(pipe, prompts, **call)
-    print(f"latents {target['shape']}, {target['schedule']}, guidance {target['guidance_scale']}")
-    result = search(**target, num_steps=options.steps, **options_of_search)
+    print(f"latents {target.shape}, {target.schedule}, guidance {target.guidance_scale}")
+    result = search(target, options.steps, **options_of_search)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     result.solver.save(options.out)
 

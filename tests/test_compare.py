@@ -101,7 +101,7 @@ def test_bad_solvers_are_refused_before_any_work():
         ([], "no solvers"),
         (["dit-xl-2-256/5"], "vp"),
         (["heun"], "heun"),
-        (["sit-xl-2-256"], "exists for .5, 6, 7, 8, 9, 10. steps, not for .3,."),
+        (["sit-xl-2-256"], "exists for .5, 6, 7, 8, 9, 10. steps, not .3,."),
     ):
         with pytest.raises(ValueError, match=words):
             compare(counting, solvers, num_steps=(3,), shape=(4, 2, 2), cond=draw, progress=False)

@@ -10,14 +10,14 @@ diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' own, of NumPy 2
 from diffusers_runs import run  # noqa: E402
 
-from dss_fast import Solver  # noqa: E402
+from dss_fast import Flow, Solver  # noqa: E402
 from dss_fast.integrations.diffusers import DSSScheduler  # noqa: E402
 
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler
 
 
 def test_configs_survive_a_round_trip(tmp_path):
-    own = Solver.from_timedeltas([0.3, 0.7], [[], [0.2]], "flow", name="mine/2")
+    own = Solver.from_timedeltas([0.3, 0.7], [[], [0.2]], Flow(), name="mine/2")
     own.save(tmp_path / "mine.json")
     for solver in (
         own,
@@ -39,7 +39,7 @@ def test_configs_survive_a_round_trip(tmp_path):
 
 
 def test_through_a_stock_scheduler_and_back(caplog):
-    own = Solver.from_timedeltas([0.3, 0.7], [[], [0.2]], "flow", name="mine/2")
+    own = Solver.from_timedeltas([0.3, 0.7], [[], [0.2]], Flow(), name="mine/2")
     scheduler = DSSScheduler.from_config(FLOW(shift=3.0).config, solver=own)
     stock = FLOW.from_config(scheduler.config)
     assert stock.shift == 3.0

@@ -8,7 +8,7 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from dss_fast import DiscreteVP, Flow, Solver, handmade, sample  # noqa: E402
+from dss_fast import DiscreteVP, Flow, Solver, find_solver, handmade, sample  # noqa: E402
 from dss_fast.integrations.diffusers import DSSScheduler  # noqa: E402
 from dss_fast.integrations.pipeline import from_pipeline  # noqa: E402
 from examples.tiny_pipelines import FLOW, NAMES, build  # noqa: E402
@@ -142,7 +142,7 @@ def test_img2img_starts_part_way(name):
 @pytest.mark.parametrize("name", ["dit", "sd", "wan"])
 def test_whole_pipelines_are_saved_and_loaded(name, tmp_path):
     pipe, arguments = build(name)
-    own = handmade("ab2", 5, Flow()) if name in FLOW else Solver.named("dit-xl-2-256/5")
+    own = handmade("ab2", 5, Flow()) if name in FLOW else find_solver("dit-xl-2-256/5")
     pipe.scheduler = scheduler_for(pipe, Solver.from_dict({**own.to_dict(), "name": "mine/5", "provenance": {}}))
     before = latents(pipe, arguments)
     pipe.save_pretrained(tmp_path)
@@ -172,18 +172,17 @@ def test_targets_do_what_the_pipeline_does(name):
     scheduler = pipe.scheduler
     target = from_pipeline(pipe, rows, **arguments, batch_size=2)
     assert pipe.scheduler is scheduler
-    assert isinstance(target["schedule"], Flow if name in FLOW else DiscreteVP) or name in ("dit", "pixart")
+    assert isinstance(target.schedule, Flow if name in FLOW else DiscreteVP) or name in ("dit", "pixart")
     expected = {"dit": 4.0, "sd": 7.5, "sdxl": 5.0, "pixart": 4.5, "sd3": 7.0, "wan": 5.0, "sana": 4.5}
-    assert target["guidance_scale"] == expected.get(name, 1.0)
-    assert (target["uncond"] is None) == (name in ("flux", "qwen"))
-    drawn = target["cond"](7, torch.Generator().manual_seed(0))
+    assert target.guidance_scale == expected.get(name, 1.0)
+    assert (target.uncond is None) == (name in ("flux", "qwen"))
+    drawn = target.cond(7, torch.Generator().manual_seed(0))
     assert all(len(value) == 7 for value in drawn.values())
-    table = handmade("ab2", 4, target["schedule"])
-    x = torch.randn(3, *target["shape"], generator=torch.Generator().manual_seed(1))
-    keys = ("schedule", "uncond", "guidance_scale")
-    ours = sample(target["model"], x, table, cond=target["cond"].conditions, **{k: target[k] for k in keys})
-    if "decode" in target:
-        images = target["decode"](ours)
+    table = handmade("ab2", 4, target.schedule)
+    x = torch.randn(3, *target.shape, generator=torch.Generator().manual_seed(1))
+    ours = sample(target, x, table, cond=target.cond.conditions)
+    if target.decode is not None:
+        images = target.decode(ours)
         assert images.shape[1] == 3 and 0 <= images.min() and images.max() <= 1
     if name == "dit":
         return  # takes no latents of the caller's
@@ -195,20 +194,20 @@ def test_targets_do_what_the_pipeline_does(name):
 def test_gradients_reach_the_time_and_the_sample():
     pipe, rows, arguments = split("flux")
     target = from_pipeline(pipe, rows, **arguments)
-    x = torch.randn(3, *target["shape"], requires_grad=True)
+    x = torch.randn(3, *target.shape, requires_grad=True)
     t = torch.full((3,), 400.0, requires_grad=True)
-    target["model"](x, t, **target["cond"].conditions).square().sum().backward()
+    target.model(x, t, **target.cond.conditions).square().sum().backward()
     assert x.grad.abs().max() > 0 and t.grad.abs().max() > 0
-    assert not any(p.requires_grad for p in target["model"].parameters())
+    assert not any(p.requires_grad for p in target.model.parameters())
 
 
 def test_true_guidance_beside_a_distilled_one():
     pipe, rows, arguments = split("flux")
     rows |= {"negative_prompt_embeds": torch.randn(1, 7, 32), "negative_pooled_prompt_embeds": torch.randn(1, 32)}
     target = from_pipeline(pipe, rows, true_cfg_scale=3.0, guidance_scale=2.0, **arguments)
-    assert target["guidance_scale"] == 3.0 and set(target["uncond"]) == {"encoder_hidden_states", "pooled_projections"}
-    assert torch.equal(target["cond"].conditions["guidance"], torch.full((3,), 2.0))
-    assert target["schedule"].shift != 3.0  # e^mu of this resolution
+    assert target.guidance_scale == 3.0 and set(target.uncond) == {"encoder_hidden_states", "pooled_projections"}
+    assert torch.equal(target.cond.conditions["guidance"], torch.full((3,), 2.0))
+    assert target.schedule.shift != 3.0  # e^mu of this resolution
 
 
 @pytest.mark.parametrize("name, options", [("sd", {"guidance_rescale": 0.7}), ("qwen", {"true_cfg_scale": 4.0})])
@@ -234,4 +233,4 @@ def test_what_cannot_be_a_target_is_named():
 def test_half_precision_finds_the_exact_scale():
     pipe, rows, arguments = split("sd", dtype=torch.bfloat16)
     target = from_pipeline(pipe, rows, **arguments)
-    assert target["guidance_scale"] == 7.5
+    assert target.guidance_scale == 7.5

@@ -1,6 +1,7 @@
 """DSSScheduler by itself: tables, runs, state. Its configs are in test_diffusers_config.py."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' own, of NumPy 2
 from diffusers_runs import network, noise, run  # noqa: E402
 
-from dss_fast import VP, Flow, Solver, sample  # noqa: E402
+from dss_fast import VP, DiscreteVP, Flow, Solver, find_solver, handmade, sample  # noqa: E402
 from dss_fast.integrations.diffusers import DSSScheduler  # noqa: E402
+from dss_fast.integrations.diffusers_config import model_schedule  # noqa: E402
 
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler
 DDIM = diffusers.DDIMScheduler
@@ -150,8 +152,8 @@ def test_clip_sample_is_named():
 
 
 def test_the_schedule_of_a_searched_table_is_honoured():
-    plain = Solver.named("sit-xl-2-256/5")
-    shifted = Solver.from_dict({**plain.to_dict(), "provenance": {"schedule": Flow(shift=3.0).spec()}})
+    plain = find_solver("sit-xl-2-256/5")
+    shifted = dataclasses.replace(plain, schedule=Flow(shift=3.0))
     scheduler = DSSScheduler.from_config(FLOW(shift=7.0).config, solver=shifted)
     scheduler.set_timesteps(5)
     u = torch.tensor(plain.timesteps)
@@ -159,6 +161,19 @@ def test_the_schedule_of_a_searched_table_is_honoured():
     scheduler = DSSScheduler.from_config(FLOW(shift=7.0).config, solver=plain)
     scheduler.set_timesteps(5)
     torch.testing.assert_close(scheduler.sigmas, 1 - u)
+
+
+def test_a_table_searched_with_a_zero_terminal_snr_runs_where_it_was_searched():
+    """diffusers puts alpha^2 = 0 there and the schedule 2^-24, which is the same noise."""
+    stock = DDIM(clip_sample=False, rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    assert stock.alphas_cumprod[-1] < 1e-7
+    schedule = model_schedule(stock.config)
+    assert isinstance(schedule, DiscreteVP) and schedule.alphas_cumprod[-1] >= 2.0**-24
+    own = dataclasses.replace(handmade("ab2", 4, schedule), source="searched")
+    scheduler = DSSScheduler.from_config(stock.config, solver=Solver.from_dict(own.to_dict()))
+    assert run(scheduler, 4).isfinite().all()
+    with pytest.raises(ValueError, match="alpha at u = 0 is"):
+        DSSScheduler.from_config(DPM().config, solver=own)
 
 
 def test_custom_grids_are_honoured_or_refused():
@@ -320,7 +335,7 @@ def test_starting_part_way(name):
 def test_starting_part_way_with_a_weight_on_the_noise(family):
     """With the exact network of a single point, the implied noise is the true one."""
     name, schedule = ("sit-xl-2-256/6", Flow(convention="diffusers")) if family == "flow" else ("dit-xl-2-256/6", VP())
-    plain = Solver.named(name)
+    plain = find_solver(name)
     weighted = Solver.from_dict({**plain.to_dict(), "noise_coeffs": [0.01, -0.02, 0.03, 0.01, 0.02, -0.01]})
     config = (FLOW() if family == "flow" else DDIM(clip_sample=False)).config
     scheduler = DSSScheduler.from_config(config, solver=weighted)

@@ -1,10 +1,8 @@
 """The integration examples run as they stand."""
 
-from types import SimpleNamespace
-
 import pytest
-import torch
 
+from dss_fast import Solver
 from examples import k_diffusion
 from examples.comfyui import __main__ as comfyui
 
@@ -29,23 +27,16 @@ def test_diffusers_sample():
         assert diffusers_sample.main(["--pipeline", name, "--steps", "5"]).isfinite().all()
 
 
-def test_diffusers_search(tmp_path, monkeypatch):
-    """All but the search itself, which has its own tests: keywords, result, the saved table in the pipeline."""
+def test_diffusers_search(tmp_path):
+    """A pipeline's own network, a small search, and the saved table in the pipeline."""
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
-    from dss_fast import handmade, sample
+    from dss_fast.search import TwoStage
     from examples import diffusers_search
 
-    def found(model, shape, num_steps, *, schedule, cond, uncond, guidance_scale, decode):
-        table = handmade("ab2", num_steps, schedule)
-        drawn = cond(2, torch.Generator().manual_seed(0))
-        x = sample(
-            model, (2, *shape), table, schedule=schedule, cond=drawn, uncond=uncond, guidance_scale=guidance_scale
-        )
-        assert decode(x).shape[:2] == (2, 3)
-        return SimpleNamespace(solver=table)
-
-    monkeypatch.setattr(diffusers_search, "search", found)
+    small = TwoStage(samples=16, batch_size=8, held_out_samples=8, trials=1, teacher_evaluations=16, rounds=2)
     for name in ("flux", "sd3"):
-        result = diffusers_search.main(["--pipeline", name, "--steps", "5", "--out", str(tmp_path / f"{name}.json")])
-        assert (tmp_path / f"{name}.json").exists() and result.solver.num_steps == 5
+        out = tmp_path / f"{name}.json"
+        result = diffusers_search.main(["--pipeline", name, "--out", str(out)], method=small, progress=False)
+        assert result.solver.num_steps == 5 and result.solver.schedule.convention == "diffusers"
+        assert Solver.load(out) == result.solver

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from dss_fast import VP, Solver, sample
+from dss_fast import VP, DiscreteVP, Solver, find_solver, handmade, sample
 from dss_fast.integrations import comfyui
 from dss_fast.integrations.k_diffusion import sample_dss, sigmas_of
 from examples.mnist import load_flow, load_vp
@@ -64,7 +64,7 @@ def test_equals_sample_in_float64(name, noise):
     def net(x, t, y):
         return torch.tanh(x @ weight + t.view(-1, 1, 1, 1) / 1000) + y.view(-1, 1, 1, 1)
 
-    table = Solver.from_dict({**Solver.named(name).to_dict(), "noise_coeffs": noise}) if noise else None
+    table = Solver.from_dict({**find_solver(name).to_dict(), "noise_coeffs": noise}) if noise else None
     x = torch.randn(2, 1, 4, 6, dtype=torch.float64)
     theirs, ours = both_ways(net, name, x, {"y": torch.tensor([0.3, -0.4], dtype=torch.float64)}, table)
     assert (ours - theirs).abs().max() <= 2e-6 * max(1.0, theirs.abs().max())
@@ -120,10 +120,22 @@ def test_sigmas_must_belong_to_the_solver():
     sample_dss(linear, x, zero_end, solver="dit-xl-2-256/6", disable=True)
 
 
+def test_what_a_model_of_sigma_cannot_run_is_refused():
+    x, table = torch.randn(2, 4), handmade("ab2", 3, DiscreteVP.scaled_linear())
+    own = sigmas_of(table)  # a table of alphas_cumprod is in the file, and gives its sigmas
+    assert own[0] == pytest.approx(14.6146, rel=1e-4)
+    assert sample_dss(linear, x, own, solver=table, disable=True).isfinite().all()
+    timed = Solver.from_dict({**table.to_dict(), "network_timesteps": [0.0, 0.4, 0.7]})
+    with pytest.raises(ValueError, match="times of its own"):
+        sample_dss(linear, x, own, solver=timed, disable=True)
+    with pytest.raises(ValueError, match="brings a spacing"):
+        sample_dss(linear, x, own, solver="ab2@karras", disable=True)
+
+
 @pytest.mark.parametrize("name", ["sit-xl-2-256/8", "dit-xl-2-256/8"])
 def test_starting_part_way(name):
     """The last steps alone: what the rows owe to earlier predictions goes to the first one."""
-    table, x = Solver.named(name), torch.randn(2, 4, dtype=torch.float64)
+    table, x = find_solver(name), torch.randn(2, 4, dtype=torch.float64)
     s, k = sigmas_of(name)[3:].double(), 3
     got = sample_dss(linear, x, s, solver=name, disable=True)
     history = []
@@ -246,7 +258,7 @@ def test_nodes_with_handmade_methods_and_files(comfy, tmp_path):
     sampler = sampler_node.execute("dpmpp_2m", 8).values[0]
     assert sampler(guided, torch.randn(2, 4), sigmas, disable=True).isfinite().all()
     path = tmp_path / "mine.json"
-    Solver.named("sit-xl-2-256/6").save(path)
+    find_solver("sit-xl-2-256/6").save(path)
     guided, model = wrapped(FlowNoise())
     sampler = sampler_node.execute("euler", 6, str(path)).values[0]
     sigmas = sigmas_node.execute(model, "euler", 6, str(path)).values[0]

@@ -131,7 +131,15 @@ def test_another_model_is_not_resumed(tmp_path):
         find(tmp_path / "module", resume=True, key=None, function=module)
 
 
-def test_ctrl_c_keeps_the_best_and_the_search_goes_on_later(tmp_path, capsys):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal; a job started with nohup or & is born deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_keeps_the_best_and_the_search_goes_on_later(tmp_path, capsys, interruptible):
     expected = find()
     calls = []
 

@@ -6,21 +6,24 @@ pipe.scheduler = DSSScheduler.from_config(pipe.scheduler.config, solver="dit-xl-
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
-from ..schedule import step_weights
+from ..names import Name
+from ..schedule import Schedule
 from ..solver import Solver
 from ..step import multistep_step
+from ..table import StepTable
 from .diffusers_config import (
     adopt,
     alphas_cumprod,
     family_of,
-    handmade_name,
     handmade_table,
     is_default_grid,
     prediction_of,
@@ -28,7 +31,7 @@ from .diffusers_config import (
     stock_scheduler,
     table_schedule,
 )
-from .start import starting_at
+from .k_diffusion import sigmas_at
 
 __all__ = [
     "DSSScheduler",
@@ -86,41 +89,46 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         use_flow_sigmas: bool = False,
         clip_sample: bool = False,
         thresholding: bool = False,
-        solver: str | Solver | Mapping | Sequence = "euler",
+        solver: str | Solver | Mapping[str, Any] | Sequence[Any] = "euler",
         family: str | None = None,
         strict: bool = True,
-    ):
-        self._tables, names, embedded = read_solvers(solver)
+    ) -> None:
+        tables, self._methods, names, embedded = read_solvers(solver)
         if family is None:
-            learned = next(iter(self._tables.values()), None)
+            learned = next(iter(tables.values()), None)
             flow = shift is not None or use_flow_sigmas or prediction_type == "flow_prediction"
             family = learned.family if learned else "flow" if flow else "vp"
         if embedded or solver != names:
             # names stay readable in scheduler_config.json; diffusers never prints keys that start with "_"
             self.register_to_config(solver=names[0] if len(names) == 1 else names, _solvers=embedded)
         self.register_to_config(family=family)
-        self._methods = [name for name in names if handmade_name(name)]
         if thresholding and strict:
             raise ValueError("thresholding=True clips x0 at every step, which no linear solver does; pass strict=False")
         if clip_sample:
             warnings.warn("clip_sample=True is not applied: DSSScheduler's steps are linear", stacklevel=2)
         prediction_of(self.config)
-        for table in self._tables.values():
-            table_schedule(table, self.config, strict)
+        self._learned = {n: (table, table_schedule(table, self.config, strict)) for n, table in tables.items()}
 
         self.init_noise_sigma = 1.0
         if family == "vp" or trained_betas is not None:
             self.betas = stock_scheduler("DDIMScheduler", self.config).betas
         self.num_inference_steps: int | None = None
         self.solver: Solver | None = None
+        self.schedule: Schedule | None = None
+        self._history: Any = None
+        self._rows: Any = None
+        self._next: int | None = None
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+        self._noise_slot_empty = False
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
         self.sigmas = torch.linspace(1, 0, num_train_timesteps + 1)
         self._alphas_sigmas: tuple[list[float], list[float]] | None = None
-        self._weights: Tensor | None = None
+        self._table: StepTable | None = None
         self._forget()
 
     @classmethod
-    def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """A scheduler for the model another scheduler's config describes; ``solver=...`` and the rest as arguments."""
         if isinstance(config, Mapping):
             config = dict(config)
@@ -147,12 +155,12 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
     def set_begin_index(self, begin_index: int = 0) -> None:
         self._begin_index = begin_index
 
-    def scale_model_input(self, sample: Tensor, timestep=None) -> Tensor:
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The sample itself: flows and VP models take it unscaled."""
         return sample
 
     def __len__(self) -> int:
-        return self.config.num_train_timesteps
+        return int(self.config.num_train_timesteps)
 
     # ---- a run
 
@@ -180,20 +188,21 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         if num_inference_steps is None:
             raise ValueError("give num_inference_steps, or custom sigmas or timesteps for hand-made solvers")
         n = int(num_inference_steps)
-        table = self._tables.get(n)
-        if table is not None:
-            schedule = table_schedule(table, self.config, self.config.strict)
+        if n in self._learned:
+            solver, schedule = self._learned[n]
         else:
-            table, schedule = handmade_table(self._method(n), self.config, n, sigmas=sigmas, timesteps=timesteps, mu=mu)
-        weights, times = step_weights(schedule, **table.tensors())
-        alpha, sigma = schedule.alpha_sigma(torch.tensor(table.timesteps, dtype=torch.float64))
-        visible = sigma if schedule.family == "flow" else sigma / alpha
-        if n in self._tables:
-            self._check_custom(table, visible[:-1], times, sigmas, timesteps)
+            solver = handmade_table(self._method(n), self.config, n, sigmas=sigmas, timesteps=timesteps, mu=mu)
+            schedule = solver.schedule
+        table = StepTable.of(solver, schedule, dtype=torch.float64, strict=False)  # the schedule has been settled
+        u = torch.tensor(solver.timesteps, dtype=torch.float64)
+        alpha, sigma = schedule.alpha_sigma(u)
+        visible = sigmas_at(schedule, u)
+        if n in self._learned:
+            self._check_custom(solver, visible[:-1], table.times, sigmas, timesteps)
 
-        self.num_inference_steps, self.solver, self.schedule = n, table, schedule
-        self._weights, self._alphas_sigmas = weights, (alpha.tolist(), sigma.tolist())
-        self.timesteps = times.to(torch.float32).to(device)
+        self.num_inference_steps, self.solver, self.schedule = n, solver, schedule
+        self._table, self._alphas_sigmas = table, (alpha.tolist(), sigma.tolist())
+        self.timesteps = table.times.to(torch.float32).to(device)
         self.sigmas = visible.to(torch.float32)  # on the CPU: Wan, Cosmos and LTX2 read one a step
         self._forget()
         self._begin_index = None
@@ -213,7 +222,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
 
         Returns (x_next,), or an object with ``prev_sample``; in the sample's dtype, sums in float32.
         """
-        if self._weights is None:
+        if self._table is None:
             raise ValueError("call set_timesteps before step")
         i = self._locate(timestep)
         if i != self._next or self._history is None:
@@ -235,10 +244,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         """
         if self._history is None or self._next is None:
             raise ValueError("predict_x0 needs a step to have been taken")
-        y = self._history[:, self._next - 1].to(sample.dtype)
-        if self.schedule.family == "vp":
-            return y
-        return sample + self._alphas_sigmas[1][self._next] * y
+        return self._x0(self._next, sample, self._history[:, self._next - 1].to(sample.dtype))
 
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
         """The step of a time in ``timesteps``. Raises ValueError for a time further than one training step from all."""
@@ -262,22 +268,20 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         return self.add_noise(sample, noise, timestep)
 
     def _levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        if self._alphas_sigmas is not None and self._begin_index is not None:
+        levels, rows = self._alphas_sigmas, None
+        if levels is not None and self._begin_index is not None:
             # pipelines that set the index ask for the start, or, once under way, for the level just reached
             rows = [self._begin_index if self._step_index is None else self._step_index]
-        else:
-            rows = None
-            if self._alphas_sigmas is not None:
-                try:
-                    rows = [self.index_for_timestep(t) for t in timesteps.flatten().tolist()]
-                except ValueError:
-                    rows = None
-        if rows is None:
+        elif levels is not None:
+            with suppress(ValueError):  # a time of training, not of this run
+                rows = [self.index_for_timestep(t) for t in timesteps.flatten().tolist()]
+        if levels is None or rows is None:
             alpha, sigma = self._training_levels(timesteps.flatten().double().cpu())
         else:
-            alpha, sigma = (torch.tensor([values[i] for i in rows]) for values in self._alphas_sigmas)
+            alpha, sigma = (torch.tensor([values[i] for i in rows]) for values in levels)
         shape = (-1,) + (1,) * (like.ndim - 1)
-        return tuple(v.to(like.dtype).to(like.device, non_blocking=True).reshape(shape) for v in (alpha, sigma))
+        alpha, sigma = (v.to(like.dtype).to(like.device, non_blocking=True).reshape(shape) for v in (alpha, sigma))
+        return alpha, sigma
 
     def _training_levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         if family_of(self.config) == "flow":
@@ -290,59 +294,63 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
     # ---- inside a run
 
     def _forget(self) -> None:
-        self._history = self._rows = self._next = self._step_index = self._begin_index = None
+        self._history = self._rows = None
+        self._next = self._step_index = self._begin_index = None
         self._index: tuple[Tensor, ...] = ()
         self._noise_slot_empty = False
 
-    def _method(self, n: int) -> str:
+    def _method(self, n: int) -> Name:
         for name in self._methods:
-            if handmade_name(name)[1] in (None, n):
+            if name.num_steps in (None, n):
                 return name
-        known = sorted(self._tables) + sorted(handmade_name(name)[1] for name in self._methods)
+        known = sorted(self._learned) + sorted(name.num_steps for name in self._methods if name.num_steps)
         raise ValueError(
             f"no table for {n} steps; this scheduler has tables for {', '.join(map(str, known))}. Choose one of those, "
             "or add a hand-made solver for the rest, as in solver=['sit-xl-2-256', 'dpmpp_2m']"
         )
 
-    def _check_custom(self, table, own_sigmas, own_times, sigmas, timesteps) -> None:
+    def _check_custom(
+        self,
+        solver: Solver,
+        own_sigmas: Tensor,
+        own_times: Tensor,
+        sigmas: Sequence[float] | None,
+        timesteps: Sequence[float] | None,
+    ) -> None:
         for label, given, own in (("sigmas", sigmas, own_sigmas), ("timesteps", timesteps, own_times)):
             if given is None or (label == "sigmas" and is_default_grid(given)):
                 continue
             if not torch.allclose(torch.as_tensor(given, dtype=torch.float64), own, rtol=1e-4, atol=1e-6):
                 raise ValueError(
-                    f"solver {table.name or '(unnamed)'} cannot run on custom {label}: its coefficients were searched "
+                    f"{solver.label} cannot run on custom {label}: its coefficients were searched "
                     f"together with its own, {[round(v, 4) for v in own.tolist()]}; leave them out, or take a "
                     "hand-made solver such as 'dpmpp_2m'"
                 )
 
     def _locate(self, timestep: float | Tensor) -> int:
         """The step a time belongs to, without asking the device for its value."""
-        own = self.timesteps
+        own, n = self.timesteps, self.num_inference_steps or 0
         if isinstance(timestep, Tensor) and timestep.dtype == own.dtype and timestep.device == own.device:
             # an element of `timesteps` is a view: its address says which one
             if not torch.compiler.is_compiling():
                 i, odd = divmod(timestep.data_ptr() - own.data_ptr(), own.element_size())
-                if not odd and 0 <= i < self.num_inference_steps:
+                if not odd and 0 <= i < n:
                     return i
-        if self._next is not None and self._next < self.num_inference_steps:
+        if self._next is not None and self._next < n:
             return self._next
         if self._next is None and self._begin_index is not None:
             return self._begin_index
         return self.index_for_timestep(timestep)
 
     def _begin(self, i: int, sample: Tensor) -> None:
-        n, slots = self.num_inference_steps, self._weights.shape[2] - 4
-        device, real = sample.device, torch.float64 if sample.dtype == torch.float64 else torch.float32
-        weights = starting_at(self._weights, i) if i else self._weights
-        self._rows = weights.to(real).to(device, non_blocking=True)
-        self._index = torch.arange(n, device=device).split(1)
+        assert self._table is not None and self.schedule is not None
+        table = (self._table.starting_at(i) if i else self._table).to(sample.device, sample.dtype)
+        self._rows = table.weights
+        self._index = torch.arange(table.num_steps, device=sample.device).split(1)
         # A velocity is stored as the network gave it; an x0 is computed, and half precision would round it.
-        exact = self.schedule.family == "flow" or real == torch.float64
-        dtype = sample.dtype if exact else torch.float32
-        self._history = sample.new_empty((len(sample), slots, *sample.shape[1:]), dtype=dtype)
-        self._noise_slot_empty = slots > n and i > 0
-        if slots > n and i == 0:
-            self._history[:, n] = sample
+        exact = self.schedule.family == "flow" or sample.dtype == torch.float64
+        self._history = table.new_history(sample, None if exact else torch.float32)
+        self._noise_slot_empty = table.weighs_noise and i > 0
 
     def _mean(self, output: Tensor, sample: Tensor) -> Tensor:
         if self._history.shape[0] != len(sample) or self._history.shape[2:] != sample.shape[1:]:
@@ -354,9 +362,20 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         raise ValueError(f"model_output has shape {tuple(output.shape)}, the sample {tuple(sample.shape)}")
 
     def _imply_noise(self, i: int, output: Tensor, sample: Tensor) -> None:
-        a, p, q, _ = self._weights[0, i, :4].tolist()
-        alpha, sigma = (values[i] for values in self._alphas_sigmas)
-        y = p * sample.float() + q * output.float()
-        noise = sample - alpha * y
-        self._history[:, -1] = noise if self.schedule.family == "flow" else noise / sigma
+        assert self.schedule is not None
+        p, q = self._at(i, self.schedule.prediction)
+        alpha, sigma = self._at(i, self.schedule.alpha_sigma)
+        x = sample.float()
+        self._history[:, -1] = (x - alpha * self._x0(i, x, p * x + q * output.float())) / sigma
         self._noise_slot_empty = False
+
+    def _x0(self, i: int, x: Tensor, y: Tensor) -> Tensor:
+        assert self.schedule is not None
+        r, s = self._at(i, self.schedule.x0)
+        return r * x + s * y
+
+    def _at(self, i: int, scalars: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[float, float]:
+        """Two of the schedule's scalars at point i; worked out on the host."""
+        assert self.solver is not None
+        one, two = scalars(torch.tensor(self.solver.timesteps[i], dtype=torch.float64))
+        return float(one), float(two)

@@ -7,19 +7,23 @@ dynamic shift, a terminal shift) comes out to the bit and follows the installed 
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..handmade import METHODS, handmade
-from ..sampling import check_family
-from ..schedule import VP, DiscreteVP, Flow, Schedule, default_schedule
+from ..methods import handmade
+from ..names import Name, find_solver, is_file, published_steps
+from ..schedule import VP, DiscreteVP, Flow, Grid, Schedule
 from ..solver import Solver
-from .grid import Grid
+
+Config = Mapping[str, Any]
 
 PREDICTIONS = {
     "epsilon": "epsilon",
@@ -29,7 +33,7 @@ PREDICTIONS = {
 }
 
 
-def adopt(config: Mapping) -> dict:
+def adopt(config: Config) -> dict[str, Any]:
     """The config of a stock scheduler made explicit: the defaults of its own class filled in and its family named."""
     config = dict(config)
     config.pop("_use_default_values", None)
@@ -42,10 +46,10 @@ def adopt(config: Mapping) -> dict:
     return config
 
 
-def family_of(config: Mapping) -> str:
+def family_of(config: Config) -> str:
     """``"flow"`` or ``"vp"``. Raises ValueError for a config that is neither, such as EDM's."""
     if config.get("family"):
-        return config["family"]
+        return str(config["family"])
     if config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas"):
         return "flow"
     if "beta_schedule" in config or "trained_betas" in config:
@@ -58,7 +62,7 @@ def family_of(config: Mapping) -> str:
     )
 
 
-def prediction_of(config: Mapping) -> str:
+def prediction_of(config: Config) -> str:
     """The prediction type in this package's words."""
     kind = config.get("prediction_type")
     if kind is None:
@@ -68,20 +72,21 @@ def prediction_of(config: Mapping) -> str:
     return PREDICTIONS[kind]
 
 
-def stock_scheduler(name: str, config: Mapping):
+def stock_scheduler(name: str, config: Config) -> Any:
     """A scheduler of diffusers with the part of a config that it knows."""
     stock = getattr(diffusers, name)
     known = inspect.signature(stock.__init__).parameters
     return stock(**{key: value for key, value in config.items() if key in known and value is not None})
 
 
-def alphas_cumprod(config: Mapping) -> Tensor:
+def alphas_cumprod(config: Config) -> Tensor:
     """(T,) float64: alpha^2 of the training steps of a VP model."""
     name = "DDIMScheduler" if config.get("snr_shift_scale") is None else "CogVideoXDDIMScheduler"
-    return stock_scheduler(name, config).alphas_cumprod.double()
+    table: Tensor = stock_scheduler(name, config).alphas_cumprod
+    return table.double()
 
 
-def model_schedule(config: Mapping, mu: float | None = None) -> Schedule:
+def model_schedule(config: Config, mu: float | None = None) -> Schedule:
     """The schedule a search on a pipeline with this config should use.
 
     A flow keeps the pipeline's shift, e^mu where it depends on the resolution. The linear betas of DDPM and DiT are
@@ -99,65 +104,49 @@ def model_schedule(config: Mapping, mu: float | None = None) -> Schedule:
     return _discrete(table, config)
 
 
-def table_schedule(solver: Solver, config: Mapping, strict: bool = True) -> Schedule:
+def table_schedule(solver: Solver, config: Config, strict: bool = True) -> Schedule:
     """The schedule on which a learned table runs in a pipeline with this config.
 
-    A flow table carries its own sigmas: it was searched under the shift its provenance names (none: 1, as the
-    published ones), and the pipeline's shift is not applied on top. A VP table needs the noise it was searched
-    for. Raises ValueError where that differs; with ``strict=False`` it then runs at its own u on the pipeline's noise.
+    A flow table brings its own sigmas, and the pipeline's shift is not applied on top. A VP table needs the noise it
+    was searched for: with ``strict=False`` it otherwise runs at its own u on the pipeline's. Raises ValueError for the
+    other family, and for another noise, naming the first alpha or sigma that differs.
     """
-    kind, steps = prediction_of(config), config.get("num_train_timesteps", 1000)
-    if solver.family != family_of(config):
-        # y is a velocity in one family and x0 in the other, so there is no way to go on
-        check_family(solver, Flow() if family_of(config) == "flow" else VP())
-    spec = solver.provenance.get("schedule") or default_schedule(solver.family).spec()
-    if solver.family == "flow":
-        if spec.get("kind") != "flow" and strict:
-            raise ValueError(
-                f"solver {solver.name or '(unnamed)'} was made for a schedule of kind {spec.get('kind')!r}, this "
-                "pipeline is a flow; pass strict=False to run it at sigma = 1 - u"
-            )
-        return Flow(float(spec.get("shift", 1.0)), "diffusers", kind, float(steps))
-    table = alphas_cumprod(config)
-    if spec.get("kind") == "vp":
-        schedule = VP(spec["beta_min"], spec["beta_max"], kind, time_scale=float(steps))
-        if _same_noise(schedule, table):
-            return schedule
-        wanted = f"beta(t) = {schedule.beta_min:g} + {schedule.beta_max - schedule.beta_min:g} t"
-    else:
-        ends = spec.get("ends", (0, 0))
-        if len(table) == spec.get("num") and np.allclose([table[0], table[-1]], ends, rtol=1e-3):
-            return _discrete(table, config, spec["final"])
-        wanted = f"{spec.get('num')} alphas_cumprod from {ends[0]:.6g} to {ends[1]:.6g}"
-    if not strict:
-        return _discrete(table, config)
-    raise ValueError(
-        f"solver {solver.name or '(unnamed)'} was searched for {wanted}; this pipeline has {len(table)} alphas_cumprod "
-        f"from {table[0]:.6g} to {table[-1]:.6g} (beta_schedule={config.get('beta_schedule')!r}). Search one for it "
-        "with from_pipeline, take a hand-made solver such as 'dpmpp_2m', or pass strict=False to go on all the same"
-    )
+    own, kind, steps = solver.schedule, prediction_of(config), float(config.get("num_train_timesteps", 1000))
+    if own.family == family_of(config):
+        if isinstance(own, Flow):
+            return replace(own, convention="diffusers", prediction_type=kind, time_scale=steps)
+        if isinstance(own, Grid) and own.family == "flow":
+            times = tuple(steps * sigma for sigma in own.sigmas)
+            return replace(own, convention="diffusers", prediction_type=kind, times=times)
+        if isinstance(own, VP) and _same_noise(own, alphas_cumprod(config)):
+            return replace(own, prediction_type=kind, time_scale=steps)
+        if isinstance(own, DiscreteVP):
+            return solver.on(_discrete(alphas_cumprod(config), config, own.final), strict=strict)
+    return solver.on(model_schedule(config), strict=strict)
 
 
 def handmade_table(
-    entry: str,
-    config: Mapping,
+    name: Name,
+    config: Config,
     num_steps: int,
     *,
     sigmas: Sequence[float] | None = None,
     timesteps: Sequence[float] | None = None,
     mu: float | None = None,
-) -> tuple[Solver, Schedule]:
+) -> Solver:
     """``"dpmpp_2m"`` on the grid of the pipeline's stock scheduler, or ``"dpmpp_2m@karras"`` on a spacing of ours."""
-    method, _, spacing = entry.partition("@")
-    method = method.partition("/")[0]
-    if spacing:
+    if name.spacing:
         if sigmas is not None or timesteps is not None:
-            raise ValueError(f"solver {entry!r} brings its own spacing; leave out sigmas and timesteps")
+            raise ValueError(
+                f"solver '{name.name}@{name.spacing}' brings its own spacing; leave out sigmas and timesteps"
+            )
         schedule = model_schedule({**config, "shift": 1.0, "flow_shift": 1.0, "use_dynamic_shifting": False})
-        return handmade(method, num_steps, schedule, spacing=spacing), schedule
-    grid = _flow_grid if family_of(config) == "flow" else _vp_grid
-    schedule = grid(method, config, num_steps, sigmas, timesteps, mu)
-    return handmade(method, None, schedule, timesteps=schedule.timesteps), schedule
+        return handmade(name.name, num_steps, schedule, spacing=name.spacing)
+    if family_of(config) == "flow":
+        grid = _flow_grid(config, num_steps, sigmas, timesteps, mu)
+    else:
+        grid = _vp_grid(name.name, config, num_steps, sigmas, timesteps)
+    return handmade(name.name, None, grid, timesteps=grid.timesteps)
 
 
 def is_default_grid(sigmas: Sequence[float]) -> bool:
@@ -166,7 +155,9 @@ def is_default_grid(sigmas: Sequence[float]) -> bool:
     return bool(np.allclose(np.asarray(sigmas, dtype=np.float64), 1 - np.arange(n) / n, atol=1e-6))
 
 
-def _flow_grid(method, config, n, sigmas, timesteps, mu) -> Grid:
+def _flow_grid(
+    config: Config, n: int, sigmas: Sequence[float] | None, timesteps: Sequence[float] | None, mu: float | None
+) -> Grid:
     steps, kind = config.get("num_train_timesteps", 1000), prediction_of(config)
     if config.get("invert_sigmas"):
         raise ValueError("invert_sigmas=True (Mochi) counts sigmas upwards; DSSScheduler does not know that convention")
@@ -184,7 +175,9 @@ def _flow_grid(method, config, n, sigmas, timesteps, mu) -> Grid:
     return Grid.flow(stock.sigmas.tolist(), stock.timesteps.tolist(), prediction_type=kind)
 
 
-def _vp_grid(method, config, n, sigmas, timesteps, mu) -> Grid:
+def _vp_grid(
+    method: str, config: Config, n: int, sigmas: Sequence[float] | None, timesteps: Sequence[float] | None
+) -> Grid:
     table = alphas_cumprod(config).clamp_min(1e-30).numpy()  # a zero terminal SNR has no log
     name = "DDIMScheduler" if method == "euler" else "DPMSolverMultistepScheduler"
     stock = stock_scheduler(name, config)
@@ -195,13 +188,15 @@ def _vp_grid(method, config, n, sigmas, timesteps, mu) -> Grid:
         log_ratio = 0.5 * np.log(1 / table - 1)
         times = np.interp(np.log(ratio[:-1]), log_ratio, np.arange(len(table)))
         alphas = 1 / np.sqrt(1 + ratio**2)
-        return Grid(alphas, ratio * alphas, times, prediction_type=prediction_of(config))
+        return Grid(tuple(alphas), tuple(ratio * alphas), tuple(times), prediction_type=prediction_of(config))
     if timesteps is None:
         stock.set_timesteps(n)
     if timesteps is None and method != "euler" and config.get("snr_shift_scale") is None:
         ratio = stock.sigmas.double().numpy()
         alphas = 1 / np.sqrt(1 + ratio**2)
-        return Grid(alphas, ratio * alphas, stock.timesteps.tolist(), prediction_type=prediction_of(config))
+        return Grid(
+            tuple(alphas), tuple(ratio * alphas), tuple(stock.timesteps.tolist()), prediction_type=prediction_of(config)
+        )
     times = np.asarray(stock.timesteps.tolist() if timesteps is None else timesteps, dtype=np.float64)
     whole = (
         config.get("set_alpha_to_one", True) if method == "euler" else config.get("final_sigmas_type") != "sigma_min"
@@ -209,14 +204,14 @@ def _vp_grid(method, config, n, sigmas, timesteps, mu) -> Grid:
     whole = whole or times[-1] <= 0  # the stock scheduler would stand still for its last step
     log_alpha = np.append(np.interp(times, np.arange(len(table)), np.log(table)), 0.0 if whole else np.log(table[0]))
     return Grid(
-        np.exp(0.5 * log_alpha),
-        np.sqrt(-np.expm1(log_alpha)),
-        times,
+        tuple(np.exp(0.5 * log_alpha)),
+        tuple(np.sqrt(-np.expm1(log_alpha))),
+        tuple(times),
         prediction_type=prediction_of(config),
     )
 
 
-def _discrete(table: Tensor, config: Mapping, final: str | None = None) -> DiscreteVP:
+def _discrete(table: Tensor, config: Config, final: str | None = None) -> DiscreteVP:
     if final is None:
         kept = config.get("final_sigmas_type") == "sigma_min" or config.get("set_alpha_to_one") is False
         final = "sigma_min" if kept else "zero"
@@ -238,14 +233,14 @@ def _same_noise(schedule: VP, table: Tensor) -> bool:
     return bool(((alpha / sigma).log() - discrete).abs().max() < 0.05)
 
 
-def read_solvers(solver) -> tuple[dict[int, Solver], list[str], list[dict]]:
-    """What ``solver`` names: learned tables by N, the names to write in a config, and the tables to embed in it.
-
-    Hand-made names appear among the names only. Raises ValueError naming what exists.
+def read_solvers(solver: Any) -> tuple[dict[int, Solver], list[Name], list[str], list[dict[str, Any]]]:
+    """What ``solver`` names: learned tables by N, hand-made methods, the names to write in a config, and the tables to
+    embed in it. Raises ValueError naming what exists.
     """
     tables: dict[int, Solver] = {}
+    methods: list[Name] = []
     names: list[str] = []
-    embedded: list[dict] = []
+    embedded: list[dict[str, Any]] = []
     for entry in solver if isinstance(solver, list | tuple) else [solver]:
         if isinstance(entry, Mapping):
             entry = Solver.from_dict(entry)
@@ -253,20 +248,20 @@ def read_solvers(solver) -> tuple[dict[int, Solver], list[str], list[dict]]:
         if isinstance(entry, Solver):
             found = [entry]
             embedded.append(entry.to_dict())
-        elif not isinstance(entry, str | Path):
+        elif not isinstance(entry, str | os.PathLike):
             raise ValueError(f"solver={entry!r}: give a Solver, a name, the path of a JSON file or folder, or a list")
-        elif str(entry).endswith(".json") or Path(entry).is_dir():
+        elif is_file(entry) or Path(entry).is_dir():
             files = sorted(Path(entry).glob("*.json")) if Path(entry).is_dir() else [entry]
             found = [Solver.load(file) for file in files]
             embedded += [table.to_dict() for table in found]
         else:
-            names.append(str(entry))
-            if handmade_name(str(entry)) is None:
-                family = [name for name in Solver.names() if name.startswith(f"{entry}/")]
-                try:
-                    found = [Solver.named(name) for name in family or [str(entry)]]
-                except ValueError as error:
-                    raise ValueError(f"{error}; hand-made: {', '.join(METHODS)}; or a path ending in .json") from None
+            name = Name.parse(os.fspath(entry))
+            names.append(os.fspath(entry))
+            if name.handmade:
+                methods.append(name)
+            else:
+                steps = published_steps(name.name) if name.num_steps is None else [name.num_steps]
+                found = [find_solver(name.name, num_steps=n) for n in steps]
         for table in found:
             if table.num_steps in tables:
                 raise ValueError(
@@ -274,14 +269,4 @@ def read_solvers(solver) -> tuple[dict[int, Solver], list[str], list[dict]]:
                     f"{table.name or '(unnamed)'}; give one per number of steps"
                 )
             tables[table.num_steps] = table
-    return tables, names, embedded
-
-
-def handmade_name(entry: str) -> tuple[str, int | None] | None:
-    """(method, N or None) of ``"method[/N][@spacing]"``; None when it is no hand-made method."""
-    method, _, steps = entry.partition("@")[0].partition("/")
-    if method not in METHODS:
-        return None
-    if steps and not steps.isdigit():
-        raise ValueError(f"solver={entry!r}: {steps!r} is no number of steps")
-    return method, int(steps) if steps else None
+    return tables, methods, names, embedded

@@ -11,32 +11,33 @@ so a solver's table needs no conversion, only the grid it belongs to.
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..handmade import METHODS, handmade
-from ..sampling import find_solver
-from ..schedule import Flow, default_schedule, step_weights
+from ..methods import handmade
+from ..names import Name, find_solver, is_file
+from ..schedule import Grid, Schedule
 from ..solver import Solver
 from ..step import multistep_step
-from .grid import Grid
-from .start import starting_at
+from ..table import StepTable
 
 
 @torch.no_grad()
 def sample_dss(
-    model: Callable,
+    model: Callable[..., Tensor],
     x: Tensor,
     sigmas: Tensor,
     extra_args: Mapping[str, Any] | None = None,
-    callback: Callable[[dict], None] | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
     disable: bool | None = None,
     *,
-    solver: Solver | str = "dpmpp_2m",
+    solver: Solver | str | os.PathLike[str] = "dpmpp_2m",
     family: str | None = None,
     strict: bool = True,
 ) -> Tensor:
@@ -44,8 +45,7 @@ def sample_dss(
 
     model: model(x, sigma (B,), **extra_args) -> denoised (B, *S). x: (B, *S), the noise at sigmas[0].
     sigmas: (n + 1,), falling. A learned solver takes those of :func:`sigmas_of`, or their last k + 1 for an image
-    given a
-        start; a run that ends at 0 where the solver would end just above is taken to mean the same.
+        given a start; a run that ends at 0 where the solver would end just above is taken to mean the same.
     callback: called after each network call with x, i, sigma, sigma_hat and denoised.
     disable: no progress bar.
     solver: as in ``sample``; a hand-made name (``"dpmpp_2m"``) is built on the sigmas given, any number.
@@ -53,89 +53,79 @@ def sample_dss(
     strict: raise when learned coefficients meet sigmas they were not searched with. False: warn, and run them there
         when the number of steps fits.
 
-    Returns x at sigmas[-1], (B, *S).
+    Returns x at sigmas[-1], (B, *S). Raises ValueError where solver, sigmas and family do not fit, saying why.
     """
     sigmas = torch.as_tensor(sigmas)
     given = sigmas.detach().double().cpu()
     table, first = _table(solver, given, family, strict)
-    grid = _grid(table.family, given)
-    if first:
-        weights = _tail_weights(table, grid, first)
-    else:
-        values = table.tensors()
-        weights, _ = step_weights(grid, grid.timesteps, values["coeffs"], noise_coeffs=values["noise_coeffs"])
-    n = len(given) - 1
-    real = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weights = weights.to(real).to(x.device, non_blocking=True)
-    history = x.new_empty((len(x), weights.shape[2] - 4, *x.shape[1:]))
-    if table.noise_coeffs is not None:
-        # the noise in the solver's own variables: a VP state is alpha x with alpha = 1 / sqrt(1 + s^2)
-        history[:, -1] = x if table.family == "flow" else x / (1 + float(given[0]) ** 2) ** 0.5
-    index = torch.arange(n, device=x.device).split(1)
+    own = sigmas_at(table.schedule, torch.tensor(table.timesteps, dtype=torch.float64))
+    grid = _grid(table.family, torch.cat([own[:first], given]))
+    steps = StepTable.of(replace(table, timesteps=tuple(grid.timesteps.tolist()), schedule=grid), dtype=torch.float64)
+    steps = (steps.tail(first) if first else steps).to(x.device, x.dtype)
+    # the noise in the solver's own variables, where a VP state is alpha x
+    noise = float(table.schedule.alpha_sigma(torch.zeros(1))[1] / given[0])
+    history = steps.new_history(x * noise if steps.weighs_noise else x)
+    index = torch.arange(steps.num_steps, device=x.device).split(1)
     rows = x.new_ones([len(x)])
-    for i in _steps(n, disable):
+    for i in _steps(steps.num_steps, disable):
         denoised = model(x, sigmas[i] * rows, **(extra_args or {}))
         if callback is not None:
             callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
-        x, history = multistep_step(x, denoised, history, weights, index[i])
+        x, history = multistep_step(x, denoised, history, steps.weights, index[i])
     return x
 
 
-def sigmas_of(solver: Solver | str, num_steps: int | None = None) -> Tensor:
+def sigmas_of(solver: Solver | str | os.PathLike[str], num_steps: int | None = None) -> Tensor:
     """The (N + 1,) float32 sigmas that a learned solver runs on: sigma of a flow, sigma / alpha otherwise."""
     table = find_solver(solver, None, num_steps)
-    return _own_sigmas(table).float()
+    return sigmas_at(table.schedule, torch.tensor(table.timesteps, dtype=torch.float64)).float()
 
 
-def _own_sigmas(table: Solver) -> Tensor:
-    spec = dict(table.provenance.get("schedule") or {})
-    u = torch.tensor(table.timesteps, dtype=torch.float64)
-    if table.family == "flow":
-        return Flow(spec.get("shift", 1.0)).alpha_sigma(u)[1]
-    if spec.get("kind", "vp") != "vp":
-        raise ValueError(
-            f"solver {table.name or '(unnamed)'} was searched on {spec.get('kind')!r} noise, whose sigmas its file "
-            "does not hold; pass sigmas computed with its schedule and strict=False"
-        )
-    schedule = default_schedule("vp")
-    if spec:
-        schedule = type(schedule)(spec["beta_min"], spec["beta_max"])
+def sigmas_at(schedule: Schedule, u: Tensor) -> Tensor:
+    """What k-diffusion calls sigma at u, float64, u's shape: sigma of a flow, sigma / alpha otherwise."""
     alpha, sigma = schedule.alpha_sigma(u)
-    return sigma / alpha
+    return sigma if schedule.family == "flow" else sigma / alpha
 
 
-def _table(solver, sigmas: Tensor, family: str | None, strict: bool) -> tuple[Solver, int]:
+def _table(
+    solver: Solver | str | os.PathLike[str], sigmas: Tensor, family: str | None, strict: bool
+) -> tuple[Solver, int]:
     """The solver for these sigmas, and the step of its own grid at which they begin."""
     if sigmas.ndim != 1 or len(sigmas) < 2:
         raise ValueError(f"sigmas has shape {tuple(sigmas.shape)}; needed are at least 2 numbers in a row")
     n = len(sigmas) - 1
-    if isinstance(solver, str) and solver.partition("@")[0].partition("/")[0] in METHODS:
-        method, _, steps = solver.partition("@")[0].partition("/")
-        if steps and int(steps) != n:
-            raise ValueError(f"solver {solver!r} is for {steps} steps and {n} are given; write {method!r}")
+    name = None if isinstance(solver, Solver) or is_file(solver) else Name.parse(os.fspath(solver))
+    if name is not None and name.handmade:
+        if name.num_steps not in (None, n):
+            raise ValueError(f"solver {solver!r} is for {name.num_steps} steps and {n} are given; write {name.name!r}")
+        if name.spacing is not None:
+            raise ValueError(f"solver {solver!r} brings a spacing, and sigmas are given; write {name.name!r}")
         grid = _grid(family or "vp", sigmas)
-        return handmade(method, None, grid, timesteps=grid.timesteps), 0
+        return handmade(name.name, None, grid, timesteps=grid.timesteps), 0
     table = find_solver(solver, None, n)
     if family not in (None, table.family):
-        raise ValueError(f"solver {table.name or '(unnamed)'} is for {table.family} models, this one is {family}")
-    try:
-        own = _own_sigmas(table)
-    except ValueError:
-        if strict:
-            raise
-        own = None
+        raise ValueError(f"{table.label} is for {table.family} models, this one is {family}")
+    if table.network_timesteps is not None:
+        raise ValueError(
+            f"{table.label} calls the network at times of its own, which a model(x, sigma) has no place for; search "
+            "one without, as in method=TwoStage(space='rows+noise')"
+        )
+    own = sigmas_at(table.schedule, torch.tensor(table.timesteps, dtype=torch.float64))
     first = table.num_steps - n
-    if own is not None and first >= 0:
+    if first >= 0:
         wanted = own[first:].clone()
         if sigmas[-1] == 0:
             wanted[-1] = 0
         if torch.allclose(sigmas, wanted, rtol=2e-3, atol=1e-5):
+            if first and table.noise_coeffs is not None:
+                raise ValueError(
+                    f"{table.label} weighs the initial noise, which a run that starts part-way does not have"
+                )
             return table, first
     message = (
-        f"sigmas of {n} steps from {sigmas[0]:.5g} to {sigmas[-1]:.5g} do not belong to solver "
-        f"{table.name or '(unnamed)'}, which has {table.num_steps} steps"
-        + ("" if own is None else f" from {own[0]:.5g} to {own[-1]:.5g}")
-        + "; its coefficients are good for its own sigmas only: use sigmas_of(solver), in ComfyUI the DSS Sigmas node"
+        f"sigmas of {n} steps from {sigmas[0]:.5g} to {sigmas[-1]:.5g} do not belong to {table.label}, which has "
+        f"{table.num_steps} steps from {own[0]:.5g} to {own[-1]:.5g}; its coefficients are good for its own sigmas "
+        "only: use sigmas_of(solver), in ComfyUI the DSS Sigmas node"
     )
     if strict or first != 0:
         raise ValueError(message)
@@ -149,21 +139,7 @@ def _grid(family: str, sigmas: Tensor) -> Grid:
     return Grid.ve(sigmas.tolist())
 
 
-def _tail_weights(table: Solver, grid: Grid, first: int) -> Tensor:
-    """The weights of the last steps of a table, with what they owe to earlier predictions given to the first."""
-    if table.noise_coeffs is not None:
-        raise ValueError(
-            f"solver {table.name or '(unnamed)'} weighs the initial noise, which a run that starts part-way "
-            "does not have"
-        )
-    coeffs = table.tensors()["coeffs"]
-    padded = torch.zeros(1, len(coeffs), 4 + len(coeffs), dtype=torch.float64)
-    padded[0, :, 4:] = coeffs
-    tail = starting_at(padded, first)[0, first:, 4 + first :]
-    return step_weights(grid, grid.timesteps, tail)[0]
-
-
-def _steps(n: int, disable: bool | None) -> Sequence[int]:
+def _steps(n: int, disable: bool | None) -> Iterable[int]:
     if disable:
         return range(n)
     try:

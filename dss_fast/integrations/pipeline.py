@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..target import Target
 from .diffusers_config import model_schedule
 from .recording import Notes, Step, record, tensor_of
 
@@ -24,12 +25,17 @@ STEPS = 3  # of the run that is studied; the middle one checks what the outer tw
 
 
 def from_pipeline(
-    pipe, prompts: Sequence[str] | Mapping[str, Any], *, batch_size: int = 4, generator=None, **arguments
-) -> dict[str, Any]:
-    """The keyword arguments of ``search``, ``sample`` and ``compare`` for the network of a pipeline.
+    pipe: Any,
+    prompts: str | Sequence[str] | Mapping[str, Any],
+    *,
+    batch_size: int = 4,
+    generator: torch.Generator | None = None,
+    **arguments: Any,
+) -> Target:
+    """The network of a pipeline as a Target for ``search``, ``sample`` and ``compare``.
 
         target = from_pipeline(pipe, prompts, guidance_scale=3.5, height=1024, width=1024)
-        solver = search(**target, num_steps=8).solver
+        solver = search(target, num_steps=8).solver
 
     pipe: a text-to-image or text-to-video pipeline of diffusers, or one by class, with a transformer or a UNet.
     prompts: n prompts, of which each search sample draws one; or arguments of the pipeline's call with n rows
@@ -38,7 +44,7 @@ def from_pipeline(
     batch_size: prompts encoded at a time; each costs one network call.
     arguments: everything else the pipeline's call takes: guidance_scale, true_cfg_scale, negative_prompt, height, ...
 
-    Returns model, a module called as model(x, t, **cond) on the pipeline's own latents (packed, 5-D or doubled as they
+    Its model is a module called as model(x, t, **cond) on the pipeline's own latents (packed, 5-D or doubled as they
     are); shape; schedule, under the pipeline's shift (e^mu of this resolution where it is dynamic); cond, which draws
     rows; uncond and guidance_scale, whether the pipeline doubles its batch, halves it as DiT does, or calls twice;
     and decode for image latents of a KL autoencoder. Freezes the network's parameters.
@@ -67,17 +73,17 @@ def from_pipeline(
 
     model = PipelineModel(one.module, layout)
     schedule = model_schedule(pipe.scheduler.config, one.mu)
-    target = {
-        "model": model,
-        "shape": tuple(one.steps[0].sample.shape[1:]),
-        "schedule": schedule,
-        "cond": _Draw(conditions),
-        "uncond": null if layout.guided else None,
-        "guidance_scale": layout.scale,
-    }
     _check(two, layout, model)
-    decode = _decoder(pipe, target["shape"], arguments)
-    return target if decode is None else {**target, "decode": decode}
+    shape = tuple(one.steps[0].sample.shape[1:])
+    return Target(
+        model,
+        shape,
+        schedule,
+        cond=_Draw(conditions),
+        uncond=null if layout.guided else None,
+        guidance_scale=layout.scale if layout.guided else 1.0,
+        decode=_decoder(pipe, shape, arguments),
+    )
 
 
 class PipelineModel(nn.Module):
@@ -241,7 +247,7 @@ class _Draw:
         return {key: value[chosen.to(value.device)] for key, value in self.conditions.items()}
 
 
-def _given_scales(pipe, arguments: Mapping[str, Any]) -> list[float]:
+def _given_scales(pipe: Any, arguments: Mapping[str, Any]) -> list[float]:
     """The guidance scales of a call, given or default."""
     defaults = {k: p.default for k, p in inspect.signature(pipe.__call__).parameters.items()}
     values = [v for k, v in {**defaults, **arguments}.items() if k.endswith(("guidance_scale", "cfg_scale"))]
@@ -307,9 +313,9 @@ def _check(notes: Notes, layout: _Layout, model: PipelineModel) -> None:
                 )
 
 
-def _decoder(pipe, shape: tuple[int, ...], arguments: Mapping[str, Any]) -> Callable | None:
+def _decoder(pipe: Any, shape: tuple[int, ...], arguments: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:
     """decode(latents (B, *S)) -> images in [0, 1], where the pipeline has a KL autoencoder of images."""
-    vae = getattr(pipe, "vae", None)
+    vae: Any = getattr(pipe, "vae", None)
     if type(vae).__name__ != "AutoencoderKL" or (len(shape) != 3 and not hasattr(pipe, "_unpack_latents")):
         return None
     config, factor = vae.config, getattr(pipe, "vae_scale_factor", 8)
@@ -330,7 +336,7 @@ def _decoder(pipe, shape: tuple[int, ...], arguments: Mapping[str, Any]) -> Call
 # ---- rows
 
 
-def _rows(prompts) -> dict[str, Any]:
+def _rows(prompts: Any) -> dict[str, Any]:
     if isinstance(prompts, str):
         prompts = [prompts]
     rows = dict(prompts) if isinstance(prompts, Mapping) else {"prompt": list(prompts)}
@@ -350,7 +356,7 @@ def _expand(value: Any, count: int) -> Any:
 
 
 def _take(rows: Mapping[str, Any], chosen: list[int]) -> dict[str, Any]:
-    def pick(value):
+    def pick(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value[chosen]
         return [value[i] for i in chosen] if isinstance(value, list | tuple) else value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,18 +46,41 @@ class Notes:
 class NoteTaker(DSSScheduler):
     """An Euler scheduler that writes down each step."""
 
-    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
+    _notes: Notes
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> None:
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         self._notes.mu = mu
 
-    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> Any:
         calls, self._notes.calls = self._notes.calls, []
         t = float(self.timesteps[self._locate(timestep)])
         self._notes.steps.append(Step(calls, t, sample.clone(), model_output.clone()))
         return super().step(model_output, timestep, sample, generator, return_dict)
 
 
-def record(pipe, chunk: Mapping[str, Any], steps: int, generator, arguments: Mapping[str, Any]) -> Notes:
+def record(
+    pipe: Any,
+    chunk: Mapping[str, Any],
+    steps: int,
+    generator: torch.Generator | None,
+    arguments: Mapping[str, Any],
+) -> Notes:
+    """Runs the pipeline for some steps on a chunk of prompts and returns what was noted."""
     notes = Notes(len(next(iter(chunk.values()))))
     taker = NoteTaker.from_config(pipe.scheduler.config, solver="euler", clip_sample=False)
     taker._notes = notes
@@ -82,8 +105,8 @@ def record(pipe, chunk: Mapping[str, Any], steps: int, generator, arguments: Map
     return notes
 
 
-def _noting(notes: Notes) -> Callable:
-    def hook(module, args, kwargs, output):
+def _noting(notes: Notes) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         arguments |= arguments.pop("kwargs", {})
         notes.calls.append(Call(module, dict(arguments), tensor_of(output).clone()))
@@ -92,7 +115,7 @@ def _noting(notes: Notes) -> Callable:
 
 
 @contextmanager
-def _quiet(pipe):
+def _quiet(pipe: Any) -> Iterator[None]:
     config = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(disable=True)
     try:

@@ -111,7 +111,7 @@ class Space:
 
     def solver(self, theta: Tensor) -> Solver:
         """The table as a Solver."""
-        numbers = {k: None if v is None else v.tolist() for k, v in self.numbers(theta).items()}
+        numbers: dict[str, Any] = {k: v if v is None else v.tolist() for k, v in self.numbers(theta).items()}
         return Solver(schedule=self.schedule, free_rows=self.free_rows, **numbers)
 
     def targets(self, theta: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,7 +156,7 @@ class Trajectory:
         scaled = torch.cat([w[:, :1], w[:, 1:2] / grid.intervals, w[:, 2:3], w[:, 3:] / grid.intervals], 1)
         k = k.to(self.states.device)
         parts = (self.states[:, k], self.slopes[:, k], self.states[:, k + 1], self.slopes[:, k + 1])
-        x = sum(_column(scaled[:, i], part) * part for i, part in enumerate(parts))
+        x: Any = sum(_column(scaled[:, i], part) * part for i, part in enumerate(parts))
         if grid.end < 1 and basis is _HERMITE:
             beyond = ((u - grid.end) / (1 - grid.end)).clamp_min(0)
             x = x + _column(beyond, x) * (self.last - self.states[:, -1])[:, None]
@@ -167,7 +168,7 @@ def integrate(predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, grid: Dens
     m = grid.intervals
     states = x.new_empty((len(x), m + 1, *x.shape[1:]))
     slopes = torch.empty_like(states)
-    history: list[Tensor] = [predict(x, grid.points[0])]
+    history: list[Any] = [predict(x, grid.points[0])]
 
     def slope(x: Tensor, y: Tensor, row: Tensor) -> Tensor:
         return float(row[0]) * x + float(row[1]) * y
@@ -282,7 +283,7 @@ def _last_moving_u(schedule: Schedule) -> float:
     return float(inverse(arrived, torch.tensor([0.5], dtype=torch.float64)))
 
 
-def _mixed(row: Tensor, history: list[Tensor]) -> Tensor:
+def _mixed(row: Tensor, history: list[Any]) -> Any:
     return sum(float(w) * y for w, y in zip(row[-len(history) :], history, strict=True))
 
 

@@ -151,7 +151,7 @@ class TwoStage:
                 if ledger.evaluations > before:  # a resumed search only reads it again
                     yield event("teacher", saved=False)
 
-        freedom = {"free_rows": "rows" in SPACES[self.space], "noise": "noise" in SPACES[self.space]}
+        freedom: dict[str, Any] = {"free_rows": "rows" in SPACES[self.space], "noise": "noise" in SPACES[self.space]}
         few = enough(train.sizes, min(self.trial_samples, samples))
         count = sum(train.sizes[:few])
         data = [train[k] for k in range(few)] if any(n not in first for n in steps) else []
@@ -186,7 +186,8 @@ class TwoStage:
                 points[n] = Point(space, candidate=space.theta(first[n]), share=share)
             stage = Stage(self, draws, ledger, train, held_out)
             while not points[n].finished:
-                before, point, values = ledger.evaluations, points[n], {}
+                before, point = ledger.evaluations, points[n]
+                values: dict[str, Any] = {}
                 batches = stage.plan(point)
                 trial = stage.attempt(point, batches) if batches else None
                 look = None
