@@ -75,7 +75,7 @@ def _target(model: nn.Module, schedule: Schedule, guidance_scale: float) -> Targ
         (1, 28, 28),
         schedule,
         cond=draw_labels,
-        uncond={"y": NULL_CLASS} if guidance_scale != 1 else None,
+        uncond={"y": NULL_CLASS},
         guidance_scale=guidance_scale,
         features=classifier.features,
         classify=classifier,

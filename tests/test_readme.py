@@ -1,0 +1,41 @@
+"""The snippets of README.md that are marked as running do run, as printed."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dss_fast.__main__ import _parser
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"<!-- runs -->\n```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_there_are_snippets():
+    assert SNIPPETS and README.count("<!-- runs -->") == len(SNIPPETS)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_a_snippet_runs_as_printed(snippet, tmp_path):
+    """In a fresh interpreter, in an empty folder, so that neither imports nor files are borrowed."""
+    pytest.importorskip("safetensors", reason="the shipped weights are safetensors files")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    assert "searched/5" in run.stdout and (tmp_path / "mine-5.json").exists()
+
+
+def test_every_python_snippet_parses():
+    for snippet in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        compile(snippet, "README.md", "exec")
+
+
+@pytest.mark.parametrize("line", re.findall(r"^python -m dss_fast (.*)$", README, re.MULTILINE))
+def test_every_command_line_is_understood(line):
+    assert callable(_parser().parse_args(line.split()).run)
