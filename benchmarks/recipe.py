@@ -2,7 +2,7 @@
 
     python -m benchmarks.recipe            # about 25 minutes on two cores; rows to benchmarks/results/recipe.csv
 
-Searches N = 5 and N = 10 together with ``method="lion"`` on ``UNIQUE`` noises seen five times, then measures
+Searches N = 5 and N = 10 together with ``Lion`` on ``UNIQUE`` noises seen five times, then measures
 all solvers on fresh noise. Hand-made solvers run on every spacing they are used with.
 """
 
@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import datetime
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,9 +37,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128, help="fresh noises to measure on")
     options = parser.parse_args()
     for model in options.models:
-        target = getattr(mnist, model)()
-        method = Lion(samples=UNIQUE * EPOCHS, unique_samples=UNIQUE)
-        result = search(dataclasses.replace(target, name="lion"), STEPS, method=method)
+        target = replace(getattr(mnist, model)(), name="lion")
+        result = search(target, STEPS, method=Lion(samples=UNIQUE * EPOCHS, unique_samples=UNIQUE))
         names = [f"{m}/{n}@{s}" for n in STEPS for m in METHODS for s in SPACINGS[model]]
         table = compare(target, [*names, *result.solvers.values()], samples=options.samples)
         print(f"{model}, {result.evaluations} model evaluations\n{table}\n")
@@ -51,7 +51,7 @@ def main() -> None:
         _replace(stamp["model"], [{**stamp, **r} for r in table.rows])
 
 
-def _replace(model: str, new: list[dict]) -> None:
+def _replace(model: str, new: list[dict[str, Any]]) -> None:
     """The rows of one model in the results, the others kept."""
     kept = [r for r in csv.DictReader(RESULTS.open()) if r["model"] != model] if RESULTS.exists() else []
     RESULTS.parent.mkdir(exist_ok=True)

@@ -15,17 +15,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dss_fast import Solver, Target, handmade, sample, search  # noqa: E402
+from dss_fast.files import replacing  # noqa: E402
 from dss_fast.methods import METHODS  # noqa: E402
 from dss_fast.search import Lion, TwoStage  # noqa: E402
 from dss_fast.search.draws import Draws  # noqa: E402
@@ -40,7 +41,7 @@ COUNTS = {"mixture": 8192}  # its error is in few samples: 20 of these carry hal
 
 
 def target(name: str) -> Target:
-    """The search target of a model's short name."""
+    """The target of a model's short name."""
     if name == "mixture":
         from examples.mixture import digits
 
@@ -53,9 +54,9 @@ def target(name: str) -> Target:
 class Fresh:
     """Held-out noise and where the teacher takes it."""
 
-    def __init__(self, name: str, count: int | None = None):
-        self.draws = Draws.of(target(name), FRESH)
-        self.target = self.draws.target
+    def __init__(self, name: str, count: int | None = None) -> None:
+        draws = Draws.of(target(name), FRESH)
+        self.target = draws.target
         count, size = count or COUNTS.get(name, 256), SIZE
         self.batches = []
         self.count = count
@@ -63,14 +64,13 @@ class Fresh:
         path = Path(__file__).parent / "results" / f".fresh-{name}-{FRESH}-{count}.pt"
         known = torch.load(path, weights_only=True) if path.exists() else []
         for k in range(count // size):
-            batch = self.draws.batch("fresh", k, size)
+            batch = draws.batch("fresh", k, size)
             if k >= len(known):
                 with torch.no_grad():
                     known.append(integrate(batch.predictor(), batch.noise, grid).last.clone())
             self.batches.append((batch, known[k]))
-        part = path.with_suffix(f".{os.getpid()}")
-        torch.save(known, part)
-        part.replace(path)  # several tables may be under way
+        with replacing(path) as part:  # several tables may be under way
+            torch.save(known, part)
 
     def errors(self, solver: Solver, count: int | None = None) -> torch.Tensor:
         """(count,) mean of squares of each sample."""
@@ -80,12 +80,12 @@ class Fresh:
             found.append((x - last).double().square().flatten(1).mean(1))
         return torch.cat(found)
 
-    def row(self, solver: Solver, count: int | None = None) -> dict:
+    def row(self, solver: Solver, count: int | None = None) -> dict[str, float]:
         errors = self.errors(solver, count)
         return {"rmse": math.sqrt(float(errors.mean())), "median": math.sqrt(float(errors.median()))}
 
 
-def write(**row) -> None:
+def write(**row: Any) -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     with open(RESULTS, "a") as file:
         file.write(json.dumps(row) + "\n")
@@ -116,8 +116,8 @@ def run(
     spaces: list[str],
     budget: int | None,
     together: bool,
-    **settings,
-):
+    **settings: Any,
+) -> None:
     fresh = Fresh(name)
     # The recipe treats each N alone but can share batches and teacher; the cost is written as if it did not.
     groups = [steps] if kind == "lion" or together else [[n] for n in steps]
@@ -131,7 +131,7 @@ def run(
                 for n in group:
                     cost = result.evaluations
                     if kind == "lion":
-                        cost = settings.get("samples", 50_000) * (100 + 3 * n)
+                        cost = method.samples * (100 + 3 * n)
                     _, losses = result.curve("loss", n)
                     _, held_out = result.curve("held_out", n)
                     write(

@@ -1,6 +1,7 @@
 """The command line: ``python -m dss_fast {search,sample,compare,show}``.
 
-A model is named ``module:attribute``. The attribute is a Target, or a function without arguments that returns one.
+A model is named ``module:attribute``. The attribute is a :class:`dss_fast.Target`, or a function without arguments
+that returns one; a dict of a Target's fields is taken too.
 """
 
 from __future__ import annotations
@@ -19,13 +20,12 @@ from torch import Tensor
 from . import __version__
 from .compare import compare
 from .files import check_writable, write_tensors, write_text
-from .methods import METHODS
+from .methods import METHODS as HANDMADE
 from .names import find_solver, solver_names
 from .plots import plot_samples, plot_solver
 from .sampling import sample
 from .schedule import default_schedule
-from .search import METHODS as SEARCHES
-from .search import search
+from .search import METHODS, Lion, TwoStage, search
 from .search.draws import take_local_device
 from .target import Target
 
@@ -34,15 +34,19 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status. Expected errors are one line on stderr and status 2."""
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options) or 0
+        options.run(options)
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
         print(f"dss_fast {options.command}: {error}{notes}", file=sys.stderr)
         return 2
+    return 0
 
 
 def load_target(name: str, device: str | None = None) -> Target:
-    """The Target behind ``module:attribute``, moved to a device. Raises ValueError saying which part does not exist."""
+    """The Target behind ``module:attribute``, moved to a device if one is given.
+
+    Raises ValueError saying which part does not exist or is no Target.
+    """
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise ValueError(f"model {name!r}: write module:attribute, as in examples.mnist:flow")
@@ -56,39 +60,55 @@ def load_target(name: str, device: str | None = None) -> Target:
         public = ", ".join(k for k, v in vars(found).items() if not k.startswith("_") and callable(v))
         raise ValueError(f"model {name!r}: {module} has no {attribute!r}; it has: {public}")
     target = getattr(found, attribute)
-    target = target() if callable(target) and not isinstance(target, Target) else target
-    target = Target(**target) if isinstance(target, Mapping) else target
-    if not isinstance(target, Target) or target.shape is None:
-        got = "a Target without a shape" if isinstance(target, Target) else type(target).__name__
-        raise ValueError(f"model {name!r} is {got}; it must be a Target with a shape, or a function that returns one")
+    target = target() if callable(target) else target
+    if isinstance(target, Mapping):
+        if "model" not in target:
+            raise ValueError(f"model {name!r}: the dict lacks 'model'; see python -m dss_fast --help")
+        given = dict(target)
+        target = Target.of(given.pop("model"), **given)
+    if not isinstance(target, Target):
+        raise ValueError(f"model {name!r}: is {type(target).__name__}, not a Target; see python -m dss_fast --help")
     return target if device is None else target.to(device)
 
 
 def _search(options: argparse.Namespace) -> None:
-    take_local_device()  # before the model is built
-    target = load_target(options.model, options.device)
-    method = SEARCHES[options.method]
-    given = {k: v for k, v in (("space", options.space), ("samples", options.samples)) if v is not None}
-    known = [f.name for f in fields(method)]
-    for key in given:
-        if key not in known:
-            raise ValueError(f"--{key}: method {options.method!r} has no such setting; it has {', '.join(known)}")
+    method = _method(options)
+    take_local_device()  # before the model is built there
     result = search(
-        target, options.steps, method=method(**given), budget=options.budget, seed=options.seed or 0,
-        out=options.out, resume=options.resume,
-    )  # fmt: skip
+        load_target(options.model, options.device),
+        options.steps,
+        method=method,
+        budget=options.budget,
+        seed=options.seed,
+        out=options.out,
+        resume=options.resume,
+    )
     if int(os.environ.get("RANK", "0")) == 0:
         print(result)
 
 
+def _method(options: argparse.Namespace) -> TwoStage | Lion:
+    """The settings of the method, those given on the command line put in."""
+    kind = METHODS[options.method]
+    given = {key: getattr(options, key) for key in ("space", "samples") if getattr(options, key) is not None}
+    known = [f.name for f in fields(kind)]
+    for key in given:
+        if key not in known:
+            raise ValueError(f"--{key}: the method {options.method} has no such setting; it has {', '.join(known)}")
+    return kind(**given)
+
+
 def _sample(options: argparse.Namespace) -> None:
     target, path = load_target(options.model, options.device), Path(options.out)
+    tensors, shape = path.suffix == ".safetensors", target.shape or ()
+    if not tensors and target.decode is None and (len(shape) != 3 or shape[0] not in (1, 3)):
+        raise ValueError(f"samples of shape {shape} are no images: give the target a decode, or write .safetensors")
     check_writable(path.parent)
     solver = find_solver(options.solver, target.schedule, options.steps)
     x = sample(target, options.number, solver, generator=torch.Generator().manual_seed(options.seed))
     assert isinstance(x, Tensor)
-    if path.suffix == ".safetensors":
-        write_tensors(path, {"samples": x.cpu()}, {})
+    if tensors:
+        write_tensors(path, {"samples": x.cpu()}, {"solver": solver.name, "seed": str(options.seed)})
     else:
         images = x if target.decode is None else target.decode(x)
         columns = min(8, len(images))
@@ -99,8 +119,13 @@ def _sample(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     target, out = load_target(options.model, options.device), Path(options.out)
     check_writable(out)
-    given = {k: getattr(options, k) for k in ("samples", "seed") if getattr(options, k) is not None}
-    result = compare(target, options.solvers or list(DEFAULT_SOLVERS), num_steps=options.steps, **given)
+    result = compare(
+        target,
+        options.solvers or DEFAULT_SOLVERS,
+        num_steps=options.steps,
+        samples=options.samples,
+        seed=options.seed,
+    )
     print(result)
     write_text(out / "compare.txt", f"{result}\n")
     result.save(out / "compare.json")
@@ -111,16 +136,17 @@ def _compare(options: argparse.Namespace) -> None:
 def _show(options: argparse.Namespace) -> None:
     if options.solver is None:
         print("published:  " + "  ".join(solver_names()))
-        print("hand-made:  " + "  ".join(f"{m}/N[@spacing]" for m in METHODS))
+        print("hand-made:  " + "  ".join(f"{m}/N[@spacing]" for m in HANDMADE))
         return
     solver = find_solver(options.solver, default_schedule(options.family))
-    print(f"{solver.name or options.solver}: {solver.num_steps} steps, {solver.schedule}; {solver.source}")
+    print(f"{solver.name or options.solver}: {solver.num_steps} steps, {solver.family}; {solver.source}")
     for i, row in enumerate(solver.coeffs):
         cells = " ".join(f"{c:8.4f}" for c in row[: i + 1])
         print(f"  u {solver.timesteps[i]:.5f} -> {solver.timesteps[i + 1]:.5f}   {cells}")
     for key in ("noise_coeffs", "network_timesteps"):
-        if getattr(solver, key) is not None:
-            print(f"  {key}: " + " ".join(f"{v:.5f}" for v in getattr(solver, key)))
+        values = getattr(solver, key)
+        if values is not None:
+            print(f"  {key}: " + " ".join(f"{v:.5f}" for v in values))
     if options.plot:
         print(f"picture in {plot_solver(solver, options.plot)}")
 
@@ -154,14 +180,16 @@ def _parser() -> argparse.ArgumentParser:
         if out:
             sub.add_argument("model", help="module:attribute, for example examples.mnist:flow")
             sub.add_argument("-o", "--out", default=out, help=f"where results go (default {out})")
-            sub.add_argument("--seed", type=int, default=None)
-            sub.add_argument("--device", default=None, help="move the model to cpu, cuda, ... (default: where it is)")
+            sub.add_argument("--seed", type=int, default=0)
+            sub.add_argument("--device", default=None, help="cpu, cuda, ... (default: where the model is)")
         return sub
 
     sub = command("search", _search, "search a solver for a model", "out")
     sub.add_argument("--steps", type=_steps, default=[10], help="numbers of steps, as in 5,8,10")
-    sub.add_argument("--method", choices=tuple(SEARCHES), default="two_stage", help="lion is the paper's recipe")
-    sub.add_argument("--space", default=None, help="plain, rows, rows+noise, rows+times or full (default)")
+    sub.add_argument("--method", choices=METHODS, default="two_stage", help="two_stage (default) or lion, the paper's")
+    sub.add_argument(
+        "--space", default=None, help="plain, rows, rows+noise, rows+times or full (default); two_stage only"
+    )
     sub.add_argument("--samples", type=int, default=None, help="samples to search on")
     sub.add_argument("--budget", type=int, default=None, help="most model evaluations to spend")
     sub.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
@@ -170,12 +198,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--solver", required=True, help="name/N, name/N@spacing or a JSON file")
     sub.add_argument("--steps", type=int, default=None, help="N, when the name has none")
     sub.add_argument("-n", "--number", type=int, default=32)
-    sub.set_defaults(seed=0)
 
     sub = command("compare", _compare, "solvers side by side on a model", "out")
     sub.add_argument("solvers", nargs="*", help="names or JSON files; by default the usual hand-made ones")
     sub.add_argument("--steps", type=_steps, default=[5, 10], help="for names without /N (default 5,10)")
-    sub.add_argument("--samples", type=int, default=None)
+    sub.add_argument("--samples", type=int, default=256)
+    sub.set_defaults(seed=20_000)
 
     sub = command("show", _show, "print a solver, or list those that exist")
     sub.add_argument("solver", nargs="?")

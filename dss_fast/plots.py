@@ -1,7 +1,7 @@
 """Pictures: a solver's table, errors against steps, and samples of several solvers from the same noise.
 
-Needs matplotlib (the ``plots`` extra), imported when a picture is drawn. Every function writes one PNG,
-by way of a temporary file, and returns its path.
+Needs matplotlib (the ``plots`` extra), imported when a picture is drawn. Every function writes one PNG
+and returns its path.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from torch import Tensor
 from .files import replacing
 from .solver import Solver
 
-_COLORS: dict[str, Any] = {
-    "searched": "#c0392b",
-    "rest": ["#2980b9", "#16a085", "#8e44ad", "#d68910", "#2c3e50", "#7f8c8d", "#5dade2", "#a04000", "#82e0aa"],
-}
+SEARCHED = "#c0392b"
+OTHERS = ("#2980b9", "#16a085", "#8e44ad", "#d68910", "#2c3e50", "#7f8c8d", "#5dade2", "#a04000", "#82e0aa")
 
 
 def plot_solver(solver: Solver, path: str | os.PathLike[str]) -> Path:
@@ -53,7 +51,7 @@ def draw_timesteps(axes: Any, solver: Solver) -> None:
     n = solver.num_steps
     axes.hlines(0, 0, 1, color="0.8")
     axes.plot([k / n for k in range(n + 1)], [0.0] * (n + 1), "|", color="0.6", ms=18, label="equal steps")
-    axes.plot(solver.timesteps, [0.0] * (n + 1), "o", color=_COLORS["searched"], ms=6, label="timesteps")
+    axes.plot(solver.timesteps, [0.0] * (n + 1), "o", color=SEARCHED, ms=6, label="timesteps")
     if solver.network_timesteps is not None:
         axes.plot(solver.network_timesteps, [0.0] * n, "x", color="black", ms=6, label="given to the network")
     axes.set(yticks=[], xlabel="u: 0 noise, 1 data", ylim=(-1, 1.6), xlim=(-0.02, 1.02))
@@ -68,13 +66,13 @@ def plot_errors(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str],
     methods: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         methods.setdefault(row["method"], []).append(row)
-    colors = iter(_COLORS["rest"] * 9)
+    colors = iter(OTHERS * 9)
     best = sorted(methods, key=lambda m: min(r[metric] for r in methods[m]))
     for method in best:
         line = sorted(methods[method], key=lambda r: r["num_steps"])
         searched = line[0]["searched"]
         if searched:
-            style = {"color": _COLORS["searched"], "lw": 2.4, "zorder": 3}
+            style = {"color": SEARCHED, "lw": 2.4, "zorder": 3}
         else:
             style = {"color": next(colors), "lw": 1.2, "ls": "--" if "@" in method else "-"}
         steps, values = [r["num_steps"] for r in line], [r[metric] for r in line]
@@ -128,9 +126,9 @@ def pyplot() -> Any:
 
 
 def write_figure(figure: Any, path: str | os.PathLike[str]) -> Path:
-    """Writes a figure as PNG by way of a temporary file and closes it."""
+    """Writes a figure as PNG and closes it."""
     try:
-        with replacing(path, durable=False) as temporary:
+        with replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=140)
     finally:
         pyplot().close(figure)

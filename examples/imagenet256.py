@@ -22,12 +22,11 @@ import torch
 from torch import Tensor
 
 from dss_fast import VP, Flow, Solver, Target, find_solver, sample, search
-from dss_fast.search.draws import join_processes, take_local_device
+from dss_fast.search.draws import take_local_device
 
 from .imagenet import images
 from .imagenet.model import Transformer, load
 
-Decode = Callable[[Tensor], Tensor]
 CLASSES = 1000
 SHAPE = (4, 32, 32)
 LATENT_SCALE = 0.18215
@@ -35,11 +34,11 @@ GUIDANCE = {"sit": (1.375, None), "dit": (1.5, 3)}
 
 
 def target(kind: str, network: Transformer, guidance_scale: float = 1.0, guided_channels: int | None = None) -> Target:
-    """The search target of a network: SiT is a flow in the paper's own convention, DiT the paper's VP model.
+    """The target of a network: SiT is a flow in the paper's own convention, DiT the paper's VP model.
 
     The paper searches without guidance and samples with it.
     """
-    classes = network.y_embedder.embedding_table.num_embeddings - 1
+    classes = _classes(network)
     size = int(network.pos_embed.shape[1] ** 0.5) * network.patch
 
     def draw(n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -50,23 +49,29 @@ def target(kind: str, network: Transformer, guidance_scale: float = 1.0, guided_
         (network.channels, size, size),
         Flow() if kind == "sit" else VP(),
         cond=draw,
-        uncond={"y": torch.tensor([classes])} if guidance_scale != 1 else None,
+        uncond={"y": torch.tensor([classes])},
         guidance_scale=guidance_scale,
         guided_channels=guided_channels,
+        name=f"{kind}-xl-2-256-searched",
     )
 
 
+def _classes(network: Transformer) -> int:
+    """Without the null class, the last row of the table."""
+    return network.y_embedder.embedding_table.num_embeddings - 1
+
+
 def sit(checkpoint: str = "SiT-XL-2-256x256.pt") -> Target:
-    """A search target for the command line."""
+    """For the command line."""
     return target("sit", load(checkpoint))
 
 
 def dit(checkpoint: str = "DiT-XL-2-256x256.pt") -> Target:
-    """A search target for the command line."""
+    """For the command line."""
     return target("dit", load(checkpoint))
 
 
-def decoder(path: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Decode:
+def decoder(path: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Callable[[Tensor], Tensor]:
     """latents (B, 4, h, w) -> (B, 8h, 8w, 3) uint8, through a KL autoencoder in diffusers' layout."""
     from diffusers import AutoencoderKL
 
@@ -87,11 +92,17 @@ def to_bytes(pictures: Tensor) -> Tensor:
 
 @torch.no_grad()
 def make_images(
-    first: int, count: int, *, target: Target, solver: Solver | str, decode: Decode, batch: int, seed: int
+    first: int,
+    count: int,
+    *,
+    target: Target,
+    solver: Solver | str,
+    decode: Callable[[Tensor], Tensor],
+    batch: int,
+    seed: int,
 ) -> Tensor:
     """Images first .. first + count - 1, (count, H, W, 3) uint8."""
-    network, parts = target.model, []
-    classes = network.y_embedder.embedding_table.num_embeddings - 1
+    parts, classes = [], _classes(target.model)
     for start in range(first, first + count, batch):
         rows = min(batch, first + count - start)
         noise, y = images.draw(start, rows, target.shape, classes, seed)
@@ -101,7 +112,15 @@ def make_images(
 
 
 def run_sampling(
-    target: Target, solver: Solver | str, decode: Decode, out: Path, *, total: int, chunk: int, batch: int, seed: int
+    target: Target,
+    solver: Solver | str,
+    decode: Callable[[Tensor], Tensor],
+    out: Path,
+    *,
+    total: int,
+    chunk: int,
+    batch: int,
+    seed: int,
 ) -> Path | None:
     """All images over all processes of torchrun; the first process then writes ``out.npz``."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -130,16 +149,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     options = parser.parse_args(arguments)
 
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    take_local_device()
-    join_processes()
+    take_local_device()  # before the network is loaded there
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group()
     dtype = getattr(torch, options.dtype) if device.type == "cuda" else torch.float32
     network = load(options.checkpoint).to(device, dtype)
 
     if options.command == "search":
-        problem = target(options.model, network, options.guidance or 1.0, GUIDANCE[options.model][1])
-        result = search(problem, options.steps, seed=options.seed)
+        model = target(options.model, network, options.guidance or 1.0, GUIDANCE[options.model][1])
+        result = search(model, options.steps, seed=options.seed)
         if int(os.environ.get("RANK", 0)) == 0:
             result.solver.save(options.out)
             print(f"wrote {options.out}")
@@ -147,11 +166,11 @@ def main(arguments: list[str] | None = None) -> None:
     if not options.vae:
         parser.error("sample needs --vae, a folder of sd-vae-ft-ema")
     scale, channels = GUIDANCE[options.model]
-    problem = target(options.model, network, options.guidance or scale, channels)
+    model = target(options.model, network, options.guidance or scale, channels)
     published = {"sit": "sit-xl-2-256", "dit": "dit-xl-2-256"}[options.model]
-    solver = find_solver(options.solver or published, problem.schedule, options.steps)
+    solver = find_solver(options.solver or published, model.schedule, options.steps)
     sizes = {"total": options.total, "chunk": options.chunk, "batch": options.batch, "seed": options.seed}
-    done = run_sampling(problem, solver, decoder(options.vae, device, dtype), options.out, **sizes)
+    done = run_sampling(model, solver, decoder(options.vae, device, dtype), options.out, **sizes)
     if done:
         print(f"wrote {done}")
 

@@ -56,5 +56,5 @@ def decode(x: Tensor) -> Tensor:
 
 
 def digits(bandwidth: float = BANDWIDTH) -> Target:
-    """The target: 1 x 8 x 8, no conditions, the paper's flow."""
+    """1 x 8 x 8, no conditions, the paper's flow."""
     return Target(Mixture(centres(), bandwidth), (1, 8, 8), Flow(), decode=decode)

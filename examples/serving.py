@@ -11,12 +11,13 @@ from collections import deque
 
 import torch
 
+from dss_fast import Flow
 from dss_fast.serving import Batch
 
 SOLVERS = ["sit-xl-2-256/5", "sit-xl-2-256/8", "sit-xl-2-256/10", "ab2/10"]
 
 
-def model(x, t):
+def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """The velocity of the flow from noise to a normal distribution of deviation 0.5 around 1."""
     t = t.reshape(-1, 1, 1, 1)
     variance = (0.5 * t) ** 2 + (1 - t) ** 2
@@ -24,11 +25,12 @@ def model(x, t):
 
 
 @torch.no_grad()
-def main(requests=40, places=8, shape=(4, 32, 32)):
+def main(requests: int = 40, places: int = 8, shape: tuple[int, ...] = (4, 32, 32)) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arrivals = random.Random(0)
     waiting = deque((number, arrivals.choice(SOLVERS)) for number in range(requests))
-    batch, holder, ticks = Batch(places, shape, max_steps=10, device=device), {}, 0
+    batch = Batch(places, shape, max_steps=10, schedule=Flow(), device=device)
+    holder, ticks = {}, 0
     while waiting or batch.running:
         while waiting and batch.free and arrivals.random() < 0.7:
             number, solver = waiting.popleft()

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dss_fast import Solver
-from dss_fast.__main__ import main
+from dss_fast.__main__ import load_target, main
+from dss_fast.files import read_tensors
 
 TARGET = """
 import torch
@@ -21,19 +22,19 @@ def velocity(x, t, y):
 def draw(n, generator):
     return {"y": torch.randint(0, 2, (n,), generator=generator).float()}
 
+constant = Target(velocity, (6,), cond=draw)
+
 def target():
-    return Target(velocity, (6,), cond=draw)
+    return constant
 
 def pictures():
-    return Target(velocity, (6,), cond=draw, decode=lambda x: x.sigmoid().reshape(-1, 1, 2, 3))
+    return {"model": velocity, "shape": (6,), "cond": draw, "decode": lambda x: x.sigmoid().reshape(-1, 1, 2, 3)}
 
 def empty():
-    return Target(velocity)
+    return Target(velocity, cond=draw)
 
-def network():
-    return Target(torch.nn.Linear(6, 6), (6,))
-
-described = {"model": velocity, "shape": (6,), "cond": draw}
+def number():
+    return 5
 """
 
 
@@ -52,15 +53,17 @@ def test_search_sample_compare_show(folder, capsys):
     assert main(arguments.split()) == 0
     solver = Solver.load(folder / "runs" / "solver-3.json")
     assert solver.num_steps == 3 and solver.provenance["method"] == "lion"
-    assert main("compare mymodel:target runs/solver-3.json euler ab2 --steps 3 --samples 32 -o cmp".split()) == 0
+    assert main("compare mymodel:constant runs/solver-3.json euler ab2 --steps 3 --samples 32 -o cmp".split()) == 0
     rows = json.loads((folder / "cmp" / "compare.json").read_text())
     assert [r["num_steps"] for r in rows] == [3, 3, 3] and (folder / "cmp" / "compare.png").exists()
     assert main("sample mymodel:pictures --solver runs/solver-3.json -n 8 -o digits.png".split()) == 0
     assert main("sample mymodel:target --solver ab2 --steps 6 -n 8 -o x.safetensors --seed 4".split()) == 0
-    assert (folder / "digits.png").stat().st_size > 2000 and (folder / "x.safetensors").exists()
+    assert (folder / "digits.png").stat().st_size > 2000
+    x, about = read_tensors(folder / "x.safetensors")
+    assert x["samples"].shape == (8, 6) and about["solver"] == "ab2/6"
     assert main("show runs/solver-3.json --plot table.png".split()) == 0
     out = capsys.readouterr().out
-    assert "3 steps, Flow(" in out and (folder / "table.png").exists()
+    assert "3 steps, flow" in out and (folder / "table.png").exists()
     assert main(["show"]) == 0 and "sit-xl-2-256/10" in capsys.readouterr().out
 
 
@@ -71,11 +74,13 @@ def test_search_sample_compare_show(folder, capsys):
         ("search nothere:x --steps 3", ("nothere", "No module")),
         ("search mymodel:gone --steps 3", ("gone", "target", "draw")),
         ("search mymodel:empty --steps 3", ("shape",)),
-        ("search mymodel:torch --steps 3", ("module", "must be a Target")),
-        ("search mymodel:target --steps 3 --method lion --space plain", ("--space", "lion", "huber_weight")),
+        ("search mymodel:number --steps 3", ("int", "not a Target")),
         ("search mymodel:target --steps 3 --space wide", ("wide", "rows+times")),
+        ("search mymodel:target --steps 3 --method lion --space full", ("--space", "lion", "samples")),
+        ("sample mymodel:target --solver ab2/3 -o x.png", ("no images", "decode")),
+        ("compare mymodel:target sit-xl-2-256 --steps 99", ("sit-xl-2-256", "99")),
         ("compare mymodel:target heun --steps 3", ("heun", "dpmpp_2m")),
-        ("sample mymodel:target --solver gone.json", ("gone.json",)),
+        ("sample mymodel:pictures --solver gone.json", ("gone.json",)),
         ("show sit-xl-2-256/99", ("sit-xl-2-256/99", "dit-xl-2-256")),
     ],
 )
@@ -84,6 +89,11 @@ def test_mistakes_are_one_line_and_status_2(folder, capsys, arguments, words):
     text = capsys.readouterr().err
     assert text.count("\n") == 1 and all(word in text for word in words), text
     assert not list(folder.glob("out/*"))
+
+
+def test_the_device_is_the_models_unless_given(folder):
+    assert load_target("mymodel:target").device is None
+    assert load_target("mymodel:pictures", "cpu").home == torch.device("cpu")
 
 
 @pytest.mark.parametrize("arguments", ["search mymodel:target --steps 0", "search mymodel:target --steps five"])
@@ -101,15 +111,6 @@ def test_unwritable_folder_before_the_work(folder, capsys, command):
     (folder / "taken").write_text("a file")
     assert main(command.split()) == 2
     assert "taken" in capsys.readouterr().err
-
-
-def test_device_moves_the_model(folder):
-    """A model on the meta device computes nothing, so all three commands say that it was moved."""
-    from dss_fast.__main__ import load_target
-
-    assert load_target("mymodel:network", "meta").model.weight.is_meta
-    assert load_target("mymodel:network").home == torch.device("cpu")
-    assert load_target("mymodel:described").shape == (6,)
 
 
 def test_module_entry_point(folder):

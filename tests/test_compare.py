@@ -2,13 +2,15 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from dss_fast import Target, compare, find_solver, handmade, sample
-from dss_fast.compare import frechet_distance
+from dss_fast import Flow, Target, find_solver, handmade, sample
+from dss_fast.compare import compare, frechet_distance
 from dss_fast.plots import plot_solver
+from dss_fast.search.draws import Draws
 
 SHIFT = torch.linspace(-1, 1, 4)[:, None, None]
 
@@ -22,21 +24,23 @@ def draw(n, generator):
     return {"y": torch.randint(0, 2, (n,), generator=generator).float()}
 
 
-TARGET = Target(
-    model,
-    (4, 2, 2),
-    cond=draw,
-    features=lambda x: x.flatten(1)[:, :3],
-    classify=lambda x: torch.stack([-x.mean((1, 2, 3)), x.mean((1, 2, 3)) - 0.4], 1),
-    labels=lambda cond: cond["y"],
-    decode=lambda x: x[:, :1].sigmoid(),
-)
+TARGET = Target(model, (4, 2, 2), cond=draw)
 
 
 @pytest.fixture(scope="module")
 def result():
-    solvers = ["euler", "ab3", "sit-xl-2-256/10"]
-    return compare(TARGET, solvers, num_steps=(5, 10), samples=24, batch_size=16, progress=False)
+    return compare(
+        TARGET,
+        ["euler", "ab3", "sit-xl-2-256/10"],
+        num_steps=(5, 10),
+        samples=24,
+        batch_size=16,
+        features=lambda x: x.flatten(1)[:, :3],
+        classify=lambda x: torch.stack([-x.mean((1, 2, 3)), x.mean((1, 2, 3)) - 0.4], 1),
+        labels=lambda cond: cond["y"],
+        decode=lambda x: x[:, :1].sigmoid(),
+        progress=False,
+    )
 
 
 def test_rows(result):
@@ -51,8 +55,6 @@ def test_rows(result):
 
 def test_rmse_is_the_distance_to_a_fine_solution(result):
     """The same noises by hand, against Adams-Bashforth with 400 steps."""
-    from dss_fast.search.draws import Draws
-
     draws = Draws.of(TARGET, 20_000)
     squares = []
     for number, size in enumerate((16, 8)):
@@ -101,10 +103,15 @@ def test_bad_solvers_are_refused_before_any_work():
         ([], "no solvers"),
         (["dit-xl-2-256/5"], "vp"),
         (["heun"], "heun"),
-        (["sit-xl-2-256"], "exists for .5, 6, 7, 8, 9, 10. steps, not .3,."),
+        (["sit-xl-2-256"], "none of num_steps"),
+        ([handmade("euler", 5, Flow(shift=3.0))], "another noise schedule"),
     ):
         with pytest.raises(ValueError, match=words):
-            compare(counting, solvers, num_steps=(3,), shape=(4, 2, 2), cond=draw, progress=False)
+            compare(counting, solvers, num_steps=(99,), shape=(4, 2, 2), cond=draw, progress=False)
+    with pytest.raises(ValueError, match="a range"):
+        compare(counting, ["euler/3"], shape=(4, 2, 2), uncond={"y": 0.5}, guidance_scale=(1, 2), progress=False)
+    with pytest.raises(ValueError, match="no such field"):
+        compare(counting, ["euler/3"], shape=(4, 2, 2), draw=draw, progress=False)
     assert not calls
 
 
@@ -115,3 +122,18 @@ def test_guidance_counts_twice():
     target = Target(guided, (4, 2, 2), cond=draw, uncond={"y": 0.5}, guidance_scale=2.0)
     table = compare(target, [handmade("euler", 3)], samples=4, progress=False)
     assert table.rows[0]["nfe"] == "3x2"
+
+
+def test_a_family_runs_at_the_steps_it_has_and_names_stay_apart():
+    twin = replace(handmade("ab2", 5), name="sit-xl-2-256/5")
+    table = compare(TARGET, ["sit-xl-2-256", twin], num_steps=(3, 5, 10), samples=4, progress=False)
+    names = [row["solver"] for row in table.rows]
+    assert names == ["sit-xl-2-256/5", "sit-xl-2-256/10", "sit-xl-2-256-2/5"]
+    assert table.rows[0]["rmse"] != table.rows[2]["rmse"]
+
+
+def test_an_unmeasurable_distance_is_no_number(tmp_path):
+    """One sample has no covariance; the file is still JSON."""
+    table = compare(TARGET, ["euler/2"], samples=1, features=lambda x: x.flatten(1), progress=False)
+    table.save(tmp_path / "c.json")
+    assert json.loads((tmp_path / "c.json").read_text())[0]["frechet"] is None

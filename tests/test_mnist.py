@@ -170,10 +170,10 @@ def test_splits_are_fixed_and_apart():
 
 @pytest.mark.parametrize("name", ["flow", "flow_guided", "vp", "vp_guided"])
 def test_targets_hold_what_a_search_needs(name):
-    pytest.importorskip("dss_fast")
     target = getattr(mnist, name)()
     assert target.shape == (1, 28, 28) and target.schedule.family == name.split("_")[0]
-    assert target.guidance_scale == (1.5 if name.endswith("guided") else 1.0)
+    assert target.guidance_scale == (1.5 if name.endswith("guided") else 1.0) and target.name == "searched"
+    assert target.guided == name.endswith("guided") and target.home == torch.device("cpu")
     cond = target.cond(6, torch.Generator().manual_seed(1))
     again = target.cond(6, torch.Generator().manual_seed(1))
     assert torch.equal(cond["y"], again["y"]) and cond["y"].shape == (6,) and cond["y"].max() < 10

@@ -1,7 +1,7 @@
 """Two small class-conditional digit models to search solvers for: a rectified flow and a VP model.
 
-`flow`, `flow_guided`, `vp` and `vp_guided` each return a Target, which `dss_fast.search`, `sample`, `compare` and the
-command line (`search examples.mnist:flow`) take.
+`flow`, `flow_guided`, `vp` and `vp_guided` each return a Target, which `dss_fast.search`, `sample`, `compare` and
+the command line (`search examples.mnist:flow`) take.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dss_fast import compare, search
 from dss_fast.__main__ import DEFAULT_SOLVERS
+from dss_fast.files import check_writable, write_text
 from dss_fast.plots import plot_solver
 
 from . import flow
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     out, start = options.out, time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
+    check_writable(out)
 
     target = flow()
     again = (out / "search").exists()  # interrupted or finished before: go on from there
@@ -39,7 +40,7 @@ def main() -> None:
         plot_solver(solver, out / f"solver-{n}.png")
 
     table = compare(target, [*DEFAULT_SOLVERS, *searched.values()], num_steps=(5, 8, 10, 15), samples=64)
-    (out / "compare.txt").write_text(f"{table}\n")
+    write_text(out / "compare.txt", f"{table}\n")
     table.save(out / "compare.json")
     table.plot(out / "error.png")
     for n, solver in searched.items():

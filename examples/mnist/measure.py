@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dss_fast import Target, sample
+from dss_fast.compare import frechet_distance
 
 from . import data, decode, flow, load_classifier, load_flow, load_vp, real_features, vp
 from .model import NULL_CLASS, vp_alpha_sigma
@@ -90,8 +91,6 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--sheets", type=Path, default=HERE, help="folder for the PNGs")
     args = parser.parse_args()
-    from dss_fast.compare import frechet_distance
-
     torch.set_num_threads(1)
 
     classifier = load_classifier()
