@@ -7,6 +7,7 @@ python -m examples.diffusers_sample --pipeline flux --solver sit-xl-2-256 --step
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> torch.Tensor:
         published = "dpmpp_2m"  # the published VP tables belong to linear betas; DSSScheduler refuses them here
     pipe.scheduler = DSSScheduler.from_config(pipe.scheduler.config, solver=options.solver or published)
 
-    def preview(pipe, i, t, kwargs):
+    def preview(pipe: Any, i: int, t: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         x0 = pipe.scheduler.predict_x0(kwargs["latents"])
         print(f"step {i + 1} at t = {float(t):6.1f}: x0 within [{x0.min():.2f}, {x0.max():.2f}]")
         return kwargs

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from dss_fast.integrations.pipeline import from_pipeline
 from .tiny_pipelines import build
 
 
-def main(arguments: list[str] | None = None, **options_of_search):
+def main(arguments: list[str] | None = None, **options_of_search: Any) -> Any:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pipeline", default="flux")
     parser.add_argument("--steps", type=int, default=5)
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None, **options_of_search):
 
     target = from_pipeline(pipe, prompts, **call)
     print(f"latents {target.shape}, {target.schedule}, guidance {target.guidance_scale}")
-    result = search(target, options.steps, **options_of_search)
+    result = search(target, num_steps=options.steps, **options_of_search)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     result.solver.save(options.out)
 

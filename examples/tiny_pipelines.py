@@ -9,6 +9,8 @@ Text encoders and tokenizers are left out and embeddings passed in their place, 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import diffusers
 import torch
@@ -17,9 +19,11 @@ from torch import Tensor
 FLOW = ("sd3", "flux", "wan", "qwen", "sana")
 VP = ("dit", "sd", "sdxl", "pixart")
 NAMES = VP + FLOW
+Randn = Callable[..., Tensor]
+Built = tuple[Any, dict[str, Any]]
 
 
-def build(name: str, dtype: torch.dtype = torch.float32, batch: int = 1, seed: int = 0):
+def build(name: str, dtype: torch.dtype = torch.float32, batch: int = 1, seed: int = 0) -> Built:
     """(pipeline, keyword arguments of a call giving latents), on the CPU and silent."""
     if name not in NAMES:
         raise ValueError(f"no tiny pipeline is called {name!r}; there are {', '.join(NAMES)}")
@@ -39,7 +43,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, batch: int = 1, seed: i
     return pipe, {"output_type": "latent", **arguments}
 
 
-def _vae(channels: int, **options):
+def _vae(channels: int, **options: Any) -> Any:
     return diffusers.AutoencoderKL(
         sample_size=32,
         block_out_channels=(4,),
@@ -52,19 +56,19 @@ def _vae(channels: int, **options):
     )
 
 
-def _ddim(**options):
+def _ddim(**options: Any) -> Any:
     return diffusers.DDIMScheduler(clip_sample=False, **options)
 
 
-def _latent_diffusion(**options):
+def _latent_diffusion(**options: Any) -> Any:
     return _ddim(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, **options)
 
 
-def _shifted(**options):
+def _shifted(**options: Any) -> Any:
     return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, **options)
 
 
-def _dit(batch, randn):
+def _dit(batch: int, randn: Randn) -> Built:
     transformer = diffusers.DiTTransformer2DModel(
         sample_size=16,
         num_layers=2,
@@ -83,7 +87,7 @@ def _dit(batch, randn):
     return diffusers.DiTPipeline(transformer, _vae(4), _ddim()), {"class_labels": labels, "output_type": "np"}
 
 
-def _sd(batch, randn):
+def _sd(batch: int, randn: Randn) -> Built:
     unet = diffusers.UNet2DConditionModel(
         block_out_channels=(4, 8),
         layers_per_block=1,
@@ -109,7 +113,7 @@ def _sd(batch, randn):
     return pipe, {**embeds, "height": 16, "width": 16}
 
 
-def _sdxl(batch, randn):
+def _sdxl(batch: int, randn: Randn) -> Built:
     unet = diffusers.UNet2DConditionModel(
         block_out_channels=(2, 4),
         layers_per_block=2,
@@ -146,7 +150,7 @@ def _sdxl(batch, randn):
     return pipe, {**arguments, "height": 16, "width": 16}
 
 
-def _pixart(batch, randn):
+def _pixart(batch: int, randn: Randn) -> Built:
     transformer = diffusers.PixArtTransformer2DModel(
         sample_size=8,
         num_layers=2,
@@ -177,7 +181,7 @@ def _pixart(batch, randn):
     return pipe, {**arguments, "height": 8, "width": 8}
 
 
-def _sd3(batch, randn):
+def _sd3(batch: int, randn: Randn) -> Built:
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=32,
         patch_size=1,
@@ -207,7 +211,7 @@ def _sd3(batch, randn):
     return pipe, {**arguments, "height": 8, "width": 8}
 
 
-def _flux(batch, randn, guidance_embeds=True):
+def _flux(batch: int, randn: Randn, guidance_embeds: bool = True) -> Built:
     transformer = diffusers.FluxTransformer2DModel(
         patch_size=1,
         in_channels=4,
@@ -230,7 +234,7 @@ def _flux(batch, randn, guidance_embeds=True):
     return pipe, {**embeds, "height": 16, "width": 16}
 
 
-def _wan(batch, randn):
+def _wan(batch: int, randn: Randn) -> Built:
     transformer = diffusers.WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=2,
@@ -258,7 +262,7 @@ def _wan(batch, randn):
     return pipe, {**embeds, "height": 16, "width": 16, "num_frames": 9}
 
 
-def _qwen(batch, randn):
+def _qwen(batch: int, randn: Randn) -> Built:
     transformer = diffusers.QwenImageTransformer2DModel(
         patch_size=2,
         in_channels=16,
@@ -293,7 +297,7 @@ def _qwen(batch, randn):
     return pipe, {**embeds, "height": 16, "width": 16, "true_cfg_scale": 1.0}
 
 
-def _sana(batch, randn):
+def _sana(batch: int, randn: Randn) -> Built:
     transformer = diffusers.SanaTransformer2DModel(
         patch_size=1,
         in_channels=4,

@@ -1,6 +1,7 @@
 """DSSScheduler and from_pipeline in the pipelines of diffusers, on random networks of a few kilobytes."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from dss_fast import DiscreteVP, Flow, Solver, find_solver, handmade, sample  # noqa: E402
+from dss_fast import DiscreteVP, Flow, find_solver, handmade, sample  # noqa: E402
 from dss_fast.integrations.diffusers import DSSScheduler  # noqa: E402
 from dss_fast.integrations.pipeline import from_pipeline  # noqa: E402
 from examples.tiny_pipelines import FLOW, NAMES, build  # noqa: E402
@@ -143,7 +144,7 @@ def test_img2img_starts_part_way(name):
 def test_whole_pipelines_are_saved_and_loaded(name, tmp_path):
     pipe, arguments = build(name)
     own = handmade("ab2", 5, Flow()) if name in FLOW else find_solver("dit-xl-2-256/5")
-    pipe.scheduler = scheduler_for(pipe, Solver.from_dict({**own.to_dict(), "name": "mine/5", "provenance": {}}))
+    pipe.scheduler = scheduler_for(pipe, replace(own, name="mine/5"))
     before = latents(pipe, arguments)
     pipe.save_pretrained(tmp_path)
     with warnings.catch_warnings():
@@ -230,7 +231,30 @@ def test_what_cannot_be_a_target_is_named():
         from_pipeline(pipe, rows, num_images_per_prompt=2, **arguments)
 
 
+def test_a_target_at_zero_terminal_snr_gives_tables_that_its_pipeline_runs():
+    pipe, rows, arguments = split("sd")
+    options = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, **options)
+    target = from_pipeline(pipe, rows, **arguments)
+    table = handmade("ab2", 4, target.schedule)
+    x = torch.randn(3, *target.shape, generator=torch.Generator().manual_seed(1))
+    ours = sample(target, x, table, cond=target.cond.conditions)
+    pipe.scheduler = DSSScheduler.from_config(pipe.scheduler.config, solver=table)
+    theirs = latents(pipe, {**arguments, **rows, "output_type": "latent"}, 4, latents=x.clone())
+    assert (ours - theirs).abs().max() <= 1e-5 * max(1, theirs.abs().max())
+
+
 def test_half_precision_finds_the_exact_scale():
     pipe, rows, arguments = split("sd", dtype=torch.bfloat16)
     target = from_pipeline(pipe, rows, **arguments)
     assert target.guidance_scale == 7.5
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "pixart", "qwen"])
+def test_a_target_moves_as_one(name):
+    """To the meta device, where a tensor left on the CPU cannot meet the rest."""
+    pipe, rows, arguments = split(name)
+    target = from_pipeline(pipe, rows, **arguments).to("meta")
+    x = sample(target, 2, handmade("euler", 2, target.schedule))
+    assert x.device.type == "meta" and x.shape == (2, *target.shape)
+    assert target.decode is None or target.decode(x).device.type == "meta"

@@ -1,7 +1,7 @@
 """DSSScheduler by itself: tables, runs, state. Its configs are in test_diffusers_config.py."""
 
 import copy
-import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +11,9 @@ diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' own, of NumPy 2
 from diffusers_runs import network, noise, run  # noqa: E402
 
-from dss_fast import VP, DiscreteVP, Flow, Solver, find_solver, handmade, sample  # noqa: E402
+from dss_fast import VP, DiscreteVP, Flow, Grid, Solver, find_solver, handmade, sample  # noqa: E402
 from dss_fast.integrations.diffusers import DSSScheduler  # noqa: E402
-from dss_fast.integrations.diffusers_config import model_schedule  # noqa: E402
+from dss_fast.integrations.diffusers_config import adopt, model_schedule  # noqa: E402
 
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler
 DDIM = diffusers.DDIMScheduler
@@ -153,7 +153,7 @@ def test_clip_sample_is_named():
 
 def test_the_schedule_of_a_searched_table_is_honoured():
     plain = find_solver("sit-xl-2-256/5")
-    shifted = dataclasses.replace(plain, schedule=Flow(shift=3.0))
+    shifted = replace(plain, schedule=Flow(shift=3.0))
     scheduler = DSSScheduler.from_config(FLOW(shift=7.0).config, solver=shifted)
     scheduler.set_timesteps(5)
     u = torch.tensor(plain.timesteps)
@@ -163,17 +163,54 @@ def test_the_schedule_of_a_searched_table_is_honoured():
     torch.testing.assert_close(scheduler.sigmas, 1 - u)
 
 
-def test_a_table_searched_with_a_zero_terminal_snr_runs_where_it_was_searched():
-    """diffusers puts alpha^2 = 0 there and the schedule 2^-24, which is the same noise."""
-    stock = DDIM(clip_sample=False, rescale_betas_zero_snr=True, prediction_type="v_prediction")
-    assert stock.alphas_cumprod[-1] < 1e-7
-    schedule = model_schedule(stock.config)
-    assert isinstance(schedule, DiscreteVP) and schedule.alphas_cumprod[-1] >= 2.0**-24
-    own = dataclasses.replace(handmade("ab2", 4, schedule), source="searched")
-    scheduler = DSSScheduler.from_config(stock.config, solver=Solver.from_dict(own.to_dict()))
-    assert run(scheduler, 4).isfinite().all()
-    with pytest.raises(ValueError, match="alpha at u = 0 is"):
-        DSSScheduler.from_config(DPM().config, solver=own)
+def test_a_flow_grid_brings_its_sigmas_and_takes_the_pipelines_times():
+    grid = Grid.flow([1.0, 0.7, 0.3, 0.0], [1.0, 0.7, 0.3], convention="paper")
+    table = handmade("ab2", None, grid, timesteps=grid.timesteps)
+    scheduler = DSSScheduler.from_config(FLOW(shift=7.0).config, solver=table)
+    scheduler.set_timesteps(3)
+    torch.testing.assert_close(scheduler.sigmas, torch.tensor([1.0, 0.7, 0.3, 0.0]))
+    torch.testing.assert_close(scheduler.timesteps, torch.tensor([1000.0, 700, 300]))
+    torch.testing.assert_close(run(scheduler, 3), sample(network(), noise(), table, schedule=scheduler.schedule))
+
+
+def test_a_vp_table_keeps_its_ends_and_takes_the_pipelines_interface():
+    table = handmade("ab2", 4, VP(t_start=0.99, t_end=0.01))
+    config = DDIM(clip_sample=False, prediction_type="v_prediction").config
+    scheduler = DSSScheduler.from_config(config, solver=table)
+    scheduler.set_timesteps(4)
+    assert scheduler.schedule == VP(prediction_type="v_prediction", t_start=0.99, t_end=0.01)
+    assert scheduler.timesteps[0] == 990
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"beta_schedule": "scaled_linear"}, {"rescale_betas_zero_snr": True}, {"trained_betas": [0.0001, 0.0001, 0.98]}],
+)
+def test_refusals_name_the_first_scalar_that_differs(options):
+    stock = DDIM(clip_sample=False, num_train_timesteps=3 if "trained_betas" in options else 1000, **options)
+    here = max(float(stock.alphas_cumprod[-1]) ** 0.5, 2.0**-12)
+    with pytest.raises(ValueError, match=f"alpha at u = 0 is 0.0066376 there and {here:.6g} here"):
+        DSSScheduler.from_config(stock.config, solver="dit-xl-2-256")
+
+
+@pytest.mark.parametrize("stock", [DDIM, DPM, diffusers.EulerDiscreteScheduler])
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear"])
+def test_a_table_searched_at_zero_terminal_snr_runs_where_it_was_searched(stock, betas, tmp_path):
+    """alpha^2 is 0 in the pipeline and 2^-24 in the schedule, at its last training steps even in several places."""
+    options = {"beta_schedule": betas, "prediction_type": "v_prediction"}
+    config = {**stock(rescale_betas_zero_snr=True, **options).config, "clip_sample": False}
+    schedule = model_schedule(adopt(config))
+    assert isinstance(schedule, DiscreteVP) and min(schedule.alphas_cumprod) == 2.0**-24
+    table = handmade("ab2", 6, schedule)
+    assert Solver.from_dict(table.to_dict()) == table
+    scheduler = DSSScheduler.from_config(config, solver=table)
+    scheduler.set_timesteps(6)
+    assert scheduler.schedule == schedule
+    torch.testing.assert_close(run(scheduler, 6), sample(network(), noise(), table))
+    scheduler.save_pretrained(tmp_path)
+    assert torch.equal(run(scheduler, 6), run(DSSScheduler.from_pretrained(tmp_path), 6))
+    with pytest.raises(ValueError, match="alpha at u = 0 is 0.000244141 there"):
+        DSSScheduler.from_config(stock(**options).config, solver=table, clip_sample=False)
 
 
 def test_custom_grids_are_honoured_or_refused():
@@ -336,7 +373,7 @@ def test_starting_part_way_with_a_weight_on_the_noise(family):
     """With the exact network of a single point, the implied noise is the true one."""
     name, schedule = ("sit-xl-2-256/6", Flow(convention="diffusers")) if family == "flow" else ("dit-xl-2-256/6", VP())
     plain = find_solver(name)
-    weighted = Solver.from_dict({**plain.to_dict(), "noise_coeffs": [0.01, -0.02, 0.03, 0.01, 0.02, -0.01]})
+    weighted = replace(plain, noise_coeffs=(0.01, -0.02, 0.03, 0.01, 0.02, -0.01))
     config = (FLOW() if family == "flow" else DDIM(clip_sample=False)).config
     scheduler = DSSScheduler.from_config(config, solver=weighted)
     scheduler.set_timesteps(6)

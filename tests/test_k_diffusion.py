@@ -3,11 +3,12 @@
 import asyncio
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 
-from dss_fast import VP, DiscreteVP, Solver, find_solver, handmade, sample
+from dss_fast import VP, DiscreteVP, Flow, Grid, find_solver, handmade, sample
 from dss_fast.integrations import comfyui
 from dss_fast.integrations.k_diffusion import sample_dss, sigmas_of
 from examples.mnist import load_flow, load_vp
@@ -64,10 +65,44 @@ def test_equals_sample_in_float64(name, noise):
     def net(x, t, y):
         return torch.tanh(x @ weight + t.view(-1, 1, 1, 1) / 1000) + y.view(-1, 1, 1, 1)
 
-    table = Solver.from_dict({**find_solver(name).to_dict(), "noise_coeffs": noise}) if noise else None
+    table = replace(find_solver(name), noise_coeffs=noise) if noise else None
     x = torch.randn(2, 1, 4, 6, dtype=torch.float64)
     theirs, ours = both_ways(net, name, x, {"y": torch.tensor([0.3, -0.4], dtype=torch.float64)}, table)
     assert (ours - theirs).abs().max() <= 2e-6 * max(1.0, theirs.abs().max())
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Flow(shift=3.0),
+        VP(beta_min=0.2, beta_max=15.0),
+        DiscreteVP.scaled_linear(),
+        DiscreteVP.scaled_linear(final="sigma_min"),
+        Grid((0.1, 0.6, 0.9, 1.0), (0.995, 0.8, 0.4, 0.0), (900, 500, 100)),
+    ],
+    ids=lambda schedule: schedule.kind,
+)
+@pytest.mark.parametrize("noise", [None, (0.02, -0.01, 0.03)])
+def test_every_schedule_brings_its_sigmas(schedule, noise):
+    """The state is x / alpha for VP, and the denoiser needs no time: tanh of the state as the network sees it."""
+    table = replace(handmade("ab2", 3, schedule), noise_coeffs=noise)
+    x = torch.randn(2, 5, dtype=torch.float64)
+    u = torch.tensor(table.timesteps, dtype=torch.float64)
+    alphas, sigmas = schedule.alpha_sigma(u)
+    flow = schedule.family == "flow"
+    own = sigmas if flow else sigmas / alphas
+    torch.testing.assert_close(sigmas_of(table), own.float())
+
+    def denoise(x, sigma):
+        scale = torch.ones_like(sigma) if flow else (1 + sigma**2).rsqrt()
+        if isinstance(schedule, Grid):
+            scale = alphas[(own - sigma[0]).abs().argmin()].expand(len(x))
+        return torch.tanh(scale[:, None] * x)
+
+    wanted = sample(lambda x, t: torch.tanh(x), x, table, schedule=replace(schedule, prediction_type="x0"))
+    before, after = (1.0, 1.0) if flow else (float(1 / alphas[0]), float(alphas[-1]))
+    got = sample_dss(denoise, x * before, own, solver=table, disable=True) * after
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 
 
 def linear(x, sigma, **_):
@@ -89,6 +124,21 @@ def test_handmade_solvers_take_any_sigmas():
         sample_dss(linear, x, sigmas, solver="euler/4", disable=True)
     with pytest.raises(ValueError, match="at least 2"):
         sample_dss(linear, x, sigmas[:1], solver="euler", disable=True)
+
+
+def test_what_a_model_of_sigma_has_no_place_for_is_refused(tmp_path):
+    x, table = torch.randn(2, 4), handmade("ab2", 3, DiscreteVP.scaled_linear())
+    own = sigmas_of(table)
+    with pytest.raises(ValueError, match="brings a spacing"):
+        sample_dss(linear, x, own, solver="ab2@karras", disable=True)
+    timed = replace(table, network_timesteps=(0.0, 0.4, 0.7))
+    with pytest.raises(ValueError, match="times of its own"):
+        sample_dss(linear, x, own, solver=timed, disable=True)
+    with pytest.raises(ValueError, match="weighs the initial noise"):
+        sample_dss(linear, x, own[1:], solver=replace(table, noise_coeffs=(0.1, 0.0, 0.1)), disable=True)
+    table.save(tmp_path / "mine.json")
+    for file in (tmp_path / "mine.json", str(tmp_path / "mine.json")):
+        sample_dss(linear, x, own, solver=file, disable=True)
 
 
 def test_callback_and_progress_bar(capsys):
@@ -118,18 +168,6 @@ def test_sigmas_must_belong_to_the_solver():
     assert zero_end[-1] == pytest.approx(0.0105, abs=1e-4)
     zero_end[-1] = 0
     sample_dss(linear, x, zero_end, solver="dit-xl-2-256/6", disable=True)
-
-
-def test_what_a_model_of_sigma_cannot_run_is_refused():
-    x, table = torch.randn(2, 4), handmade("ab2", 3, DiscreteVP.scaled_linear())
-    own = sigmas_of(table)  # a table of alphas_cumprod is in the file, and gives its sigmas
-    assert own[0] == pytest.approx(14.6146, rel=1e-4)
-    assert sample_dss(linear, x, own, solver=table, disable=True).isfinite().all()
-    timed = Solver.from_dict({**table.to_dict(), "network_timesteps": [0.0, 0.4, 0.7]})
-    with pytest.raises(ValueError, match="times of its own"):
-        sample_dss(linear, x, own, solver=timed, disable=True)
-    with pytest.raises(ValueError, match="brings a spacing"):
-        sample_dss(linear, x, own, solver="ab2@karras", disable=True)
 
 
 @pytest.mark.parametrize("name", ["sit-xl-2-256/8", "dit-xl-2-256/8"])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -72,6 +71,19 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
     _compatibles = [e.name for e in KarrasDiffusionSchedulers] + ["FlowMatchEulerDiscreteScheduler"]
     order = 1
 
+    # of one run: from set_timesteps, then from its first step
+    num_inference_steps: int | None
+    solver: Solver | None
+    schedule: Schedule | None
+    _table: StepTable | None
+    _begin_index: int | None
+    _step_index: int | None
+    _next: int | None
+    _history: Tensor | None
+    _rows: Tensor | None
+    _index: tuple[Tensor, ...]
+    _noise_slot_empty: bool
+
     @register_to_config
     def __init__(
         self,
@@ -112,19 +124,9 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         self.init_noise_sigma = 1.0
         if family == "vp" or trained_betas is not None:
             self.betas = stock_scheduler("DDIMScheduler", self.config).betas
-        self.num_inference_steps: int | None = None
-        self.solver: Solver | None = None
-        self.schedule: Schedule | None = None
-        self._history: Any = None
-        self._rows: Any = None
-        self._next: int | None = None
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
-        self._noise_slot_empty = False
+        self.num_inference_steps = self.solver = self.schedule = self._table = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
         self.sigmas = torch.linspace(1, 0, num_train_timesteps + 1)
-        self._alphas_sigmas: tuple[list[float], list[float]] | None = None
-        self._table: StepTable | None = None
         self._forget()
 
     @classmethod
@@ -160,7 +162,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         return sample
 
     def __len__(self) -> int:
-        return int(self.config.num_train_timesteps)
+        return int(self.config["num_train_timesteps"])
 
     # ---- a run
 
@@ -194,18 +196,14 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             solver = handmade_table(self._method(n), self.config, n, sigmas=sigmas, timesteps=timesteps, mu=mu)
             schedule = solver.schedule
         table = StepTable.of(solver, schedule, dtype=torch.float64, strict=False)  # the schedule has been settled
-        u = torch.tensor(solver.timesteps, dtype=torch.float64)
-        alpha, sigma = schedule.alpha_sigma(u)
-        visible = sigmas_at(schedule, u)
+        visible = sigmas_at(schedule, torch.tensor(solver.timesteps, dtype=torch.float64))
         if n in self._learned:
             self._check_custom(solver, visible[:-1], table.times, sigmas, timesteps)
 
-        self.num_inference_steps, self.solver, self.schedule = n, solver, schedule
-        self._table, self._alphas_sigmas = table, (alpha.tolist(), sigma.tolist())
+        self.num_inference_steps, self.solver, self.schedule, self._table = n, solver, schedule, table
         self.timesteps = table.times.to(torch.float32).to(device)
         self.sigmas = visible.to(torch.float32)  # on the CPU: Wan, Cosmos and LTX2 read one a step
         self._forget()
-        self._begin_index = None
 
     def step(
         self,
@@ -268,24 +266,32 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         return self.add_noise(sample, noise, timestep)
 
     def _levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        levels, rows = self._alphas_sigmas, None
-        if levels is not None and self._begin_index is not None:
-            # pipelines that set the index ask for the start, or, once under way, for the level just reached
-            rows = [self._begin_index if self._step_index is None else self._step_index]
-        elif levels is not None:
-            with suppress(ValueError):  # a time of training, not of this run
-                rows = [self.index_for_timestep(t) for t in timesteps.flatten().tolist()]
-        if levels is None or rows is None:
+        points = self._points(timesteps)
+        if points is None:
             alpha, sigma = self._training_levels(timesteps.flatten().double().cpu())
         else:
-            alpha, sigma = (torch.tensor([values[i] for i in rows]) for values in levels)
+            assert self.solver is not None and self.schedule is not None
+            u = torch.tensor([self.solver.timesteps[i] for i in points], dtype=torch.float64)
+            alpha, sigma = self.schedule.alpha_sigma(u)
         shape = (-1,) + (1,) * (like.ndim - 1)
-        alpha, sigma = (v.to(like.dtype).to(like.device, non_blocking=True).reshape(shape) for v in (alpha, sigma))
-        return alpha, sigma
+        place = lambda v: v.to(like.dtype).to(like.device, non_blocking=True).reshape(shape)  # noqa: E731
+        return place(alpha), place(sigma)
+
+    def _points(self, timesteps: Tensor) -> list[int] | None:
+        """Which points of this run are meant; None: training times."""
+        if self._table is None:
+            return None
+        if self._begin_index is not None:
+            # pipelines that set the index ask for the start, or, once under way, for the level just reached
+            return [self._begin_index if self._step_index is None else self._step_index]
+        try:
+            return [self.index_for_timestep(t) for t in timesteps.flatten().tolist()]
+        except ValueError:
+            return None
 
     def _training_levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         if family_of(self.config) == "flow":
-            sigma = t / self.config.num_train_timesteps
+            sigma = t / self.config["num_train_timesteps"]
             return 1 - sigma, sigma
         table = alphas_cumprod(self.config)
         alpha_bar = table[t.round().long().clamp(0, len(table) - 1)]
@@ -294,9 +300,8 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
     # ---- inside a run
 
     def _forget(self) -> None:
-        self._history = self._rows = None
-        self._next = self._step_index = self._begin_index = None
-        self._index: tuple[Tensor, ...] = ()
+        self._history = self._rows = self._next = self._step_index = self._begin_index = None
+        self._index = ()
         self._noise_slot_empty = False
 
     def _method(self, n: int) -> Name:
@@ -329,14 +334,14 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
 
     def _locate(self, timestep: float | Tensor) -> int:
         """The step a time belongs to, without asking the device for its value."""
-        own, n = self.timesteps, self.num_inference_steps or 0
+        own = self.timesteps
         if isinstance(timestep, Tensor) and timestep.dtype == own.dtype and timestep.device == own.device:
             # an element of `timesteps` is a view: its address says which one
             if not torch.compiler.is_compiling():
                 i, odd = divmod(timestep.data_ptr() - own.data_ptr(), own.element_size())
-                if not odd and 0 <= i < n:
+                if not odd and 0 <= i < len(own):
                     return i
-        if self._next is not None and self._next < n:
+        if self._next is not None and self._next < len(own):
             return self._next
         if self._next is None and self._begin_index is not None:
             return self._begin_index
@@ -353,6 +358,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         self._noise_slot_empty = table.weighs_noise and i > 0
 
     def _mean(self, output: Tensor, sample: Tensor) -> Tensor:
+        assert self._history is not None
         if self._history.shape[0] != len(sample) or self._history.shape[2:] != sample.shape[1:]:
             raise ValueError(
                 f"the sample changed to {tuple(sample.shape)} in the middle of a run of {tuple(self._history.shape)}"
@@ -362,7 +368,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         raise ValueError(f"model_output has shape {tuple(output.shape)}, the sample {tuple(sample.shape)}")
 
     def _imply_noise(self, i: int, output: Tensor, sample: Tensor) -> None:
-        assert self.schedule is not None
+        assert self._history is not None and self.schedule is not None
         p, q = self._at(i, self.schedule.prediction)
         alpha, sigma = self._at(i, self.schedule.alpha_sigma)
         x = sample.float()

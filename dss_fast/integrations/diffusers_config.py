@@ -180,35 +180,29 @@ def _vp_grid(
 ) -> Grid:
     table = alphas_cumprod(config).clamp_min(1e-30).numpy()  # a zero terminal SNR has no log
     name = "DDIMScheduler" if method == "euler" else "DPMSolverMultistepScheduler"
-    stock = stock_scheduler(name, config)
+    stock, kind = stock_scheduler(name, config), prediction_of(config)
     if sigmas is not None:
         if timesteps is not None:
             raise ValueError("give sigmas or timesteps to a VP scheduler, not both")
         ratio = np.append(np.asarray(sigmas, dtype=np.float64), [] if sigmas[-1] == 0 else 0.0)
         log_ratio = 0.5 * np.log(1 / table - 1)
-        times = np.interp(np.log(ratio[:-1]), log_ratio, np.arange(len(table)))
-        alphas = 1 / np.sqrt(1 + ratio**2)
-        return Grid(tuple(alphas), tuple(ratio * alphas), tuple(times), prediction_type=prediction_of(config))
+        return _ratio_grid(ratio, np.interp(np.log(ratio[:-1]), log_ratio, np.arange(len(table))).tolist(), kind)
     if timesteps is None:
         stock.set_timesteps(n)
     if timesteps is None and method != "euler" and config.get("snr_shift_scale") is None:
-        ratio = stock.sigmas.double().numpy()
-        alphas = 1 / np.sqrt(1 + ratio**2)
-        return Grid(
-            tuple(alphas), tuple(ratio * alphas), tuple(stock.timesteps.tolist()), prediction_type=prediction_of(config)
-        )
+        return _ratio_grid(stock.sigmas.double().numpy(), stock.timesteps.tolist(), kind)
     times = np.asarray(stock.timesteps.tolist() if timesteps is None else timesteps, dtype=np.float64)
     whole = (
         config.get("set_alpha_to_one", True) if method == "euler" else config.get("final_sigmas_type") != "sigma_min"
     )
     whole = whole or times[-1] <= 0  # the stock scheduler would stand still for its last step
     log_alpha = np.append(np.interp(times, np.arange(len(table)), np.log(table)), 0.0 if whole else np.log(table[0]))
-    return Grid(
-        tuple(np.exp(0.5 * log_alpha)),
-        tuple(np.sqrt(-np.expm1(log_alpha))),
-        tuple(times),
-        prediction_type=prediction_of(config),
-    )
+    return Grid(tuple(np.exp(0.5 * log_alpha)), tuple(np.sqrt(-np.expm1(log_alpha))), tuple(times), "vp", kind)
+
+
+def _ratio_grid(ratio: Any, times: Sequence[float], kind: str) -> Grid:
+    alphas = 1 / np.sqrt(1 + ratio**2)
+    return Grid(tuple(alphas), tuple(ratio * alphas), tuple(times), "vp", kind)
 
 
 def _discrete(table: Tensor, config: Config, final: str | None = None) -> DiscreteVP:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -139,7 +139,7 @@ def _grid(family: str, sigmas: Tensor) -> Grid:
     return Grid.ve(sigmas.tolist())
 
 
-def _steps(n: int, disable: bool | None) -> Iterable[int]:
+def _steps(n: int, disable: bool | None) -> Any:
     if disable:
         return range(n)
     try:

@@ -9,7 +9,7 @@ understand (guidance that is not linear, image latents beside the noisy ones) is
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ def from_pipeline(
     generator: torch.Generator | None = None,
     **arguments: Any,
 ) -> Target:
-    """The network of a pipeline as a Target for ``search``, ``sample`` and ``compare``.
+    """The network of a pipeline as ``search``, ``sample`` and ``compare`` take it.
 
         target = from_pipeline(pipe, prompts, guidance_scale=3.5, height=1024, width=1024)
         solver = search(target, num_steps=8).solver
@@ -44,10 +44,10 @@ def from_pipeline(
     batch_size: prompts encoded at a time; each costs one network call.
     arguments: everything else the pipeline's call takes: guidance_scale, true_cfg_scale, negative_prompt, height, ...
 
-    Its model is a module called as model(x, t, **cond) on the pipeline's own latents (packed, 5-D or doubled as they
-    are); shape; schedule, under the pipeline's shift (e^mu of this resolution where it is dynamic); cond, which draws
-    rows; uncond and guidance_scale, whether the pipeline doubles its batch, halves it as DiT does, or calls twice;
-    and decode for image latents of a KL autoencoder. Freezes the network's parameters.
+    Returns a Target with model, a module called as model(x, t, **cond) on the pipeline's own latents (packed, 5-D or
+    doubled as they are); shape; schedule, under the pipeline's shift (e^mu of this resolution where it is dynamic);
+    cond, which draws rows; uncond and guidance_scale, whether the pipeline doubles its batch, halves it as DiT does,
+    or calls twice; and decode for image latents of a KL autoencoder. Freezes the network's parameters.
 
     Raises ValueError when the network's calls or its guidance are not understood, saying what was seen.
     """
@@ -57,8 +57,8 @@ def from_pipeline(
     one, two = (record(pipe, chunk, STEPS, generator, arguments) for chunk in first)
     layout = _Layout.read(one, two, _given_scales(pipe, arguments))
 
-    cond: list[dict] = []
-    uncond: list[dict] = []
+    cond: list[dict[str, Tensor]] = []
+    uncond: list[dict[str, Tensor]] = []
     for start in range(0, count, batch_size):
         chosen = list(range(start, min(start + batch_size, count)))
         notes = record(pipe, _take(rows, chosen), 1, generator, arguments)
@@ -72,16 +72,15 @@ def from_pipeline(
         raise ValueError("both branches of the pipeline's guidance get the same arguments; nothing to guide with")
 
     model = PipelineModel(one.module, layout)
-    schedule = model_schedule(pipe.scheduler.config, one.mu)
     _check(two, layout, model)
     shape = tuple(one.steps[0].sample.shape[1:])
     return Target(
         model,
         shape,
-        schedule,
+        model_schedule(pipe.scheduler.config, one.mu),
         cond=_Draw(conditions),
         uncond=null if layout.guided else None,
-        guidance_scale=layout.scale if layout.guided else 1.0,
+        guidance_scale=layout.scale,
         decode=_decoder(pipe, shape, arguments),
     )
 
@@ -89,17 +88,22 @@ def from_pipeline(
 class PipelineModel(nn.Module):
     """A pipeline's network as a solver calls it: (x (B, *S), t (B,) in the scheduler's units, **cond) -> (B, *S).
 
-    What the pipeline passes unchanged (image ids, guidance embeddings of one row, flags) is kept here.
+    What the pipeline passes unchanged (image ids, guidance embeddings of one row, flags) is kept here, its tensors as
+    buffers, so that they go where the module goes.
     """
 
-    def __init__(self, network: nn.Module, layout: _Layout):
+    def __init__(self, network: nn.Module, layout: _Layout) -> None:
         super().__init__()
         self.network = network.requires_grad_(False)
         self._layout = layout
+        self._fixed = [key for key, value in layout.fixed.items() if isinstance(value, Tensor)]
+        for i, key in enumerate(self._fixed):
+            self.register_buffer(f"fixed_{i}", layout.fixed[key])
 
     def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         layout = self._layout
-        arguments = layout.arguments(cond, len(x))
+        tensors = {key: getattr(self, f"fixed_{i}") for i, key in enumerate(self._fixed)}
+        arguments = layout.arguments({**tensors, **cond}, len(x))
         arguments[layout.x_key] = x.to(layout.dtype)
         arguments[layout.t_key] = (layout.time_scale * t + layout.time_shift).to(layout.time_dtype)
         output = tensor_of(self.network(**arguments))
@@ -237,7 +241,7 @@ class _Layout:
 class _Draw:
     """cond(n, generator): rows of the conditions drawn at random with replacement."""
 
-    def __init__(self, conditions: dict[str, Tensor]):
+    def __init__(self, conditions: dict[str, Tensor]) -> None:
         self.conditions = conditions
 
     def __call__(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -313,30 +317,36 @@ def _check(notes: Notes, layout: _Layout, model: PipelineModel) -> None:
                 )
 
 
-def _decoder(pipe: Any, shape: tuple[int, ...], arguments: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:
-    """decode(latents (B, *S)) -> images in [0, 1], where the pipeline has a KL autoencoder of images."""
-    vae: Any = getattr(pipe, "vae", None)
-    if type(vae).__name__ != "AutoencoderKL" or (len(shape) != 3 and not hasattr(pipe, "_unpack_latents")):
-        return None
-    config, factor = vae.config, getattr(pipe, "vae_scale_factor", 8)
+class PipelineDecoder(nn.Module):
+    """latents (B, *S) -> images (B, 3, H, W) in [0, 1], with a pipeline's KL autoencoder of images."""
 
-    def decode(latents: Tensor) -> Tensor:
-        if latents.ndim == 3:
-            side = getattr(pipe, "default_sample_size", 128) * factor
-            size = (arguments.get(key) or side for key in ("height", "width"))
-            latents = pipe._unpack_latents(latents, *size, factor)
+    def __init__(self, pipe: Any, arguments: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.vae: Any = pipe.vae
+        self._factor, self._side = getattr(pipe, "vae_scale_factor", 8), getattr(pipe, "default_sample_size", 128)
+        self._size = arguments.get("height"), arguments.get("width")
+        self._unpack = getattr(pipe, "_unpack_latents", None)
+
+    @torch.no_grad()
+    def forward(self, latents: Tensor) -> Tensor:
+        if latents.ndim == 3 and self._unpack is not None:
+            latents = self._unpack(latents, *(n or self._side * self._factor for n in self._size), self._factor)
+        config = self.vae.config
         latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0)
-        with torch.no_grad():
-            images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        images: Tensor = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
-    return decode
+
+def _decoder(pipe: Any, shape: tuple[int, ...], arguments: Mapping[str, Any]) -> PipelineDecoder | None:
+    """None where the pipeline has no KL autoencoder of images."""
+    known = type(getattr(pipe, "vae", None)).__name__ == "AutoencoderKL"
+    return PipelineDecoder(pipe, arguments) if known and (len(shape) == 3 or hasattr(pipe, "_unpack_latents")) else None
 
 
 # ---- rows
 
 
-def _rows(prompts: Any) -> dict[str, Any]:
+def _rows(prompts: str | Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(prompts, str):
         prompts = [prompts]
     rows = dict(prompts) if isinstance(prompts, Mapping) else {"prompt": list(prompts)}

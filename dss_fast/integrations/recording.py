@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor, nn
 
 from .diffusers import DSSScheduler
@@ -16,6 +17,8 @@ from .diffusers import DSSScheduler
 
 @dataclass
 class Call:
+    """One call of the network: its arguments by name, and what it returned."""
+
     module: nn.Module
     arguments: dict[str, Any]
     output: Tensor
@@ -23,6 +26,8 @@ class Call:
 
 @dataclass
 class Step:
+    """One step of the scheduler: the calls before it, and what the pipeline gave it."""
+
     calls: list[Call]
     t: float
     sample: Tensor
@@ -51,7 +56,7 @@ class NoteTaker(DSSScheduler):
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
+        device: torch.device | str | None = None,
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
         timesteps: Sequence[float] | None = None,
@@ -66,7 +71,7 @@ class NoteTaker(DSSScheduler):
         sample: Tensor,
         generator: torch.Generator | None = None,
         return_dict: bool = True,
-    ) -> Any:
+    ) -> SchedulerOutput | tuple[Tensor]:
         calls, self._notes.calls = self._notes.calls, []
         t = float(self.timesteps[self._locate(timestep)])
         self._notes.steps.append(Step(calls, t, sample.clone(), model_output.clone()))
@@ -80,7 +85,7 @@ def record(
     generator: torch.Generator | None,
     arguments: Mapping[str, Any],
 ) -> Notes:
-    """Runs the pipeline for some steps on a chunk of prompts and returns what was noted."""
+    """A run of a pipeline for some steps, written down; the pipeline gets its own scheduler back."""
     notes = Notes(len(next(iter(chunk.values()))))
     taker = NoteTaker.from_config(pipe.scheduler.config, solver="euler", clip_sample=False)
     taker._notes = notes
@@ -106,7 +111,7 @@ def record(
 
 
 def _noting(notes: Notes) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         arguments |= arguments.pop("kwargs", {})
         notes.calls.append(Call(module, dict(arguments), tensor_of(output).clone()))
@@ -125,5 +130,7 @@ def _quiet(pipe: Any) -> Iterator[None]:
 
 
 def tensor_of(output: Any) -> Tensor:
+    """The tensor a network of diffusers returned, alone, in a tuple or in an output object."""
     output = getattr(output, "sample", output)
-    return output if isinstance(output, Tensor) else output[0]
+    tensor: Tensor = output if isinstance(output, Tensor) else output[0]
+    return tensor

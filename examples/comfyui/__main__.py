@@ -6,6 +6,7 @@ With ComfyUI: load FLUX.1-dev or SD3.5 with its own loader and wire DSS Sampler 
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ def main(solver: str = "sit-xl-2-256", steps: int = 8) -> torch.Tensor:
     class Model:
         inner_model = SimpleNamespace(inner_model=SimpleNamespace(model_sampling=CONST()))
 
-        def __call__(self, x, sigma, **extra):
+        def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **_: Any) -> torch.Tensor:
             return x + sigma.view(-1, 1, 1, 1) * network(x, 1 - sigma, y)
 
     print("solvers to choose from:", ", ".join(solver_names()))
