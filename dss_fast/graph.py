@@ -100,8 +100,20 @@ def forget() -> None:
     _captured.clear()
 
 
-def signature(arguments: Mapping[str, Any]) -> tuple:
-    """The part of keyword arguments that is no tensor, as a key. Raises TypeError when it cannot be one."""
-    key = tuple(sorted((k, v) for k, v in arguments.items() if not isinstance(v, Tensor)))
-    hash(key)
-    return key
+def signature(arguments: Mapping[str, Any]) -> Hashable:
+    """The part of keyword arguments that is no tensor, as a key; dicts and lists count by what they hold.
+
+    Raises TypeError for what cannot be one, a tensor inside a dict or list among them: a replay could not change it.
+    """
+    return _frozen({k: v for k, v in arguments.items() if not isinstance(v, Tensor)})
+
+
+def _frozen(value: Any) -> Hashable:
+    if isinstance(value, Mapping):
+        return tuple(sorted((str(k), _frozen(v)) for k, v in value.items()))
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(v) for v in value)
+    if isinstance(value, Tensor):
+        raise TypeError("a tensor inside a dict or list")
+    hash(value)
+    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -142,9 +143,13 @@ def _replay(
         *_, (_, last, _) = steps(denoise, x, StepTable(weights, times), history_dtype, backend)
         return last
 
-    fixed = (signature(cond), None if uncond is None else signature(uncond))
-    key = (id(target.model), fixed, channels, history_dtype, backend)
-    return replay(key, loop, {"x": x, "weights": table.weights, "times": table.times, **given, **null})
+    tensors = {"x": x, "weights": table.weights, "times": table.times, **given, **null}
+    try:
+        fixed = (signature(cond), None if uncond is None else signature(uncond))
+    except TypeError as error:
+        warnings.warn(f"cuda_graph=True runs eagerly: a condition cannot be told from another ({error})", stacklevel=4)
+        return loop(**tensors)
+    return replay((id(target.model), fixed, channels, history_dtype, backend), loop, tensors)
 
 
 @contextmanager

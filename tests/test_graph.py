@@ -84,3 +84,12 @@ def test_sampling_never_synchronises(cuda_graph):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     forget()
+
+
+@pytest.mark.parametrize("held, words", [([1, 2], "not on a GPU"), ({"a": torch.ones(1)}, "a tensor inside a dict")])
+def test_conditions_that_are_dicts_and_lists(held, words):
+    """The first is a key like any other; a replay could not change the second, so the loop runs eagerly."""
+    x, model = torch.randn(3, 4), lambda x, t, held: x * len(held) / 3
+    with pytest.warns(UserWarning, match=words if not torch.cuda.is_available() else ""):
+        result = sample(model, x, "ab2/4", cond={"held": held}, cuda_graph=True)
+    assert torch.equal(result, sample(model, x, "ab2/4", cond={"held": held}))
