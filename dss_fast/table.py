@@ -135,6 +135,12 @@ class StepTable:
         rows = len(scale)
         return replace(self, weights=torch.cat([before.expand(rows, -1, -1), scale, after.expand(rows, -1, -1)], 2))
 
+    def predicting(self, p: Tensor, q: Tensor) -> StepTable:
+        """The table with another way from state and output to what the history stores, (N,) each."""
+        weights = self.weights.clone()
+        weights[:, :, P], weights[:, :, Q] = p.to(weights), q.to(weights)
+        return replace(self, weights=weights)
+
     def starting_at(self, first: int) -> StepTable:
         """The table of a run whose history begins at step ``first``, as in img2img and inpainting.
 

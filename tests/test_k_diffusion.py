@@ -55,6 +55,20 @@ def test_equals_sample_on_a_trained_network(name):
     assert (ours - theirs).abs().max() <= 3e-5
 
 
+@pytest.mark.parametrize("name", ["sit-xl-2-256/5", "dit-xl-2-256/5"])
+def test_network_times_of_their_own_are_kept(name):
+    """As the default search makes them: the network sees the state at another sigma, as it does in sample."""
+    net = (load_flow() if name.startswith("sit") else load_vp()).double()
+    x = torch.randn(1, 1, 28, 28, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plain = find_solver(name)
+    moved = tuple(max(0.0, u + d) for u, d in zip(plain.timesteps, (0.0, 0.02, -0.03, 0.01, 0.02), strict=False))
+    table = replace(plain, network_timesteps=moved)
+    theirs, ours = both_ways(net, name, x, {"y": torch.tensor([3])}, table)
+    assert (ours - theirs).abs().max() <= 3e-6
+    still, _ = both_ways(net, name, x, {"y": torch.tensor([3])}, plain)
+    assert (still - theirs).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("noise", [None, [0.02, -0.01, 0.03, 0.0, 0.01, 0.02, -0.02, 0.01]])
 @pytest.mark.parametrize("name", ["sit-xl-2-256/8", "dit-xl-2-256/8"])
 def test_equals_sample_in_float64(name, noise):
@@ -126,16 +140,16 @@ def test_handmade_solvers_take_any_sigmas():
         sample_dss(linear, x, sigmas[:1], solver="euler", disable=True)
 
 
-def test_what_a_model_of_sigma_has_no_place_for_is_refused(tmp_path):
+def test_what_does_not_fit_sigmas_is_refused_and_files_are_read(tmp_path):
     x, table = torch.randn(2, 4), handmade("ab2", 3, DiscreteVP.scaled_linear())
     own = sigmas_of(table)
     with pytest.raises(ValueError, match="brings a spacing"):
         sample_dss(linear, x, own, solver="ab2@karras", disable=True)
-    timed = replace(table, network_timesteps=(0.0, 0.4, 0.7))
-    with pytest.raises(ValueError, match="times of its own"):
-        sample_dss(linear, x, own, solver=timed, disable=True)
     with pytest.raises(ValueError, match="weighs the initial noise"):
         sample_dss(linear, x, own[1:], solver=replace(table, noise_coeffs=(0.1, 0.0, 0.1)), disable=True)
+    clean = replace(find_solver("sit-xl-2-256/5"), network_timesteps=(0.0, 0.1, 0.3, 0.6, 1.0))
+    with pytest.raises(ValueError, match="sigma is 0"):
+        sample_dss(linear, x, sigmas_of(clean), solver=clean, disable=True)
     table.save(tmp_path / "mine.json")
     for file in (tmp_path / "mine.json", str(tmp_path / "mine.json")):
         sample_dss(linear, x, own, solver=file, disable=True)

@@ -61,6 +61,10 @@ def sample_dss(
     own = sigmas_at(table.schedule, torch.tensor(table.timesteps, dtype=torch.float64))
     grid = _grid(table.family, torch.cat([own[:first], given]))
     steps = StepTable.of(replace(table, timesteps=tuple(grid.timesteps.tolist()), schedule=grid), dtype=torch.float64)
+    seen, stretch = sigmas, None
+    if table.network_timesteps is not None:
+        p, q, stretch, levels = _calls_elsewhere(table)
+        steps, seen = steps.predicting(p, q), levels[first:].to(sigmas)
     steps = (steps.tail(first) if first else steps).to(x.device, x.dtype)
     # the noise in the solver's own variables, where a VP state is alpha x
     noise = float(table.schedule.alpha_sigma(torch.zeros(1))[1] / given[0])
@@ -68,11 +72,30 @@ def sample_dss(
     index = torch.arange(steps.num_steps, device=x.device).split(1)
     rows = x.new_ones([len(x)])
     for i in _steps(steps.num_steps, disable):
-        denoised = model(x, sigmas[i] * rows, **(extra_args or {}))
+        z = x if stretch is None else float(stretch[first + i]) * x
+        denoised = model(z, seen[i] * rows, **(extra_args or {}))
         if callback is not None:
             callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
         x, history = multistep_step(x, denoised, history, steps.weights, index[i])
     return x
+
+
+def _calls_elsewhere(table: Solver) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(p, q, stretch, sigma), (N,) float64 each, of a table that calls the network at times u' of its own.
+
+    The network is to see the solver's state X at u', and does when model(z, sigma) is called with z = stretch * x and
+    the sigma of u'. From the D it returns, the x0 = r' X + s' (p' X + q' m) that an output m implies at u', follows
+    m = (D - (r' + s' p') X) / (s' q'), and from that y = p X + q m of u itself, as in ``sample``.
+    """
+    schedule, u = table.schedule, torch.tensor(table.timesteps[:-1], dtype=torch.float64)
+    there = torch.tensor(table.network_timesteps, dtype=torch.float64)
+    (p, q), (p_there, q_there), (r, s) = schedule.prediction(u), schedule.prediction(there), schedule.x0(there)
+    alpha, alpha_there = schedule.alpha_sigma(u)[0], schedule.alpha_sigma(there)[0]
+    state, stretch = (torch.ones_like(u),) * 2 if table.family == "flow" else (alpha, alpha / alpha_there)
+    gain = q / (s * q_there)
+    if not bool(gain.isfinite().all()):
+        raise ValueError(f"{table.label} calls the network where sigma is 0, which no model(x, sigma) allows")
+    return state * (p - gain * (r + s * p_there)), gain, stretch, sigmas_at(schedule, there)
 
 
 def sigmas_of(solver: Solver | str | os.PathLike[str], num_steps: int | None = None) -> Tensor:
@@ -105,11 +128,6 @@ def _table(
     table = find_solver(solver, None, n)
     if family not in (None, table.family):
         raise ValueError(f"{table.label} is for {table.family} models, this one is {family}")
-    if table.network_timesteps is not None:
-        raise ValueError(
-            f"{table.label} calls the network at times of its own, which a model(x, sigma) has no place for; search "
-            "one without, as in method=TwoStage(space='rows+noise')"
-        )
     own = sigmas_at(table.schedule, torch.tensor(table.timesteps, dtype=torch.float64))
     first = table.num_steps - n
     if first >= 0:
