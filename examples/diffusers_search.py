@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from dss_fast import search
-from dss_fast.integrations.diffusers import DSSScheduler
-from dss_fast.integrations.pipeline import from_pipeline
+from dss_fast.integrations.diffusers import DSSScheduler, from_pipeline
 
 from .tiny_pipelines import build
 

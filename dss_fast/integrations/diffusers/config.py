@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..methods import handmade
-from ..names import Name, find_solver, is_file, published_steps
-from ..schedule import VP, DiscreteVP, Flow, Grid, Schedule
-from ..solver import Solver
+from ...methods import handmade
+from ...names import Name, find_solver, is_file, published_steps
+from ...schedule import VP, DiscreteVP, Flow, Grid, Schedule
+from ...solver import Solver
 
 Config = Mapping[str, Any]
 

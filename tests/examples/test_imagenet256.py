@@ -163,7 +163,7 @@ def test_sampling_end_to_end(tmp_path):
 
 
 def test_help_names_what_is_needed():
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     result = subprocess.run(
         [sys.executable, "-m", "examples.imagenet256", "sample"], cwd=root, capture_output=True, text=True
     )

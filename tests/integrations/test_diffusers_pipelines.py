@@ -10,8 +10,7 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from dss_fast import DiscreteVP, Flow, find_solver, handmade, sample  # noqa: E402
-from dss_fast.integrations.diffusers import DSSScheduler  # noqa: E402
-from dss_fast.integrations.pipeline import from_pipeline  # noqa: E402
+from dss_fast.integrations.diffusers import DSSScheduler, from_pipeline  # noqa: E402
 from examples.tiny_pipelines import FLOW, NAMES, build  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..target import Target
-from .diffusers_config import model_schedule
+from ...target import Target
+from .config import model_schedule
 from .recording import Notes, Step, record, tensor_of
 
 TIMES = ("timestep", "timesteps", "t")

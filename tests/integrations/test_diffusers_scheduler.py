@@ -13,7 +13,7 @@ from diffusers_runs import network, noise, run  # noqa: E402
 
 from dss_fast import VP, DiscreteVP, Flow, Grid, Solver, find_solver, handmade, sample  # noqa: E402
 from dss_fast.integrations.diffusers import DSSScheduler  # noqa: E402
-from dss_fast.integrations.diffusers_config import adopt, model_schedule  # noqa: E402
+from dss_fast.integrations.diffusers.config import adopt, model_schedule  # noqa: E402
 
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler
 DDIM = diffusers.DDIMScheduler

@@ -12,7 +12,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor, nn
 
-from .diffusers import DSSScheduler
+from .scheduler import DSSScheduler
 
 
 @dataclass

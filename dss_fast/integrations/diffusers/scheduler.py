@@ -14,12 +14,13 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
-from ..names import Name
-from ..schedule import Schedule
-from ..solver import Solver
-from ..step import multistep_step
-from ..table import StepTable
-from .diffusers_config import (
+from ...names import Name
+from ...schedule import Schedule
+from ...solver import Solver
+from ...step import multistep_step
+from ...table import StepTable
+from ..k_diffusion import sigmas_at
+from .config import (
     adopt,
     alphas_cumprod,
     family_of,
@@ -30,7 +31,6 @@ from .diffusers_config import (
     stock_scheduler,
     table_schedule,
 )
-from .k_diffusion import sigmas_at
 
 __all__ = [
     "DSSScheduler",
