@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from dss_fast import unroll as module
 from dss_fast.step import multistep_step
 from dss_fast.unroll import Rollout
 from examples.mnist.model import Block, DiT
@@ -150,18 +150,19 @@ def timed(ways, rounds):
 
 def peak(way):
     """Bytes allocated at the highest point of a run, above its start."""
-    meter_type = _meter()
-    if meter_type is None:
-        return float("nan")
-    meter = meter_type(DEVICE.type)
-    way()
-    meter.stop()
-    return meter.peak
-
-
-def _meter():
-    engine = module._extension()
-    return None if isinstance(engine, Exception) else __import__("dss_fast._C", fromlist=["_C"]).MemoryMeter
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        way()
+        return torch.cuda.max_memory_allocated() - start
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        way()
+    now = highest = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            highest = max(highest, now)
+    return highest
 
 
 def _synchronize():

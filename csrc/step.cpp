@@ -12,62 +12,40 @@ template <class A>
 void forward(const Shape& s, const at::Tensor& x, const at::Tensor& output, const at::Tensor& history,
              const at::Tensor& weights, const at::Tensor& index, const at::Tensor& history_next,
              const at::Tensor& out) {
-  const auto& k = kernels<A>();
-  const Rows xs(x, "x"), ms(output, "output"), hs(history, "history", true), next(history_next, "history", true),
-      outs(out, "out");
-  const bool fresh = next.data != hs.data;  // a new history is the old one with slot i replaced
-  const A* w = weights.const_data_ptr<A>();
-  const int64_t* at = index.const_data_ptr<int64_t>();
-  const int64_t bytes =
-      s.batch * s.size * (2 * xs.width + (s.pair ? 2 : 1) * ms.width + (s.slots + 1 + fresh * s.slots) * hs.width);
-  const bool stream_y = bytes > kStreamBytes, stream_x = stream_y && xs.data != outs.data;
+  const bool fresh = !history_next.is_same(history);  // a new history is the old one with slot i replaced
+  const int64_t bytes = 2 * x.nbytes() + output.nbytes() + (1 + fresh) * history.nbytes();
+  const bool large = bytes > kLargeBytes, in_place = out.const_data_ptr() == x.const_data_ptr();
+  const Rows xs(x, "x", large), ms(output, "output", large), hs(history, "history", large),
+      next(history_next, "history", large), outs(out, "out", large && !in_place);
 
-  for_chunks(s, bytes, [&](int64_t b, int64_t first, int64_t last, int64_t) {
-    const Step<A> step(w, s.steps, s.columns, s.per_row, at, s.index_per_row, b);
-    alignas(64) A state[kBlock], uncond[kBlock], cond[kBlock], mixed[kBlock], y[kBlock], total[kBlock];
-    if (!step.active) {
-      if (outs.data != xs.data) std::memcpy(outs.at(b, first), xs.at(b, first), (last - first) * xs.width);
-      for (int64_t j = 0; fresh && j < s.slots; ++j)
-        std::memcpy(next.at(b, first, j), hs.at(b, first, j), (last - first) * hs.width);
-      return;
-    }
-    c10::SmallVector<int64_t, 32> read;
-    for (int64_t j = 0; j < s.slots; ++j)
-      if ((j < step.i || j == s.steps) && step.w[kScalars + j] != 0) read.push_back(j);
-    const auto groups = std::max<int64_t>(1, (read.size() + kGroup - 1) / kGroup);
-    int64_t n;
-    for (auto e = first; e < last; e += n) {
-      n = s.block(e, last);
-      const A* xp = xs.read(k, b, e, n, state);
-      const A* mp = ms.read(k, b, e, n, uncond);
+  for_blocks(s, bytes, [&](int64_t b, int64_t e, int64_t n, int64_t) {
+    const Step<A> step(s, weights, index, b);
+    alignas(64) A state[kBlock], uncond[kBlock], cond[kBlock], mixed[kBlock], y_buffer[kBlock], total_buffer[kBlock];
+    A* y = step.active ? next.target(b, e, y_buffer, step.i) : y_buffer;
+    A* total = in_place ? total_buffer : outs.target(b, e, total_buffer);
+    const A* xp = xs.read(b, e, n, state);
+    if (step.active) {
+      const A* mp = ms.read(b, e, n, uncond);
       if (s.pair) {
-        k.combine(mp, ms.read(k, b + s.batch, e, n, cond), e < s.guided ? step.g : A(1), mixed, n);
+        mix_twice(A(-1), mp, A(1), ms.read(b + s.batch, e, n, cond), y, A(1), step.g, mixed, n);
         mp = mixed;
       }
-      for (int64_t group = 0, r = 0; group < groups; ++group) {
-        const void* slots[kGroup];
-        A wanted[kGroup];
-        int count = 0;
-        for (const int64_t end = read.size() * (group + 1) / groups; r < end; ++r, ++count) {
-          slots[count] = hs.at(b, e, read[r]);
-          wanted[count] = step.w[kScalars + read[r]];
-        }
-        if (group == 0)
-          k.step[hs.kind](xp, mp, step.head, slots, wanted, count, y, total, n);
-        else
-          k.sum[hs.kind](slots, wanted, count, total, n);
-      }
-      next.write(k, y, b, e, n, stream_y, step.i);
-      outs.write(k, total, b, e, n, stream_x);
-      for (int64_t j = 0; fresh && j < s.slots; ++j)
-        if (j != step.i) copy_block(k, hs.at(b, e, j), next.at(b, e, j), n * hs.width, stream_y);
+      mix_twice(step.p, xp, step.q, mp, y, step.a, step.w[step.i], total, n);
+      WeightedSlots<A> past;
+      for (int64_t j = 0; j < s.slots; ++j)
+        if ((j < step.i || j == s.steps) && step.w[j] != 0) past.push(step.w[j], hs.fetch(b, e, n, j));
+      past.add_to(total, hs, n);
+      next.write(y, b, e, n, step.i);
     }
+    outs.write(step.active ? total : xp, b, e, n);
+    for (int64_t j = 0; fresh && j < s.slots; ++j)
+      if (!step.active || j != step.i) next.copy(hs.at(b, e, j), next.at(b, e, j), n);
   });
 }
 
-void step_inplace(const at::Tensor& x, const at::Tensor& output, at::Tensor& history,
-                            const at::Tensor& weights, const at::Tensor& index, int64_t guided, at::Tensor& out) {
-  const auto s = check(x, output, history, weights, index, guided);
+void step_inplace(const at::Tensor& x, const at::Tensor& output, at::Tensor& history, const at::Tensor& weights,
+                  const at::Tensor& index, at::Tensor& out) {
+  const auto s = check(x, output, history, weights, index);
   TORCH_CHECK_VALUE(out.sizes() == x.sizes() && out.scalar_type() == x.scalar_type(), "out is ", out.scalar_type(), " ",
                     out.sizes(), "; needed is ", x.scalar_type(), " ", x.sizes(), " like x");
   if (x.numel() == 0) return;
@@ -81,9 +59,9 @@ void step_inplace(const at::Tensor& x, const at::Tensor& output, at::Tensor& his
 }
 
 std::tuple<at::Tensor, at::Tensor> step_functional(const at::Tensor& x, const at::Tensor& output,
-                                                  const at::Tensor& history, const at::Tensor& weights,
-                                                  const at::Tensor& index, int64_t guided) {
-  const auto s = check(x, output, history, weights, index, guided);
+                                                   const at::Tensor& history, const at::Tensor& weights,
+                                                   const at::Tensor& index) {
+  const auto s = check(x, output, history, weights, index);
   auto out = fresh(x.sizes(), x.options());
   auto next = fresh(history.sizes(), history.options());
   if (x.numel() == 0) return {out, next};

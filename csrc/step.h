@@ -17,22 +17,21 @@ constexpr int64_t kScalars = 4;
 
 // x_next goes to `out` (may be x), y to history's slot. Schemas and equations: dss_fast/step.py.
 inline void multistep_step_(const at::Tensor& x, const at::Tensor& output, at::Tensor& history,
-                            const at::Tensor& weights, const at::Tensor& index, int64_t guided, at::Tensor& out) {
+                            const at::Tensor& weights, const at::Tensor& index, at::Tensor& out) {
   using Signature = void(const at::Tensor&, const at::Tensor&, at::Tensor&, const at::Tensor&, const at::Tensor&,
-                         int64_t, at::Tensor&);
+                         at::Tensor&);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("dss_fast::multistep_step_", "").typed<Signature>();
-  op.call(x, output, history, weights, index, guided, out);
+  op.call(x, output, history, weights, index, out);
 }
 
 // (grad_x, grad_output) of step `index` from the adjoints of all later states.
 inline std::tuple<at::Tensor, at::Tensor> multistep_pull(const at::Tensor& adjoints, const at::Tensor& weights,
-                                                         const at::Tensor& index, bool pair, int64_t guided) {
-  using Signature = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&, bool,
-                                                       int64_t);
+                                                         const at::Tensor& index, bool pair) {
+  using Signature = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&, bool);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("dss_fast::multistep_pull", "").typed<Signature>();
-  return op.call(adjoints, weights, index, pair, guided);
+  return op.call(adjoints, weights, index, pair);
 }
 
 // A file with something to put into dss_fast._C keeps one of these at namespace scope; PyInit__C (step.cpp) calls it.

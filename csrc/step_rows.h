@@ -10,12 +10,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <cstring>
-#include <type_traits>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -26,21 +21,10 @@ namespace {
 constexpr int64_t kBlock = 512;              // elements in cache at a time: 6 float blocks are 12 KB of 32
 constexpr int64_t kChunk = 16 * kBlock;      // elements a thread takes at a time, and one partial sum of a gradient
 constexpr int64_t kSerialBytes = 512 << 10;  // below this, waking a second thread costs more than it brings
-constexpr int64_t kStreamBytes = 12 << 20;   // above this, results leave the cache before anyone reads them
+constexpr int64_t kLargeBytes = 12 << 20;    // above this, results leave the cache before anyone reads them
 
-int kind(const at::Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case at::kDouble: return 0;
-    case at::kFloat: return 1;
-    case at::kBFloat16: return 2;
-    case at::kHalf: return 3;
-    default:
-      TORCH_CHECK_TYPE(false, name, " is ", t.scalar_type(), "; allowed are float64, float32, bfloat16 and float16");
-  }
-}
-
-// A new tensor. Large ones ask for pages of 2 MB: the 47,000 page faults of a 190 MB history in pages of 4 KB take
-// longer than the step.
+// A new tensor. Large ones ask for pages of 2 MB: with pages of 4 KB the page faults of a 190 MB history take 2.5 times
+// as long as the step itself.
 at::Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
   auto t = at::empty(sizes, options);
 #if defined(__linux__)
@@ -52,90 +36,135 @@ at::Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
   return t;
 }
 
-// `stream` writes past the cache: a large result is not worth the read that an ordinary store begins with.
-template <class A>
-void copy_block(const Kernels<A>& k, const void* from, void* to, int64_t bytes, bool stream) {
-  if (stream)
-    k.stream(from, to, bytes);
-  else
-    std::memcpy(to, from, bytes);
-}
-
-// A tensor as rows of bytes, read or written a block at a time.
+// A tensor as rows of bytes, read or written a block at a time. One without data is a result that nobody wants.
 struct Rows {
   char* data = nullptr;
   int64_t row = 0, slot = 0, width = 0;  // bytes; width is one element's
-  int kind = 1;
+  at::ScalarType type = at::kFloat;
+  bool large = false;  // reads fetch the next block ahead, writes go past the cache
 
   Rows() = default;
-  Rows(const at::Tensor& t, const char* name, bool slots = false)
-      : data(static_cast<char*>(const_cast<void*>(t.const_data_ptr()))), width(t.element_size()),
-        kind(dss_fast::kind(t, name)) {
-    row = t.stride(0) * width;
-    slot = slots ? t.stride(1) * width : 0;
+  Rows(const at::Tensor& t, const char* name, bool large)
+      : data(static_cast<char*>(const_cast<void*>(t.const_data_ptr()))), row(t.stride(0) * t.element_size()),
+        slot(t.dim() > 1 ? t.stride(1) * t.element_size() : 0), width(t.element_size()), type(t.scalar_type()),
+        large(large) {
+    TORCH_CHECK_TYPE(type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, name,
+                     " is ", type, "; allowed are float64, float32, bfloat16 and float16");
   }
-  explicit operator bool() const { return data != nullptr; }
+
+  // Where a block starts. A processor's own prefetcher gives up on a dozen tensors read 2 KB at a time, which took 1.1
+  // to 1.6 times as long.
   char* at(int64_t b, int64_t e, int64_t j = 0) const { return data + b * row + j * slot + e * width; }
+  char* fetch(int64_t b, int64_t e, int64_t n, int64_t j = 0) const {
+    char* block = at(b, e, j);
+    for (int64_t byte = 0; large && byte < n * width; byte += 64)
+      __builtin_prefetch(block + kBlock * width + byte, /*write=*/0, /*second level=*/2);
+    return block;
+  }
+
+  // f(pointer to the block in its own dtype)
+  template <class F>
+  void visit(char* block, const F& f) const {
+    switch (type) {
+      case at::kDouble: return f(reinterpret_cast<double*>(block));
+      case at::kFloat: return f(reinterpret_cast<float*>(block));
+      case at::kBFloat16: return f(reinterpret_cast<at::BFloat16*>(block));
+      default: return f(reinterpret_cast<at::Half*>(block));
+    }
+  }
 
   // The block as accumulators: itself where the dtype is already right, else converted into `buffer`.
   template <class A>
-  const A* read(const Kernels<A>& k, int64_t b, int64_t e, int64_t n, A* buffer, int64_t j = 0) const {
-    if (kind == (std::is_same_v<A, double> ? 0 : 1)) return reinterpret_cast<const A*>(at(b, e, j));
-    k.load[kind](at(b, e, j), buffer, n);
+  const A* read(int64_t b, int64_t e, int64_t n, A* buffer, int64_t j = 0) const {
+    char* block = fetch(b, e, n, j);
+    if (type == c10::CppTypeToScalarType<A>::value) return reinterpret_cast<const A*>(block);
+    visit(block, [&](const auto* from) { convert(from, buffer, n); });
     return buffer;
   }
 
+  // Where to compute what `write` is then given: in place where that is as good, else in `buffer`.
   template <class A>
-  void write(const Kernels<A>& k, const A* block, int64_t b, int64_t e, int64_t n, bool stream, int64_t j = 0) const {
-    char* to = at(b, e, j);
-    const bool same = kind == (std::is_same_v<A, double> ? 0 : 1);
-    if (stream || same) {
-      alignas(64) char staged[kBlock * sizeof(double)];
-      if (!same) k.store[kind](block, staged, n);
-      return copy_block(k, same ? static_cast<const void*>(block) : staged, to, n * width, stream);
-    }
-    k.store[kind](block, to, n);
+  A* target(int64_t b, int64_t e, A* buffer, int64_t j = 0) const {
+    const bool in_place = data && !large && type == c10::CppTypeToScalarType<A>::value;
+    return in_place ? reinterpret_cast<A*>(at(b, e, j)) : buffer;
+  }
+
+  template <class A>
+  void write(const A* block, int64_t b, int64_t e, int64_t n, int64_t j = 0) const {
+    if (!data) return;
+    if (type == c10::CppTypeToScalarType<A>::value) return copy(block, at(b, e, j), n);
+    alignas(64) char staged[kBlock * sizeof(double)];
+    visit(large ? staged : at(b, e, j), [&](auto* to) { convert(block, to, n); });
+    if (large) stream(staged, at(b, e, j), n * width);
+  }
+
+  void copy(const void* from, void* to, int64_t n) const {
+    if (large)
+      stream(from, to, n * width);
+    else if (from != to)
+      std::memcpy(to, from, n * width);
   }
 };
 
-void streamed_before() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
-
-// The scalars of one row at its own step.
+// The weighted blocks of a history, added up to 10 at a time.
 template <class A>
-struct Step {
-  int64_t i;
-  bool active;
-  const A* w;      // a, p, q, g, then the weights of the history
-  A head[4];       // a, p, q, w_ii
-  A g;
+struct WeightedSlots {
+  c10::SmallVector<char*, 32> blocks;
+  c10::SmallVector<A, 32> weights;
 
-  Step(const A* weights, int64_t steps, int64_t columns, bool per_row, const int64_t* index, bool index_per_row,
-       int64_t b)
-      : i(index[index_per_row ? b : 0]), active(i >= 0 && i < steps) {
-    w = weights + (per_row ? b : 0) * steps * columns + (active ? i : 0) * columns;
-    std::copy(w, w + 3, head);
-    head[3] = w[kScalars + (active ? i : 0)];
-    g = w[3];
+  void push(A weight, char* block) {
+    weights.push_back(weight);
+    blocks.push_back(block);
+  }
+
+  void add_to(A* total, const Rows& rows, int64_t n) const {
+    const int64_t count = blocks.size(), groups = (count + 9) / 10;
+    for (int64_t group = 0; group < groups; ++group) {
+      const auto first = count * group / groups, last = count * (group + 1) / groups;
+      rows.visit(blocks[first], [&](auto* block) {
+        const auto slots = reinterpret_cast<const decltype(block)*>(&blocks[first]);
+        const A* w = &weights[first];
+        switch (last - first) {
+          case 1: return add<1>(w, slots, total, n);
+          case 2: return add<2>(w, slots, total, n);
+          case 3: return add<3>(w, slots, total, n);
+          case 4: return add<4>(w, slots, total, n);
+          case 5: return add<5>(w, slots, total, n);
+          case 6: return add<6>(w, slots, total, n);
+          case 7: return add<7>(w, slots, total, n);
+          case 8: return add<8>(w, slots, total, n);
+          case 9: return add<9>(w, slots, total, n);
+          case 10: return add<10>(w, slots, total, n);
+        }
+      });
+    }
   }
 };
 
 struct Shape {
-  int64_t batch, size, slots, steps, columns, guided;
+  int64_t batch, size, slots, steps, columns;
   bool pair, per_row, index_per_row;
   int64_t chunks() const { return (size + kChunk - 1) / kChunk; }
-  // A block is guided as a whole or not at all: it ends where the guided elements do.
-  int64_t block(int64_t e, int64_t last) const {
-    return std::min({kBlock, last - e, e < guided ? guided - e : kBlock});
-  }
+};
+
+// The scalars of one row at its own step.
+template <class A>
+struct Step {
+  Step(const Shape& s, const at::Tensor& weights, const at::Tensor& index, int64_t b)
+      : i(index.const_data_ptr<int64_t>()[s.index_per_row ? b : 0]), active(i >= 0 && i < s.steps),
+        table(weights.const_data_ptr<A>() + (s.per_row ? b * s.steps * s.columns : 0)),
+        row(table + (active ? i * s.columns : 0)), a(row[0]), p(row[1]), q(row[2]), g(row[3]), w(row + kScalars) {}
+
+  int64_t i;
+  bool active;
+  const A *table, *row;
+  A a, p, q, g;
+  const A* w;
 };
 
 // What the step and the pull have in common; `state` is a tensor of the state's dtype and shape.
 Shape check_weights(const at::Tensor& state, int64_t slots, const at::Tensor& weights, const at::Tensor& index,
-                    int64_t guided, bool pair) {
+                    bool pair) {
   const auto batch = state.size(0);
   TORCH_CHECK_VALUE(weights.dim() == 3 && (weights.size(0) == 1 || weights.size(0) == batch) &&
                         weights.size(2) == kScalars + slots &&
@@ -149,15 +178,12 @@ Shape check_weights(const at::Tensor& state, int64_t slots, const at::Tensor& we
   TORCH_CHECK_VALUE(
       index.scalar_type() == at::kLong && index.dim() == 1 && (index.size(0) == 1 || index.size(0) == batch),
       "index is ", index.scalar_type(), " ", index.sizes(), "; needed is int64 of shape (1,) or (", batch, ",)");
-  const auto size = c10::multiply_integers(state.sizes().slice(1));
-  TORCH_CHECK_VALUE(guided >= -1 && guided <= size, "guided is ", guided,
-                    "; give -1 for all or a count within a sample's ", size, " elements");
-  return {batch, size, slots, weights.size(1), weights.size(2), guided < 0 ? size : guided, pair,
+  return {batch, c10::multiply_integers(state.sizes().slice(1)), slots, weights.size(1), weights.size(2), pair,
           weights.size(0) != 1, index.size(0) != 1};
 }
 
 Shape check(const at::Tensor& x, const at::Tensor& output, const at::Tensor& history, const at::Tensor& weights,
-            const at::Tensor& index, int64_t guided) {
+            const at::Tensor& index) {
   TORCH_CHECK_VALUE(x.dim() > 0, "x has no batch dimension; needed is (batch, *sample)");
   const auto batch = x.size(0);
   const auto sample = x.sizes().slice(1);
@@ -167,17 +193,17 @@ Shape check(const at::Tensor& x, const at::Tensor& output, const at::Tensor& his
                     2 * batch, " rows with the unconditional ones first");
   TORCH_CHECK_VALUE(history.dim() == x.dim() + 1 && history.size(0) == batch && history.sizes().slice(2) == sample,
                     "history has shape ", history.sizes(), "; x ", x.sizes(), " needs (batch, slots, *sample)");
-  return check_weights(x, history.size(1), weights, index, guided, output.size(0) != batch);
+  return check_weights(x, history.size(1), weights, index, output.size(0) != batch);
 }
 
-// body(b, first element, last element, chunk number) for every chunk of every row.
+// body(row, first element, count, number of the chunk) for every block of every row; `bytes` are moved in all.
 template <class Body>
-void for_chunks(const Shape& s, int64_t bytes, const Body& body) {
+void for_blocks(const Shape& s, int64_t bytes, const Body& body) {
   const auto chunks = s.chunks(), total = s.batch * chunks;
   auto run = [&](int64_t begin, int64_t end) {
     for (auto c = begin; c < end; ++c) {
-      const auto first = c % chunks * kChunk;
-      body(c / chunks, first, std::min(first + kChunk, s.size), c);
+      const auto last = std::min((c % chunks + 1) * kChunk, s.size);
+      for (auto e = c % chunks * kChunk; e < last; e += kBlock) body(c / chunks, e, std::min(kBlock, last - e), c);
     }
     streamed_before();
   };

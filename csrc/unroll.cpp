@@ -21,17 +21,14 @@ struct Needs {
 
 class Rollout {
  public:
-  // call(step, x (B, *S), t (B,)) -> (B or 2B, *S); weights (R, N, 4 + K); times (B, N).
-  Rollout(py::object call, Tensor x, Tensor weights, Tensor times, int64_t guided, optional<int64_t> budget,
-          bool offload, std::vector<Tensor> parameters, Needs needs)
-      : call_(new py::object(std::move(call)), [](py::object* held) {
-          py::gil_scoped_acquire gil;
-          delete held;
-        }),
+  // call(step, x (B, *S), t (B,)) -> (B or 2B, *S); weights (R, N, 4 + K); times (B, N). kept: None, or a function
+  // that says, once the first call has run with its graph, how many of the last graphs to keep.
+  Rollout(py::object call, Tensor x, Tensor weights, Tensor times, py::object kept, std::vector<Tensor> parameters,
+          Needs needs)
+      : call_(held(std::move(call))),
         x_(std::move(x)),
         weights_(std::move(weights)),
         times_(std::move(times)),
-        guided_(guided),
         parameters_(std::move(parameters)),
         needs_(needs),
         steps_(weights_.size(1)),
@@ -43,24 +40,23 @@ class Rollout {
     at::AutoGradMode no_grad(false);
     // The model casts as it likes; sums over steps and gradients keep their own precision.
     AutocastGuard full_precision(autocast_.off(), x_.device());
-    forward(budget, offload);
+    forward(std::move(kept));
   }
 
   Tensor states() const {
     check_held();
-    return (state_shelf_ ? state_shelf_->host() : states_).movedim(0, 1);
+    return states_.movedim(0, 1);
   }
   Tensor history() const {
     check_held();
-    return history_shelf_ ? history_shelf_->host().movedim(0, 1) : history_;
+    return history_;
   }
-  std::pair<int64_t, optional<int64_t>> plan() const { return {kept_, activation_bytes_}; }
 
   using Pulled = std::tuple<optional<Tensor>, optional<Tensor>, optional<Tensor>, std::vector<optional<Tensor>>>;
 
   Pulled pull(const Tensor& cotangents, bool retain) {
     check_held();
-    TORCH_CHECK(state_shelf_ || states_._version() == version_,
+    TORCH_CHECK(states_._version() == version_,
                 "the states of a rollout were modified in place before its gradient was taken");
     struct Release {
       ~Release() {
@@ -89,61 +85,39 @@ class Rollout {
                 "Specify retain_graph=True in that one.");
   }
 
-  void forward(optional<int64_t> budget, bool offload) {
+  // A Python object that may be let go from a thread that does not hold the interpreter.
+  static std::shared_ptr<py::object> held(py::object object) {
+    return {new py::object(std::move(object)), [](py::object* held) {
+              py::gil_scoped_acquire gil;
+              delete held;
+            }};
+  }
+
+  void forward(py::object ask) {
+    const auto asks = held(std::move(ask));
+    const bool measured = !asks->is_none();
     auto shape = x_.sizes().vec();
     auto stacked = shape;
     stacked.insert(stacked.begin() + 1, slots_);
     history_ = at::empty(stacked, x_.options());
     if (slots_ > steps_) history_.select(1, steps_).copy_(x_);
-    if (offload) {
-      state_shelf_.emplace(x_, steps_);
-      history_shelf_.emplace(x_, slots_);
-      if (slots_ > steps_) history_shelf_->put(steps_, x_);
-    } else {
-      auto all = shape;
-      all.insert(all.begin(), steps_);
-      states_ = at::empty(all, x_.options());
-    }
+    shape.insert(shape.begin(), steps_);
+    states_ = at::empty(shape, x_.options());
+    int64_t kept = 0;
     Tensor x = x_;
     for (int64_t i = 0; i < steps_; ++i) {
-      Tensor output = i == 0 && budget ? measured_call(x, *budget) : first_run(i, x, i >= steps_ - kept_);
-      if (i == 0 && !differentiates(0)) first_output_ = output;
-      Tensor next = offload ? at::empty_like(x) : states_.select(0, i);
-      multistep_step_(x, output, history_, weights_, index_.slice(0, i, i + 1), guided_, next);
-      if (offload) {
-        state_shelf_->put(i, next);
-        history_shelf_->put(i, history_.select(1, i).contiguous());
+      Tensor output = first_run(i, x, i >= steps_ - kept || (i == 0 && measured));
+      if (i == 0 && measured) {
+        py::gil_scoped_acquire gil;
+        kept = py::cast<int64_t>((*asks)());
       }
+      if (i == 0 && kept < steps_) graphs_[0].reset();
+      if (i == 0 && !differentiates(0)) first_output_ = output;
+      Tensor next = states_.select(0, i);
+      multistep_step_(x, output, history_, weights_, index_.slice(0, i, i + 1), next);
       x = next;
     }
-    if (offload)
-      history_.reset();
-    else
-      version_ = states_._version();
-  }
-
-  // The first call, with its graph; decides how many of the last graphs to keep, itself among them or not.
-  Tensor measured_call(const Tensor& x, int64_t budget) {
-    MemoryMeter meter(x.device().type());
-    Tensor output = first_run(0, x, true);
-    if (!meter.available()) {
-      TORCH_WARN("a profiler is active on this thread, so a graph cannot be measured: memory_budget keeps none");
-      graphs_[0].reset();
-      return output;
-    }
-    int64_t held = meter.now();
-    if (held * steps_ <= budget) {
-      activation_bytes_ = held;
-      kept_ = steps_;
-      return output;
-    }
-    // What the call merely left in caches stays when its graph goes, and is not part of one activation set.
-    output = output.clone();
-    graphs_[0].reset();
-    int64_t set = std::max<int64_t>(held - meter.now() + output.nbytes(), 1);
-    activation_bytes_ = set;
-    kept_ = std::min(steps_ - 1, budget / set);
-    return output;
+    version_ = states_._version();
   }
 
   Tensor first_run(int64_t step, const Tensor& x, bool keep) {
@@ -190,12 +164,8 @@ class Rollout {
     std::vector<std::vector<Tensor>> grad_parameters(C, std::vector<Tensor>(parameters_.size()));
 
     for (int64_t j = N - 1; j >= 0; --j) {
-      Tensor x = j == 0 ? x_ : state_shelf_ ? state_shelf_->get(j - 1) : states_.select(0, j - 1);
-      Tensor y = history_shelf_ ? history_shelf_->get(j) : history_.select(1, j);
-      if (state_shelf_) {
-        state_shelf_->prefetch(j - 2);
-        history_shelf_->prefetch(j - 1);
-      }
+      Tensor x = j == 0 ? x_ : states_.select(0, j - 1);
+      Tensor y = history_.select(1, j);
       bool kept = graphs_[j].has_value();
       if (!kept && differentiates(j)) {
         Replay replay(random_[j], x_.device());
@@ -209,7 +179,7 @@ class Rollout {
 
       for (int64_t c = 0; c < C; ++c) {
         Tensor g = adjoints.select(0, c);
-        auto [grad_state, grad_output] = multistep_pull(g, weights_, index_.slice(0, j, j + 1), pair, guided_);
+        auto [grad_state, grad_output] = multistep_pull(g, weights_, index_.slice(0, j, j + 1), pair);
         if (graph) {
           bool last = c == C - 1 && !(kept && retain);
           auto found = vjp(*graph, grad_output, !last);
@@ -237,9 +207,7 @@ class Rollout {
     if (output.size(0) == B) return {rows, {}};
     Tensor uncond = rows.narrow(0, 0, B), cond = rows.narrow(0, B, B);
     Tensor spread = cond - uncond;
-    if (guided_ >= 0) spread.slice(1, guided_).zero_();
-    // m = m_cond + (g - 1) spread, which is m_cond where nothing is guided.
-    return {cond + (weights_.select(1, j).slice(1, 3, 4) - 1) * spread, spread};
+    return {uncond + weights_.select(1, j).slice(1, 3, 4) * spread, spread};
   }
 
   // The vectors whose products with the adjoints are step j's weight gradients, (B, 3 or 4, D): x, y, m, spread.
@@ -313,8 +281,6 @@ class Rollout {
     done_ = true;
     graphs_.clear();
     random_.clear();
-    state_shelf_.reset();
-    history_shelf_.reset();
     states_.reset();
     history_.reset();
     first_output_.reset();
@@ -322,7 +288,6 @@ class Rollout {
 
   std::shared_ptr<py::object> call_;
   Tensor x_, weights_, times_;
-  int64_t guided_;
   std::vector<Tensor> parameters_;
   Needs needs_;
   int64_t steps_, slots_;
@@ -331,17 +296,14 @@ class Rollout {
   std::vector<optional<Random>> random_;
   std::vector<optional<Call>> graphs_;
   Tensor states_, history_, first_output_;
-  optional<Shelf> state_shelf_, history_shelf_;
-  int64_t kept_ = 0, version_ = 0;
-  optional<int64_t> activation_bytes_;
+  int64_t version_ = 0;
   bool done_ = false;
 };
 
-std::unique_ptr<Rollout> make_rollout(py::object call, Tensor x, Tensor weights, Tensor times, int64_t guided,
-                                      optional<int64_t> budget, bool offload, std::vector<Tensor> parameters,
-                                      std::array<bool, 3> needs) {
-  return std::make_unique<Rollout>(std::move(call), std::move(x), std::move(weights), std::move(times), guided, budget,
-                                   offload, std::move(parameters), Needs{needs[0], needs[1], needs[2]});
+std::unique_ptr<Rollout> make_rollout(py::object call, Tensor x, Tensor weights, Tensor times, py::object kept,
+                                      std::vector<Tensor> parameters, std::array<bool, 3> needs) {
+  return std::make_unique<Rollout>(std::move(call), std::move(x), std::move(weights), std::move(times),
+                                   std::move(kept), std::move(parameters), Needs{needs[0], needs[1], needs[2]});
 }
 
 Rollout::Pulled pull(Rollout& rollout, const Tensor& cotangents, bool retain) {
@@ -354,15 +316,7 @@ void bind(PyObject* target) {
       .def(py::init(torch::wrap_pybind_function_no_gil(make_rollout)))
       .def("pull", torch::wrap_pybind_function_no_gil(pull))
       .def_property_readonly("states", &Rollout::states)
-      .def_property_readonly("history", &Rollout::history)
-      .def_property_readonly("plan", &Rollout::plan);
-  py::class_<MemoryMeter>(module, "MemoryMeter", "Bytes allocated on a device type while the meter is open.")
-      .def(py::init([](const std::string& device) { return std::make_unique<MemoryMeter>(c10::Device(device).type()); }),
-           py::arg("device") = "cpu")
-      .def_property_readonly("available", &MemoryMeter::available)
-      .def_property_readonly("now", &MemoryMeter::now)
-      .def_property_readonly("peak", &MemoryMeter::peak)
-      .def("stop", &MemoryMeter::stop);
+      .def_property_readonly("history", &Rollout::history);
 }
 
 const ModulePart part(bind);

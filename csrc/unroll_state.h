@@ -1,17 +1,10 @@
-// What surrounds a model call that runs twice: its memory, its random numbers, its autocast, tensors put aside.
+// What surrounds a model call that runs twice: its random numbers and its autocast.
 #pragma once
 
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
 #include <ATen/autocast_mode.h>
-#include <c10/core/Allocator.h>
-#include <c10/core/Event.h>
-#include <c10/core/StreamGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
-#include <c10/util/ThreadLocalDebugInfo.h>
-#include <torch/csrc/profiler/orchestration/observer.h>
 
-#include <atomic>
 #include <mutex>
 #include <optional>
 
@@ -19,54 +12,6 @@ namespace dss_fast {
 
 using at::Tensor;
 using std::optional;
-
-// Counts what the allocators of one device type hand out and take back on this thread and on the autograd threads
-// that work for it. Both torch's CPU allocator and its caching device allocators report here.
-class MemoryMeter {
- public:
-  explicit MemoryMeter(c10::DeviceType device) {
-    auto* active = c10::ThreadLocalDebugInfo::get(c10::DebugInfoKind::PROFILER_STATE);
-    auto* outer = dynamic_cast<Counter*>(active);
-    // A running profiler must not be covered up: its callbacks expect to find themselves in this slot.
-    if (active && !outer) return;
-    counter_ = std::make_shared<Counter>(device, outer);
-    guard_.emplace(c10::DebugInfoKind::PROFILER_STATE, counter_);
-  }
-
-  bool available() const { return counter_ != nullptr; }
-  int64_t now() const { return counter_ ? counter_->now.load() : 0; }
-  int64_t peak() const { return counter_ ? counter_->peak.load() : 0; }
-  void stop() { guard_.reset(); }
-
- private:
-  // Torch casts what stands in the profiler's slot to this base without asking, so the counter has to be one.
-  struct Counter : torch::profiler::impl::ProfilerStateBase {
-    Counter(c10::DeviceType device, Counter* outer)
-        : ProfilerStateBase(torch::profiler::impl::ProfilerConfig(
-              torch::profiler::impl::ProfilerState::Disabled, /*report_input_shapes=*/false, /*profile_memory=*/true)),
-          device(device),
-          outer(outer) {}
-
-    void reportMemoryUsage(void* block, int64_t bytes, size_t allocated, size_t reserved, c10::Device where) override {
-      if (where.type() == device) {
-        int64_t total = now += bytes, highest = peak;
-        while (total > highest && !peak.compare_exchange_weak(highest, total)) {
-        }
-      }
-      if (outer) outer->reportMemoryUsage(block, bytes, allocated, reserved, where);
-    }
-    torch::profiler::impl::ActiveProfilerType profilerType() override {
-      return torch::profiler::impl::ActiveProfilerType::NONE;
-    }
-
-    c10::DeviceType device;
-    Counter* outer;
-    std::atomic<int64_t> now{0}, peak{0};
-  };
-
-  std::shared_ptr<Counter> counter_;
-  optional<c10::DebugInfoGuard> guard_;
-};
 
 // The state of the random generators a model call may draw from: the CPU's and its device's.
 class Random {
@@ -171,68 +116,6 @@ class AutocastGuard {
 
  private:
   Autocast before_;
-};
-
-// Tensors waiting in host memory. On an accelerator the memory is pinned and the copies run on a side stream.
-class Shelf {
- public:
-  Shelf(const Tensor& like, int64_t slots) : device_(like.device()), fetched_(slots) {
-    auto sizes = like.sizes().vec();
-    sizes.insert(sizes.begin(), slots);
-    auto options = like.options().device(at::kCPU);
-    host_ = at::empty(sizes, device_.is_cpu() ? options : options.pinned_memory(true));
-    if (!device_.is_cpu()) side_ = c10::impl::VirtualGuardImpl(device_.type()).getStreamFromGlobalPool(device_);
-  }
-
-  // The row must not be written afterwards.
-  void put(int64_t slot, const Tensor& row) {
-    if (!side_) {
-      host_.select(0, slot).copy_(row);
-      return;
-    }
-    order(current(), *side_);
-    c10::StreamGuard guard(*side_);
-    host_.select(0, slot).copy_(row, /*non_blocking=*/true);
-    row.record_stream(*side_);
-  }
-
-  void prefetch(int64_t slot) {
-    if (slot < 0 || fetched_[slot].defined()) return;
-    if (!side_) {
-      fetched_[slot] = host_.select(0, slot).clone();
-      return;
-    }
-    c10::StreamGuard guard(*side_);
-    fetched_[slot] = host_.select(0, slot).to(device_, /*non_blocking=*/true);
-  }
-
-  Tensor get(int64_t slot) {
-    prefetch(slot);
-    if (side_) {
-      order(*side_, current());
-      fetched_[slot].record_stream(current());
-    }
-    return std::move(fetched_[slot]);
-  }
-
-  Tensor host() const {
-    if (side_) side_->synchronize();
-    return host_;
-  }
-
- private:
-  c10::Stream current() const { return c10::impl::VirtualGuardImpl(device_.type()).getStream(device_); }
-
-  void order(const c10::Stream& first, const c10::Stream& then) const {
-    c10::Event event(device_.type());
-    event.record(first);
-    event.block(then);
-  }
-
-  c10::Device device_;
-  Tensor host_;
-  std::vector<Tensor> fetched_;
-  optional<c10::Stream> side_;
 };
 
 }  // namespace dss_fast

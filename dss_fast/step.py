@@ -13,20 +13,20 @@ import os
 import warnings
 
 import torch
+from torch import Tensor
 
 from dss_fast import step_reference
 
-__all__ = ["multistep_pull", "multistep_step", "rollout_weight_gradients"]
+__all__ = ["backends", "multistep_pull", "multistep_step"]
 
 _SCHEMAS = {
-    "multistep_step": "(Tensor x, Tensor output, Tensor history, Tensor weights, Tensor index, int guided=-1)"
-    " -> (Tensor, Tensor)",
-    "multistep_step_": "(Tensor x, Tensor output, Tensor(a!) history, Tensor weights, Tensor index, int guided,"
-    " Tensor(b!) out) -> ()",
+    "multistep_step": "(Tensor x, Tensor output, Tensor history, Tensor weights, Tensor index) -> (Tensor, Tensor)",
+    "multistep_step_": "(Tensor x, Tensor output, Tensor(a!) history, Tensor weights, Tensor index, Tensor(b!) out)"
+    " -> ()",
+    # needs: whether the gradients of x, output, history and each row's weights are wanted; the others come back empty
     "multistep_step_backward": "(Tensor grad_x_next, Tensor? grad_history_next, Tensor x, Tensor output,"
-    " Tensor history, Tensor weights, Tensor index, int guided=-1, int needs=15) -> (Tensor, Tensor, Tensor, Tensor)",
-    "multistep_pull": "(Tensor adjoints, Tensor weights, Tensor index, bool pair=False, int guided=-1)"
-    " -> (Tensor, Tensor)",
+    " Tensor history, Tensor weights, Tensor index, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    "multistep_pull": "(Tensor adjoints, Tensor weights, Tensor index, bool pair=False) -> (Tensor, Tensor)",
 }
 
 try:
@@ -84,46 +84,43 @@ _step, _step_inplace = _ops.multistep_step.default, _ops.multistep_step_.default
 
 
 @torch.library.register_fake("dss_fast::multistep_step", lib=_library)
-def _(x, output, history, weights, index, guided=-1):
+def _(x, output, history, weights, index):
     return x.new_empty(x.shape), history.new_empty(history.shape)
 
 
 @torch.library.register_fake("dss_fast::multistep_step_", lib=_library)
-def _(x, output, history, weights, index, guided, out):
+def _(x, output, history, weights, index, out):
     return None
 
 
 @torch.library.register_fake("dss_fast::multistep_step_backward", lib=_library)
-def _(grad_x_next, grad_history_next, x, output, history, weights, index, guided=-1, needs=15):
+def _(grad_x_next, grad_history_next, x, output, history, weights, index, needs):
     shapes = (x, x.shape), (output, output.shape), (history, history.shape), (weights, (x.shape[0], weights.shape[2]))
-    return tuple(t.new_empty(shape if needs >> bit & 1 else 0) for bit, (t, shape) in enumerate(shapes))
+    return tuple(t.new_empty(shape if need else 0) for need, (t, shape) in zip(needs, shapes, strict=True))
 
 
 @torch.library.register_fake("dss_fast::multistep_pull", lib=_library)
-def _(adjoints, weights, index, pair=False, guided=-1):
+def _(adjoints, weights, index, pair=False):
     batch, _, *sample = adjoints.shape
     return adjoints.new_empty(batch, *sample), adjoints.new_empty(2 * batch if pair else batch, *sample)
 
 
 def _save(ctx, inputs, output):
-    x, model_output, history, weights, index, guided = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, model_output, history, weights, index)
-    ctx.guided = guided
+    ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad_x_next, grad_history_next, op=_ops.multistep_step_backward.default, wanted=None):
+def _backward(ctx, grad_x_next, grad_history_next, op=_ops.multistep_step_backward.default, needs=None):
     x, output, history, weights, index = ctx.saved_tensors
     if grad_x_next is None and grad_history_next is None:
-        return None, None, None, None, None, None
+        return None, None, None, None, None
     if grad_x_next is None:
         grad_x_next = torch.zeros_like(x)
-    wanted = (ctx.needs_input_grad if wanted is None else wanted)[:4]
-    needs = sum(1 << bit for bit, need in enumerate(wanted) if need)
-    gradients = op(grad_x_next, grad_history_next, x, output, history, weights, index, ctx.guided, needs)
-    grad_x, grad_output, grad_history, grad_row = (g if w else None for g, w in zip(gradients, wanted, strict=True))
+    needs = list((ctx.needs_input_grad if needs is None else needs)[:4])
+    gradients = op(grad_x_next, grad_history_next, x, output, history, weights, index, needs)
+    grad_x, grad_output, grad_history, grad_row = (g if n else None for g, n in zip(gradients, needs, strict=True))
     grad_weights = None if grad_row is None else _scatter_rows(grad_row, weights, index)
-    return grad_x, grad_output, grad_history, grad_weights, None, None  # index, guided
+    return grad_x, grad_output, grad_history, grad_weights, None
 
 
 def _scatter_rows(grad_row, weights, index):
@@ -153,7 +150,7 @@ class _ModuleStep(torch.autograd.Function):
         return None, *_backward(ctx, *grads, ctx.module.multistep_step_backward, ctx.needs_input_grad[1:])
 
 
-def backends(device):
+def backends(device: torch.device) -> list[str]:
     """Names that `backend=` accepts for tensors on `device`."""
     names = ["reference"]
     if device.type == "cpu" and _no_extension is None:
@@ -177,7 +174,16 @@ def _module(backend, device):
     return None
 
 
-def multistep_step(x, output, history, weights, index, *, guided=None, out=None, backend=None):
+def multistep_step(
+    x: Tensor,
+    output: Tensor,
+    history: Tensor,
+    weights: Tensor,
+    index: Tensor,
+    *,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
     """One step of any linear multistep solver, each tensor touched once.
 
         m_i     = m_uncond + g_i * (m_cond - m_uncond)     if output has 2B rows, else m_i = output
@@ -191,7 +197,6 @@ def multistep_step(x, output, history, weights, index, *, guided=None, out=None,
             initial noise. Slots j > i are never read and those whose weight is exactly zero need not be.
         weights: (1 or B, N, 4 + K), float64 for a float64 state, else float32. Columns: a, p, q, guidance, then w_ij.
         index: (1,) or (B,), int64, on the same device: every row's step i. A row with i outside [0, N) stays as it is.
-        guided: how many leading elements of each flattened sample use the guidance; the rest use one. None for all.
         out: where x_next goes when no gradient is needed; may be x itself.
         backend: "reference", "cpp" or "triton"; None picks the fastest that runs.
 
@@ -204,53 +209,34 @@ def multistep_step(x, output, history, weights, index, *, guided=None, out=None,
     Raises:
         ValueError: shapes or dtypes that do not fit, `out` together with a gradient, a named backend that cannot run.
     """
-    guided = -1 if guided is None else guided
     module = None if backend is None else _module(backend, x.device)
     if torch.is_grad_enabled() and (
         x.requires_grad or output.requires_grad or history.requires_grad or weights.requires_grad
     ):
         if out is not None:
             raise ValueError("out= cannot be written where a gradient is needed; leave it out or use torch.no_grad()")
-        inputs = (x, output, history, weights, index, guided)
+        inputs = (x, output, history, weights, index)
         return _step(*inputs) if module is None else _ModuleStep.apply(module, *inputs)
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    (_step_inplace if module is None else module.multistep_step_)(x, output, history, weights, index, guided, out)
+    (_step_inplace if module is None else module.multistep_step_)(x, output, history, weights, index, out)
     return out, history
 
 
-def multistep_pull(adjoints, weights, index, *, pair=False, guided=None, backend=None):
+def multistep_pull(
+    adjoints: Tensor, weights: Tensor, index: Tensor, *, pair: bool = False, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
     """What the later steps of a rollout send back to step j = index; the path through the model is not included.
 
         gy = sum_{i>=j} w_ij * g_{i+1};   grad_x = a_j * g_{j+1} + p_j * gy;   grad_output = q_j * gy
 
     Args:
         adjoints: (B, N, *S); slot i holds g_{i+1}, the gradient of x_{i+1}. Slots below j are not read.
-        weights, index, guided, backend: as for `multistep_step`.
+        weights, index, backend: as for `multistep_step`.
         pair: return grad_output as the guided pair (2B, *S): (1 - g_j) q_j gy, then g_j q_j gy.
 
     Returns:
         (grad_x, grad_output) in the dtype of the adjoints; zero for rows with j outside [0, N).
     """
     module = _ops if backend is None else _module(backend, adjoints.device) or _ops
-    return module.multistep_pull(adjoints, weights, index, pair, -1 if guided is None else guided)
-
-
-def rollout_weight_gradients(adjoints, states, history, weights):
-    """All weight gradients of a rollout, per sample, from two skinny batched products.
-
-        d/dw_ij = <g_{i+1}, y_j>;  d/da_i = <g_{i+1}, x_i>;  d/dp_i = <gy_i, x_i>;  d/dq_i = <gy_i, y_i - p_i x_i> / q_i
-
-    with gy_i = sum_{k>=i} w_ki g_{k+1}.
-
-    Args:
-        adjoints: (B, N, *S); slot i holds g_{i+1}.
-        states: (B, N, *S); slot i holds x_i, the state that step i started from.
-        history: (B, K, *S) after the last step.
-        weights: (1 or B, N, 4 + K).
-
-    Returns:
-        (B, N, 4 + K) in the dtype of the weights. The guidance's column is zero, as the history keeps only the
-        combined output, and so is q's where q is zero.
-    """
-    return step_reference.rollout_weight_gradients(adjoints, states, history, weights)
+    return module.multistep_pull(adjoints, weights, index, pair)

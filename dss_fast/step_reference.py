@@ -13,13 +13,12 @@ __all__ = [
     "multistep_step",
     "multistep_step_",
     "multistep_step_backward",
-    "rollout_weight_gradients",
 ]
 
 SCALARS = 4  # a, p, q, guidance stand before the history's weights in a row
 
 
-def check(x, output, history, weights, index, guided):
+def check(x, output, history, weights, index):
     """Raise ValueError where shapes or dtypes break the contract of `dss_fast.step.multistep_step`."""
     batch, sample = x.shape[0], x.shape[1:]
     if output.shape[0] not in (batch, 2 * batch) or output.shape[1:] != sample:
@@ -42,8 +41,6 @@ def check(x, output, history, weights, index, guided):
             "slots) with N slots, or N + 1 when the last one holds the initial noise"
         )
     check_dtypes(x, weights, index, batch)
-    if guided < -1 or guided > x[0:1].numel() and batch:
-        raise ValueError(f"guided is {guided}; give -1 for all or a count within a sample's {x[0:1].numel()} elements")
 
 
 def check_dtypes(x, weights, index, batch):
@@ -73,29 +70,23 @@ class _Row:
         self.past = past & self.active[:, None]
         self.w_now = torch.where(self.now, self.w, 0).sum(1, keepdim=True)
 
-    def guidance(self, size, guided):
-        """(B, D): the guidance of the guided elements, one elsewhere."""
-        if guided < 0:
-            return self.g.expand(-1, size)
-        element = torch.arange(size, device=self.g.device)
-        return torch.where(element < guided, self.g, torch.ones_like(self.g))
 
-
-def _combine(output, batch, row, guided, dtype):
+def _combine(output, batch, g, dtype):
+    """The guided output and m_cond - m_uncond, (B, D) each; None where there is no pair."""
     flat = output.reshape(output.shape[0], -1).to(dtype)
     if output.shape[0] == batch:
         return flat, None
     uncond, cond = flat.split(batch)
-    return uncond + row.guidance(flat.shape[1], guided) * (cond - uncond), cond - uncond
+    return uncond + g * (cond - uncond), cond - uncond
 
 
-def _forward(x, output, history, weights, index, guided):
+def _forward(x, output, history, weights, index):
     """x_next and the history's slot of every active row, y."""
-    check(x, output, history, weights, index, guided)
+    check(x, output, history, weights, index)
     batch, slots, dtype = x.shape[0], history.shape[1], weights.dtype
     row = _Row(batch, slots, weights, index)
     state, past = x.reshape(batch, -1).to(dtype), history.reshape(batch, slots, -1)
-    m, _ = _combine(output, batch, row, guided, dtype)
+    m, _ = _combine(output, batch, row.g, dtype)
     y = row.p * state + row.q * m
     total = row.a * state + row.w_now * y
     read = row.past & (row.w != 0)  # an unread slot may hold anything, so mask it: zero times NaN is NaN
@@ -105,20 +96,20 @@ def _forward(x, output, history, weights, index, guided):
     return x_next.reshape(x.shape), y.to(history.dtype).reshape(x.shape)
 
 
-def multistep_step(x, output, history, weights, index, guided=-1):
+def multistep_step(x, output, history, weights, index):
     if x.numel() == 0:
-        check(x, output, history, weights, index, guided)
+        check(x, output, history, weights, index)
         return torch.empty_like(x), torch.empty_like(history)
-    x_next, y = _forward(x, output, history, weights, index, guided)
+    x_next, y = _forward(x, output, history, weights, index)
     slot = torch.arange(history.shape[1], device=index.device)
     here = ((slot == index[:, None]) & (slot < weights.shape[1])).reshape(len(index), -1, *(1,) * (x.dim() - 1))
     return x_next, torch.where(here, y[:, None], history)
 
 
-def multistep_step_(x, output, history, weights, index, guided, out):
+def multistep_step_(x, output, history, weights, index, out):
     if x.numel() == 0:
-        return check(x, output, history, weights, index, guided)
-    x_next, y = _forward(x, output, history, weights, index, guided)
+        return check(x, output, history, weights, index)
+    x_next, y = _forward(x, output, history, weights, index)
     batch, steps = x.shape[0], weights.shape[1]
     step = index.expand(batch)
     shape = (batch,) + (1,) * x.dim()
@@ -128,7 +119,7 @@ def multistep_step_(x, output, history, weights, index, guided, out):
     out.copy_(x_next)
 
 
-def multistep_step_backward(grad_x_next, grad_history_next, x, output, history, weights, index, guided=-1, needs=15):
+def multistep_step_backward(grad_x_next, grad_history_next, x, output, history, weights, index, needs):
     batch, slots, dtype = x.shape[0], history.shape[1], weights.dtype
     if x.numel() == 0:
         return _wanted(
@@ -140,7 +131,7 @@ def multistep_step_backward(grad_x_next, grad_history_next, x, output, history, 
         )
     row = _Row(batch, slots, weights, index)
     state, past = x.reshape(batch, -1).to(dtype), history.reshape(batch, slots, -1)
-    m, difference = _combine(output, batch, row, guided, dtype)
+    m, difference = _combine(output, batch, row.g, dtype)
     y = row.p * state + row.q * m
     active = row.active[:, None]
     incoming = grad_x_next.reshape(batch, -1).to(dtype)
@@ -154,10 +145,8 @@ def multistep_step_backward(grad_x_next, grad_history_next, x, output, history, 
     grad_output = row.q * grad_now
     guide = torch.zeros_like(row.a)
     if difference is not None:
-        scale = row.guidance(m.shape[1], guided)
-        count = m.shape[1] if guided < 0 else guided
-        guide = (row.q * (difference * grad_now)[:, :count].sum(1, keepdim=True)).to(dtype)
-        grad_output = torch.cat(((1 - scale) * grad_output, scale * grad_output))
+        guide = row.q * (difference * grad_now).sum(1, keepdim=True)
+        grad_output = torch.cat(((1 - row.g) * grad_output, row.g * grad_output))
     grad_history = torch.where(row.past[:, :, None], row.w[:, :, None] * g[:, None], 0)
     if grad_history_next is not None:
         grad_history = grad_history + torch.where(row.now[:, :, None], 0, later)
@@ -178,10 +167,10 @@ def multistep_step_backward(grad_x_next, grad_history_next, x, output, history, 
 
 
 def _wanted(needs, *gradients):
-    return tuple(g if needs >> bit & 1 else g.new_empty(0) for bit, g in enumerate(gradients))
+    return tuple(g if need else g.new_empty(0) for need, g in zip(needs, gradients, strict=True))
 
 
-def multistep_pull(adjoints, weights, index, pair=False, guided=-1):
+def multistep_pull(adjoints, weights, index, pair=False):
     batch, steps, dtype = adjoints.shape[0], adjoints.shape[1], weights.dtype
     check_dtypes(adjoints, weights, index, batch)
     if weights.dim() != 3 or weights.shape[0] not in (1, batch) or weights.shape[1] != steps:
@@ -206,25 +195,6 @@ def multistep_pull(adjoints, weights, index, pair=False, guided=-1):
     grad_x = torch.where(active, row.a * own + row.p * pulled, 0)
     grad_output = torch.where(active, row.q * pulled, 0)
     if pair:
-        scale = row.guidance(flat.shape[2], guided)
-        grad_output = torch.cat(((1 - scale) * grad_output, scale * grad_output))
+        grad_output = torch.cat(((1 - row.g) * grad_output, row.g * grad_output))
     shape = adjoints.shape[2:]
     return grad_x.to(adjoints.dtype).reshape(batch, *shape), grad_output.to(adjoints.dtype).reshape(rows, *shape)
-
-
-def rollout_weight_gradients(adjoints, states, history, weights):
-    batch, steps, slots = adjoints.shape[0], adjoints.shape[1], history.shape[1]
-    dtype = weights.dtype
-    g, s, h = (t.reshape(batch, t.shape[1], -1).to(dtype) for t in (adjoints, states, history))
-    products = torch.bmm(g, h.transpose(1, 2))  # (B, N, K): <g_{i+1}, y_j>
-    overlaps = torch.bmm(g, s.transpose(1, 2))  # (B, N, N): <g_{i+1}, x_k>
-    step, slot = torch.arange(steps, device=g.device)[:, None], torch.arange(slots, device=g.device)
-    products = torch.where((slot <= step) | (slot == steps), products, 0)
-    w = weights[:, :, SCALARS : SCALARS + steps].expand(batch, -1, -1)
-    later = torch.tril(torch.ones(steps, steps, dtype=torch.bool, device=g.device))  # [k, i]: step k reads y_i
-    by_p = torch.where(later, w * overlaps, 0).sum(1)
-    pulled = torch.where(later, w * products[:, :, :steps], 0).sum(1)  # <y_i, grad y_i>
-    p, q = weights[..., 1], weights[..., 2]
-    by_q = torch.where(q != 0, (pulled - p * by_p) / torch.where(q != 0, q, 1), 0)
-    scalars = torch.stack([overlaps.diagonal(dim1=1, dim2=2), by_p, by_q.expand_as(by_p), torch.zeros_like(by_p)], -1)
-    return torch.cat([scalars, products], -1)

@@ -20,7 +20,7 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 # Left alone, ptxas aims the float64 backward at 168 registers and then spills some (sm_90, a float32 history).
 DOUBLE_OPTIONS = {**OPTIONS, "maxnreg": 224}
 
-_BY_VALUE = ["batch", "blocks", "steps", "slots", "guided"]  # no new compilation when one of these is 1 or 16
+_BY_VALUE = ["batch", "blocks", "steps", "slots"]  # no new compilation when one of these is 1 or 16
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def _slot(past, weight_ptr, stride, lane, left, wanted):
 @triton.jit(do_not_specialize=_BY_VALUE)
 def _forward_kernel(
     x_ptr, output_ptr, history_ptr, weights_ptr, index_ptr, next_ptr, out_ptr,
-    size, history_row, history_slot, next_row, next_slot, batch, blocks, steps, slots, guided,
+    size, history_row, history_slot, next_row, next_slot, batch, blocks, steps, slots,
     PAIR: tl.constexpr, ROW_WEIGHTS: tl.constexpr, ROW_INDEX: tl.constexpr, IN_PLACE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +68,7 @@ def _forward_kernel(
     m = tl.load(_here(output_ptr, row, size, start) + lane, mask=read, other=0.0).to(dtype)
     if PAIR:
         cond = tl.load(_here(output_ptr, row + batch, size, start) + lane, mask=read, other=0.0).to(dtype)
-        m += tl.where(lane < guided - start, tl.load(scalars + 3), 1.0).to(dtype) * (cond - m)
+        m += tl.load(scalars + 3) * (cond - m)
     x = stored.to(dtype)
     y = tl.load(scalars + 1) * x + tl.load(scalars + 2) * m
     total = tl.load(scalars) * x + tl.load(scalars + 4 + i) * y
@@ -91,7 +91,7 @@ def _forward_kernel(
                 w = tl.load(scalars + 4 + j + k, mask=wanted, other=0.0)
                 within = lane < tl.where(j + k < slots, left, 0)
                 slot = tl.load(past + (j + k) * stride + lane, mask=within, other=0.0)
-                total += tl.where(w != 0, w * slot.to(dtype), 0.0)
+                total += w * tl.where(w != 0, slot.to(dtype), 0.0)  # so that it is one fused product and sum
                 other = lane < tl.where((j + k < slots) & ((j + k != i) | (step != i)), left, 0)
                 tl.store(fresh + (j + k) * width + lane, slot, mask=other)
 
@@ -99,21 +99,21 @@ def _forward_kernel(
     tl.store(fresh + i * width + lane, _as(y, next_ptr), mask=read)
 
 
-def _launch_forward(x, output, history, weights, index, guided, history_next, out):
+def _launch_forward(x, output, history, weights, index, history_next, out):
     batch, slots, steps = x.shape[0], history.shape[1], weights.shape[1]
     size = x.numel() // batch
     blocks = triton.cdiv(size, BLOCK)
     _forward_kernel[(batch * blocks,)](
         x, output, history, weights, index, history_next, out,
         size, history.stride(0), history.stride(1), history_next.stride(0), history_next.stride(1),
-        batch, blocks, steps, slots, size if guided < 0 else guided,
+        batch, blocks, steps, slots,
         PAIR=output.shape[0] != batch, ROW_WEIGHTS=weights.shape[0] != 1, ROW_INDEX=index.shape[0] != 1,
         IN_PLACE=history_next is history, BLOCK=BLOCK, **OPTIONS,
     )  # fmt: skip
 
 
-def multistep_step_(x, output, history, weights, index, guided, out):
-    check(x, output, history, weights, index, guided)
+def multistep_step_(x, output, history, weights, index, out):
+    check(x, output, history, weights, index)
     if out.shape != x.shape or out.dtype is not x.dtype:
         raise ValueError(f"out is {out.dtype} {tuple(out.shape)}; needed is {x.dtype} {tuple(x.shape)} like x")
     if x.numel() == 0:
@@ -121,19 +121,19 @@ def multistep_step_(x, output, history, weights, index, guided, out):
     slots = _samples_contiguous(history)
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     inputs = x.contiguous(), output.contiguous(), slots, weights.contiguous(), index.contiguous()
-    _launch_forward(*inputs, guided, slots, target)
+    _launch_forward(*inputs, slots, target)
     if slots is not history:
         history.copy_(slots)
     if target is not out:
         out.copy_(target)
 
 
-def multistep_step(x, output, history, weights, index, guided=-1):
-    check(x, output, history, weights, index, guided)
+def multistep_step(x, output, history, weights, index):
+    check(x, output, history, weights, index)
     out, history_next = x.new_empty(x.shape), history.new_empty(history.shape)
     if x.numel():
         inputs = x.contiguous(), output.contiguous(), _samples_contiguous(history)
-        _launch_forward(*inputs, weights.contiguous(), index.contiguous(), guided, history_next, out)
+        _launch_forward(*inputs, weights.contiguous(), index.contiguous(), history_next, out)
     return out, history_next
 
 
@@ -156,7 +156,7 @@ def _slot_backward(slot, g, grad, grad_ptr, sum_ptr, now, at_now, lane, left, va
 def _backward_kernel(
     grad_ptr, grad_next_ptr, x_ptr, output_ptr, history_ptr, weights_ptr, index_ptr,
     dx_ptr, doutput_ptr, dhistory_ptr, sums_ptr,
-    size, history_row, history_slot, batch, blocks, steps, slots, guided,
+    size, history_row, history_slot, batch, blocks, steps, slots,
     PAIR: tl.constexpr, ROW_WEIGHTS: tl.constexpr, ROW_INDEX: tl.constexpr, LATER: tl.constexpr,
     X: tl.constexpr, OUTPUT: tl.constexpr, HISTORY: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -187,8 +187,7 @@ def _backward_kernel(
     grad_m = q * total
     if PAIR:
         cond = tl.load(_here(output_ptr, row + batch, size, start) + lane, mask=read, other=0.0).to(dtype)
-        within = lane < guided - start
-        scale = tl.where(within, tl.load(scalars + 3), 1.0).to(dtype)
+        scale = tl.load(scalars + 3)
         difference = cond - m
         m += scale * difference
         if OUTPUT:
@@ -208,7 +207,7 @@ def _backward_kernel(
         tl.store(sums + 1, tl.sum(x * total, axis=0))
         tl.store(sums + 2, tl.sum(m * total, axis=0))
         if PAIR:
-            tl.store(sums + 3, q * tl.sum(tl.where(within, difference * total, 0.0), axis=0))
+            tl.store(sums + 3, q * tl.sum(difference * total, axis=0))
 
     if HISTORY or ROW:
         stride = tl.full((), history_slot, tl.int64)
@@ -237,10 +236,10 @@ def _backward_kernel(
                            lane, left, j + 1 < slots, HISTORY, ROW)  # fmt: skip
 
 
-def multistep_step_backward(grad_x_next, grad_history_next, x, output, history, weights, index, guided=-1, needs=15):
-    check(x, output, history, weights, index, guided)
+def multistep_step_backward(grad_x_next, grad_history_next, x, output, history, weights, index, needs):
+    check(x, output, history, weights, index)
     batch, slots, steps = x.shape[0], history.shape[1], weights.shape[1]
-    dx, doutput, dhistory, row = (bool(needs >> bit & 1) for bit in range(4))
+    dx, doutput, dhistory, row = needs
     blocks = triton.cdiv(x.numel() // batch, BLOCK) if x.numel() else 0
     grads = (
         x.new_empty(x.shape if dx else 0),
@@ -255,7 +254,7 @@ def multistep_step_backward(grad_x_next, grad_history_next, x, output, history, 
         _backward_kernel[(batch * blocks,)](
             grad_x_next, x if grad_history_next is None else grad_history_next.contiguous(),
             x, output.contiguous(), past, weights.contiguous(), index.contiguous(), *grads, sums,
-            size, past.stride(0), past.stride(1), batch, blocks, steps, slots, size if guided < 0 else guided,
+            size, past.stride(0), past.stride(1), batch, blocks, steps, slots,
             PAIR=output.shape[0] != batch, ROW_WEIGHTS=weights.shape[0] != 1, ROW_INDEX=index.shape[0] != 1,
             LATER=grad_history_next is not None, X=dx, OUTPUT=doutput, HISTORY=dhistory, ROW=row,
             BLOCK=BLOCK, **(DOUBLE_OPTIONS if weights.dtype is torch.float64 else OPTIONS),
@@ -266,7 +265,7 @@ def multistep_step_backward(grad_x_next, grad_history_next, x, output, history, 
 @triton.jit(do_not_specialize=_BY_VALUE)
 def _pull_kernel(
     adjoints_ptr, weights_ptr, index_ptr, dx_ptr, doutput_ptr,
-    size, adjoints_row, adjoints_slot, batch, blocks, steps, slots, guided,
+    size, adjoints_row, adjoints_slot, batch, blocks, steps, slots,
     PAIR: tl.constexpr, ROW_WEIGHTS: tl.constexpr, ROW_INDEX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -297,14 +296,14 @@ def _pull_kernel(
     tl.store(_here(dx_ptr, row, size, start) + lane, _as(dx, dx_ptr), mask=mask)
     grad_m = tl.where(active, tl.load(scalars + 2) * pulled, 0.0)
     if PAIR:
-        scale = tl.where(lane < guided - start, tl.load(scalars + 3), 1.0).to(dtype)
+        scale = tl.load(scalars + 3)
         tl.store(_here(doutput_ptr, row, size, start) + lane, _as((1 - scale) * grad_m, doutput_ptr), mask=mask)
         tl.store(_here(doutput_ptr, row + batch, size, start) + lane, _as(scale * grad_m, doutput_ptr), mask=mask)
     else:
         tl.store(_here(doutput_ptr, row, size, start) + lane, _as(grad_m, doutput_ptr), mask=mask)
 
 
-def multistep_pull(adjoints, weights, index, pair=False, guided=-1):
+def multistep_pull(adjoints, weights, index, pair=False):
     batch, steps, *sample = adjoints.shape
     check_dtypes(adjoints, weights, index, batch)
     slots = weights.shape[-1] - SCALARS
@@ -320,7 +319,7 @@ def multistep_pull(adjoints, weights, index, pair=False, guided=-1):
         blocks = triton.cdiv(size, BLOCK)
         _pull_kernel[(batch * blocks,)](
             adjoints, weights.contiguous(), index.contiguous(), dx, doutput,
-            size, adjoints.stride(0), adjoints.stride(1), batch, blocks, steps, slots, size if guided < 0 else guided,
+            size, adjoints.stride(0), adjoints.stride(1), batch, blocks, steps, slots,
             PAIR=pair, ROW_WEIGHTS=weights.shape[0] != 1, ROW_INDEX=index.shape[0] != 1,
             BLOCK=BLOCK, **OPTIONS,
         )  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 import os
 import sys
 import types
@@ -39,21 +38,20 @@ class Gradients(NamedTuple):
 class Plan:
     """What a rollout keeps between its forward and its backward.
 
-    kept: the graphs of the last ``kept`` of ``steps`` calls. activation_bytes: of one such graph, measured
-    at the first call; None when no budget asked for it. budget_bytes: None when nothing is kept.
+    kept: the graphs of the last ``kept`` of ``steps`` calls. activation_bytes: what one such graph saves for its
+    backward, measured at the first call; None when nothing was measured. budget_bytes: None when nothing is kept.
     """
 
     steps: int
     kept: int
     activation_bytes: int | None = None
     budget_bytes: int | None = None
-    offload: bool = False
 
     def __str__(self) -> str:
         text = f"keeps the graphs of {self.kept} of {self.steps} model calls, re-runs {self.steps - self.kept}"
         if self.activation_bytes is not None:
             text += f"; one graph {self.activation_bytes / 1e6:.3g} MB, budget {self.budget_bytes / 1e6:.3g} MB"
-        return text + ("; states and history in host memory" if self.offload else "")
+        return text
 
 
 class Rollout:
@@ -70,13 +68,13 @@ class Rollout:
         random numbers and the same autocast. x: (B, *S), float. t: (B,), x's dtype, float32 for half precision.
     weights: (R, N, 4 + K), R = 1 or B: columns a, p, q, guidance, w_i0...; K = N, or N + 1 for the noise x_0.
     times: (N,) or (B, N), fed to the model at each step.
-    guided: only the first ``guided`` elements of a flattened sample are guided, g = 1 for the rest. None: all.
     memory_budget: None keeps no graph; bytes (int) or a fraction (float in (0, 1]) of the free device memory
-        keeps as many of the last graphs as fit, which saves re-running those calls.
-    offload: states and history wait in host memory (pinned, copied on a side stream, on an accelerator).
+        keeps as many of the last graphs as fit, which saves re-running those calls. A graph counts with the tensors
+        that it saves for its backward, the modules' own aside. The reference keeps none whatever the budget.
     parameters: other tensors the model reads, to differentiate: its weights, its conditions.
     wrt: which of x, weights and times ``pull`` differentiates; leaving x and times out spares the first call.
-    backend: "cpp", "reference", or None for the first of them that works.
+    backend: "cpp", "reference", or None for the first of them that works. The reference is plain autograd with
+        torch.utils.checkpoint around the model, which runs again for each cotangent.
 
     states: (B, N, *S), x_1..x_N. history: (B, K, *S). plan: a :class:`Plan`.
 
@@ -91,44 +89,32 @@ class Rollout:
         weights: Tensor,
         times: Tensor,
         *,
-        guided: int | None = None,
         memory_budget: int | float | None = None,
-        offload: bool = False,
         parameters: Sequence[Tensor] = (),
         wrt: Sequence[str] = INPUTS,
         backend: str | None = None,
     ):
         parameters = tuple(parameters)
-        _check(x, weights, times, guided, parameters, wrt)
+        _check(x, weights, times, parameters, wrt)
         steps, budget = weights.shape[1], _budget_bytes(memory_budget, x.device)
         self._dtypes = x.dtype, weights.dtype, times.dtype
-        self._wrt, self._differentiates = tuple(wrt), bool(wrt or parameters)
+        engine, first = _engine(backend), None
+        if budget is not None and (wrt or parameters) and engine is not _reference():
+            first = _FirstCall(steps, budget, _kept_anyway(model, x, parameters))
         real = torch.float64 if x.dtype == torch.float64 else torch.float32
         with torch.no_grad():
-            self._engine = _engine(backend)(
-                _guard(model, x, steps),
+            self._engine = engine(
+                _guard(model, x, steps, first),
                 x.detach().contiguous(),
                 weights.detach().to(x.device, real).contiguous(),
                 times.detach().to(x.device, real).expand(len(x), steps).contiguous(),
-                -1 if guided is None else guided,
-                budget if self._differentiates else None,
-                offload,
+                first and first.kept,
                 list(parameters),
                 [name in wrt for name in INPUTS],
             )
-        kept, size = self._engine.plan
-        self.plan = Plan(steps, kept, size, budget, offload)
+        self.plan = Plan(steps, first.kept() if first else 0, first and first.bytes, budget)
         self._shape, self._device = (len(x), steps, *x.shape[1:]), x.device
-        if not offload:  # where reading them would wait for the copies to end
-            self.states, self.history = self._engine.states, self._engine.history
-
-    @functools.cached_property
-    def states(self) -> Tensor:
-        return self._engine.states
-
-    @functools.cached_property
-    def history(self) -> Tensor:
-        return self._engine.history
+        self.states, self.history = self._engine.states, self._engine.history
 
     def pull(self, cotangents: Tensor, *, retain_graph: bool = False) -> Gradients:
         """The gradients of <cotangents[c], states> for each c, sharing one re-run of the model.
@@ -155,9 +141,7 @@ def unroll(
     weights: Tensor,
     times: Tensor,
     *,
-    guided: int | None = None,
     memory_budget: int | float | None = None,
-    offload: bool = False,
     parameters: Sequence[Tensor] = (),
     backend: str | None = None,
 ) -> Tensor:
@@ -168,7 +152,7 @@ def unroll(
     calls', for one more run of each call not kept. Backward twice needs retain_graph, as anywhere;
     create_graph raises RuntimeError.
     """
-    options = dict(guided=guided, memory_budget=memory_budget, offload=offload, backend=backend)
+    options = dict(memory_budget=memory_budget, backend=backend)
     return _Unroll.apply(model, options, tuple(parameters), x, weights, times, *parameters)
 
 
@@ -219,6 +203,12 @@ def _extension() -> Any:
         return error
 
 
+def _reference() -> Callable:
+    from .unroll_reference import Rollout as engine
+
+    return engine
+
+
 def _engine(backend: str | None) -> Callable:
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend={backend!r}: choose None, {' or '.join(map(repr, BACKENDS))}")
@@ -228,12 +218,60 @@ def _engine(backend: str | None) -> Callable:
             f"backend='cpp': the extension does not load ({engine}); build it with `pip install -e .`, "
             "or use backend='reference'"
         )
-    if engine is None or isinstance(engine, Exception):
-        from .unroll_reference import Rollout as engine
-    return engine
+    return _reference() if engine is None or isinstance(engine, Exception) else engine
 
 
-def _guard(model: Callable, x: Tensor, steps: int) -> Callable:
+class _FirstCall:
+    """Counts what the graph of the model's first call saves for its backward, and says how many such graphs fit.
+
+    Every storage counts once; those in `aside`, which live on without the graph, do not.
+    """
+
+    def __init__(self, steps: int, budget: int, aside: set[int]):
+        self.steps, self.budget, self.aside = steps, budget, aside
+        self.saved: dict[int, int] = {}
+        self.bytes: int | None = None
+
+    def watching(self, x: Tensor) -> Any:
+        """A context for the first call, and none for the others."""
+        if self.bytes is not None:
+            return nullcontext()
+
+        def pack(tensor: Tensor) -> tuple[Tensor, int]:
+            if tensor.device == x.device and tensor.layout == torch.strided:
+                storage = tensor.untyped_storage()
+                self.saved[storage.data_ptr()] = storage.nbytes()
+            return tensor.detach(), tensor._version  # with its history, it would hold the graph that holds it
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
+
+    def settle(self, output: Tensor) -> None:
+        """Takes note of what the first call returned, which its graph holds too."""
+        if self.bytes is None:
+            self.saved[output.untyped_storage().data_ptr()] = output.untyped_storage().nbytes()
+            self.bytes = sum(size for pointer, size in self.saved.items() if pointer not in self.aside)
+
+    def kept(self) -> int:
+        """How many such graphs fit."""
+        assert self.bytes is not None
+        return min(self.steps, self.budget // max(self.bytes, 1))
+
+
+def _unpack(packed: tuple[Tensor, int]) -> Tensor:
+    """Autograd's own check of saved tensors, which hooks switch off."""
+    tensor, version = packed
+    if tensor._version != version:
+        raise RuntimeError("a tensor that the model saved for its backward was modified by an inplace operation")
+    return tensor
+
+
+def _kept_anyway(model: Callable, x: Tensor, parameters: Sequence[Tensor]) -> set[int]:
+    """Where the tensors live that a model saves and that are there without its graph too."""
+    held = [t for module in _modules(model) for t in (*module.parameters(), *module.buffers())]
+    return {t.untyped_storage().data_ptr() for t in (x, *parameters, *held) if t.layout == torch.strided}
+
+
+def _guard(model: Callable, x: Tensor, steps: int, first: _FirstCall | None) -> Callable:
     """model as the engines call it, (step, x, t) -> output: errors name the step, output and buffers are checked."""
     watched = [(name, buffer) for module in _modules(model) for name, buffer in module.named_buffers()]
     versions = [buffer._version for _, buffer in watched if not buffer.is_inference()]
@@ -243,7 +281,8 @@ def _guard(model: Callable, x: Tensor, steps: int) -> Callable:
         try:
             # A compiled model may give its saved buffers away in backward, and then allows one cotangent only.
             config = sys.modules.get("torch._functorch.config")
-            with config.patch(donated_buffer=False) if config else nullcontext():
+            watching = first.watching(x) if first else nullcontext()
+            with config.patch(donated_buffer=False) if config else nullcontext(), watching:
                 output = model(x, t)
             if not isinstance(output, Tensor) or output.shape not in shapes or not output.is_floating_point():
                 got = f"{output.dtype} {tuple(output.shape)}" if isinstance(output, Tensor) else type(output)
@@ -257,6 +296,8 @@ def _guard(model: Callable, x: Tensor, steps: int) -> Callable:
                     f"the model changed its buffers {', '.join(changed[:3])} while running, so running it again "
                     "would not give the same gradients; call model.eval() or freeze those layers"
                 )
+            if first:
+                first.settle(output)
         except Exception as error:
             error.add_note(f"at step {step} of {steps}")
             raise
@@ -317,7 +358,7 @@ def _free_bytes(device: torch.device) -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _check(x, weights, times, guided, parameters, wrt) -> None:
+def _check(x, weights, times, parameters, wrt) -> None:
     if not x.is_floating_point() or x.ndim < 1:
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; give floats of shape (B, *S)")
     rows, steps = len(x), weights.shape[1] if weights.ndim == 3 else 0
@@ -330,8 +371,6 @@ def _check(x, weights, times, guided, parameters, wrt) -> None:
         raise ValueError(f"times have shape {tuple(times.shape)}; give ({steps},) or ({rows}, {steps})")
     if not (weights.is_floating_point() and times.is_floating_point()):
         raise ValueError(f"weights are {weights.dtype}, times {times.dtype}; both must be floating point")
-    if guided is not None and not -1 <= guided <= math.prod(x.shape[1:]):
-        raise ValueError(f"guided={guided!r}: a sample has {math.prod(x.shape[1:])} elements")
     for i, parameter in enumerate(parameters):
         if not isinstance(parameter, Tensor) or not parameter.requires_grad:
             raise ValueError(f"parameters[{i}] is not a tensor that requires grad; leave it out or make it one")

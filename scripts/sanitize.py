@@ -18,9 +18,9 @@ def main(device="cuda"):
         weights = torch.randn(batch, steps, 4 + steps + noise, device=device)
         index = torch.tensor([0, 9, 10], device=device)
         inputs = x, output, history, weights, index
-        step_triton.multistep_step(*inputs, size // 2)
-        step_triton.multistep_step_(*inputs, -1, x)
-        step_triton.multistep_step_backward(x, history if noise else None, *inputs)
+        step_triton.multistep_step(*inputs)
+        step_triton.multistep_step_(*inputs, x)
+        step_triton.multistep_step_backward(x, history if noise else None, *inputs, (True,) * 4)
         step_triton.multistep_pull(history[:, :steps].float(), weights, index, pair)
     torch.cuda.synchronize()
     print("all kernels ran")

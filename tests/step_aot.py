@@ -65,6 +65,9 @@ def inspect(compiled):
         "spills": len(re.findall(r"\b(?:LDL|STL)", code)),
         "loads_128": len(re.findall(r"\bLDG\.\S*128", code)),
         "stores_128": len(re.findall(r"\bSTG\.\S*128", code)),
+        "fused": len(re.findall(r"\b[FD]FMA\b", code)),
+        "products": len(re.findall(r"\b[FD]MUL\b", code)),
+        "sums": len(re.findall(r"\b[FD]ADD\b", code)),
     }
 
 

@@ -52,17 +52,14 @@ def in_float64(x, output, history, weights, index):
     return x.double(), output.double(), history.double(), weights.double(), index
 
 
-def eager(x, output, history, weights, index, guided=-1):
+def eager(x, output, history, weights, index):
     """The step as a user writes it: every operation in the state's dtype, one row of weights, one index."""
     i, batch = int(index[0]), len(x)
     a, p, q, g, *w = weights[0, i].to(x.dtype).unbind()
     m = output.to(x.dtype)
     if len(m) == 2 * batch:
         uncond, cond = m.split(batch)
-        scale = torch.full_like(x, g).flatten(1)
-        if guided >= 0:
-            scale[:, guided:] = 1
-        m = uncond + scale.reshape(x.shape) * (cond - uncond)
+        m = uncond + g * (cond - uncond)
     y = p * x + q * m
     total = a * x + w[i] * y
     for j in range(i):

@@ -11,7 +11,7 @@ import torch
 from step_inputs import DEVICE, EPS, NAN, draw, eager, implementation, in_float64
 
 from dss_fast import step
-from dss_fast.step import multistep_pull, multistep_step, rollout_weight_gradients
+from dss_fast.step import multistep_pull, multistep_step
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [
@@ -24,6 +24,7 @@ DTYPES = [
     (BF16, F32, F32),
 ]
 BACKENDS = ["cpp", "triton"]
+ALL = [True] * 4  # gradients
 # In: one element, a tail in every block, several blocks and chunks. The interpreter is slow, so it gets fewer.
 SAMPLES = {"cpp": [(1,), (3, 7), (1027,), (9, 1024)], "triton": [(3, 7), (1027,)]}
 CASES = [(b, s) for b in BACKENDS for s in SAMPLES[b]]
@@ -53,11 +54,10 @@ def test_three_ways(backend, sample, dtypes):
     reference, _ = implementation("reference")
     steps = 4
     for at, pair, noise in [(0, False, True), (1, True, False), (steps - 1, True, True)]:
-        guided = sample[0] // 2 if pair else -1
         inputs = draw(sample, at=at, pair=pair, noise_slot=noise, steps=steps, dtypes=dtypes, device=device)
-        ours = ops.multistep_step(*inputs, guided)
-        truth = reference.multistep_step(*in_float64(*inputs), guided)
-        torch_way = eager(*inputs, guided)
+        ours = ops.multistep_step(*inputs)
+        truth = reference.multistep_step(*in_float64(*inputs))
+        torch_way = eager(*inputs)
         for mine, plain, exact in zip(ours, torch_way, truth, strict=True):
             assert mine.dtype is plain.dtype and mine.shape == plain.shape
             # slots to come are copied as they are
@@ -71,14 +71,13 @@ def test_backward_three_ways(backend, sample, dtypes):
     ops, device = implementation(backend)
     reference, _ = implementation("reference")
     for at, pair, noise, with_later in [(0, False, True, True), (3, True, True, False), (2, True, False, True)]:
-        guided = sample[0] // 2 if pair else -1
         inputs = draw(sample, at=at, pair=pair, noise_slot=noise, dtypes=dtypes, device=device)
         gradients = draw(sample, dtypes=dtypes, seed=1, device=device)
         grad = gradients[0]
         later = torch.randn(inputs[2].shape).to(inputs[2]) if with_later else None
-        ours = ops.multistep_step_backward(grad, later, *inputs, guided)
+        ours = ops.multistep_step_backward(grad, later, *inputs, ALL)
         exact_later = None if later is None else later.double()
-        truth = reference.multistep_step_backward(grad.double(), exact_later, *in_float64(*inputs), guided)
+        truth = reference.multistep_step_backward(grad.double(), exact_later, *in_float64(*inputs), ALL)
         for mine, exact in zip(ours, truth, strict=True):
             size = math.sqrt(exact[0].numel()) if exact.dim() == 2 else 1
             bound = 4 * size * EPS[mine.dtype] * float(exact.abs().max()) + 1e-30
@@ -95,10 +94,9 @@ def test_pull_three_ways(backend, sample, dtype):
         _, _, adjoints, weights, index = draw(sample, at=4, noise_slot=noise, dtypes=(dtype,) * 3, device=device)
         adjoints, index = adjoints[:, :4].contiguous(), index * 0 + at
         adjoints[:, :at] = NAN  # adjoints of earlier states do not exist yet
-        guided = sample[0] // 2 if pair else -1
         adjoints[:, at:] = torch.randn(adjoints[:, at:].shape).to(adjoints)
-        ours = ops.multistep_pull(adjoints, weights, index, pair, guided)
-        truth = reference.multistep_pull(adjoints.double(), weights.double(), index, pair, guided)
+        ours = ops.multistep_pull(adjoints, weights, index, pair)
+        truth = reference.multistep_pull(adjoints.double(), weights.double(), index, pair)
         for mine, exact in zip(ours, truth, strict=True):
             assert mine.dtype is dtype
             assert worst(mine, exact) <= 2 * EPS[dtype] * float(exact.abs().max()) + 20 * EPS[weights.dtype]
@@ -106,27 +104,26 @@ def test_pull_three_ways(backend, sample, dtype):
 
 @pytest.mark.parametrize("dtypes", [(F32, F32, F32), (F32, BF16, BF16)], ids=names)
 def test_results_that_are_written_past_the_cache(dtypes):
-    """From 12 MB on; slots of an odd size start at any alignment, and the guided part ends within a block."""
+    """From 12 MB on; slots of an odd size start at any alignment."""
     reference, _ = implementation("reference")
-    sample, guided = (7, 90_001), 123_457
+    sample = (7, 90_001)
     for inputs in (
         draw(sample, batch=1, steps=10, at=9, pair=True, noise_slot=True, dtypes=dtypes),
         draw(sample, batch=2, steps=10, at=3, dtypes=dtypes),
     ):
         inputs = inputs[:2] + (inputs[2].nan_to_num(0.5),) + inputs[3:]
         x, output, history, weights, index = inputs
-        limit = guided if len(output) > len(x) else -1
-        ours = torch.ops.dss_fast.multistep_step(*inputs, limit)
-        theirs = reference.multistep_step(*inputs, limit)
+        ours = torch.ops.dss_fast.multistep_step(*inputs)
+        theirs = reference.multistep_step(*inputs)
         grads = torch.sin(7 * x), torch.cos(history)
-        ours += torch.ops.dss_fast.multistep_step_backward(*grads, *inputs, limit)
-        theirs += reference.multistep_step_backward(*grads, *inputs, limit)
-        own = torch.ops.dss_fast.multistep_step(*inputs, limit)
-        torch.ops.dss_fast.multistep_step_(*inputs, limit, x)
+        ours += torch.ops.dss_fast.multistep_step_backward(*grads, *inputs, ALL)
+        theirs += reference.multistep_step_backward(*grads, *inputs, ALL)
+        own = torch.ops.dss_fast.multistep_step(*inputs)
+        torch.ops.dss_fast.multistep_step_(*inputs, x)
         assert torch.equal(x, own[0]) and torch.equal(history, own[1])
         adjoints = history[:, :10].contiguous()
-        ours += torch.ops.dss_fast.multistep_pull(adjoints, weights, index, len(output) > len(x), limit)
-        theirs += reference.multistep_pull(adjoints, weights, index, len(output) > len(x), limit)
+        ours += torch.ops.dss_fast.multistep_pull(adjoints, weights, index, len(output) > len(x))
+        theirs += reference.multistep_pull(adjoints, weights, index, len(output) > len(x))
         for mine, other in zip(ours, theirs, strict=True):
             assert worst(mine, other.double()) <= 30 * EPS[mine.dtype] * float(other.abs().max())
 
@@ -139,11 +136,11 @@ def test_rows_in_one_launch_are_the_rows_one_by_one(backend):
     inputs = draw((1029,), batch=5, at=at, pair=True, noise_slot=True, rows=True, device=device)
     x, output, history, weights, index = inputs
     grad = torch.randn(x.shape, device=device)
-    together = ops.multistep_step(*inputs, 100), ops.multistep_step_backward(grad, None, *inputs, 100)
+    together = ops.multistep_step(*inputs), ops.multistep_step_backward(grad, None, *inputs, ALL)
     for row in range(5):
         one = slice(row, row + 1)
         alone = (x[one], torch.cat([output[one], output[5 + row : 6 + row]]), history[one], weights[one], index[one])
-        forward, backward = ops.multistep_step(*alone, 100), ops.multistep_step_backward(grad[one], None, *alone, 100)
+        forward, backward = ops.multistep_step(*alone), ops.multistep_step_backward(grad[one], None, *alone, ALL)
         for a, b in zip(forward, together[0], strict=True):
             assert torch.equal(a.nan_to_num(9), b[one].nan_to_num(9))
         for k, (a, b) in enumerate(zip(backward, together[1], strict=True)):
@@ -157,8 +154,8 @@ def test_in_place(backend):
     ops, device = implementation(backend)
     inputs = draw((5, 5), batch=3, at=[1, 7, 2], noise_slot=True, rows=True, device=device)
     x, output, history, weights, index = (t.clone() for t in inputs)
-    x_next, expected = ops.multistep_step(*inputs, -1)
-    assert ops.multistep_step_(x, output, history, weights, index, -1, x) is None
+    x_next, expected = ops.multistep_step(*inputs)
+    assert ops.multistep_step_(x, output, history, weights, index, x) is None
     assert torch.equal(x, x_next)
     assert torch.equal(history.nan_to_num(7.0), expected.nan_to_num(7.0))
     written = torch.zeros(3, 5, dtype=torch.bool, device=device)
@@ -171,22 +168,22 @@ def test_in_place(backend):
 def test_strided_and_empty(backend):
     ops, device = implementation(backend)
     x, output, history, weights, index = draw((4, 6), at=2, device=device)
-    expected = ops.multistep_step(x, output, history, weights, index, -1)
+    expected = ops.multistep_step(x, output, history, weights, index)
     turned = [t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in (x, output, history)]
-    for a, b in zip(ops.multistep_step(*turned, weights, index, -1), expected, strict=True):
+    for a, b in zip(ops.multistep_step(*turned, weights, index), expected, strict=True):
         assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
     out = torch.empty(2, 6, 4, device=device).transpose(1, 2)
-    ops.multistep_step_(*turned, weights, index, -1, out)
+    ops.multistep_step_(*turned, weights, index, out)
     assert torch.equal(out, expected[0]) and torch.equal(turned[2][:, 2], expected[1][:, 2])
     wide = torch.full((2, 6, 4, 6), NAN, device=device)
     wide[:, :4] = history
-    ops.multistep_step_(x, output, wide[:, :4], weights, index, -1, out)
+    ops.multistep_step_(x, output, wide[:, :4], weights, index, out)
     assert torch.equal(out, expected[0]) and torch.equal(wide[:, 2], expected[1][:, 2]) and wide[:, 4:].isnan().all()
     for sample, batch in [((0, 3), 2), ((3,), 0)]:
         nothing = draw(sample, batch=batch, at=0, device=device)
-        assert ops.multistep_step(*nothing, -1)[0].shape == nothing[0].shape
-        ops.multistep_step_(*nothing, -1, torch.empty_like(nothing[0]))
-        row = ops.multistep_step_backward(nothing[0], None, *nothing)[3]
+        assert ops.multistep_step(*nothing)[0].shape == nothing[0].shape
+        ops.multistep_step_(*nothing, torch.empty_like(nothing[0]))
+        row = ops.multistep_step_backward(nothing[0], None, *nothing, ALL)[3]
         assert row.shape == (batch, 8) and not row.any()
         assert ops.multistep_pull(nothing[2], nothing[3], nothing[4])[1].shape == nothing[0].shape
 
@@ -196,12 +193,12 @@ def test_unwritten_memory_never_leaks(backend, monkeypatch):
     """Every output is written to its last element, whatever the allocator hands out."""
     ops, device = implementation(backend)
     inputs = tuple(t.nan_to_num(0.5) for t in draw((1027,), at=2, pair=True, device=device))
-    expected = ops.multistep_step(*inputs, -1), ops.multistep_step_backward(inputs[0], None, *inputs)
+    expected = ops.multistep_step(*inputs), ops.multistep_step_backward(inputs[0], None, *inputs, ALL)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)  # makes torch.empty hand out NaN
     try:
         assert torch.empty(3).isnan().all()
-        again = ops.multistep_step(*inputs, -1), ops.multistep_step_backward(inputs[0], None, *inputs)
+        again = ops.multistep_step(*inputs), ops.multistep_step_backward(inputs[0], None, *inputs, ALL)
     finally:
         torch.use_deterministic_algorithms(False)
     for a, b in zip(itertools.chain(*expected), itertools.chain(*again), strict=True):
@@ -216,8 +213,8 @@ def test_same_bits_twice_and_on_any_number_of_threads(backend):
     results = []
     for threads in (1, 2, 2):
         torch.set_num_threads(threads)
-        backward = ops.multistep_step_backward(inputs[0], None, *inputs)
-        results.append((*ops.multistep_step(*inputs, -1), *backward))
+        backward = ops.multistep_step_backward(inputs[0], None, *inputs, ALL)
+        results.append((*ops.multistep_step(*inputs), *backward))
     for other in results[1:]:
         assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(results[0], other, strict=True))
 
@@ -254,7 +251,7 @@ def test_gradcheck(backend):
         )
         inputs = [t.nan_to_num(0.3).requires_grad_() for t in (x, output, history, weights)]
         assert torch.autograd.gradcheck(
-            lambda *t: multistep_step(*t, index, guided=4 if pair else None, backend=backend),  # noqa: B023
+            lambda *t: multistep_step(*t, index, backend=backend),  # noqa: B023
             inputs,
             fast_mode=backend == "triton",
         )
@@ -280,10 +277,10 @@ def opcheck_arguments():
         inputs = draw((3, 5), at=1, pair=pair, noise_slot=pair)
         detached = [t.nan_to_num(0.1) for t in inputs]
         tensors = [t.clone().requires_grad_(needs_grad and t.is_floating_point()) for t in detached]
-        yield "multistep_step", (*tensors, 7)
-        yield "multistep_step_", (*detached, 7, torch.empty_like(inputs[0]))
-        yield "multistep_step_backward", (detached[0], None, *detached, 7, 15 if needs_grad else 5)
-        yield "multistep_pull", (detached[2][:, :4], *detached[3:], pair, 7)
+        yield "multistep_step", tuple(tensors)
+        yield "multistep_step_", (*detached, torch.empty_like(inputs[0]))
+        yield "multistep_step_backward", (detached[0], None, *detached, [True, needs_grad, True, needs_grad])
+        yield "multistep_pull", (detached[2][:, :4], *detached[3:], pair)
 
 
 @pytest.mark.parametrize(
@@ -321,8 +318,8 @@ def test_users_loop_compiles_whole_with_gradients():
         torch.testing.assert_close(compiled(x, weights), loss(x, weights))
 
 
-def test_pull_and_rollout_gradients_are_autograd_of_the_loop():
-    """With a model that ignores x, the adjoints are known, and per-sample weight gradients sum to autograd's."""
+def test_pull_is_autograd_of_the_loop():
+    """With a model that ignores x, the adjoints are known."""
     steps, batch = 4, 3
     x, output, history, weights, _ = draw((5,), batch=batch, steps=steps, at=steps, noise_slot=True, dtypes=(F64,) * 3)
     index = torch.arange(steps)
@@ -342,9 +339,6 @@ def test_pull_and_rollout_gradients_are_autograd_of_the_loop():
         grad_x, grad_output = multistep_pull(adjoints, weights, index[j : j + 1])
         torch.testing.assert_close(grad_x, states[j].grad)
         torch.testing.assert_close(grad_output, models[j].grad)
-    per_sample = rollout_weight_gradients(adjoints, torch.stack(states, 1).detach(), slots.detach(), weights)
-    assert per_sample.shape == (batch, *weights.shape[1:])
-    torch.testing.assert_close(per_sample.sum(0, keepdim=True), leaves[2].grad)
 
 
 @pytest.mark.parametrize("named", [None, "reference", "cpp", "triton"])
@@ -365,8 +359,6 @@ def test_errors_name_what_is_wrong(named):
     ]:
         with pytest.raises(ValueError, match=message):
             multistep_step(*broken, backend=named)
-    with pytest.raises(ValueError, match="guided is 4"):
-        multistep_step(x, output, history, weights, index, guided=4, backend=named)
     with pytest.raises(ValueError, match="out="):
         multistep_step(x.requires_grad_(), output, history, weights, index, out=torch.empty_like(x), backend=named)
 

@@ -33,7 +33,7 @@ def test_model_exceptions_come_through_with_the_step(fails_at, budget, backend):
             raise error
         return net(x, t)
 
-    if fails_at == 6 and budget:
+    if fails_at == 6 and budget and backend == "cpp":
         return  # every graph is kept: nothing runs twice
     with pytest.raises(Breaks) as caught:
         inputs = leaves(x, weights, times)
@@ -98,7 +98,6 @@ def test_models_that_keep_state_are_refused(wrap, backend):
         (dict(memory_budget=True), "memory_budget=True"),
         (dict(memory_budget=-1), "memory_budget=-1"),
         (dict(backend="triton"), "backend='triton'.*'cpp' or 'reference'"),
-        (dict(guided=99), "guided=99.*48 elements"),
         (dict(weights=torch.ones(2, 4, 8)), r"weights have shape \(2, 4, 8\).*R = 1 or 3"),
         (dict(times=torch.ones(5)), r"times have shape \(5,\)"),
         (
