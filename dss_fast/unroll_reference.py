@@ -58,19 +58,19 @@ class Rollout:
         if self.states._version != self._version:
             raise RuntimeError("the states of a rollout were modified in place before its gradient was taken")
         target = self._graph if cotangents.dim() == self._graph.dim() + 1 else self._graph[:, -1]
-        wanted = [t for t in self._leaves if t.requires_grad] + self._parameters
+        leaves = [t for t in self._leaves if t.requires_grad]
+        wanted = leaves + self._parameters
         if not retain:
             self._graph = self.states = self.history = None
         found = []
         for c, cotangent in enumerate(cotangents):
             keep = retain or c < len(cotangents) - 1
             given = cotangent.to(target.dtype)
-            found.append(torch.autograd.grad(target, wanted, given, retain_graph=keep, allow_unused=True))
-        stacked = [None if g[0] is None else torch.stack(g) for g in zip(*found, strict=True)]
-        inputs = [stacked.pop(0) if t.requires_grad else None for t in self._leaves]
-        empty = (g is None and t.requires_grad for g, t in zip(inputs, self._leaves, strict=True))
-        zeros = (t.new_zeros(len(found), *t.shape) if e else None for e, t in zip(empty, self._leaves, strict=True))
-        return *(z if g is None else g for g, z in zip(inputs, zeros, strict=True)), stacked
+            row = torch.autograd.grad(target, wanted, given, retain_graph=keep, allow_unused=True)
+            own = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, row, strict=False)]
+            found.append([*own, *row[len(leaves) :]])
+        stacked = iter([None if column[0] is None else torch.stack(column) for column in zip(*found, strict=True)])
+        return *(next(stacked) if t.requires_grad else None for t in self._leaves), list(stacked)
 
 
 def _without_cast_cache(device: torch.device) -> torch.autocast:
