@@ -224,7 +224,7 @@ def _engine(backend: str | None) -> Callable:
 class _FirstCall:
     """Counts what the graph of the model's first call saves for its backward, and says how many such graphs fit.
 
-    Every storage counts once; those in `aside`, which live on without the graph, do not.
+    Every storage counts once; those in ``aside``, which live on without the graph, do not.
     """
 
     def __init__(self, steps: int, budget: int, aside: set[int]):

@@ -229,6 +229,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             model_output = self._mean(model_output, sample)
         if self._noise_slot_empty:
             self._imply_noise(i, model_output, sample)
+        assert self._history is not None and self._rows is not None
         sample, self._history = multistep_step(sample, model_output, self._history, self._rows, self._index[i])
         self._step_index = self._next = i + 1
         if not return_dict:
