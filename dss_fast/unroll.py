@@ -49,7 +49,7 @@ class Plan:
 
     def __str__(self) -> str:
         text = f"keeps the graphs of {self.kept} of {self.steps} model calls, re-runs {self.steps - self.kept}"
-        if self.activation_bytes is not None:
+        if self.activation_bytes is not None and self.budget_bytes is not None:
             text += f"; one graph {self.activation_bytes / 1e6:.3g} MB, budget {self.budget_bytes / 1e6:.3g} MB"
         return text
 
@@ -112,7 +112,7 @@ class Rollout:
                 list(parameters),
                 [name in wrt for name in INPUTS],
             )
-        self.plan = Plan(steps, first.kept() if first else 0, first and first.bytes, budget)
+        self.plan = Plan(steps, first.kept() if first else 0, first.bytes if first else None, budget)
         self._shape, self._device = (len(x), steps, *x.shape[1:]), x.device
         self.states, self.history = self._engine.states, self._engine.history
 
@@ -131,8 +131,8 @@ class Rollout:
                 f"{('C', B, *S)} at the end point or {('C', B, N, *S)} along the trajectory"
             )
         gx, gw, gt, gp = self._engine.pull(cotangents.detach().to(self._device), retain_graph)
-        found = (None if g is None else g.to(d) for g, d in zip((gx, gw, gt), self._dtypes, strict=True))
-        return Gradients(*found, tuple(gp))
+        x, weights, times = (g if g is None else g.to(d) for g, d in zip((gx, gw, gt), self._dtypes, strict=True))
+        return Gradients(x, weights, times, tuple(gp))
 
 
 def unroll(
@@ -158,7 +158,9 @@ def unroll(
 
 class _Unroll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, model, options, parameters, x, weights, times, *_):
+    def forward(
+        ctx: Any, model: Any, options: Any, parameters: Any, x: Any, weights: Any, times: Any, *_: Any
+    ) -> Tensor:
         needed = ctx.needs_input_grad[3:]
         ctx.wanted = [i for i, wanted in enumerate(needed[3:]) if wanted]
         wrt = [name for name, wanted in zip(INPUTS, needed[:3], strict=True) if wanted]
@@ -171,7 +173,7 @@ class _Unroll(torch.autograd.Function):
         return rollout.states.to(x.device).detach()
 
     @staticmethod
-    def backward(ctx, grad_states):
+    def backward(ctx: Any, grad_states: Any) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "unroll has no second derivatives (create_graph=True): it re-runs the model to save memory; "
@@ -358,7 +360,7 @@ def _free_bytes(device: torch.device) -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _check(x, weights, times, parameters, wrt) -> None:
+def _check(x: Tensor, weights: Tensor, times: Tensor, parameters: Sequence[Tensor], wrt: Sequence[str]) -> None:
     if not x.is_floating_point() or x.ndim < 1:
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; give floats of shape (B, *S)")
     rows, steps = len(x), weights.shape[1] if weights.ndim == 3 else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,11 +46,13 @@ class Rollout:
                     output = checkpoint(*run, use_reentrant=False) if self._differentiates else call(*run[1:])
                 x, history = multistep_step(x, output, history, weights, index[i : i + 1])
                 states.append(x)
-            self._graph = torch.stack(states, 1)
-        self.states, self.history = self._graph.detach(), history.detach()
+            self._graph: Any = torch.stack(states, 1)
+        self.states: Any = self._graph.detach()
+        self.history: Any = history.detach()
         self._version = self.states._version
 
-    def pull(self, cotangents: Tensor, retain: bool):
+    def pull(self, cotangents: Tensor, retain: bool) -> tuple[Any, ...]:
+        """(x, weights, times, parameters): the gradients of each cotangent."""
         if self._graph is None:
             raise RuntimeError(
                 "Trying to use a rollout a second time: its states and graphs were let go by the first pull. "
