@@ -15,7 +15,7 @@ namespace dss_fast {
 // a, p, q and the guidance stand before the history's weights in every row of `weights`.
 constexpr int64_t kScalars = 4;
 
-// x_next goes to `out` (may be x), y to history's slot. Schemas and equations: dss_fast/step.py.
+// x_next goes to `out` (may be x), y to history's slot. Schemas and equations: dss_fast/step/__init__.py.
 inline void multistep_step_(const at::Tensor& x, const at::Tensor& output, at::Tensor& history,
                             const at::Tensor& weights, const at::Tensor& index, at::Tensor& out) {
   using Signature = void(const at::Tensor&, const at::Tensor&, at::Tensor&, const at::Tensor&, const at::Tensor&,

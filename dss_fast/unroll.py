@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .table import HISTORY
+
 __all__ = ["Gradients", "Plan", "Rollout", "unroll"]
 
 BACKENDS = ("cpp", "reference")
@@ -364,7 +366,7 @@ def _check(x: Tensor, weights: Tensor, times: Tensor, parameters: Sequence[Tenso
     if not x.is_floating_point() or x.ndim < 1:
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; give floats of shape (B, *S)")
     rows, steps = len(x), weights.shape[1] if weights.ndim == 3 else 0
-    slots = weights.shape[-1] - 4
+    slots = weights.shape[-1] - HISTORY
     if weights.ndim != 3 or weights.shape[0] not in (1, rows) or slots not in (steps, steps + 1) or not steps:
         raise ValueError(
             f"weights have shape {tuple(weights.shape)}; give (R, N, 4 + K) with R = 1 or {rows}, K = N or N + 1"

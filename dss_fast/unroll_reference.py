@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .step import multistep_step
+from .table import HISTORY
 
 
 class Rollout:
@@ -29,7 +30,7 @@ class Rollout:
         parameters: list[Tensor],
         needs: list[bool],
     ):
-        B, N, slots = len(x), weights.shape[1], weights.shape[2] - 4
+        B, N, slots = len(x), weights.shape[1], weights.shape[2] - HISTORY
         # Leaves with a row for each sample, so that their gradients come out per sample.
         inputs = x.detach(), weights.expand(B, -1, -1).clone(), times.clone()
         self._leaves = [t.requires_grad_(need) for t, need in zip(inputs, needs, strict=True)]

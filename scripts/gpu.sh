@@ -28,7 +28,7 @@ sys.exit(not torch.cuda.is_available())
 PY
 
 stage build 120 "$PYTHON" setup.py build_ext --inplace
-stage tests 150 "$PYTHON" -m pytest -q tests/test_step.py tests/test_step_cuda.py tests/test_serving.py tests/test_graph.py
+stage tests 150 "$PYTHON" -m pytest -q tests/step tests/test_serving.py tests/test_graph.py
 SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1)
 if [ -n "$SANITIZER" ]; then
   # The caching allocator hides overruns between tensors of one block.

@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from dss_fast import step_triton
+from dss_fast.step import triton as step_triton
 
 DTYPES = (torch.float32, torch.bfloat16)
 

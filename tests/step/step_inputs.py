@@ -14,14 +14,14 @@ NAN = float("nan")
 def implementation(name):
     """The module, or the namespace of ops, whose functions are under test, and the device they run on."""
     if name == "reference":
-        from dss_fast import step_reference
+        from dss_fast.step import reference as step_reference
 
         return step_reference, DEVICE
     if name == "cpp":
         import dss_fast.step  # noqa: F401
 
         return torch.ops.dss_fast, torch.device("cpu")
-    from dss_fast import step_triton
+    from dss_fast.step import triton as step_triton
 
     return step_triton, DEVICE
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from step_inputs import draw
 
-from dss_fast import step_reference
 from dss_fast.step import multistep_step
+from dss_fast.step import reference as step_reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

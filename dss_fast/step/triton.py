@@ -1,6 +1,6 @@
 """The multistep step in Triton: forward kernel, launcher, backward kernel, launcher, pull kernel, launcher.
 
-Same names and signatures as `dss_fast.step_reference`. A program owns one block of one row; it reads its step index
+Same names and signatures as `dss_fast.step.reference`. A program owns one block of one row; it reads its step index
 and its scalars from device memory, so a captured graph replays any step. Slots that a step does not use are masked
 off, which costs an instruction and no traffic. Under TRITON_INTERPRET=1 the kernels run on CPU tensors.
 """
@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dss_fast.step_reference import SCALARS, check, check_dtypes
+from .reference import SCALARS, check, check_dtypes
 
 __all__ = ["multistep_pull", "multistep_step", "multistep_step_", "multistep_step_backward"]
 

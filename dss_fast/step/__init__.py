@@ -15,7 +15,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from dss_fast import step_reference
+from . import reference as step_reference
 
 __all__ = ["backends", "multistep_pull", "multistep_step"]
 
@@ -52,7 +52,7 @@ def _register(name, schema):
         return reference(*args)
 
     def triton(*args):
-        from dss_fast import step_triton
+        from . import triton as step_triton
 
         with torch.cuda.device(args[0].get_device()):  # Triton launches on the current one
             return getattr(step_triton, name)(*args)
@@ -168,7 +168,7 @@ def _module(backend, device):
     if backend == "reference":
         return step_reference
     if backend == "triton" and device.type != "cuda":
-        from dss_fast import step_triton
+        from . import triton as step_triton
 
         return step_triton
     return None
