@@ -6,7 +6,7 @@ import datetime
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -84,7 +84,7 @@ def search(
         check_writable(out)  # before any call of the model
     folder, checkpoint = _open(out, config, resume, draws)
     if checkpoint is not None and _is_finished(checkpoint, ledger.budget):
-        result = SearchResult.of(checkpoint, folder, out)  # without a call of the model
+        result = SearchResult.of(checkpoint, folder)  # without a call of the model
     else:
         own_cache = Path(out) / "teacher" if out is not None and cache is None else None
         with _frozen(target.model):
@@ -92,8 +92,8 @@ def search(
                 config["outputs"] = draws.outputs_hash()
                 ledger.spend_once("fingerprint", 4)
                 draws = replace(draws, target=replace(draws.target, key=f"{config['model']} {config['outputs']}"))
-            if folder is not None:
-                folder.begin(config)
+            if out is not None:
+                _from_first(draws, lambda: folder.begin(config) if folder else None)
             kept = None if cache is None else Path(cache)
             state = checkpoint and checkpoint["state"]
             events = settings.run(draws, ledger, steps, initial=initial, cache=own_cache or kept, state=state)
@@ -147,20 +147,32 @@ def _open(
     out: str | os.PathLike[str] | None, config: dict[str, Any], resume: bool, draws: Draws
 ) -> tuple[RunFolder | None, dict[str, Any] | None]:
     """Rank 0's run folder, and the checkpoint every rank goes on from."""
-    folder = checkpoint = error = None
-    if out is not None and draws.rank == 0:
+    opened: list[RunFolder] = []
+
+    def checkpoint() -> dict[str, Any] | None:
+        assert out is not None
+        opened.append(RunFolder(out, config, resume))
+        return opened[0].checkpoint
+
+    found = None if out is None else _from_first(draws, checkpoint)
+    return (opened[0] if opened else None), found
+
+
+def _from_first(draws: Draws, work: Callable[[], Any]) -> Any:
+    """What some work of the first process returns, or raises, on every process: none is left waiting."""
+    found = error = None
+    if draws.rank == 0:
         try:
-            folder = RunFolder(out, config, resume)
-            checkpoint = folder.checkpoint
+            found = work()
         except Exception as failed:
             error = failed
     if draws.world > 1:
-        shared: list[Any] = [error, checkpoint]
+        shared: list[Any] = [error, found]
         torch.distributed.broadcast_object_list(shared, src=0)
-        error, checkpoint = shared
+        error, found = shared
     if error is not None:
         raise error
-    return folder, checkpoint
+    return found
 
 
 def _is_finished(checkpoint: dict[str, Any], budget: int | None) -> bool:

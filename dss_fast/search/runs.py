@@ -55,12 +55,10 @@ class SearchResult:
     out: Path | None = None
 
     @classmethod
-    def of(
-        cls, checkpoint: dict[str, Any], folder: RunFolder | None, out: str | os.PathLike[str] | None
-    ) -> SearchResult:
-        """What a finished search found, from its checkpoint and log."""
-        history = folder.read_log() if folder else []
-        return cls(checkpoint["solvers"], history, checkpoint["evaluations"], out=None if out is None else Path(out))
+    def of(cls, checkpoint: dict[str, Any], folder: RunFolder | None) -> SearchResult:
+        """What a finished search found, from its checkpoint and, where the run folder is, its log."""
+        history, out = (folder.read_log(), folder.path) if folder else ([], None)
+        return cls(checkpoint["solvers"], history, checkpoint["evaluations"], out=out)
 
     @property
     def solver(self) -> Solver:
@@ -246,7 +244,7 @@ def drive(
                 line = _loggable(event)
                 if folder:
                     folder.log(line)
-                history.append(_whole_keys(json.loads(json.dumps(line))))
+                history.append(_whole_keys(line))
                 # After its line: Ctrl-C in between leaves a line too many, which resuming cuts off.
                 resumable = event if event.get("state") is not None else resumable
                 _show(bar, event, shown)

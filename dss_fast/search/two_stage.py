@@ -123,14 +123,14 @@ class TwoStage:
         )
 
         def event(stage: str, *, saved: bool = True, **values: Any) -> dict[str, Any]:
-            found = {n: point.solver() or first.get(n, start[n]) for n, point in points.items()}
+            found = {n: point.solver() for n, point in points.items()}
             kept = {"first": dict(first), "points": {n: point.save() for n, point in points.items()}}
             return {
                 "stage": stage,
                 "done": ledger.evaluations,
                 "total": ledger.budget,
                 "complete": len(points) == len(steps) and all(point.finished for point in points.values()),
-                "solvers": {n: found.get(n, first.get(n, start[n])) for n in steps},
+                "solvers": {n: found.get(n) or first.get(n, start[n]) for n in steps},
                 "state": {"sizes": [samples, held_out_samples], **kept} if saved else None,
                 "samples": samples,
                 **values,
