@@ -318,3 +318,26 @@ def test_two_processes_find_what_one_finds(tmp_path):
             mine, theirs = torch.tensor(getattr(alone.solvers[n], key)), torch.tensor(getattr(together, key))
             assert torch.allclose(mine, theirs, rtol=0, atol=1e-6)
         assert together.provenance["evaluations"] == alone.solvers[n].provenance["evaluations"]
+
+
+def refused(rank, world, port, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=world)
+    search(flow_model, 3, cond=draw, out=folder, report=False, budget=4_000, **SHARED)
+    with pytest.raises(ValueError, match="outputs was"):
+        search(lambda x, t, shift: x, 3, cond=draw, out=folder, resume=True, report=False, **SHARED)
+    torch.distributed.destroy_process_group()
+
+
+def test_what_the_first_process_refuses_all_refuse(tmp_path):
+    """Another model may not go on with a search, and no process waits for one that has left."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    workers = [context.Process(target=refused, args=(r, 2, port, tmp_path / "two")) for r in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
