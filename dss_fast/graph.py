@@ -2,102 +2,200 @@
 
 A replay reads the noise, the conditions and the weights from the tensors the capture saw, so new values are
 copied into those first; coefficients are data on the device, never kernel arguments, and cannot go stale.
+
+Any thread may call, on any stream. One lock covers the captures and what a replay enqueues; the captures of a device
+share one memory pool, so an event orders their replays over all streams. While one thread captures the others may use
+the device, except that PyTorch 2.11 refuses random numbers drawn there from its default generator.
 """
 
 from __future__ import annotations
 
 import gc
+import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-KEPT = 8  # captured loops, least recently used dropped first; each holds its model's activations once
-_captured: OrderedDict[Hashable, Callable[[Mapping[str, Tensor]], Tensor]] = OrderedDict()
+KEPT = 8  # loops a device keeps, least recently used dropped first: the largest's activations, all inputs and outputs
+CAPTURES = "cuda"  # the type of device that does
+
+_lock = threading.RLock()
+_devices: dict[torch.device, _Device] = {}
+_abandoned: list[Any] = []  # graphs whose captures failed: PyTorch's allocator of pinned memory may still ask them
 
 
-class _Capture:
-    """A captured function of named tensors: calling it copies new values in, replays, and clones the result."""
+class _Loop:
+    """One captured function of named tensors; ``graph`` is None where it could not be captured.
 
-    def __init__(self, function: Callable[..., Tensor], tensors: Mapping[str, Tensor]):
-        self.function = function  # holds the model alive, so that its id cannot be given to another
+    inputs: what the capture reads, allocated on the stream ``home``. pool: where the rest of its memory lies.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self.home = torch.cuda.current_stream()
         self.inputs = {key: value.clone() for key, value in tensors.items()}
-        current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            function(**self.inputs)  # lazily made handles, autotuning and Triton's modules must exist beforehand
-            with _refusing_to_wait():
-                function(**self.inputs)
-        current.wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
-        before, collecting = generator.clone_state(), gc.isenabled()
+        self.constants: dict[str, Tensor] = {}  # those that inputs hold
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.output: Tensor | None = None
+        self.pool: Any = None
+
+    def capture(self, function: Callable[..., Tensor], stream: torch.cuda.Stream, pool: Any) -> None:
+        """Captures function(**inputs) on a stream where it has run before; raises what made that impossible."""
+        device, graph, cause = self.home.device.index, torch.cuda.CUDAGraph(), None
+        generator, collecting = torch.cuda.default_generators[device], gc.isenabled()
+        state = generator.clone_state()
         gc.disable()  # a Triton kernel finalised during the capture would unload its module and break it
         try:
-            with torch.cuda.graph(self.graph):
-                self.output = function(**self.inputs)
-        except BaseException:  # PyTorch leaves its stream current, its generator capturing (ACE-Step-1.5 issue 587)
-            torch.cuda.set_stream(current)
-            generator.graphsafe_set_state(before)
-            raise
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                try:
+                    self.output = function(**self.inputs)
+                except BaseException as error:  # the end of a broken capture raises another in its place
+                    cause = error
+                    raise
+        except BaseException as error:
+            generator.graphsafe_set_state(state)  # left capturing (ACE-Step-1.5 issue 587)
+            _abandon(graph, device, pool)
+            raise cause or error from None
         finally:
             if collecting:
                 gc.enable()
+        self.graph, self.pool = graph, pool
 
-    def __call__(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def replay(self, tensors: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> Tensor:
+        """The result for new values, on the current stream."""
+        assert self.graph is not None and self.output is not None
         for key, value in tensors.items():
-            self.inputs[key].copy_(value, non_blocking=True)
+            self.inputs[key].copy_(value)
+        for key, value in constants.items():
+            if self.constants.get(key) is not value:
+                self.inputs[key].copy_(value)
+                self.constants[key] = value
         self.graph.replay()
         return self.output.clone()
 
 
-@contextmanager
-def _refusing_to_wait() -> Iterator[None]:
-    """What waits for the device raises, here cleanly; in a capture the same would invalidate it."""
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
+class _Device:
+    """The loops of one GPU and what they share: the stream they are captured on, a memory pool, the last replay's end.
 
-
-def replay(key: Hashable, function: Callable[..., Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
-    """function(**tensors) by a captured graph; without one where that is impossible, saying why.
-
-    key: everything beside the tensors' values that settles what the function does. Captures are kept
-    per key and per shape, dtype and device of the tensors.
+    A pool gives its memory out on one stream, hence one for all captures.
     """
-    device = next(iter(tensors.values())).device
-    if device.type != "cuda":
-        warnings.warn(f"cuda_graph=True runs eagerly: the noise is on {device}, not on a GPU", stacklevel=4)
-        return function(**tensors)
-    key = (key, *((name, t.shape, t.dtype, t.device) for name, t in sorted(tensors.items())))
-    if key not in _captured:
-        try:
-            with torch.cuda.device(device):
-                _captured[key] = _Capture(function, tensors)
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            warnings.warn(
-                f"cuda_graph=True runs eagerly: the model could not be captured ({reason}); a capture allows no "
-                "copy to the host, no .item(), and no work on the CPU that depends on results",
-                stacklevel=4,
-            )
-            _captured[key] = lambda tensors: function(**tensors)  # and is not tried again
-        while len(_captured) > KEPT:
-            _captured.popitem(last=False)
-    _captured.move_to_end(key)
-    return _captured[key](tensors)
+
+    def __init__(self, device: torch.device):
+        self.loops: OrderedDict[Hashable, _Loop] = OrderedDict()
+        self.stream, self.finished = torch.cuda.Stream(device), torch.cuda.Event()
+        self.pool: Any = None
+
+    def add(self, key: Hashable, function: Callable[..., Tensor], tensors: Mapping[str, Tensor]) -> None:
+        """A new loop, captured, or with a warning that says why where it cannot be. Raises what the function does."""
+        # Inputs made in inference mode could not be written outside it.
+        with torch.inference_mode(False), torch.no_grad(), _uncached_autocast(tensors):
+            loop = _Loop(tensors)
+            self.stream.wait_stream(loop.home)
+            with torch.cuda.stream(self.stream):
+                function(**loop.inputs)  # handles made lazily, autotuning and Triton's modules must exist beforehand
+                # What a model's own autocast keeps would be freed under the replays, or read before there was any.
+                torch.clear_autocast_cache()
+                try:
+                    loop.capture(function, self.stream, self._pool())
+                except Exception as error:
+                    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                    warnings.warn(
+                        f"cuda_graph=True runs eagerly: the model could not be captured ({reason}); a capture allows "
+                        "no copy to the host, no .item(), and no work on the CPU that depends on results",
+                        stacklevel=6,
+                    )
+                    loop.inputs.clear()
+                    self.pool = None  # PyTorch may think that it is still captured into
+                torch.clear_autocast_cache()
+            loop.home.wait_stream(self.stream)
+        self.loops[key] = loop  # one that failed too, which is not tried again
+        while len(self.loops) > KEPT:
+            self.drop(next(iter(self.loops)))
+
+    def drop(self, key: Hashable) -> None:
+        """Lets a loop go. Its memory is given out again on its home stream, which waits for the last replay."""
+        self.loops.pop(key).home.wait_event(self.finished)
+
+    def _pool(self) -> Any:
+        """The pool of the loops there are; a new one when all that used it are gone, which PyTorch then refuses."""
+        if not any(loop.graph is not None and loop.pool == self.pool for loop in self.loops.values()):
+            self.pool = torch.cuda.graph_pool_handle()
+        return self.pool
+
+
+def replay(
+    key: Hashable,
+    function: Callable[..., Tensor],
+    tensors: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor],
+) -> Tensor:
+    """function(**tensors, **constants) by a captured graph; without one where that is impossible, saying why.
+
+    key: everything beside the tensors' values that settles what the function does, the model among it. Captures are
+    kept per key, autocast state and shape and dtype of the tensors, :data:`KEPT` on each device.
+    tensors, constants: on one device; a constant's values never change, so that the same one is copied once.
+    """
+    given = {**tensors, **constants}
+    device = next(iter(given.values())).device
+    if device.type != CAPTURES:
+        warnings.warn(f"cuda_graph=True runs eagerly: the noise is on {device}, not on a GPU", stacklevel=5)
+        return function(**given)
+    if torch.cuda.is_current_stream_capturing():  # the loop becomes part of the caller's graph
+        return function(**given)
+    key = (key, _autocast(device.type), *((name, given[name].shape, given[name].dtype) for name in given))
+    with _lock, torch.cuda.device(device):
+        here = _devices.get(device) or _devices.setdefault(device, _Device(device))
+        if key in here.loops:
+            here.loops.move_to_end(key)
+        else:
+            here.add(key, function, given)
+        loop = here.loops[key]
+        if loop.graph is not None:
+            stream = torch.cuda.current_stream()
+            stream.wait_event(here.finished)
+            result = loop.replay(tensors, constants)
+            here.finished.record(stream)
+            return result
+    return function(**given)
 
 
 def forget() -> None:
-    """Drops all captured loops and the memory they hold."""
-    _captured.clear()
+    """Drops all captured loops and the memory they hold, as needed after a model's parameters moved or were replaced:
+    a replay reads them where the capture found them."""
+    with _lock:
+        for device in _devices.values():
+            for key in list(device.loops):
+                device.drop(key)
+
+
+def _abandon(graph: Any, device: int, pool: Any) -> None:
+    """Undoes what a failed capture left under way: capture_end raises before it tells the allocators (CUDAGraph.cpp).
+
+    Until then empty_cache() may assert and what is short of memory cannot free any. The allocator of pinned memory has
+    no such door: it will refuse this pool, and calls a function of the graph, which therefore stays.
+    """
+    graph.reset()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:  # the capture had ended, what failed was the model in it
+        return
+    torch._C._cuda_releasePool(device, pool)
+    _abandoned.append(graph)
+
+
+def _autocast(kind: str) -> torch.dtype | None:
+    """What the caller's autocast casts to; None where it is off."""
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _uncached_autocast(tensors: Mapping[str, Tensor]) -> torch.autocast:
+    """The caller's autocast without its cache of weights, which lies outside a graph's memory."""
+    kind = next(iter(tensors.values())).device.type
+    dtype = _autocast(kind)
+    return torch.autocast(kind, dtype, enabled=dtype is not None, cache_enabled=False)
 
 
 def signature(arguments: Mapping[str, Any]) -> Hashable:

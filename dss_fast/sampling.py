@@ -67,7 +67,9 @@ def sample(
     check_finite: raise when the model returns NaN or Inf. None: on the CPU only, where it costs no sync.
     backend: of the step, see :func:`dss_fast.step.multistep_step`.
     cuda_graph: capture all N steps, model included, at the first call and replay them at later ones with
-        new noise and conditions. Runs eagerly, with a warning that says why, where that cannot be.
+        new noise and conditions, from any thread and stream. Runs eagerly, with a warning that says why, where that
+        cannot be. A device keeps the last 8 captures; after a model's parameters were moved or replaced (not merely
+        changed in place), call :func:`dss_fast.graph.forget`.
 
     Returns (B, *S) in the noise's dtype. Raises ValueError naming what does not fit, and
     FloatingPointError with the step and the number of samples when the model returns NaN or Inf.
@@ -134,22 +136,23 @@ def _replay(
     """The loop as one CUDA graph; conditions that are tensors may change between replays, the rest may not."""
     given = {f"cond.{k}": v.to(x.device) for k, v in cond.items() if isinstance(v, Tensor)}
     null = {f"uncond.{k}": v.to(x.device) for k, v in (uncond or {}).items() if isinstance(v, Tensor)}
-    channels = target.guided_channels
+    model, channels = target.model, target.guided_channels
 
     def loop(x: Tensor, weights: Tensor, times: Tensor, **tensors: Tensor) -> Tensor:
         now = {k: tensors.get(f"cond.{k}", v) for k, v in cond.items()}
         then = None if uncond is None else {k: tensors.get(f"uncond.{k}", v) for k, v in uncond.items()}
-        denoise = Denoiser(target.model, now, then, guided_channels=channels, check_finite=False)
+        denoise = Denoiser(model, now, then, guided_channels=channels, check_finite=False)
         *_, (_, last, _) = steps(denoise, x, StepTable(weights, times), history_dtype, backend)
         return last
 
-    tensors = {"x": x, "weights": table.weights, "times": table.times, **given, **null}
     try:
-        fixed = (signature(cond), None if uncond is None else signature(uncond))
+        fixed = signature(cond), None if uncond is None else signature(uncond)
+        key = model, getattr(model, "training", None), fixed, channels, history_dtype, backend
+        hash(key)
     except TypeError as error:
-        warnings.warn(f"cuda_graph=True runs eagerly: a condition cannot be told from another ({error})", stacklevel=4)
-        return loop(**tensors)
-    return replay((id(target.model), fixed, channels, history_dtype, backend), loop, tensors)
+        warnings.warn(f"cuda_graph=True runs eagerly: model and conditions give no key ({error})", stacklevel=4)
+        return loop(x, table.weights, table.times, **given, **null)
+    return replay(key, loop, {"x": x, **given, **null}, {"weights": table.weights, "times": table.times})
 
 
 @contextmanager

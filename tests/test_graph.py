@@ -1,13 +1,22 @@
-"""Whole loops as CUDA graphs: equal to eager ones, for new noise, conditions and guidance; and no synchronisation."""
+"""Whole loops as CUDA graphs: equal to eager ones, for new noise, conditions and guidance; and no synchronisation.
+
+On a GPU with the real thing; without one, the order of calls, the keys and the memory's owners by graph_fakes.py.
+"""
+
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
+from graph_fakes import FakeDevice
 from torch import nn
 
-from dss_fast import sample
+from dss_fast import graph, sample
 from dss_fast.graph import forget
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+no_fallback = pytest.mark.filterwarnings("error:cuda_graph=True")
 
 
 class Net(nn.Module):
@@ -19,10 +28,16 @@ class Net(nn.Module):
         return self.inner(torch.cat([x + y[:, None], t[:, None].to(x)], 1))
 
 
+@pytest.fixture
+def fake(monkeypatch):
+    return FakeDevice(monkeypatch)
+
+
 def test_without_a_gpu_it_runs_and_says_why():
     net, x = Net(), torch.randn(3, 16)
-    with pytest.warns(UserWarning, match="eagerly.*cpu"):
+    with pytest.warns(UserWarning, match="eagerly.*cpu") as warned:
         result = sample(net, x, "ab2/4", cond={"y": torch.ones(3)}, cuda_graph=True)
+    assert warned[0].filename == __file__
     assert torch.equal(result, sample(net, x, "ab2/4", cond={"y": torch.ones(3)}))
 
 
@@ -32,6 +47,7 @@ def test_what_needs_the_host_between_steps_is_refused():
 
 
 @needs_gpu
+@no_fallback
 def test_replays_new_noise_conditions_and_guidance():
     net = Net().cuda()
     for k in range(4):
@@ -46,7 +62,7 @@ def test_replays_new_noise_conditions_and_guidance():
 @needs_gpu
 @pytest.mark.parametrize("wait", [lambda t: t[0].item(), lambda t: torch.cuda.synchronize()])
 def test_a_model_that_cannot_be_captured_runs_eagerly(wait):
-    """The first is found before the capture, the second breaks it; neither leaves anything behind."""
+    """Neither leaves anything behind."""
     net, calls = Net().cuda(), []
 
     def waiting(x, t, y):
@@ -66,6 +82,7 @@ def test_a_model_that_cannot_be_captured_runs_eagerly(wait):
 
 
 @needs_gpu
+@no_fallback
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_sampling_never_synchronises(cuda_graph):
     net = Net().cuda()
@@ -90,6 +107,272 @@ def test_sampling_never_synchronises(cuda_graph):
 def test_conditions_that_are_dicts_and_lists(held, words):
     """The first is a key like any other; a replay could not change the second, so the loop runs eagerly."""
     x, model = torch.randn(3, 4), lambda x, t, held: x * len(held) / 3
-    with pytest.warns(UserWarning, match=words):
+    with pytest.warns(UserWarning, match=words) as warned:
         result = sample(model, x, "ab2/4", cond={"held": held}, cuda_graph=True)
+    assert warned[0].filename == __file__
     assert torch.equal(result, sample(model, x, "ab2/4", cond={"held": held}))
+
+
+@needs_gpu
+@pytest.mark.parametrize("wait", ["t[0].item()", "torch.cuda.synchronize()", "(_ for _ in ()).throw(RuntimeError)"])
+def test_a_failed_capture_leaves_none_under_way(wait):
+    """In a process of its own, since what one would leave breaks all that follows."""
+    code = f"""
+import torch, warnings
+from dss_fast import sample
+calls = []
+def waiting(x, t):
+    calls.append(1)
+    {wait if "throw" not in wait else "torch.cuda.is_current_stream_capturing() and " + wait}
+    return torch.sin(x) * t[:, None]
+x = torch.randn(64, 4096, device="cuda")
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    sample(waiting, x, "ab2/4", cuda_graph=True)
+assert any("could not be captured" in str(w.message) for w in caught), caught
+torch.cuda.empty_cache()                      # asserts while a capture is under way
+torch.randn(8, device="cuda").sum().item()    # the generator is not capturing
+torch.empty(8).pin_memory()
+free, _ = torch.cuda.mem_get_info()
+held = torch.empty(int(free * 0.7), dtype=torch.uint8, device="cuda")
+del held                                      # cached; what follows needs it freed
+torch.empty(int(free * 0.8), dtype=torch.uint8, device="cuda")
+good = lambda x, t: torch.cos(x) * t[:, None]
+warnings.simplefilter("error")
+torch.testing.assert_close(sample(good, x, "ab2/4", cuda_graph=True), sample(good, x, "ab2/4"))
+torch.testing.assert_close(sample(good, -x, "ab2/4", cuda_graph=True), sample(good, -x, "ab2/4"))
+print("all is well")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "all is well", done.stderr[-3000:]
+
+
+@needs_gpu
+@no_fallback
+def test_autocast_on_a_gpu():
+    net, options = Net().cuda(), {"cond": {"y": torch.ones(5, device="cuda")}}
+    x = torch.randn(5, 16, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        expected = sample(net, x, "ab2/4", **options)
+        sample(net, x, "ab2/4", cuda_graph=True, **options)
+    junk = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(8)]  # over what the cache let go
+    with torch.autocast("cuda", torch.bfloat16):
+        torch.testing.assert_close(sample(net, x, "ab2/4", cuda_graph=True, **options), expected)
+    full = sample(net, x, "ab2/4", cuda_graph=True, **options)
+    torch.testing.assert_close(full, sample(net, x, "ab2/4", **options), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(full, expected) and len(junk) == 8
+    forget()
+
+
+@needs_gpu
+@no_fallback
+def test_threads_on_streams_of_their_own():
+    net, found, failures = Net().cuda(), {}, []
+    inputs = [torch.randn(5 + k % 2, 16, device="cuda") for k in range(8)]
+    expected = [sample(net, x, "ab2/6", cond={"y": torch.ones(len(x), device="cuda")}) for x in inputs]
+    torch.cuda.synchronize()
+
+    def work(k):
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(50):
+                    y = torch.ones(len(inputs[k]), device="cuda")
+                    found[k] = sample(net, inputs[k], "ab2/6", cond={"y": y}, cuda_graph=True)
+                torch.cuda.current_stream().synchronize()
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert not failures
+    for k in range(8):
+        torch.testing.assert_close(found[k], expected[k], rtol=1e-5, atol=1e-5)
+    forget()
+
+
+@no_fallback
+def test_one_capture_serves_new_noise_conditions_and_solvers(fake):
+    net = Net()
+    for k in range(3):
+        x, y = torch.randn(5, 16), torch.randn(5)
+        options = {"cond": {"y": y}, "uncond": {"y": 0.0}, "guidance_scale": 1.5 + k}
+        for solver in ("sit-xl-2-256/5", "ab3/5"):
+            captured = sample(net, x, solver, cuda_graph=True, **options)
+            torch.testing.assert_close(captured, sample(net, x, solver, **options), rtol=1e-6, atol=1e-6)
+    assert fake.calls.count("new graph") == 1 and fake.modes == ["thread_local"]
+
+
+@no_fallback
+def test_a_model_in_training_is_another(fake):
+    net, x = Net(), torch.randn(2, 16)
+    for training in (True, False, True):
+        sample(net.train(training), x, "ab2/4", cond={"y": torch.ones(2)}, cuda_graph=True)
+    assert fake.calls.count("new graph") == 2
+
+
+def test_a_failed_capture_is_undone(fake):
+    """The pool no longer counts as captured into, is not used again, and the stream and generator are as before."""
+    net, calls = Net(), []
+
+    def waiting(x, t, y):
+        if calls.append(1) or len(calls) > 4:
+            t[0].item()
+        return net(x, t, y)
+
+    x, options = torch.randn(3, 16), {"cond": {"y": torch.ones(3)}}
+    sample(net, x[:2], "ab2/4", cond={"y": torch.ones(2)}, cuda_graph=True)
+    before = fake.current()
+    with pytest.warns(UserWarning, match=r"captured \(operation not permitted when stream is capturing\)") as warned:
+        result = sample(waiting, x, "ab2/4", cuda_graph=True, **options)
+    assert [w.filename for w in warned] == [__file__]
+    torch.testing.assert_close(result, sample(net, x, "ab2/4", **options))
+    assert fake.current() is before and fake.under_way == [] and fake.users == {(0, 1): 1}
+    assert "generator before" in fake.calls and len(graph._abandoned) == 1
+    calls.clear()
+    sample(waiting, x, "ab2/4", cuda_graph=True, **options)
+    assert len(calls) == 4 and fake.calls.count("new graph") == 2  # it was not tried again
+    fake.broken = False
+    sample(net, x, "ab2/4", cuda_graph=True, **options)
+    assert fake.users == {(0, 1): 1, (0, 2): 1}
+
+
+def test_what_a_model_raises_in_a_capture_frees_the_pool(fake):
+    calls = []
+
+    def moody(x, t):
+        calls.append(1)
+        if len(calls) == 6:
+            raise ValueError("no more")
+        return x
+
+    with pytest.warns(UserWarning, match=r"captured \(no more\)"):
+        sample(moody, torch.randn(3, 4), "ab2/4", cuda_graph=True)
+    assert fake.under_way == [] and fake.users == {(0, 1): 0} and not graph._abandoned
+
+
+@no_fallback
+def test_what_a_model_raises_comes_through(fake):
+    def wrong(x, t):
+        raise ValueError("no such class")
+
+    with pytest.raises(ValueError, match="no such class"):
+        sample(wrong, torch.randn(3, 4), "ab2/4", cuda_graph=True)
+    assert fake.calls.count("new graph") == 0
+
+
+@no_fallback
+def test_autocast_is_part_of_the_key_and_its_cache_stays_out(fake):
+    cached, net = [], Net()
+
+    def watched(x, t, y):
+        cached.append(torch.is_autocast_cache_enabled())
+        return net(x, t, y)
+
+    x, options = torch.randn(3, 16), {"cond": {"y": torch.ones(3)}}
+    full = sample(watched, x, "ab2/4", cuda_graph=True, **options)
+    for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            low = sample(watched, x, "ab2/4", cuda_graph=True, **options)
+            torch.testing.assert_close(low, sample(net, x, "ab2/4", **options))
+            assert torch.is_autocast_cache_enabled() and not torch.equal(low, full)
+    assert not any(cached) and fake.calls.count("new graph") == 3
+
+
+@no_fallback
+def test_replays_wait_for_the_last_one_on_any_stream(fake):
+    net, x, options = Net(), torch.randn(3, 16), {"cond": {"y": torch.ones(3)}, "cuda_graph": True}
+    sample(net, x, "ab2/4", **options)
+    fake.calls.clear()
+    for name in ("first", "second"):
+        with fake.on(name):
+            sample(net, x, "ab2/4", **options)
+    each = ["{0} waits for the event", "replay on {0}", "event on {0}"]
+    assert fake.calls == [line.format(name) for name in ("first", "second") for line in each]
+
+
+@no_fallback
+def test_threads_take_turns(fake):
+    """What one thread enqueues is not torn apart by another, and nobody gets another's samples."""
+    net, found = Net(), {}
+    inputs = [torch.randn(2 + k % 2, 16) for k in range(6)]
+
+    def work(k):
+        with fake.on(f"thread {k}"):
+            for _ in range(10):
+                found[k] = sample(net, inputs[k], "ab2/4", cond={"y": torch.ones(len(inputs[k]))}, cuda_graph=True)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(6)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    for k, x in enumerate(inputs):
+        torch.testing.assert_close(found[k], sample(net, x, "ab2/4", cond={"y": torch.ones(len(x))}))
+    assert fake.calls.count("new graph") == 2
+    replays = [i for i, call in enumerate(fake.calls) if call.startswith("replay on")]
+    assert len(replays) == 60
+    for i in replays:
+        name = fake.calls[i].removeprefix("replay on ")
+        assert fake.calls[i - 1] == f"{name} waits for the event" and fake.calls[i + 1] == f"event on {name}"
+
+
+@no_fallback
+def test_so_many_are_kept_in_one_pool(fake):
+    """Beyond them the least recently used goes, after the last replay; when all are gone a new pool is taken."""
+    net = Net()
+
+    def run(rows):
+        sample(net, torch.randn(rows, 16), "ab2/4", cond={"y": torch.ones(rows)}, cuda_graph=True)
+
+    for rows in range(1, graph.KEPT + 1):
+        run(rows)
+    run(1)
+    fake.calls.clear()
+    run(graph.KEPT + 1)
+    assert fake.calls.count("main waits for the event") == 2  # the memory of the one let go, and the replay
+    (device,) = graph._devices.values()
+    assert sorted(len(loop.output) for loop in device.loops.values()) == [1, *range(3, graph.KEPT + 2)]
+    assert {loop.pool for loop in device.loops.values()} == {(0, 1)} and fake.pools == 1
+    fake.calls.clear()
+    run(2)
+    assert "new graph" in fake.calls
+    forget()
+    assert not device.loops
+    run(1)
+    assert fake.pools == 2
+
+
+@no_fallback
+def test_a_table_is_copied_once(fake):
+    net, x, options = Net(), torch.randn(3, 16), {"cond": {"y": torch.ones(3)}, "cuda_graph": True}
+    for solver in ("ab2/4", "ab2/4", "ab3/4", "ab3/4"):
+        sample(net, x, solver, **options)
+    (loop,) = next(iter(graph._devices.values())).loops.values()
+    before = loop.inputs["weights"]._version
+    sample(net, x, "ab3/4", **options)
+    assert loop.inputs["weights"]._version == before
+    sample(net, x, "ab2/4", **options)
+    assert loop.inputs["weights"]._version == before + 1
+
+
+@no_fallback
+def test_captured_in_inference_mode_and_replayed_outside(fake):
+    net, x, options = Net(), torch.randn(3, 16), {"cond": {"y": torch.ones(3)}}
+    with torch.inference_mode():
+        sample(net, x, "ab2/4", cuda_graph=True, **options)
+    result = sample(net, -x, "ab2/4", cuda_graph=True, **options)
+    torch.testing.assert_close(result, sample(net, -x, "ab2/4", **options))
+    assert not result.requires_grad
+
+
+@no_fallback
+def test_bound_methods_of_one_object_are_one_model(fake):
+    net, x = Net(), torch.randn(3, 16)
+    for _ in range(2):
+        sample(net.forward, x, "ab2/4", cond={"y": torch.ones(3)}, cuda_graph=True)
+    assert fake.calls.count("new graph") == 1
+
+
+@no_fallback
+def test_within_a_capture_of_the_callers_the_loop_is_part_of_it(fake, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    net, x, options = Net(), torch.randn(3, 16), {"cond": {"y": torch.ones(3)}}
+    result = sample(net, x, "ab2/4", cuda_graph=True, **options)
+    assert torch.equal(result, sample(net, x, "ab2/4", **options)) and "new graph" not in fake.calls
