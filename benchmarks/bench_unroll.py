@@ -12,12 +12,12 @@ import csv
 import datetime
 import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from machine import DEVICE, commit, version
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
@@ -27,7 +27,6 @@ from dss_fast.unroll import Rollout
 from examples.mnist.model import Block, DiT
 
 RESULTS = Path(__file__).parent / "results" / "unroll.csv"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 N = 10
 clock = time.perf_counter if DEVICE.type == "cuda" else time.process_time
 
@@ -172,12 +171,6 @@ def _synchronize():
 
 def record(case, way, direction, seconds, peak_bytes):
     low, middle, high = (1e3 * q for q in _quantiles(seconds))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{platform.machine()} cpu, 1 thread"
     row = {
         "op": f"unroll {case.name}",
@@ -192,8 +185,8 @@ def record(case, way, direction, seconds, peak_bytes):
         "peak_mb": f"{peak_bytes / 1e6:.1f}",
         "device": name,
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "commit": commit.stdout.strip(),
+        "triton": version("triton"),
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
     key = ("op", "backend", "direction", "shape", "order", "device")
@@ -212,13 +205,6 @@ def _quantiles(seconds):
         return seconds * 3
     cuts = statistics.quantiles(seconds, n=10, method="inclusive")
     return cuts[1], statistics.median(seconds), cuts[7]
-
-
-def _version(package):
-    try:
-        return __import__(package).__version__
-    except ImportError:
-        return ""
 
 
 @pytest.mark.parametrize(("name", "rounds"), [("mnist-dit", 5), ("dit-s-2", 3)])

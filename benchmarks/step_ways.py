@@ -3,6 +3,8 @@
 All compute x + dt * sum_j c_ij v_j, the step of a flow model, so that nobody pays for more than its own formula.
 """
 
+from importlib.util import find_spec
+
 import torch
 
 from dss_fast.step import multistep_pull, multistep_step
@@ -182,14 +184,13 @@ def diffusers_loop(name):
     return build
 
 
-LOOP = {
-    "ours": ours_loop,
-    "released eager": released_loop,
-    "stacked eager": stacked_loop,
-    "diffusers DPM++ 2M": diffusers_loop("DPMSolverMultistepScheduler"),
-    "diffusers UniPC": diffusers_loop("UniPCMultistepScheduler"),
-    "diffusers FlowMatchEuler": diffusers_loop("FlowMatchEulerDiscreteScheduler"),
-}
+LOOP = {"ours": ours_loop, "released eager": released_loop, "stacked eager": stacked_loop}
+if find_spec("diffusers"):
+    LOOP |= {
+        "diffusers DPM++ 2M": diffusers_loop("DPMSolverMultistepScheduler"),
+        "diffusers UniPC": diffusers_loop("UniPCMultistepScheduler"),
+        "diffusers FlowMatchEuler": diffusers_loop("FlowMatchEulerDiscreteScheduler"),
+    }
 
 
 def _leaves(*tensors):

@@ -2,7 +2,11 @@
 
 import json
 
+import pytest
 import torch
+
+pytest.importorskip("hypothesis", reason="a test dependency, in requirements-test.txt")
+
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

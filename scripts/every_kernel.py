@@ -1,0 +1,75 @@
+"""Launches kernels for others to look at: compute-sanitizer, a profiler of hardware counters, a compile cache.
+
+python scripts/every_kernel.py                      # every kernel once, small and with odd sizes
+python scripts/every_kernel.py --share 0 8          # the first of eight shares, for processes that compile at once
+python scripts/every_kernel.py --forward mixed      # the last of ten steps on 1 x 16 x 21 x 90 x 160, three times
+DEVICE=cpu TRITON_INTERPRET=1 python scripts/every_kernel.py --share 0 40    # interpreted
+"""
+
+import argparse
+import itertools
+import os
+
+import torch
+
+from dss_fast.step import multistep_step
+from dss_fast.step import triton as step_triton
+
+DEVICE = os.environ.get("DEVICE", "cuda")
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "mixed": (torch.float32, torch.bfloat16),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+}
+SIZES = (4096, 1000, 1)  # aligned, ragged, less than a thread's share
+
+
+def variants():
+    return list(itertools.product(SIZES, DTYPES, (False, True), (False, True)))
+
+
+def run(size, types, pair, noise, batch=3, steps=10):
+    """All four operations."""
+    state, network = DTYPES[types]
+    x = torch.randn(batch, size, device=DEVICE).to(state)
+    output = torch.randn(batch * (1 + pair), size, device=DEVICE).to(network)
+    history = torch.randn(batch, steps + noise, size, device=DEVICE).to(network)
+    weights = torch.randn(batch, steps, 4 + steps + noise, device=DEVICE)
+    index = torch.tensor([0, 9, 10], device=DEVICE)
+    inputs = x, output, history, weights, index
+    step_triton.multistep_step(*inputs)
+    step_triton.multistep_step_(*inputs, x)
+    step_triton.multistep_step_backward(x, history if noise else None, *inputs, (True,) * 4)
+    step_triton.multistep_pull(history[:, :steps].contiguous(), weights, index, pair)
+    step_triton.multistep_pull(history[:, :steps].contiguous(), weights[:1].contiguous(), index[:1], pair)
+
+
+def forward(types, shape=(1, 16, 21, 90, 160), steps=10):
+    state, network = DTYPES[types]
+    x = torch.randn(shape, device=DEVICE).to(state)
+    history = torch.randn(shape[0], steps, *shape[1:], device=DEVICE).to(network)
+    weights = torch.randn(1, steps, 4 + steps, device=DEVICE)
+    index = torch.tensor([steps - 1], device=DEVICE)
+    for _ in range(3):
+        multistep_step(x, history[:, 0].contiguous(), history, weights, index, backend="triton")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--share", type=int, nargs=2, metavar=("K", "N"), default=(0, 1))
+    parser.add_argument("--forward", choices=DTYPES, metavar="TYPES")
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    if options.forward:
+        forward(options.forward, **({"shape": (1, 4, 8, 8)} if options.tiny else {}))
+    else:
+        k, n = options.share
+        for variant in variants()[k::n]:
+            run(*variant)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    print("all kernels ran")
+
+
+if __name__ == "__main__":
+    main()
