@@ -124,7 +124,8 @@ def _table(
         if name.spacing is not None:
             raise ValueError(f"solver {solver!r} brings a spacing, and sigmas are given; write {name.name!r}")
         grid = _grid(family or "vp", sigmas)
-        return handmade(name.name, None, grid, timesteps=grid.timesteps), 0
+        # to a sigma of 0 every method falls back to order 1 by itself; k-diffusion lowers it nowhere else
+        return handmade(name.name, None, grid, timesteps=grid.timesteps, lower_order_final=False), 0
     table = find_solver(solver, None, n)
     if family not in (None, table.family):
         raise ValueError(f"{table.label} is for {table.family} models, this one is {family}")

@@ -228,7 +228,8 @@ def test_custom_grids_are_honoured_or_refused():
 
     made = DSSScheduler.from_config(FLOW(shift=3.0).config, solver="dpmpp_2m")
     made.set_timesteps(sigmas=[1.0, 0.9, 0.5, 0.2, 0.1])
-    torch.testing.assert_close(made.sigmas, torch.tensor([1.0, 0.9, 0.5, 0.2, 0.1, 0.0]))
+    u = torch.tensor([1.0, 0.9, 0.5, 0.2, 0.1, 0.0])
+    torch.testing.assert_close(made.sigmas, 3 * u / (1 + 2 * u))  # under the pipeline's shift, as stock does
     made.set_timesteps(timesteps=[1000, 900, 500])
     torch.testing.assert_close(made.timesteps, torch.tensor([1000.0, 900, 500]))
     made.set_timesteps(sigmas=default)  # the pipelines' unasked grid gets the stock shift

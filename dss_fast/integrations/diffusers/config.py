@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,32 +34,81 @@ PREDICTIONS = {
 }
 
 
+# Whose grid a method walks, by the first part of its name; DPMSolverMultistepScheduler's for the rest.
+MULTISTEP = {
+    "dpmpp": "DPMSolverMultistepScheduler",
+    "unip": "UniPCMultistepScheduler",
+    "deis": "DEISMultistepScheduler",
+}
+# Schedulers whose Euler is EulerDiscreteScheduler; that of the others is DDIM.
+SIGMA_SPACE = (
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "LMSDiscreteScheduler",
+)
+STOCK = (
+    *MULTISTEP.values(), "EulerDiscreteScheduler", "DDIMScheduler", "FlowMatchEulerDiscreteScheduler", "CogVideoXDDIMScheduler"
+)
+# Schedulers with a shift or betas that step something else than a state along one path.
+OTHER = {
+    "FlowMapEulerDiscreteScheduler": "its network jumps between two times that it is told",
+    "HeliosDMDScheduler": "it changes the resolution between its stages",
+    "HeliosScheduler": "it changes the resolution between its stages",
+    "PiflowScheduler": "its network returns a policy for several steps",
+}
+STILL = 1e-9  # relative, of a last step that stands still in the stock scheduler
+
+
 def adopt(config: Config) -> dict[str, Any]:
-    """The config of a stock scheduler made explicit: the defaults of its own class filled in and its family named."""
+    """The config of a stock scheduler made explicit: the defaults of its own class filled in and its family named.
+
+    ``stock_class`` remembers the class and ``stock_defaults`` the keys it left at their defaults: on a change of class
+    diffusers gives those back to the new class's own default, and so does :func:`stock_scheduler`.
+    """
     config = dict(config)
-    config.pop("_use_default_values", None)
-    stock = getattr(diffusers, str(config.get("_class_name")), None)
+    unset = set(config.pop("_use_default_values", None) or ())
+    stock = _class_of(config)
     if stock is not None:
         for key, parameter in inspect.signature(stock.__init__).parameters.items():
-            if parameter.default is not inspect.Parameter.empty:
-                config.setdefault(key, parameter.default)
+            if parameter.default is not inspect.Parameter.empty and key not in config:
+                config[key] = parameter.default
+                unset.add(key)
+    config.update(stock_class=None if stock is None else stock.__name__, stock_defaults=sorted(unset))
     config.setdefault("family", family_of(config))
     return config
 
 
+def _class_of(config: Config) -> Any:
+    """The scheduler class that wrote a config: by its name, or, in a live scheduler's, which has none, by its keys."""
+    if config.get("_class_name"):
+        return getattr(diffusers, str(config["_class_name"]), None)
+    keys = {key for key in config if not key.startswith("_")}
+    for name in (*SIGMA_SPACE, *STOCK, "SASolverScheduler", "DPMSolverSinglestepScheduler"):
+        if keys == set(inspect.signature(getattr(diffusers, name).__init__).parameters) - {"self"}:
+            return getattr(diffusers, name)
+    return None
+
+
 def family_of(config: Config) -> str:
     """``"flow"`` or ``"vp"``. Raises ValueError for a config that is neither, such as EDM's."""
+    other = OTHER.get(str(config.get("_class_name")))
+    if other is not None:
+        raise ValueError(f"{config['_class_name']}: {other}; DSSScheduler steps a state along one path, by one prediction")
     if config.get("family"):
         return str(config["family"])
     if config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas"):
         return "flow"
-    if "beta_schedule" in config or "trained_betas" in config:
-        return "vp"
-    if "shift" in config or str(config.get("_class_name")).startswith("FlowMatch"):
-        return "flow"
+    if config.get("timestep_type", "discrete") != "continuous":  # Stable Video Diffusion tells its network log sigma
+        if "beta_schedule" in config or config.get("trained_betas") is not None:
+            return "vp"
+        if "shift" in config or str(config.get("_class_name")).startswith("FlowMatch"):
+            return "flow"
     raise ValueError(
-        f"this scheduler config ({config.get('_class_name', 'of an unnamed class')}) describes neither a flow (shift, "
-        "flow_prediction) nor a VP model (beta_schedule); DSSScheduler knows no other kind"
+        f"this scheduler config ({config.get('_class_name') or ', '.join(map(str, config))}) describes neither a flow (shift, "
+        "flow_prediction) nor a VP model at discrete times (beta_schedule); DSSScheduler knows no other kind"
     )
 
 
@@ -73,16 +123,38 @@ def prediction_of(config: Config) -> str:
 
 
 def stock_scheduler(name: str, config: Config) -> Any:
-    """A scheduler of diffusers with the part of a config that it knows."""
+    """The scheduler of diffusers that its own ``from_config`` makes of the pipeline's config, as far as grids go."""
     stock = getattr(diffusers, name)
     known = inspect.signature(stock.__init__).parameters
-    return stock(**{key: value for key, value in config.items() if key in known and value is not None})
+    known = {key for key in known if key not in ("algorithm_type", "solver_type")}  # DEIS' and SASolver's are refused
+    fallen = () if name == config.get("stock_class") else config.get("stock_defaults") or ()
+    given = {key: value for key, value in config.items() if key in known and value is not None and key not in fallen}
+    return stock(**given)
+
+
+def _knows(name: str, key: str) -> bool:
+    return key in inspect.signature(getattr(diffusers, name, object).__init__).parameters
+
+
+def settings() -> set[str]:
+    """What the schedulers asked for grids can be told."""
+    return {key for name in STOCK for key in inspect.signature(getattr(diffusers, name).__init__).parameters} - {"self"}
+
+
+def training_scheduler(config: Config) -> Any:
+    """A scheduler of diffusers with the noise that a VP model was trained on, ``betas`` and ``alphas_cumprod``."""
+    own = str(config.get("stock_class"))
+    if _knows(own, "beta_schedule"):
+        return stock_scheduler(own, config)
+    config = {**config, "stock_defaults": ()}  # the model's, whoever runs them
+    if config.get("snr_shift_scale") is not None:
+        return stock_scheduler("CogVideoXDDIMScheduler", config)
+    return stock_scheduler("DDIMScheduler", config)
 
 
 def alphas_cumprod(config: Config) -> Tensor:
     """(T,) float64: alpha^2 of the training steps of a VP model."""
-    name = "DDIMScheduler" if config.get("snr_shift_scale") is None else "CogVideoXDDIMScheduler"
-    table: Tensor = stock_scheduler(name, config).alphas_cumprod
+    table: Tensor = training_scheduler(config).alphas_cumprod
     return table.double()
 
 
@@ -134,73 +206,146 @@ def handmade_table(
     timesteps: Sequence[float] | None = None,
     mu: float | None = None,
 ) -> Solver:
-    """``"dpmpp_2m"`` on the grid of the pipeline's stock scheduler, or ``"dpmpp_2m@karras"`` on a spacing of ours."""
+    """``"dpmpp_2m"`` on the grid of its stock scheduler, or ``"dpmpp_2m@karras"`` on a spacing of ours."""
+    last = bool(config.get("lower_order_final", True))
     if name.spacing:
         if sigmas is not None or timesteps is not None:
             raise ValueError(
                 f"solver '{name.name}@{name.spacing}' brings its own spacing; leave out sigmas and timesteps"
             )
         schedule = model_schedule({**config, "shift": 1.0, "flow_shift": 1.0, "use_dynamic_shifting": False})
-        return handmade(name.name, num_steps, schedule, spacing=name.spacing)
+        return handmade(name.name, num_steps, schedule, spacing=name.spacing, lower_order_final=last)
     if family_of(config) == "flow":
-        grid = _flow_grid(config, num_steps, sigmas, timesteps, mu)
+        grid = _flow_grid(name.name, config, num_steps, sigmas, timesteps, mu)
     else:
         grid = _vp_grid(name.name, config, num_steps, sigmas, timesteps)
-    return handmade(name.name, None, grid, timesteps=grid.timesteps)
+    return handmade(name.name, None, grid, timesteps=grid.timesteps, lower_order_final=last)
 
 
-def is_default_grid(sigmas: Sequence[float]) -> bool:
-    """Whether the sigmas are 1 - i/n, which some 50 pipelines of diffusers pass when the user gave none."""
-    n = len(sigmas)
-    return bool(np.allclose(np.asarray(sigmas, dtype=np.float64), 1 - np.arange(n) / n, atol=1e-6))
+def stock_class(method: str, config: Config) -> str:
+    """The scheduler of diffusers whose grid a hand-made method walks on a pipeline with this config."""
+    own, kind = str(config.get("stock_class")), method.split("_")[0].rstrip("0123456789")
+    if family_of(config) == "flow":
+        if not config.get("use_flow_sigmas"):
+            return "FlowMatchEulerDiscreteScheduler"
+        if kind in ("dpmpp", "unip", "deis"):
+            return MULTISTEP[kind]
+        return own if _knows(own, "use_flow_sigmas") else MULTISTEP["dpmpp"]
+    if kind != "euler":
+        return MULTISTEP.get(kind, MULTISTEP["dpmpp"])
+    if own in SIGMA_SPACE:
+        return "EulerDiscreteScheduler"
+    return "DDIMScheduler" if config.get("snr_shift_scale") is None else "CogVideoXDDIMScheduler"
+
+
+def initial_scale(method: str, config: Config, schedule: Schedule) -> float:
+    """What a pipeline multiplies its noise by: 1, or the first sigma where the stock Euler starts at just that."""
+    if family_of(config) == "vp" and stock_class(method, config) == "EulerDiscreteScheduler":
+        if stock_scheduler("EulerDiscreteScheduler", config).config.timestep_spacing != "leading":
+            return float(schedule.alpha_sigma(torch.zeros(1, dtype=torch.float64))[1])
+    return 1.0
+
+
+def unasked(sigmas: Sequence[float] | None, timesteps: Sequence[float] | None, num_train_timesteps: int) -> bool:
+    """Whether custom times are none of the user's, but what pipelines of diffusers pass when the user gave none.
+
+    Some 50 pass sigmas of 1 - i/n, CogView4 whole numbers from T to 1 and their sigmas, Mochi (sigmas) and
+    LTXCondition (timesteps) half a line from 1 to 0.975 and then a parabola.
+    """
+    given = [np.asarray(v, dtype=np.float64) / scale for v, scale in ((sigmas, 1), (timesteps, num_train_timesteps))
+             if v is not None]  # fmt: skip
+    n = len(given[0])
+    whole = np.linspace(num_train_timesteps, 1, n).astype(np.int64) / num_train_timesteps
+    known = [1 - np.arange(n) / n, whole]
+    if n > 1:
+        line, i = n // 2, np.arange(n)
+        rest, rise = n - line, line - 0.025 * n
+        bend, slope = rise / (line * rest**2), 0.025 / line - 2 * rise / rest**2
+        known.append(1 - np.where(i < line, i * 0.025 / line, bend * i**2 + slope * i + bend * line**2))
+    return all(any(np.allclose(v, grid, atol=1e-6) for grid in known) for v in given)
 
 
 def _flow_grid(
-    config: Config, n: int, sigmas: Sequence[float] | None, timesteps: Sequence[float] | None, mu: float | None
+    method: str,
+    config: Config,
+    n: int,
+    sigmas: Sequence[float] | None,
+    timesteps: Sequence[float] | None,
+    mu: float | None,
 ) -> Grid:
-    steps, kind = config.get("num_train_timesteps", 1000), prediction_of(config)
-    if config.get("invert_sigmas"):
-        raise ValueError("invert_sigmas=True (Mochi) counts sigmas upwards; DSSScheduler does not know that convention")
-    if timesteps is not None and sigmas is None:
-        sigmas = [float(t) / steps for t in timesteps]
-    if sigmas is not None and (timesteps is not None or not is_default_grid(sigmas)):
-        times = [float(s) * steps for s in sigmas] if timesteps is None else timesteps
-        return Grid.flow([*sigmas, 0.0], times, prediction_type=kind)
-    if config.get("use_flow_sigmas"):
-        stock = stock_scheduler("DPMSolverMultistepScheduler", {**config, "prediction_type": "flow_prediction"})
-        stock.set_timesteps(n, mu=mu if config.get("use_dynamic_shifting") else None)
+    steps, kind, name = config.get("num_train_timesteps", 1000), prediction_of(config), stock_class(method, config)
+    if not config.get("use_flow_sigmas"):
+        given = None if sigmas is None else list(sigmas), None if timesteps is None else list(timesteps)
+        stock = stock_scheduler(name, config)
+        stock.set_timesteps(n, sigmas=given[0], mu=mu, timesteps=given[1])
+    elif timesteps is not None:  # which none of these schedulers takes
+        levels = [float(t) / steps for t in timesteps] if sigmas is None else list(sigmas)
+        return Grid.flow([*levels, 0.0], timesteps, prediction_type=kind)
     else:
-        stock = stock_scheduler("FlowMatchEulerDiscreteScheduler", config)
-        stock.set_timesteps(n, sigmas=None if sigmas is None else list(sigmas), mu=mu)
-    return Grid.flow(stock.sigmas.tolist(), stock.timesteps.tolist(), prediction_type=kind)
+        theirs = sigmas is not None and (name == MULTISTEP["unip"] or not unasked(sigmas, None, steps))
+        stock = stock_scheduler(MULTISTEP["unip"] if theirs else name, {**config, "prediction_type": "flow_prediction"})
+        options: dict[str, Any] = {"mu": mu} if config.get("use_dynamic_shifting") else {}
+        if theirs:
+            options["sigmas"] = np.asarray(sigmas, dtype=np.float64)
+        stock.set_timesteps(n, **options)
+    levels, times = stock.sigmas.double(), stock.timesteps.double()
+    if bool(levels.isnan().any()):
+        raise ValueError(f"{n} step under shift_terminal={config.get('shift_terminal')} is 0/0; take 2 steps or more")
+    if config.get("invert_sigmas"):  # Mochi counts up from 0; see DSSScheduler.set_timesteps
+        levels, times = 1 - levels, steps - times
+    return Grid.flow(_falling(levels), times.tolist(), prediction_type=kind)
 
 
 def _vp_grid(
     method: str, config: Config, n: int, sigmas: Sequence[float] | None, timesteps: Sequence[float] | None
 ) -> Grid:
+    kind, name = prediction_of(config), stock_class(method, config)
     table = alphas_cumprod(config).clamp_min(1e-30).numpy()  # a zero terminal SNR has no log
-    name = "DDIMScheduler" if method == "euler" else "DPMSolverMultistepScheduler"
-    stock, kind = stock_scheduler(name, config), prediction_of(config)
     if sigmas is not None:
         if timesteps is not None:
             raise ValueError("give sigmas or timesteps to a VP scheduler, not both")
         ratio = np.append(np.asarray(sigmas, dtype=np.float64), [] if sigmas[-1] == 0 else 0.0)
         log_ratio = 0.5 * np.log(1 / table - 1)
         return _ratio_grid(ratio, np.interp(np.log(ratio[:-1]), log_ratio, np.arange(len(table))).tolist(), kind)
+    stock = stock_scheduler(name, config)
+    landing = name in ("DDIMScheduler", "CogVideoXDDIMScheduler")
+    if config.get("snr_shift_scale") is None:  # which no other scheduler knows: there the model's own noise counts
+        there = stock.alphas_cumprod.double().clamp_min(1e-30).numpy()
+        if there.shape != table.shape or np.abs(there - table).max() > 1e-3:
+            warnings.warn(
+                f"as in diffusers, the betas of {config.get('stock_class')} are its defaults and are not handed to "
+                f"{name}, whose own are used; give beta_start, beta_end and beta_schedule to from_config to keep them",
+                stacklevel=4,
+            )
+        table = there
     if timesteps is None:
         stock.set_timesteps(n)
-    if timesteps is None and method != "euler" and config.get("snr_shift_scale") is None:
-        return _ratio_grid(stock.sigmas.double().numpy(), stock.timesteps.tolist(), kind)
+        if not landing and config.get("snr_shift_scale") is None:
+            return _ratio_grid(_falling(stock.sigmas.double()), stock.timesteps.tolist(), kind)
     times = np.asarray(stock.timesteps.tolist() if timesteps is None else timesteps, dtype=np.float64)
-    whole = (
-        config.get("set_alpha_to_one", True) if method == "euler" else config.get("final_sigmas_type") != "sigma_min"
-    )
-    whole = whole or times[-1] <= 0  # the stock scheduler would stand still for its last step
-    log_alpha = np.append(np.interp(times, np.arange(len(table)), np.log(table)), 0.0 if whole else np.log(table[0]))
+    if landing:
+        last = float(stock.final_alpha_cumprod)
+        if timesteps is None and len(times) > 1 and np.any(np.diff(times) != -(len(table) // len(times))):
+            warnings.warn(
+                f"{name} steps {len(table) // len(times)} training steps at a time whatever its own {n} times are, "
+                "and here they are further apart; DSSScheduler steps from time to time",
+                stacklevel=4,
+            )
+    else:
+        last = float(table[0]) if stock.config.get("final_sigmas_type") == "sigma_min" else 1.0
+    log_alpha = np.append(np.interp(times, np.arange(len(table)), np.log(table)), np.log(last))
+    log_alpha[-1] = max(log_alpha[-1], log_alpha[-2] - STILL * np.expm1(log_alpha[-2]))
     return Grid(tuple(np.exp(0.5 * log_alpha)), tuple(np.sqrt(-np.expm1(log_alpha))), tuple(times), "vp", kind)
 
 
+def _falling(levels: Tensor) -> list[float]:
+    """Sigmas whose last step may stand still, as in the stock schedulers, made to fall by less than float32 resolves."""
+    values: list[float] = levels.tolist()
+    return [*values[:-1], min(values[-1], values[-2] * (1 - STILL))]
+
+
 def _ratio_grid(ratio: Any, times: Sequence[float], kind: str) -> Grid:
+    ratio = np.asarray(ratio, dtype=np.float64)
     alphas = 1 / np.sqrt(1 + ratio**2)
     return Grid(tuple(alphas), tuple(ratio * alphas), tuple(times), "vp", kind)
 

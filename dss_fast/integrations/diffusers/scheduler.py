@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
@@ -25,11 +27,13 @@ from .config import (
     alphas_cumprod,
     family_of,
     handmade_table,
-    is_default_grid,
+    initial_scale,
     prediction_of,
     read_solvers,
-    stock_scheduler,
+    settings,
     table_schedule,
+    training_scheduler,
+    unasked,
 )
 
 __all__ = [
@@ -54,7 +58,9 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
     shift, use_dynamic_shifting, flow_shift, use_flow_sigmas: the pipeline's flow grid. They shape hand-made grids
         only. A learned flow table carries its own sigmas, under the shift it was searched with (1 for the
         published ones).
+    invert_sigmas: of Mochi, whose times and sigmas rise and whose network returns x0 - epsilon.
     num_train_timesteps, beta_*, trained_betas, rescale_betas_zero_snr, snr_shift_scale, prediction_type: the model's.
+    stock_class, stock_defaults: filled in by ``from_config``: the class the config comes from, and what it left unset.
     thresholding: refused, unless not strict: clipping x0 is no linear step. clip_sample: warned about.
 
     A run that starts part-way in, as in img2img and inpainting, has no predictions before its first step k. The
@@ -99,11 +105,14 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         use_dynamic_shifting: bool = False,
         flow_shift: float | None = None,
         use_flow_sigmas: bool = False,
+        invert_sigmas: bool = False,
         clip_sample: bool = False,
         thresholding: bool = False,
         solver: str | Solver | Mapping[str, Any] | Sequence[Any] = "euler",
         family: str | None = None,
         strict: bool = True,
+        stock_class: str | None = None,
+        stock_defaults: Sequence[str] = (),
     ) -> None:
         tables, self._methods, names, embedded = read_solvers(solver)
         if family is None:
@@ -114,6 +123,10 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             # names stay readable in scheduler_config.json; diffusers never prints keys that start with "_"
             self.register_to_config(solver=names[0] if len(names) == 1 else names, _solvers=embedded)
         self.register_to_config(family=family)
+        if stock_defaults:
+            # a stock scheduler made of this config gives them back to its own defaults, as diffusers does
+            unset = [*self.config.get("_use_default_values", ()), *stock_defaults]
+            self.register_to_config(_use_default_values=unset)
         if thresholding and strict:
             raise ValueError("thresholding=True clips x0 at every step, which no linear solver does; pass strict=False")
         if clip_sample:
@@ -122,8 +135,9 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         self._learned = {n: (table, table_schedule(table, self.config, strict)) for n, table in tables.items()}
 
         self.init_noise_sigma = 1.0
+        self._upwards = invert_sigmas
         if family == "vp" or trained_betas is not None:
-            self.betas = stock_scheduler("DDIMScheduler", self.config).betas
+            self.betas = training_scheduler(self.config).betas
         self.num_inference_steps = self.solver = self.schedule = self._table = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
         self.sigmas = torch.linspace(1, 0, num_train_timesteps + 1)
@@ -135,11 +149,19 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(config, Mapping):
             config = dict(config)
             embedded = config.pop("_solvers", None)
-            if "solver" not in config and config.get("_class_name") != cls.__name__:
+            if "stock_class" not in config or hasattr(diffusers, str(config.get("_class_name"))):
                 config = adopt(config)
-            elif embedded and "solver" not in kwargs:
+            unset = config.pop("_use_default_values", config["stock_defaults"])
+            if embedded and "solver" not in kwargs:
                 names = config.get("solver", [])
                 kwargs["solver"] = [*([names] if isinstance(names, str) else names), *embedded]
+            unset = [key for key in config["stock_defaults"] if key in unset and key not in kwargs]
+            # settings of the stock schedulers shape hand-made grids; ConfigMixin drops what __init__ does not name
+            told = {key: kwargs.pop(key) for key in settings() - cls._get_init_keys(cls) if key in kwargs}
+            config |= {**told, "stock_defaults": unset}
+            unknown = [key for key in kwargs if key not in cls._get_init_keys(cls)]
+            if unknown and not return_unused_kwargs:
+                raise ValueError(f"{unknown[0]}={kwargs[unknown[0]]!r}: no scheduler of diffusers asked has that setting")
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     # ---- what pipelines read
@@ -176,8 +198,8 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         """Chooses the table for n steps and forgets the run before.
 
-        sigmas, timesteps: taken as they are, unshifted, by hand-made solvers; refused by a learned table, whose
-            coefficients belong to its own times. sigmas of 1 - i/n count as none: pipelines pass them unasked.
+        sigmas, timesteps: of a hand-made solver, shifted as its stock scheduler shifts them; refused by a learned
+            table, whose coefficients belong to its own times. What pipelines pass unasked counts as none.
         mu: the log of a resolution-dependent shift, for hand-made solvers on a config with ``use_dynamic_shifting``.
 
         Raises ValueError naming the numbers of steps there are tables for.
@@ -192,15 +214,22 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         n = int(num_inference_steps)
         if n in self._learned:
             solver, schedule = self._learned[n]
+            scale = 1.0
         else:
-            solver = handmade_table(self._method(n), self.config, n, sigmas=sigmas, timesteps=timesteps, mu=mu)
+            name = self._method(n)
+            solver = handmade_table(name, self.config, n, sigmas=sigmas, timesteps=timesteps, mu=mu)
             schedule = solver.schedule
+            scale = 1.0 if name.spacing else initial_scale(name.name, self.config, schedule)
         table = StepTable.of(solver, schedule, dtype=torch.float64, strict=False)  # the schedule has been settled
         visible = sigmas_at(schedule, torch.tensor(solver.timesteps, dtype=torch.float64))
+        if self._upwards:
+            table = replace(table, times=self.config["num_train_timesteps"] - table.times)
+            visible = 1 - visible
         if n in self._learned:
             self._check_custom(solver, visible[:-1], table.times, sigmas, timesteps)
 
         self.num_inference_steps, self.solver, self.schedule, self._table = n, solver, schedule, table
+        self.init_noise_sigma = scale
         self.timesteps = table.times.to(torch.float32).to(device)
         self.sigmas = visible.to(torch.float32)  # on the CPU: Wan, Cosmos and LTX2 read one a step
         self._forget()
@@ -212,11 +241,14 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         sample: Tensor,
         generator: torch.Generator | None = None,
         return_dict: bool = True,
+        per_token_timesteps: Tensor | None = None,
     ) -> SchedulerOutput | tuple[Tensor]:
         """x_{i+1} from the network's output at x_i, after the pipeline's own guidance.
 
         model_output: (B, *S), or (B, 2C, ...) when the network also predicts variances, which are dropped.
         timestep: an element of ``timesteps``. sample: (B, *S). generator: ignored, the step is deterministic.
+        per_token_timesteps: (B, L) or (B, 1) of a (B, L, C) sample, as LTXCondition passes them: tokens of another time
+            than this step's, such as a given frame's, keep their value. model_output is then x0 - epsilon, as there.
 
         Returns (x_next,), or an object with ``prev_sample``; in the sample's dtype, sums in float32.
         """
@@ -227,10 +259,14 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             self._begin(i, sample)
         if model_output.shape != sample.shape:
             model_output = self._mean(model_output, sample)
+        model_output = self._towards_noise(model_output, per_token_timesteps)
         if self._noise_slot_empty:
             self._imply_noise(i, model_output, sample)
         assert self._history is not None and self._rows is not None
+        before = sample
         sample, self._history = multistep_step(sample, model_output, self._history, self._rows, self._index[i])
+        if per_token_timesteps is not None:
+            sample = torch.where(self._stepped(i, per_token_timesteps, before), sample, before)
         self._step_index = self._next = i + 1
         if not return_dict:
             return (sample,)
@@ -323,8 +359,12 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         sigmas: Sequence[float] | None,
         timesteps: Sequence[float] | None,
     ) -> None:
+        if sigmas is None and timesteps is None:
+            return
+        if unasked(sigmas, timesteps, self.config["num_train_timesteps"]):
+            return
         for label, given, own in (("sigmas", sigmas, own_sigmas), ("timesteps", timesteps, own_times)):
-            if given is None or (label == "sigmas" and is_default_grid(given)):
+            if given is None:
                 continue
             if not torch.allclose(torch.as_tensor(given, dtype=torch.float64), own, rtol=1e-4, atol=1e-6):
                 raise ValueError(
@@ -357,6 +397,32 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         exact = self.schedule.family == "flow" or sample.dtype == torch.float64
         self._history = table.new_history(sample, None if exact else torch.float32)
         self._noise_slot_empty = table.weighs_noise and i > 0
+
+    def _towards_noise(self, output: Tensor, per_token_timesteps: Tensor | None) -> Tensor:
+        """The output in the sign of the schedule's convention; Mochi and callers with per-token times give x0 - eps."""
+        return -output if self._upwards or per_token_timesteps is not None else output
+
+    def _stepped(self, i: int, times: Tensor, sample: Tensor) -> Tensor:
+        """Which tokens (B, L, 1) take this step. Reads the times back from the device.
+
+        Raises ValueError for a token under way at another noise, whose predictions no table's history fits, and for
+        times that are not the sigmas', between which the stock scheduler steps.
+        """
+        assert self._table is not None and self.schedule is not None
+        now = float(self._table.times[i])
+        if sample.ndim != 3 or times.ndim != 2 or abs(now / self.config["num_train_timesteps"] - float(self.sigmas[i])) > 1e-4:
+            raise ValueError(
+                f"per_token_timesteps {tuple(times.shape)} for a sample {tuple(sample.shape)} at time {now:g}, sigma "
+                f"{float(self.sigmas[i]):g}: needed are (B, L) for (B, L, C), and a grid whose times are its sigmas "
+                "(shift=1, or no custom timesteps)"
+            )
+        here = (times - now).abs() <= 1e-3 * max(now, 1.0)
+        if bool((~here & (times > 0)).any()):
+            raise ValueError(
+                "per_token_timesteps holds tokens under way at another noise than this step's: conditions of a "
+                "strength below 1 need the stock scheduler; give them strength 1"
+            )
+        return here[..., None]
 
     def _mean(self, output: Tensor, sample: Tensor) -> Tensor:
         assert self._history is not None
