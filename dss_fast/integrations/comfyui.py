@@ -1,17 +1,19 @@
-"""Two ComfyUI nodes that belong together: DSS Sampler gives a SAMPLER, DSS Sigmas the SIGMAS it was searched with.
+"""ComfyUI: two nodes that belong together, DSS Sampler and DSS Sigmas, and their solvers in the KSampler's own lists.
 
 A custom node folder needs one line in its ``__init__.py``:
 
     from dss_fast.integrations.comfyui import comfy_entrypoint
 
-Both go into SamplerCustom or SamplerCustomAdvanced, with the same solver and number of steps. Sigmas of another node
-stop the run with the reason, unless ``strict`` is off. Importing this module needs no ComfyUI; the nodes are made
+The nodes go into SamplerCustom or SamplerCustomAdvanced. A learned solver runs on its own sigmas or some of them in a
+row (SplitSigmas, KSamplerAdvanced's start and end steps); sigmas of another node stop the run with the reason, unless
+``strict`` is off. In a KSampler choose ``dss_<solver>`` as sampler and, for a learned one, as scheduler too. JSON files
+in ComfyUI's ``models/dss_fast`` are offered by their names. Importing this module needs no ComfyUI; the nodes are made
 when it asks.
 """
 
 from __future__ import annotations
 
-import warnings
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,26 +22,35 @@ import torch
 from torch import Tensor
 
 from ..methods import METHODS
-from ..names import Name, families, find_solver
+from ..names import Name, families, find_solver, published_steps
 from ..solver import Solver
-from .k_diffusion import sample_dss, sigmas_of
+from .k_diffusion import place_of, sample_dss, sigmas_of
 
 CATEGORY = "sampling/custom_sampling"
+# Names that mean another solver in this host. Its dpmpp_2m extrapolates in -log sigma, also where x = (1 - sigma) x0 +
+# sigma eps, and under that name so does ours; its deis integrates over another clock, so ours has another name here.
+OURS = {"dpmpp_2m_logsnr": "dpmpp_2m", "deis_logrho": "deis", "deis3_logrho": "deis3"}
+HOSTS = ("euler", "dpmpp_2m")
 
 
-def solver_names() -> list[str]:
-    """What the nodes offer: the published families and the hand-made methods."""
-    return [*families(), *METHODS]
+def solver_names(folder: Path | None = None) -> list[str]:
+    """What the nodes offer: the solvers of a folder, the published families and the hand-made methods."""
+    files = sorted(path.stem for path in folder.glob("*.json")) if folder is not None else []
+    return [*files, *families(), *[m for m in METHODS if not m.startswith("deis")], *OURS]
 
 
-def read_solver(solver: str, steps: int, file: str = "") -> Solver | str:
-    """The learned table of a node's settings, or the name of a hand-made method. A file goes before the name."""
+def read_solver(solver: str, file: str = "", folder: Path | None = None) -> dict[int, Solver] | str:
+    """Learned tables by their number of steps, or the name of a hand-made method. A file goes before the name."""
+    if not file.strip() and folder is not None and (folder / f"{solver}.json").is_file():
+        file = str(folder / f"{solver}.json")
     if file.strip():
         table = Solver.load(Path(file.strip()).expanduser())
-        if table.num_steps != steps:
-            raise ValueError(f"{file} holds a solver of {table.num_steps} steps; set steps to {table.num_steps}")
-        return table
-    return solver if Name.parse(solver).handmade else find_solver(solver, None, steps)
+        return {table.num_steps: table}
+    name = Name.parse(OURS.get(solver, solver))
+    if name.handmade:
+        return solver
+    steps = published_steps(name.name) if name.num_steps is None else [name.num_steps]
+    return {n: find_solver(name.name, None, n) for n in steps}
 
 
 def is_flow(model_sampling: Any) -> bool:
@@ -47,8 +58,8 @@ def is_flow(model_sampling: Any) -> bool:
     return any(kind.__name__ == "CONST" for kind in type(model_sampling).__mro__)
 
 
-def make_sampler(solver: Solver | str, strict: bool = True) -> Callable[..., Tensor]:
-    """The function that ComfyUI's KSAMPLER calls: sample_dss that looks up what kind of model it is given."""
+def make_sampler(solver: Mapping[int, Solver] | str, strict: bool = True) -> Callable[..., Tensor]:
+    """The function that ComfyUI's KSAMPLER calls: sample_dss, with the table that the sigmas belong to."""
 
     def sample(
         model: Any,
@@ -59,54 +70,116 @@ def make_sampler(solver: Solver | str, strict: bool = True) -> Callable[..., Ten
         disable: bool | None = None,
     ) -> Tensor:
         family = "flow" if is_flow(model.inner_model.inner_model.model_sampling) else "vp"
-        return sample_dss(model, x, sigmas, extra_args, callback, disable, solver=solver, family=family, strict=strict)
+        if isinstance(solver, str):
+            chosen: Solver | str = OURS.get(solver, solver)
+            family = "vp" if solver in HOSTS else family  # in -log sigma, as the host's own does
+        else:
+            fitting = [table for table in solver.values() if place_of(table, sigmas) is not None]
+            nearest = min(solver.values(), key=lambda table: abs(table.num_steps - (len(sigmas) - 1)))
+            chosen = fitting[0] if fitting else nearest
+        return sample_dss(model, x, sigmas, extra_args, callback, disable, solver=chosen, family=family, strict=strict)
 
     return sample
 
 
 def make_sigmas(
     model_sampling: Any,
-    solver: Solver | str,
+    solver: Mapping[int, Solver] | str,
     steps: int,
     denoise: float = 1.0,
     simple: Callable[[Any, str, int], Tensor] | None = None,
 ) -> Tensor:
-    """(k + 1,) float32, the sigmas of a solver for a model, k = steps * denoise, the last ones.
+    """(steps + 1,) float32, the sigmas of a solver for a model; none at all at denoise 0.
 
+    denoise: as everywhere in ComfyUI: below 1 the last ``steps`` of int(steps / denoise).
     simple: ComfyUI's calculate_sigmas, which serves hand-made methods with its ``simple`` scheduler.
 
-    Raises ValueError when a learned solver's family or noise is not the model's.
+    Raises ValueError when a learned solver's family or noise is not the model's, or when it has no table of so many
+    steps.
     """
-    kept = max(1, min(steps, round(steps * denoise)))
+    if denoise <= 0:
+        return torch.zeros(0)
+    total = int(steps / denoise) if denoise < 1 else steps
     if isinstance(solver, str):
         if simple is None:
             raise ValueError(f"solver {solver!r} takes ComfyUI's own sigmas: give simple, its calculate_sigmas")
-        return simple(model_sampling, "simple", int(steps / denoise) if denoise < 1 else steps)[-(steps + 1) :]
+        return simple(model_sampling, "simple", total)[-(steps + 1) :]
+    if total not in solver:
+        there = ", ".join(map(str, sorted(solver)))
+        raise ValueError(
+            f"steps={steps} at denoise={denoise:g} are the last {steps} of {total}, and "
+            f"{next(iter(solver.values())).label.split('/')[0]} exists for {there} steps in all; set steps to one of "
+            "these times denoise"
+        )
+    table = solver[total]
     family = "flow" if is_flow(model_sampling) else "vp"
-    if solver.family != family:
-        raise ValueError(f"{solver.label} is for {solver.family} models, this one is {family}")
-    sigmas = sigmas_of(solver)
+    if table.family != family:
+        raise ValueError(f"{table.label} is for {table.family} models, this one is {family}")
+    sigmas = sigmas_of(table)
     top = float(model_sampling.sigma_max)
     if family == "vp" and abs(top / float(sigmas[0]) - 1) > 0.1:
         # DiT's and PixArt's linear betas end at 157, Stable Diffusion's at 14.6: other noise, other coefficients
         raise ValueError(
-            f"{solver.label} was searched for noise up to {float(sigmas[0]):.4g}, this model's "
+            f"{table.label} was searched for noise up to {float(sigmas[0]):.4g}, this model's "
             f"goes to {top:.4g}; take a hand-made method, or search a solver for the model"
         )
-    if kept < steps and solver.noise_coeffs is not None:
-        warnings.warn("this solver weighs the initial noise and cannot start part-way; denoise is 1", stacklevel=2)
-        kept = steps
-    return sigmas[-(kept + 1) :].clone().to(torch.float32)
+    if steps < total and table.noise_coeffs is not None:
+        raise ValueError(f"{table.label} weighs the initial noise and cannot start part-way; set denoise to 1")
+    return sigmas[-(steps + 1) :].clone().to(torch.float32)
+
+
+def fingerprint(solver: str, file: str = "", folder: Path | None = None) -> str:
+    """The content of the file that a node's settings mean, as a hash; empty when they mean none."""
+    path = Path(file.strip()).expanduser() if file.strip() else None
+    if path is None and folder is not None:
+        path = folder / f"{solver}.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path is not None and path.is_file() else ""
+
+
+def add_to_ksampler(samplers: Any, functions: Any, folder: Path | None = None) -> list[str]:
+    """Puts ``dss_<solver>`` in the KSampler's lists, learned ones as schedulers too, and returns the names.
+
+    samplers, functions: ComfyUI's modules comfy.samplers and comfy.k_diffusion.sampling. A file is read at each run.
+    """
+    names = []
+    for solver in solver_names(folder):
+        name = f"dss_{solver}"
+        names.append(name)
+
+        def sample(*args: Any, solver: str = solver, **kwargs: Any) -> Tensor:
+            return make_sampler(read_solver(solver, folder=folder))(*args, **kwargs)
+
+        def sigmas(model_sampling: Any, steps: int, solver: str = solver) -> Tensor:
+            return make_sigmas(model_sampling, read_solver(solver, folder=folder), steps)
+
+        setattr(functions, f"sample_{name}", sample)
+        if name not in samplers.KSampler.SAMPLERS:
+            samplers.KSampler.SAMPLERS.append(name)
+        if not isinstance(read_solver(solver, folder=folder), str):
+            samplers.SCHEDULER_HANDLERS[name] = samplers.SchedulerHandler(sigmas)
+            for offered in (samplers.SCHEDULER_NAMES, samplers.KSampler.SCHEDULERS):
+                if name not in offered:
+                    offered.append(name)
+    return names
 
 
 async def comfy_entrypoint() -> Any:
     """What ComfyUI calls to get the extension (V3 API)."""
     import comfy.samplers
+    import folder_paths
+    from comfy.k_diffusion import sampling
     from comfy_api.latest import ComfyExtension, io
+
+    folder = Path(folder_paths.models_dir) / "dss_fast"
+    add_to_ksampler(comfy.samplers, sampling, folder)
 
     def settings() -> list[Any]:
         return [
-            io.Combo.Input("solver", options=solver_names()),
+            io.Combo.Input(
+                "solver",
+                options=solver_names(folder),
+                tooltip="dpmpp_2m is ComfyUI's own; on flow models dpmpp_2m_logsnr is the one of diffusers",
+            ),
             io.Int.Input("steps", default=8, min=1, max=100),
             io.String.Input("file", default="", tooltip="a solver's JSON file, instead of the name above"),
         ]
@@ -123,8 +196,12 @@ async def comfy_entrypoint() -> Any:
             )
 
         @classmethod
+        def fingerprint_inputs(cls, solver: str, file: str = "", **_: Any) -> str:
+            return fingerprint(solver, file, folder)
+
+        @classmethod
         def execute(cls, solver: str, steps: int, file: str = "", strict: bool = True) -> Any:
-            sampler = make_sampler(read_solver(solver, steps, file), strict)
+            sampler = make_sampler(read_solver(solver, file, folder), strict)
             return io.NodeOutput(comfy.samplers.KSAMPLER(sampler))
 
     class DSSSigmas(io.ComfyNode):
@@ -143,11 +220,14 @@ async def comfy_entrypoint() -> Any:
             )
 
         @classmethod
+        def fingerprint_inputs(cls, solver: str, file: str = "", **_: Any) -> str:
+            return fingerprint(solver, file, folder)
+
+        @classmethod
         def execute(cls, model: Any, solver: str, steps: int, file: str = "", denoise: float = 1.0) -> Any:
-            table = read_solver(solver, steps, file)
+            tables = read_solver(solver, file, folder)
             noise = model.get_model_object("model_sampling")
-            simple = comfy.samplers.calculate_sigmas
-            return io.NodeOutput(make_sigmas(noise, table, steps, denoise, simple))
+            return io.NodeOutput(make_sigmas(noise, tables, steps, denoise, comfy.samplers.calculate_sigmas))
 
     class DSSExtension(ComfyExtension):
         async def get_node_list(self) -> list[Any]:

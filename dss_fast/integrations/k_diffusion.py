@@ -44,8 +44,9 @@ def sample_dss(
     """Samples along ``sigmas`` with the coefficients of ``solver``, one network call and one fused update a step.
 
     model: model(x, sigma (B,), **extra_args) -> denoised (B, *S). x: (B, *S), the noise at sigmas[0].
-    sigmas: (n + 1,), falling. A learned solver takes those of :func:`sigmas_of`, or their last k + 1 for an image
-        given a start; a run that ends at 0 where the solver would end just above is taken to mean the same.
+    sigmas: (n + 1,), falling. A learned solver takes those of :func:`sigmas_of` or n + 1 of them in a row: the last for
+        an image given a start, the first and then the rest for two networks that share a run. A run that ends at 0
+        where the solver would end just above is taken to mean the same.
     callback: called after each network call with x, i, sigma, sigma_hat and denoised.
     disable: no progress bar.
     solver: as in ``sample``; a hand-made name (``"dpmpp_2m"``) is built on the sigmas given, any number.
@@ -59,7 +60,8 @@ def sample_dss(
     given = sigmas.detach().double().cpu()
     table, first = _table(solver, given, family, strict)
     own = sigmas_at(table.schedule, torch.tensor(table.timesteps, dtype=torch.float64))
-    grid = _grid(table.family, torch.cat([own[:first], given]))
+    last = first + len(given) - 1
+    grid = _grid(table.family, torch.cat([own[:first], given, own[last + 1 :]]))
     steps = StepTable.of(replace(table, timesteps=tuple(grid.timesteps.tolist()), schedule=grid), dtype=torch.float64)
     seen, stretch = sigmas, None
     if table.network_timesteps is not None:
@@ -71,7 +73,7 @@ def sample_dss(
     history = steps.new_history(x * noise if steps.weighs_noise else x)
     index = torch.arange(steps.num_steps, device=x.device).split(1)
     rows = x.new_ones([len(x)])
-    for i in _steps(steps.num_steps, disable):
+    for i in _steps(last - first, disable):
         z = x if stretch is None else float(stretch[first + i]) * x
         denoised = model(z, seen[i] * rows, **(extra_args or {}))
         if callback is not None:
@@ -129,27 +131,35 @@ def _table(
     table = find_solver(solver, None, n)
     if family not in (None, table.family):
         raise ValueError(f"{table.label} is for {table.family} models, this one is {family}")
+    first = place_of(table, sigmas)
+    if first is not None:
+        if first and table.noise_coeffs is not None:
+            raise ValueError(f"{table.label} weighs the initial noise, which a run that starts part-way does not have")
+        return table, first
     own = sigmas_at(table.schedule, torch.tensor(table.timesteps, dtype=torch.float64))
-    first = table.num_steps - n
-    if first >= 0:
-        wanted = own[first:].clone()
-        if sigmas[-1] == 0:
-            wanted[-1] = 0
-        if torch.allclose(sigmas, wanted, rtol=2e-3, atol=1e-5):
-            if first and table.noise_coeffs is not None:
-                raise ValueError(
-                    f"{table.label} weighs the initial noise, which a run that starts part-way does not have"
-                )
-            return table, first
     message = (
         f"sigmas of {n} steps from {sigmas[0]:.5g} to {sigmas[-1]:.5g} do not belong to {table.label}, which has "
-        f"{table.num_steps} steps from {own[0]:.5g} to {own[-1]:.5g}; its coefficients are good for its own sigmas "
-        "only: use sigmas_of(solver), in ComfyUI the DSS Sigmas node"
+        f"{table.num_steps} steps from {own[0]:.5g} to {own[-1]:.5g}; its coefficients are good for its own sigmas, or "
+        "some of them in a row, only: use sigmas_of(solver), in ComfyUI the DSS Sigmas node or the scheduler of the "
+        "same name, and let a run that stops early return its leftover noise"
     )
-    if strict or first != 0:
+    if strict or n != table.num_steps:
         raise ValueError(message)
     warnings.warn(message, stacklevel=3)
     return table, 0
+
+
+def place_of(table: Solver, sigmas: Tensor) -> int | None:
+    """The step at which sigmas (n + 1,) begin in a learned solver's own; None when they are not those in a row."""
+    own = sigmas_at(table.schedule, torch.tensor(table.timesteps, dtype=torch.float64))
+    sigmas, n = sigmas.detach().double().cpu(), len(sigmas) - 1
+    for first in range(table.num_steps - n, -1, -1):
+        wanted = own[first : first + n + 1].clone()
+        if first + n == table.num_steps and sigmas[-1] == 0:
+            wanted[-1] = 0
+        if torch.allclose(sigmas, wanted, rtol=2e-3, atol=1e-5):
+            return first
+    return None
 
 
 def _grid(family: str, sigmas: Tensor) -> Grid:

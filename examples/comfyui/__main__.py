@@ -31,10 +31,10 @@ def main(solver: str = "sit-xl-2-256", steps: int = 8) -> torch.Tensor:
             return x + sigma.view(-1, 1, 1, 1) * network(x, 1 - sigma, y)
 
     print("solvers to choose from:", ", ".join(solver_names()))
-    table = read_solver(solver, steps)
-    sigmas = make_sigmas(CONST(), table, steps)
+    tables = read_solver(solver)
+    sigmas = make_sigmas(CONST(), tables, steps)
     print("SIGMAS:", [round(v, 4) for v in sigmas.tolist()])
-    sampler = make_sampler(table)
+    sampler = make_sampler(tables)
     noise = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     images = sampler(Model(), noise * sigmas[0], sigmas, disable=True)
     try:

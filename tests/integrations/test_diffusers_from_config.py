@@ -1,4 +1,4 @@
-"""from_config beside diffusers' own: each scheduler class as the config it starts from, built as a user's script does."""
+"""from_config beside diffusers' own: each scheduler class as the config it starts from, as a user's script has it."""
 
 import inspect
 import warnings
@@ -19,7 +19,14 @@ DDIM, EULER = diffusers.DDIMScheduler, diffusers.EulerDiscreteScheduler
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FLOW_SIGMAS = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
-SIGMA_SPACE = ("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "LMSDiscrete")
+SIGMA_SPACE = (
+    "EulerDiscrete",
+    "EulerAncestralDiscrete",
+    "HeunDiscrete",
+    "KDPM2Discrete",
+    "KDPM2AncestralDiscrete",
+    "LMSDiscrete",
+)
 
 
 def every_class():
@@ -85,7 +92,7 @@ def test_every_class_has_the_grids_of_its_own_from_config(name, options):
                     warnings.simplefilter("ignore", UserWarning)
                     mine.set_timesteps(n, **mu)
                 assert torch.equal(theirs.timesteps.float(), mine.timesteps), (solver, n)
-                # the noise that snr_shift_scale moves is known to CogVideoX's schedulers alone: there the model's counts
+                # the noise that snr_shift_scale moves is known to CogVideoX's schedulers alone: there the model's
                 if "DDIM" not in kind.__name__ and not name.startswith("CogVideoX"):
                     assert torch.equal(theirs.sigmas, mine.sigmas), (solver, n)
 

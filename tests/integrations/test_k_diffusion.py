@@ -1,15 +1,16 @@
-"""sample_dss against sample on the small MNIST networks, and ComfyUI's nodes on a stand-in for ComfyUI."""
+"""sample_dss against sample on the small MNIST networks, and against k-diffusion itself."""
 
-import asyncio
+import importlib
+import os
 import sys
 import types
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from dss_fast import VP, DiscreteVP, Flow, Grid, find_solver, handmade, sample
-from dss_fast.integrations import comfyui
 from dss_fast.integrations.k_diffusion import sample_dss, sigmas_of
 from examples.mnist import load_flow, load_vp
 
@@ -204,120 +205,65 @@ def test_starting_part_way(name):
     torch.testing.assert_close(got, x)
 
 
-# ---- ComfyUI
+def dpmpp_2m(model, x, sigmas):
+    """k-diffusion's sample_dpmpp_2m in its own words."""
+    old = None
+    for i in range(len(sigmas) - 1):
+        denoised = model(x, sigmas[i].expand(len(x)))
+        h = sigmas[i].log() - sigmas[i + 1].log()
+        mixed = denoised
+        if old is not None and sigmas[i + 1] > 0:
+            r = (sigmas[i - 1].log() - sigmas[i].log()) / h
+            mixed = (1 + 1 / (2 * r)) * denoised - 1 / (2 * r) * old
+        x = sigmas[i + 1] / sigmas[i] * x - (-h).expm1() * mixed
+        old = denoised
+    return x
 
 
-class CONST:
-    pass
+HIGH_HALF, WHOLE = [14.6, 9.0, 5.5, 3.0, 1.5], [14.6, 7.0, 3.0, 1.0, 0.2, 0.0]
 
 
-class FlowNoise(CONST):
-    sigma_max = 1.0
+@pytest.mark.parametrize("sigmas", [HIGH_HALF, WHOLE, [*torch.linspace(5, 0.1, 20).tolist(), 0.0]])
+def test_the_last_step_is_lowered_where_sigma_reaches_zero_only(sigmas):
+    sigmas = torch.tensor(sigmas, dtype=torch.float64)
+    x = torch.randn(3, 5, dtype=torch.float64) * sigmas[0]
+    wanted = dpmpp_2m(linear, x, sigmas)
+    torch.testing.assert_close(sample_dss(linear, x, sigmas, solver="dpmpp_2m", disable=True), wanted)
 
 
-class LinearNoise:
-    sigma_max = 157.4
+@pytest.mark.skipif(
+    not (Path(os.environ.get("K_DIFFUSION_TREE", "")) / "k_diffusion" / "sampling.py").is_file(),
+    reason="set K_DIFFUSION_TREE to a checkout of crowsonkb/k-diffusion, with torchdiffeq and torchsde installed",
+)
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m"])
+@pytest.mark.parametrize("sigmas", [HIGH_HALF, WHOLE])
+def test_beside_k_diffusion_itself(name, sigmas):
+    """Its sampling.py alone: the package's __init__ imports training code and wandb."""
+    package = types.ModuleType("k_diffusion")
+    package.__path__ = [str(Path(os.environ["K_DIFFUSION_TREE"]) / "k_diffusion")]
+    utils = types.ModuleType("k_diffusion.utils")
+    utils.append_dims = lambda x, n: x[(...,) + (None,) * (n - x.ndim)]
+    sys.modules |= {"k_diffusion": package, "k_diffusion.utils": utils}
+    package.utils = utils
+    theirs = getattr(importlib.import_module("k_diffusion.sampling"), f"sample_{name}")
+    sigmas = torch.tensor(sigmas, dtype=torch.float64)
+    x = torch.randn(3, 5, dtype=torch.float64) * sigmas[0]
+    wanted = theirs(linear, x, sigmas, disable=True)
+    torch.testing.assert_close(sample_dss(linear, x, sigmas, solver=name, disable=True), wanted)
 
 
-class StableDiffusionNoise:
-    sigma_max = 14.61
-
-
-class Port:
-    """Stands for every input and output type of comfy_api's io."""
-
-    def __init__(self, *args, **kwargs):
-        self.args, self.kwargs = args, kwargs
-
-
-@pytest.fixture
-def comfy(monkeypatch):
-    io = types.SimpleNamespace(
-        ComfyNode=type("ComfyNode", (), {}),
-        Schema=lambda **fields: types.SimpleNamespace(**fields),
-        NodeOutput=lambda *values: types.SimpleNamespace(values=values),
-        **{
-            kind: types.SimpleNamespace(Input=Port, Output=Port)
-            for kind in ("Model", "Int", "Float", "String", "Combo", "Boolean", "Sampler", "Sigmas")
-        },
-    )
-    samplers = types.ModuleType("comfy.samplers")
-    samplers.KSAMPLER = lambda function: function
-    samplers.calculate_sigmas = lambda noise, scheduler, steps: torch.linspace(float(noise.sigma_max), 0, steps + 1)
-    latest = types.ModuleType("comfy_api.latest")
-    latest.ComfyExtension, latest.io = type("ComfyExtension", (), {}), io
-    package = types.ModuleType("comfy")
-    package.samplers = samplers
-    for name, module in {
-        "comfy": package,
-        "comfy.samplers": samplers,
-        "comfy_api": types.ModuleType("comfy_api"),
-        "comfy_api.latest": latest,
-    }.items():
-        monkeypatch.setitem(sys.modules, name, module)
-
-    async def nodes():
-        return await (await comfyui.comfy_entrypoint()).get_node_list()
-
-    return asyncio.run(nodes())
-
-
-def wrapped(noise):
-    """A model as a sampler function sees it, and as a node's MODEL input."""
-
-    class Guided:
-        inner_model = types.SimpleNamespace(inner_model=types.SimpleNamespace(model_sampling=noise))
-
-        def __call__(self, x, sigma, **_):
-            return linear(x, sigma)
-
-    return Guided(), types.SimpleNamespace(get_model_object=lambda name: noise)
-
-
-@pytest.mark.parametrize("noise, solver", [(FlowNoise(), "sit-xl-2-256"), (LinearNoise(), "dit-xl-2-256")])
-@pytest.mark.parametrize("denoise", [1.0, 0.5])
-def test_the_node_pair(comfy, noise, solver, denoise):
-    sampler_node, sigmas_node = comfy
-    assert sampler_node.define_schema().node_id == "DSSSampler" and sigmas_node.define_schema().node_id == "DSSSigmas"
-    guided, model = wrapped(noise)
-    sampler = sampler_node.execute(solver, 8).values[0]
-    sigmas = sigmas_node.execute(model, solver, 8, denoise=denoise).values[0]
-    assert len(sigmas) == 1 + 8 * denoise
-    seen = []
-    out = sampler(
-        guided, torch.randn(2, 4) * sigmas[0], sigmas, extra_args={"seed": 1}, callback=seen.append, disable=True
-    )
-    assert out.isfinite().all() and len(seen) == 8 * denoise
-    with pytest.raises(ValueError, match="do not belong"):
-        sampler(guided, torch.randn(2, 4), torch.linspace(float(sigmas[0]), 0, 9), disable=True)
-
-
-def test_nodes_refuse_another_kind_of_model(comfy):
-    sampler_node, sigmas_node = comfy
-    with pytest.raises(ValueError, match="for vp models"):
-        sigmas_node.execute(wrapped(FlowNoise())[1], "dit-xl-2-256", 8)
-    with pytest.raises(ValueError, match="noise up to 15"):
-        sigmas_node.execute(wrapped(StableDiffusionNoise())[1], "dit-xl-2-256", 8)
-    with pytest.raises(ValueError, match="there are"):
-        sampler_node.execute("dit-xl-2-256", 11)
-
-
-def test_nodes_with_handmade_methods_and_files(comfy, tmp_path):
-    sampler_node, sigmas_node = comfy
-    guided, model = wrapped(StableDiffusionNoise())
-    sigmas = sigmas_node.execute(model, "dpmpp_2m", 8, denoise=0.5).values[0]
-    assert len(sigmas) == 9 and sigmas[0] == pytest.approx(14.61 / 2, rel=1e-3)
-    sampler = sampler_node.execute("dpmpp_2m", 8).values[0]
-    assert sampler(guided, torch.randn(2, 4), sigmas, disable=True).isfinite().all()
-    path = tmp_path / "mine.json"
-    find_solver("sit-xl-2-256/6").save(path)
-    guided, model = wrapped(FlowNoise())
-    sampler = sampler_node.execute("euler", 6, str(path)).values[0]
-    sigmas = sigmas_node.execute(model, "euler", 6, str(path)).values[0]
-    assert sampler(guided, torch.randn(2, 4), sigmas, disable=True).isfinite().all()
-    with pytest.raises(ValueError, match="set steps to 6"):
-        sampler_node.execute("euler", 8, str(path))
-
-
-def test_import_needs_no_comfyui():
-    assert "comfy" not in sys.modules and "comfy_api" not in sys.modules
+@pytest.mark.parametrize("name", ["sit-xl-2-256/8", "dit-xl-2-256/8"])
+@pytest.mark.parametrize("noise", [None, [0.02, -0.01, 0.03, 0.0, 0.01, 0.02, -0.02, 0.01]])
+def test_the_first_steps_alone(name, noise):
+    """A prefix of the table's own sigmas is the whole run stopped there: what the first of two networks does."""
+    table = replace(find_solver(name), noise_coeffs=noise)
+    own, x, states = sigmas_of(table).double(), torch.randn(2, 4, dtype=torch.float64), []
+    sample_dss(linear, x, own, callback=lambda info: states.append(info["x"]), solver=table, disable=True)
+    for k in (1, 3, 7):
+        torch.testing.assert_close(sample_dss(linear, x, own[: k + 1], solver=table, disable=True), states[k])
+    if noise is None:
+        sample_dss(linear, states[2], own[2:6], solver=table, disable=True)
+    cut = own[:4].clone()
+    cut[-1] = 0
+    with pytest.raises(ValueError, match="leftover noise"):
+        sample_dss(linear, x, cut, solver=table, disable=True)

@@ -50,7 +50,11 @@ SIGMA_SPACE = (
     "LMSDiscreteScheduler",
 )
 STOCK = (
-    *MULTISTEP.values(), "EulerDiscreteScheduler", "DDIMScheduler", "FlowMatchEulerDiscreteScheduler", "CogVideoXDDIMScheduler"
+    *MULTISTEP.values(),
+    "EulerDiscreteScheduler",
+    "DDIMScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "CogVideoXDDIMScheduler",
 )
 # Schedulers with a shift or betas that step something else than a state along one path.
 OTHER = {
@@ -96,7 +100,9 @@ def family_of(config: Config) -> str:
     """``"flow"`` or ``"vp"``. Raises ValueError for a config that is neither, such as EDM's."""
     other = OTHER.get(str(config.get("_class_name")))
     if other is not None:
-        raise ValueError(f"{config['_class_name']}: {other}; DSSScheduler steps a state along one path, by one prediction")
+        raise ValueError(
+            f"{config['_class_name']}: {other}; DSSScheduler steps a state along one path, by one prediction"
+        )
     if config.get("family"):
         return str(config["family"])
     if config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas"):
@@ -339,7 +345,7 @@ def _vp_grid(
 
 
 def _falling(levels: Tensor) -> list[float]:
-    """Sigmas whose last step may stand still, as in the stock schedulers, made to fall by less than float32 resolves."""
+    """Sigmas whose last step may stand still, as in stock schedulers, made to fall by less than float32 resolves."""
     values: list[float] = levels.tolist()
     return [*values[:-1], min(values[-1], values[-2] * (1 - STILL))]
 

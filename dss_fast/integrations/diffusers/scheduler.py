@@ -161,7 +161,9 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             config |= {**told, "stock_defaults": unset}
             unknown = [key for key in kwargs if key not in cls._get_init_keys(cls)]
             if unknown and not return_unused_kwargs:
-                raise ValueError(f"{unknown[0]}={kwargs[unknown[0]]!r}: no scheduler of diffusers asked has that setting")
+                raise ValueError(
+                    f"{unknown[0]}={kwargs[unknown[0]]!r}: no scheduler of diffusers asked has that setting"
+                )
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     # ---- what pipelines read
@@ -410,7 +412,11 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         """
         assert self._table is not None and self.schedule is not None
         now = float(self._table.times[i])
-        if sample.ndim != 3 or times.ndim != 2 or abs(now / self.config["num_train_timesteps"] - float(self.sigmas[i])) > 1e-4:
+        if (
+            sample.ndim != 3
+            or times.ndim != 2
+            or abs(now / self.config["num_train_timesteps"] - float(self.sigmas[i])) > 1e-4
+        ):
             raise ValueError(
                 f"per_token_timesteps {tuple(times.shape)} for a sample {tuple(sample.shape)} at time {now:g}, sigma "
                 f"{float(self.sigmas[i]):g}: needed are (B, L) for (B, L, C), and a grid whose times are its sigmas "
