@@ -112,9 +112,10 @@ def family_of(config: Config) -> str:
             return "vp"
         if "shift" in config or str(config.get("_class_name")).startswith("FlowMatch"):
             return "flow"
+    whose = config.get("_class_name") or ", ".join(map(str, config))
     raise ValueError(
-        f"this scheduler config ({config.get('_class_name') or ', '.join(map(str, config))}) describes neither a flow (shift, "
-        "flow_prediction) nor a VP model at discrete times (beta_schedule); DSSScheduler knows no other kind"
+        f"this scheduler config ({whose}) describes neither a flow (shift, flow_prediction) nor a VP model at discrete "
+        "times (beta_schedule); DSSScheduler knows no other kind"
     )
 
 

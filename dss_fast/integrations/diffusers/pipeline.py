@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from ...target import Target
 from .config import model_schedule
-from .recording import Notes, Step, record, tensor_of
+from .recording import ASKED, Notes, Step, record, tensor_of
 
 TIMES = ("timestep", "timesteps", "t")
-STEPS = 3  # of the run that is studied; the middle one checks what the outer two say
+PART_WAY = ("Img2Img", "Inpaint", "Image2Image", "ControlNet", "Control", "InstructPix2Pix", "Upscale", "Edit")
 
 
 def from_pipeline(
@@ -51,10 +51,11 @@ def from_pipeline(
 
     Raises ValueError when the network's calls or its guidance are not understood, saying what was seen.
     """
+    _check_kind(pipe, arguments)
     rows = _rows(prompts)
     count = len(next(iter(rows.values())))
     first = [_take(rows, [0]), _take(rows, [0, 1 % count])]
-    one, two = (record(pipe, chunk, STEPS, generator, arguments) for chunk in first)
+    one, two = (record(pipe, chunk, ASKED, generator, arguments) for chunk in first)
     layout = _Layout.read(one, two, _given_scales(pipe, arguments))
 
     cond: list[dict[str, Tensor]] = []
@@ -104,10 +105,11 @@ class PipelineModel(nn.Module):
         layout = self._layout
         tensors = {key: getattr(self, f"fixed_{i}") for i, key in enumerate(self._fixed)}
         arguments = layout.arguments({**tensors, **cond}, len(x))
-        arguments[layout.x_key] = x.to(layout.dtype)
-        arguments[layout.t_key] = (layout.time_scale * t + layout.time_shift).to(layout.time_dtype)
+        arguments[layout.x_key] = layout.as_given(layout.x_key, x.to(layout.dtype).reshape(len(x), *layout.x_shape))
+        t = (layout.time_scale * t + layout.time_shift).to(layout.time_dtype)
+        arguments[layout.t_key] = t.reshape(-1, *[1] * (layout.time_ndim - 1))
         output = tensor_of(self.network(**arguments))
-        return layout.sign * _mean(output, x)
+        return layout.sign * layout.mean(output, x.shape[1:])
 
 
 # ---- reading them
@@ -128,7 +130,10 @@ class _Layout:
     doubled_state: bool  # the pipeline steps both halves of its batch, as DiT's does
     fixed: dict[str, Any]  # arguments that do not depend on the prompt
     repeated: dict[str, Any]  # lists with the same entry for every row
-    per_row: tuple[str, ...]
+    per_row: dict[str, int]  # how many rows of the argument a prompt has: as many as frames, in AnimateDiff
+    lists: tuple[str, ...]  # per row, and given as a list of tensors, as Z-Image does
+    x_shape: tuple[int, ...]  # of one row, where it has an axis of length 1 more than the latents
+    time_ndim: int
     cond: int = 0
     sign: float = 1.0
     scale: float = 1.0
@@ -144,42 +149,56 @@ class _Layout:
             raise ValueError("the pipeline runs more than one network; search each on its own, this one cannot")
         if not 1 <= len(calls) <= 2 or any(len(s.calls) != len(calls) for s in one.steps):
             seen = [len(s.calls) for s in one.steps]
-            raise ValueError(f"the pipeline called its network {seen} times in {STEPS} steps; 1 or 2 are understood")
+            raise ValueError(f"the pipeline called its network {seen} times in {ASKED} steps; 1 or 2 are understood")
         names = list(inspect.signature(calls[0].module.forward).parameters)
         x_key, t_key = names[0], next((n for n in TIMES if n in names), "")
-        x, t = calls[0].arguments[x_key], calls[0].arguments.get(t_key)
-        if not isinstance(t, Tensor) or t.ndim > 1:
+        x, t = _stacked(calls[0].arguments[x_key]), calls[0].arguments.get(t_key)
+        if not isinstance(t, Tensor) or not isinstance(x, Tensor) or (t.ndim > 1 and t.numel() != len(x)):
             shape = tuple(t.shape) if isinstance(t, Tensor) else t
             raise ValueError(f"the network's time is {shape}; one number per sample is understood")
         halves, doubled = len(x) // len(step.sample), False
         if len(step.sample) == 2 * one.prompts:
             halves, doubled = 2, True
-        if x.shape[1:] != step.sample.shape[1:] or len(x) != halves * one.prompts:
+        bare = [[n for n in size[1:] if n != 1] for size in (x.shape, step.sample.shape)]
+        if bare[0] != bare[1] or len(x) != halves * one.prompts:
             raise ValueError(
                 f"the network gets {tuple(x.shape)} where the scheduler steps {tuple(step.sample.shape)}: the pipeline "
                 "adds something to the latents, which a solver of latents alone cannot"
             )
         scale, shift = _time_map(one, t_key)
         flat = [[_flatten(c.arguments, (x_key, t_key)) for c in notes.steps[0].calls] for notes in (one, two)]
-        fixed, repeated, per_row = {}, {}, []
+        fixed, repeated, per_row, lists = {}, {}, {}, [x_key] if isinstance(calls[0].arguments[x_key], list) else []
         for key in flat[0][0]:
             kinds = {_kind(key, a[key], b[key]) for a, b in zip(*flat, strict=True)}
+            value = flat[0][0][key]
             if "row" in kinds:
-                per_row.append(key)
+                per_row[key] = max(1, len(value) // halves)
+                lists += [key] if isinstance(value, list) else []
             elif "repeat" in kinds:
-                repeated[key] = flat[0][0][key][:1]
+                repeated[key] = value[:1]
             else:
-                fixed[key] = flat[0][0][key]
+                fixed[key] = value
         layout = cls(
             x_key, t_key, x.dtype, scale, shift, t.dtype if t.is_floating_point() else torch.float32,
-            len(calls), halves, doubled, fixed, repeated, tuple(per_row),
+            len(calls), halves, doubled, fixed, repeated, per_row, tuple(lists), tuple(x.shape[1:]), t.ndim,
         )  # fmt: skip
         layout._read_guidance(one, scales)
         return layout
 
     def branches(self, step: Step, prompts: int) -> list[Tensor]:
         """The network's outputs, one (B, *S) a branch, in the order the pipeline made them."""
-        return [half[:, : step.sample.shape[1]] for c in step.calls for half in c.output.split(prompts)]
+        size = step.sample.shape[1:]
+        return [half for c in step.calls for half in self.mean(c.output, size).split(prompts)]
+
+    def mean(self, output: Tensor, size: torch.Size) -> Tensor:
+        """An output in the latents' shape, without the variances that DiT and PixArt also predict."""
+        if output.shape[1] == 2 * size[0] and self.x_shape[0] == size[0]:
+            output = output[:, : size[0]]
+        return output.reshape(len(output), *size)
+
+    def as_given(self, key: str, value: Tensor) -> Any:
+        """A tensor as the pipeline passes it: itself, or a list with one a row."""
+        return list(value) if key in self.lists else value
 
     def _read_guidance(self, notes: Notes, scales: Sequence[float]) -> None:
         """Least squares of the pipeline's combined output over the branches: sign * (m_u + g (m_c - m_u))."""
@@ -207,7 +226,13 @@ class _Layout:
             self.cond = int(weights[1] / total > weights[0] / total)
             seen = float(weights[self.cond]) / total
             # rounding blurs what is seen; one of the call's own numbers, where it fits, is the exact one
-            close = [s for s in scales if abs(s - seen) <= self.tolerance * abs(seen)]
+            known = [*scales, *(s + 1 for s in scales)]  # m_c + s (m_c - m_u) is guidance 1 + s
+            close = [s for s in known if abs(s - seen) <= self.tolerance * abs(seen)]
+            if known and not close:
+                raise ValueError(
+                    f"the pipeline's guidance acts like {seen:.5g} where its call says {scales}: it rescales, "
+                    "normalises or changes on the way, and is no linear guidance. Switch that off"
+                )
             self.scale = min(close, key=lambda s: abs(s - seen), default=float(f"{seen:.5g}"))
 
     @property
@@ -216,18 +241,23 @@ class _Layout:
 
     def conditions(self, step: Step, prompts: int) -> list[dict[str, Tensor]]:
         """Per branch, the arguments with a row per prompt."""
-        flat = [_flatten(c.arguments, (self.x_key, self.t_key)) for c in step.calls]
         branches = []
-        for arguments in flat:
+        for call in step.calls:
+            arguments = _flatten(call.arguments, (self.x_key, self.t_key))
             for half in range(self.halves):
-                rows = slice(half * prompts, (half + 1) * prompts)
-                branches.append(
-                    {k: arguments[k][rows] if len(arguments[k]) > prompts else arguments[k] for k in self.per_row}
-                )
+                rows = {}
+                for key, copies in self.per_row.items():
+                    value = _stacked(arguments[key])
+                    if not isinstance(value, Tensor):
+                        raise ValueError(f"{key} has entries of different shapes; pad the prompts to one length")
+                    value = value.unflatten(0, (-1, copies)) if copies > 1 else value
+                    rows[key] = value[half * prompts : (half + 1) * prompts] if len(value) > prompts else value
+                branches.append(rows)
         return branches
 
     def arguments(self, cond: Mapping[str, Any], rows: int) -> dict[str, Any]:
-        flat = {**self.fixed, **{k: v * rows for k, v in self.repeated.items()}, **cond}
+        given = {k: self.as_given(k, v.flatten(0, 1) if self.per_row.get(k, 1) > 1 else v) for k, v in cond.items()}
+        flat = {**self.fixed, **{k: v * rows for k, v in self.repeated.items()}, **given}
         nested: dict[str, Any] = {}
         for path, value in flat.items():
             *outer, name = path.split(".")
@@ -249,6 +279,34 @@ class _Draw:
         device = "cpu" if generator is None else generator.device
         chosen = torch.randint(count, (n,), generator=generator, device=device)
         return {key: value[chosen.to(value.device)] for key, value in self.conditions.items()}
+
+
+def _check_kind(pipe: Any, arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError for pipelines whose network sees more than latents, time and conditions, naming what."""
+    kind = type(pipe).__name__
+    controls = [
+        n for n, part in pipe.components.items() if n.startswith(("controlnet", "adapter")) and part is not None
+    ]
+    if controls:
+        raise ValueError(
+            f"{kind} runs {controls[0]} beside its network at every step, and what that gives depends on the state: it "
+            "is not part of a target. Search on the pipeline without it; the table runs in this one too"
+        )
+    if any(word in kind for word in PART_WAY):
+        raise ValueError(
+            f"{kind} starts from an image or sees one at every step: a search needs the network from noise alone. "
+            "Search on its text-to-image pipeline (AutoPipelineForText2Image.from_pipe); the table runs in this one too"
+        )
+    for key, value in arguments.items():
+        if "trunc" in key and isinstance(value, int | float) and value != 1:
+            raise ValueError(f"{key}={value}: guidance for a part of the steps only is not linear; leave it at 1")
+
+
+def _stacked(value: Any) -> Any:
+    """A list of tensors of one shape as one tensor; the rest as it is."""
+    if isinstance(value, list) and value and all(isinstance(v, Tensor) and v.shape == value[0].shape for v in value):
+        return torch.stack(value)
+    return value
 
 
 def _given_scales(pipe: Any, arguments: Mapping[str, Any]) -> list[float]:
@@ -280,6 +338,8 @@ def _kind(key: str, one: Any, two: Any) -> str:
             return "fixed"
         raise ValueError(f"{key} has shape {tuple(one.shape)} for one prompt and {tuple(two.shape)} for two")
     if isinstance(one, list | tuple) and isinstance(two, list | tuple) and len(two) == 2 * len(one) > 0:
+        if all(isinstance(entry, Tensor) for entry in two):
+            return "row"
         if all(entry == one[0] for entry in two):
             return "repeat"
         raise ValueError(f"{key} differs between prompts and is a list, {two!r}; only tensors can be drawn from")
@@ -395,8 +455,3 @@ def _common(key: str, parts: list[Tensor], like: Tensor | None) -> Tensor:
 
 def _repeats(rows: Tensor | None, row: Tensor) -> bool:
     return rows is not None and all(torch.equal(r, row[0]) for r in rows)
-
-
-def _mean(output: Tensor, x: Tensor) -> Tensor:
-    """Without the variances that DiT and PixArt also predict."""
-    return output[:, : x.shape[1]] if output.shape[1] == 2 * x.shape[1] else output

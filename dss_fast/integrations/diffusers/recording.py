@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from .scheduler import DSSScheduler
 
 
+ASKED = 4  # steps a recorded run is asked for
+
+
 @dataclass
 class Call:
     """One call of the network: its arguments by name, and what it returned."""
@@ -48,10 +51,15 @@ class Notes:
         return self.steps[0].calls[0].module
 
 
+class Enough(Exception):
+    """Breaks a run off when all that was wanted is written down."""
+
+
 class NoteTaker(DSSScheduler):
-    """An Euler scheduler that writes down each step."""
+    """An Euler scheduler that writes down each step, times and outputs in the schedule's own convention."""
 
     _notes: Notes
+    _wanted: int
 
     def set_timesteps(
         self,
@@ -71,11 +79,17 @@ class NoteTaker(DSSScheduler):
         sample: Tensor,
         generator: torch.Generator | None = None,
         return_dict: bool = True,
+        per_token_timesteps: Tensor | None = None,
     ) -> SchedulerOutput | tuple[Tensor]:
         calls, self._notes.calls = self._notes.calls, []
         t = float(self.timesteps[self._locate(timestep)])
-        self._notes.steps.append(Step(calls, t, sample.clone(), model_output.clone()))
-        return super().step(model_output, timestep, sample, generator, return_dict)
+        output = self._towards_noise(model_output.clone(), per_token_timesteps)
+        if self._upwards:
+            t = self.config["num_train_timesteps"] - t
+        self._notes.steps.append(Step(calls, t, sample.clone(), output))
+        if len(self._notes.steps) == self._wanted:
+            raise Enough
+        return super().step(model_output, timestep, sample, generator, return_dict, per_token_timesteps)
 
 
 def record(
@@ -85,10 +99,14 @@ def record(
     generator: torch.Generator | None,
     arguments: Mapping[str, Any],
 ) -> Notes:
-    """A run of a pipeline for some steps, written down; the pipeline gets its own scheduler back."""
+    """The first steps of a run of a pipeline, written down; the pipeline gets its own scheduler back.
+
+    steps: of ``ASKED``, which the pipeline is asked for, as some grids (a terminal shift, a line and a parabola) need
+        two or three.
+    """
     notes = Notes(len(next(iter(chunk.values()))))
     taker = NoteTaker.from_config(pipe.scheduler.config, solver="euler", clip_sample=False)
-    taker._notes = notes
+    taker._notes, taker._wanted = notes, steps
     own = pipe.scheduler
     with ExitStack() as stack:
         networks = [m for name, m in pipe.components.items() if name.startswith(("transformer", "unet")) and m]
@@ -100,14 +118,16 @@ def record(
         stack.enter_context(_quiet(pipe))
         if generator is None:
             generator = torch.Generator().manual_seed(0)
-        options = {"output_type": "latent", "num_inference_steps": steps, "generator": generator, **arguments}
+        options = {"output_type": "latent", "num_inference_steps": ASKED, "generator": generator, **arguments}
         accepted = inspect.signature(pipe.__call__).parameters
         if "num_images_per_prompt" in options or "num_videos_per_prompt" in options:
             raise ValueError("leave out num_images_per_prompt: every search sample draws its own prompt and noise")
-        pipe(**{k: v for k, v in options.items() if k in accepted or k in arguments}, **chunk)
-    if len(notes.steps) != steps:
-        raise ValueError(f"the pipeline took {len(notes.steps)} steps where {steps} were asked for")
-    return notes
+        try:
+            pipe(**{k: v for k, v in options.items() if k in accepted or k in arguments}, **chunk)
+        except Enough:
+            pipe.maybe_free_model_hooks()
+            return notes
+    raise ValueError(f"the pipeline took {len(notes.steps)} steps where {ASKED} were asked for")
 
 
 def _noting(notes: Notes) -> Callable[..., None]:
@@ -130,7 +150,7 @@ def _quiet(pipe: Any) -> Iterator[None]:
 
 
 def tensor_of(output: Any) -> Tensor:
-    """The tensor a network of diffusers returned, alone, in a tuple or in an output object."""
+    """The tensor a network of diffusers returned: alone, in a tuple, in an output object, or a list with one a row."""
     output = getattr(output, "sample", output)
-    tensor: Tensor = output if isinstance(output, Tensor) else output[0]
-    return tensor
+    output = output[0] if isinstance(output, tuple) else output
+    return torch.stack(output) if isinstance(output, list) else output
