@@ -133,9 +133,9 @@ def stock_scheduler(name: str, config: Config) -> Any:
     """The scheduler of diffusers that its own ``from_config`` makes of the pipeline's config, as far as grids go."""
     stock = getattr(diffusers, name)
     known = inspect.signature(stock.__init__).parameters
-    known = {key for key in known if key not in ("algorithm_type", "solver_type")}  # DEIS' and SASolver's are refused
+    takes = {key for key in known if key not in ("algorithm_type", "solver_type")}  # DEIS' and SASolver's are refused
     fallen = () if name == config.get("stock_class") else config.get("stock_defaults") or ()
-    given = {key: value for key, value in config.items() if key in known and value is not None and key not in fallen}
+    given = {key: value for key, value in config.items() if key in takes and value is not None and key not in fallen}
     return stock(**given)
 
 

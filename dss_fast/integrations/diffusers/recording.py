@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from .scheduler import DSSScheduler
 
-
 ASKED = 4  # steps a recorded run is asked for
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
@@ -112,7 +111,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         family: str | None = None,
         strict: bool = True,
         stock_class: str | None = None,
-        stock_defaults: Sequence[str] = (),
+        stock_defaults: Sequence[str] | None = None,
     ) -> None:
         tables, self._methods, names, embedded = read_solvers(solver)
         if family is None:
@@ -149,16 +148,21 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(config, Mapping):
             config = dict(config)
             embedded = config.pop("_solvers", None)
-            if "stock_class" not in config or hasattr(diffusers, str(config.get("_class_name"))):
+            if "solver" not in config:
                 config = adopt(config)
-            unset = config.pop("_use_default_values", config["stock_defaults"])
+            given_back = config.get("stock_defaults") or ()
+            unset = config.pop("_use_default_values", None)
+            if unset is not None:  # by a stock scheduler made of a config of ours, or by ours
+                given_back = [key for key in given_back if key in unset]
+                config["_use_default_values"] = [key for key in unset if key not in given_back]
             if embedded and "solver" not in kwargs:
                 names = config.get("solver", [])
                 kwargs["solver"] = [*([names] if isinstance(names, str) else names), *embedded]
-            unset = [key for key in config["stock_defaults"] if key in unset and key not in kwargs]
             # settings of the stock schedulers shape hand-made grids; ConfigMixin drops what __init__ does not name
             told = {key: kwargs.pop(key) for key in settings() - cls._get_init_keys(cls) if key in kwargs}
-            config |= {**told, "stock_defaults": unset}
+            if given_back:
+                config["stock_defaults"] = [key for key in given_back if key not in kwargs and key not in told]
+            config |= told
             unknown = [key for key in kwargs if key not in cls._get_init_keys(cls)]
             if unknown and not return_unused_kwargs:
                 raise ValueError(
