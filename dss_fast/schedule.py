@@ -404,8 +404,10 @@ def from_dict(data: Mapping[str, Any]) -> Schedule:
             raise ValueError(f"schedule.{key}: unknown field of {kind}; known are {', '.join(sorted(known))}")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "kind"}
     try:
-        return KINDS[kind](**values)
-    except TypeError as error:
+        found = KINDS[kind](**values)
+        hash(found)
+        return found
+    except (TypeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"schedule: {error}") from None
     except ValueError as error:
         raise ValueError(f"schedule.{error}") from None

@@ -8,19 +8,18 @@ the hand-made methods (``methods.py``).
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import schedule as schedules
-from .files import write_json
+from .files import read_json, shortened, write_json
 from .schedule import DiscreteVP, Schedule, default_schedule, path_difference
 
 FORMAT = "dss_fast.solver"
@@ -213,7 +212,7 @@ class Solver:
         if data.get("format") != FORMAT:
             raise ValueError(f"format={data.get('format')!r}: not a solver; expected {FORMAT!r}")
         version = data.get("version")
-        if version not in (1, VERSION):
+        if type(version) is not int or version not in (1, VERSION):
             raise ValueError(f"version={version!r}: this release reads versions 1 and {VERSION}")
         required = {"format", "version", "num_steps", "timesteps", "coeffs", "family" if version == 1 else "schedule"}
         optional = {"name", "source", "provenance", "noise_coeffs", "network_timesteps", "free_rows"}
@@ -224,8 +223,8 @@ class Solver:
         if schedule is None:
             schedule = _first_version(data) if version == 1 else schedules.from_dict(data["schedule"])
         n, ragged = data["num_steps"], _rows(data["coeffs"])
-        if n != len(ragged) or isinstance(n, bool):
-            raise ValueError(f"num_steps={n!r}: but coeffs has {len(ragged)} rows")
+        if type(n) is not int or n != len(ragged):
+            raise ValueError(f"num_steps={n!r}: but coeffs has {len(ragged)} rows, and it must be a whole number")
         rows = []
         for i, row in enumerate(ragged):
             row = _numbers(f"coeffs[{i}]", row)
@@ -236,23 +235,20 @@ class Solver:
         return cls(data["timesteps"], tuple(rows), schedule, **fields)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the solver as JSON: a temporary file beside ``path``, synced, then renamed over it."""
-        write_json(path, self.to_dict())
+        """Writes the solver as sealed JSON: a temporary file beside ``path``, synced, then renamed over it."""
+        write_json(path, self.to_dict(), sealed=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], schedule: Schedule | None = None) -> Solver:
-        """Reads a file written by :meth:`save`. Raises ValueError naming the file and the field at fault.
+        """Reads a file written by :meth:`save`, or by hand. Raises ValueError naming the file and the field at fault.
 
         schedule: see :meth:`from_dict`.
         """
+        data = read_json(path)
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")), schedule)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not a solver file, it is not text ({error})") from error
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not a whole JSON file ({error}); is it truncated?") from error
+            return cls.from_dict(data, schedule)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path}: {shortened(error)}") from error
 
 
 def _first_version(data: Mapping[str, Any]) -> Schedule:
@@ -265,12 +261,14 @@ def _first_version(data: Mapping[str, Any]) -> Schedule:
     if named is None:
         return default_schedule(family)
     if isinstance(named, Mapping) and named.get("kind") == "discrete_vp":
-        if named.get("name") in ("linear", "scaled_linear", "cosine"):
-            options = {key: named[key] for key in ("final", "prediction_type")}
-            found = getattr(DiscreteVP, named["name"])(named["num"], **options)
+        num, ends = named.get("num"), named.get("ends")
+        if named.get("name") in ("linear", "scaled_linear", "cosine") and type(num) is int and 1 < num <= 100_000:
+            options = {key: named[key] for key in ("final", "prediction_type") if key in named}
+            found = getattr(DiscreteVP, named["name"])(num, **options)
             table = found.alphas_cumprod
             # Pipelines' tables were made in float32, 1e-4 off at their noisy end.
-            if all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(named["ends"], (table[0], table[-1]), strict=True)):
+            pairs = zip(_numbers("provenance.schedule.ends", ends), (table[0], table[-1]), strict=True)
+            if all(math.isclose(a, b, rel_tol=1e-3) for a, b in pairs):
                 return found
     elif isinstance(named, Mapping) and named.get("kind") in ("flow", "vp"):
         return schedules.from_dict(named)
@@ -287,15 +285,16 @@ def _rows(value: Any) -> tuple[Any, ...]:
 
 
 def _numbers(key: str, values: Any) -> tuple[float, ...]:
+    values = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__iter__"):
         raise ValueError(f"{key}: must be a list of numbers, got {type(values).__name__}")
-    if hasattr(values, "tolist"):
-        values = values.tolist()
     result = []
     for i, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{key}[{i}]: must be a number, got {value!r}")
-        if not math.isfinite(value):
-            raise ValueError(f"{key}[{i}]: must be finite, got {value!r}")
+        if not abs(value) <= sys.float_info.max:
+            raise ValueError(f"{key}[{i}]: must be finite, got {value if isinstance(value, float) else 'more'}")
+        if float(value) != value:
+            raise ValueError(f"{key}[{i}]: {value!r} has no float64 of its own; the nearest is {float(value)!r}")
         result.append(float(value))
     return tuple(result)

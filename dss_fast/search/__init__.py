@@ -84,6 +84,8 @@ def search(
         check_writable(out)  # before any call of the model
     folder, checkpoint = _open(out, config, resume, draws)
     if checkpoint is not None and _is_finished(checkpoint, ledger.budget):
+        if folder is not None:
+            folder.mend_solvers()
         result = SearchResult.of(checkpoint, folder)  # without a call of the model
     else:
         own_cache = Path(out) / "teacher" if out is not None and cache is None else None

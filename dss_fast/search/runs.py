@@ -17,10 +17,12 @@ A method asks ``ledger.affords(cost)`` before it spends and returns when the bud
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,13 +31,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import check_writable, read_tensors, sweep, write_json, write_tensors, write_text
+from ..files import check_writable, read_json, read_tensors, sweep, write_json, write_tensors, write_text
 from ..progress import bar as progress_bar
 from ..solver import Solver
 from .draws import Draws
 from .ledger import Ledger
 
-FORMAT = "dss_fast.run/2"
+FORMAT = "dss_fast.run/3"
 CHECKPOINT_SECONDS = 1.0  # a checkpoint is tens of kilobytes and two syncs, about 5 ms
 
 
@@ -57,7 +59,7 @@ class SearchResult:
     @classmethod
     def of(cls, checkpoint: dict[str, Any], folder: RunFolder | None) -> SearchResult:
         """What a finished search found, from its checkpoint and, where the run folder is, its log."""
-        history, out = (folder.read_log(), folder.path) if folder else ([], None)
+        history, out = (folder.history, folder.path) if folder else ([], None)
         return cls(checkpoint["solvers"], history, checkpoint["evaluations"], out=out)
 
     @property
@@ -92,8 +94,11 @@ class SearchResult:
 class RunFolder:
     """config.json, log.jsonl, checkpoint.safetensors, solver-N.json, report.md and its pictures.
 
+    Each but the report is checked against a hash of all its bytes: config, checkpoint and solvers say their own, the
+    checkpoint that of the log. A solver is written again from the checkpoint, what else does not fit is refused.
+
     Raises OSError when the folder cannot be written, FileExistsError when it holds a search that is not to
-    be resumed, ValueError when the one to resume had other settings; all before any work.
+    be resumed, ValueError when the one to resume had other settings or is damaged; all before any work.
     """
 
     def __init__(self, path: str | os.PathLike[str], config: dict[str, Any], resume: bool):
@@ -101,23 +106,26 @@ class RunFolder:
         check_writable(self.path)
         self.config = json.loads(json.dumps(config, allow_nan=False))
         self._log: Any = None
+        self._logged = hashlib.blake2b(digest_size=16)
         self._saved: dict[int, Solver] = {}
         self.checkpoint: dict[str, Any] | None = None
         self._before: dict[str, Any] | None = None
+        self._history: list[bytes] = []
         known = self.path / "config.json"
         if known.exists():
             if not resume:
                 raise FileExistsError(f"{self.path} holds a search; pass resume=True or choose another folder")
-            self._before = json.loads(known.read_text(encoding="utf-8"))
+            self._before = read_json(known, sealed=True)
             self._check({"outputs"})
             self.checkpoint = self._load()
+            self._history = self._read_log()
 
     def begin(self, config: dict[str, Any]) -> None:
         """Before the first event: the config in full. Raises ValueError when the model returns other outputs now."""
         self.config = json.loads(json.dumps(config, allow_nan=False))
         self._check()
         sweep(self.path)
-        write_json(self.path / "config.json", self.config)
+        write_json(self.path / "config.json", self.config, sealed=True)
 
     def _check(self, unknown: Iterable[str] = ()) -> None:
         found, mine = self._before, self.config
@@ -135,35 +143,45 @@ class RunFolder:
         path = self.path / "checkpoint.safetensors"
         if not path.exists():
             return None
-        try:
-            tensors, metadata = read_tensors(path)
-            saved = json.loads(metadata["checkpoint"])
-        except Exception as error:
-            raise ValueError(f"{path}: damaged ({error}); delete it to start over") from error
+        tensors, metadata = read_tensors(path)
+        saved = json.loads(metadata["checkpoint"])
+        if saved["format"] != FORMAT:
+            raise ValueError(f"{path}: its format is {saved['format']}, not {FORMAT}; use another folder")
         saved["state"] = unflatten(saved["state"], tensors)
         saved["solvers"] = {int(n): Solver.from_dict(data) for n, data in saved["solvers"].items()}
         return saved
 
-    def open_log(self) -> list[dict[str, Any]]:
-        """Opens the log to go on after the checkpoint; returns the events before it."""
-        kept = self.read_log()
+    def _read_log(self) -> list[bytes]:
+        """The lines before the checkpoint, whose hash it holds."""
+        if self.checkpoint is None:
+            return []
         path = self.path / "log.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines()[: len(kept)] if path.exists() else []
-        write_text(path, "".join(line + "\n" for line in lines))
-        self._log = open(path, "a", encoding="utf-8")
-        return kept
+        if not path.exists():
+            warnings.warn(f"{path}: missing; the search goes on without the events before", stacklevel=6)
+            return []
+        lines = path.read_bytes().splitlines(keepends=True)[: self.checkpoint["events"]]
+        if hashlib.blake2b(b"".join(lines), digest_size=16).hexdigest() != self.checkpoint["log"]:
+            raise ValueError(f"{path}: damaged before the checkpoint; restore it, or delete it to go on without")
+        return lines
 
-    def read_log(self) -> list[dict[str, Any]]:
+    @property
+    def history(self) -> list[dict[str, Any]]:
         """The events before the checkpoint."""
-        path = self.path / "log.jsonl"
-        keep = self.checkpoint["events"] if self.checkpoint else 0
-        lines = path.read_text(encoding="utf-8").splitlines()[:keep] if path.exists() else []
-        return [_whole_keys(json.loads(line)) for line in lines]
+        return [_whole_keys(json.loads(line)) for line in self._history]
 
-    def log(self, event: dict[str, Any]) -> None:
-        """Appends an event to log.jsonl."""
-        self._log.write(json.dumps(event) + "\n")
+    def open_log(self) -> None:
+        """Opens the log to go on after the checkpoint."""
+        write_text(self.path / "log.jsonl", b"".join(self._history).decode())
+        self._logged.update(b"".join(self._history))
+        self._log = open(self.path / "log.jsonl", "ab")
+
+    def log(self, event: dict[str, Any]) -> str:
+        """Appends an event to log.jsonl; returns the hash of all its lines."""
+        line = json.dumps(event).encode() + b"\n"
+        self._log.write(line)
         self._log.flush()
+        self._logged.update(line)
+        return self._logged.hexdigest()
 
     def save(self, event: dict[str, Any], budget: int | None, finished: bool = False) -> None:
         """Writes the checkpoint: where to go on after ``event``."""
@@ -172,6 +190,7 @@ class RunFolder:
         data = {
             "format": FORMAT,
             "events": event["events"],
+            "log": event["log"],
             "finished": finished,
             "complete": bool(event.get("complete")),
             "budget": budget,
@@ -189,6 +208,20 @@ class RunFolder:
             if self._saved.get(n) is not solver:
                 solver.save(self.path / f"solver-{n}.json")
                 self._saved[n] = solver
+
+    def mend_solvers(self) -> None:
+        """Writes again what solver-N.json of a finished search is missing or is not what the checkpoint says."""
+        assert self.checkpoint is not None
+        for n, solver in self.checkpoint["solvers"].items():
+            path = self.path / f"solver-{n}.json"
+            try:
+                whole = read_json(path, sealed=True) == json.loads(json.dumps(solver.to_dict()))
+                reason = "not the one this search found"
+            except (OSError, ValueError) as error:
+                whole, reason = False, str(error)
+            if not whole:
+                warnings.warn(f"{path}: {reason}; written again from the checkpoint", stacklevel=4)
+                solver.save(path)
 
     def forget(self) -> None:
         """Removes what opening it wrote: a search that was refused leaves the folder free for the next."""
@@ -217,7 +250,9 @@ def drive(
     Whatever else the method raises comes through with what was kept as a note and as ``error.result``.
     """
     rank = 0 if draws is None else draws.rank
-    history = folder.open_log() if folder else []
+    history = folder.history if folder else []
+    if folder:
+        folder.open_log()
     result = SearchResult({}, history, out=folder.path if folder else None)
     if checkpoint:
         result.solvers, result.evaluations = checkpoint["solvers"], checkpoint["evaluations"]
@@ -243,7 +278,7 @@ def drive(
                 result.solvers, result.evaluations, unsaved = event["solvers"], ledger.evaluations, True
                 line = _loggable(event)
                 if folder:
-                    folder.log(line)
+                    event["log"] = folder.log(line)
                 history.append(_whole_keys(line))
                 # After its line: Ctrl-C in between leaves a line too many, which resuming cuts off.
                 resumable = event if event.get("state") is not None else resumable
