@@ -130,7 +130,11 @@ def _compare(options: argparse.Namespace) -> None:
     write_text(out / "compare.txt", f"{result}\n")
     result.save(out / "compare.json")
     result.plot(out / "compare.png")
-    print(f"\nsaved in {out}: compare.txt, compare.json, compare.png")
+    pictures = ["compare.png"]
+    for n in sorted({row["num_steps"] for row in result.rows}) if target.decode is not None else []:
+        best = [row["solver"] for row in (result.best(n), result.best(n, searched=True)) if row is not None]
+        pictures.append(result.plot_samples(out / f"samples-{n}.png", best).name)
+    print(f"\nsaved in {out}: compare.txt, compare.json, {', '.join(pictures)}")
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -152,7 +156,7 @@ def _show(options: argparse.Namespace) -> None:
 
 
 # What a user would otherwise run, each on the spacings it is used with.
-DEFAULT_SOLVERS = ("euler", "ab2", "ab4", "dpmpp_2m", "dpmpp_2m@lambda", "unip3", "unip3@lambda", "deis")
+DEFAULT_SOLVERS = ("euler", "ab2", "ab2@shift3", "ab4", "dpmpp_2m", "dpmpp_2m@lambda", "unip3", "unip3@lambda", "deis")
 
 
 def _steps(text: str) -> list[int]:

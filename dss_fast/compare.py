@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .distance import Reference, three_digits
 from .files import write_json
-from .names import Name, find_solver, is_file, known, published_steps
+from .names import Name, families, find_solver, is_file, known, published_steps
 from .plots import plot_errors, plot_samples
 from .progress import bar
 from .sampling import sample
@@ -22,37 +23,66 @@ from .schedule import Schedule
 from .search.draws import Draws
 from .search.teacher import dense_grid, integrate
 from .solver import Solver
-from .target import Model, Target
+from .target import Model, Samples, Target
 
 REFERENCE_EVALUATIONS = 160  # of the fourth-order teacher; its own error is far below any few-step solver's
+PICTURES, WORST = 16, 4  # samples kept of each solver: the first, and those that err most
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What :func:`compare` measured: ``rows``, one dict per solver, and ``images``, title -> samples (a few)."""
+    """What :func:`compare` measured.
+
+    rows: one dict per solver. images: title -> its first samples (B, C, H, W), "reference" among them. worst: title ->
+    its samples that err most, each with the reference from the same noise on its right, (B, C, H, 2 W).
+    """
 
     rows: list[dict[str, Any]]
     images: dict[str, Tensor] = field(repr=False)
+    worst: dict[str, Tensor] = field(repr=False)
 
     def __str__(self) -> str:
         return self.table()
 
     def table(self) -> str:
-        """The rows as aligned text, best error first within each number of steps."""
+        """The rows as aligned text, best error first within each number of steps, and the answer to "better than the
+        best hand-made?" below; errors in three digits, the noise floor of a distance in its title."""
         rows = sorted(self.rows, key=lambda r: (r["num_steps"], r["rmse"]))
         titles = {"solver": "solver", "nfe": "NFE", "rmse": "RMSE", "interval": "95 % interval"}
         titles |= {k: t for k, t in _OPTIONAL.items() if any(r.get(k) is not None for r in rows)}
+        for key in ("frechet", "energy"):
+            if key in titles and rows[0][f"{key}_floor"] is not None:
+                titles[key] += f" (floor {three_digits(rows[0][f'{key}_floor'])})"
         titles["ms_per_sample"] = "ms/sample"
         lines = [list(titles.values())]
         for row in rows:
-            cells = {**row, "interval": f"{row['rmse_low']:.4f}-{row['rmse_high']:.4f}"}
-            lines.append([_cell(key, cells.get(key)) for key in titles])
+            interval = f"{three_digits(row['rmse_low'])} to {three_digits(row['rmse_high'])}"
+            lines.append([_cell(key, {**row, "interval": interval}.get(key)) for key in titles])
         widths = [max(len(line[k]) for line in lines) for k in range(len(titles))]
         text = [
             "  ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(line, widths, strict=True)))
             for line in lines
         ]
-        return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+        return "\n".join([text[0], "-" * len(text[0]), *text[1:], "", *self._verdicts()]).rstrip()
+
+    def best(self, num_steps: int, searched: bool = False) -> dict[str, Any] | None:
+        """The row of least RMSE among the hand-made and published solvers, or among the others, of N; None: none."""
+        rows = [r for r in self.rows if r["num_steps"] == num_steps and r["searched"] == searched]
+        return min(rows, key=lambda r: r["rmse"], default=None)
+
+    def _verdicts(self) -> list[str]:
+        """Per N the best hand-made or published solver, and what part of its errors each searched one has."""
+        lines = []
+        for n in sorted({r["num_steps"] for r in self.rows}):
+            best, mine = self.best(n), [r for r in self.rows if r["num_steps"] == n and r["searched"]]
+            if best is None:
+                continue
+            line = f"N = {n}: the best hand-made or published solver is {best['solver']}"
+            for row in mine:
+                parts = (f"{name} x {three_digits(row[k] / best[k])}" for k, name in _RATIOS if best[k])
+                line += f"; {row['solver']} against it: {', '.join(parts)}"
+            lines.append(line)
+        return lines
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """The rows as JSON."""
@@ -65,12 +95,16 @@ class Comparison:
     def plot_samples(
         self, path: str | os.PathLike[str], solvers: Sequence[str] | None = None, *, rows: int = 8
     ) -> Path:
-        """Samples side by side from the same noise, the reference last. Needs matplotlib."""
+        """Samples side by side from the same noise, the reference last; below them each solver's own worst, beside
+        the reference from the same noise. Needs matplotlib."""
         titles = list(self.images) if solvers is None else [*solvers, "reference"]
-        return plot_samples({t: self.images[t] for t in titles}, path, rows=rows)
+        worst = {t: self.worst[t] for t in titles if t in self.worst}
+        return plot_samples({t: self.images[t] for t in titles}, path, rows=rows, worst=worst)
 
 
-_OPTIONAL = {"frechet": "Frechet", "accuracy": "label acc."}
+_OPTIONAL = {"median": "median", "p90": "90 %", "switched": "switched", "frechet": "Frechet", "energy": "energy"}
+_OPTIONAL |= {"accuracy": "label acc."}
+_RATIOS = (("rmse", "RMSE"), ("median", "median"))
 
 
 @torch.no_grad()
@@ -90,20 +124,27 @@ def compare(
 
         RMSE = sqrt(mean over samples and elements of (x_solver - x_reference)^2)
 
-    with a 95 % interval over noises (normal, on the mean of per-sample squares). The reference is the fourth-order
-    teacher with ``REFERENCE_EVALUATIONS`` calls from the same noise.
+    with a 95 % interval over noises; median and 90 %: of the samples' own root mean squares. The reference is the
+    fourth-order teacher with ``REFERENCE_EVALUATIONS`` calls from the same noise. A few samples that end elsewhere
+    can carry a whole RMSE: ``switched`` is their share (another class, or, without ``classify``, further off than half
+    of the median distance between two different samples). Frechet distance |m1 - m2|^2 + tr(C1 + C2 - 2 (C1
+    C2)^(1/2)) and energy distance 2 E d(a, b) - E d(a, a') - E d(b, b') are between independent draws: the solver's
+    samples from one half of the noises, the reference's from the other half, and the other way round. Their floor is
+    what the reference's own halves have. See :meth:`dss_fast.distance.Reference.measure`.
 
     target: a Target with a shape, or the model alone, with ``fields`` of a :class:`Target` as keyword arguments.
-        Its ``features`` give the Frechet distance |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) to real_features
-        (R, F), or to the reference's own features when none are given; its ``classify`` and ``labels`` the share of
-        samples read as what was asked; its ``decode`` the pictures. Samples live where the target does.
+        Its ``features`` are what both distances compare, or else the flattened samples; its ``classify`` and
+        ``labels`` give the share of samples read as what was asked; its ``decode`` the pictures. Samples live where
+        the target does.
+    real_features: (R, F) to compare all samples' features with, instead of the reference's other half.
     solvers: Solvers, names or paths; a name without ``/N`` is run at each of num_steps, a published one at those of
         them that it exists for.
     samples, batch_size, seed: of the noise. The seed's noises are used by no search.
 
-    Returns a :class:`Comparison`; its rows hold solver, method, searched, num_steps, nfe, rmse, rmse_low, rmse_high,
-    frechet, accuracy, ms_per_sample, samples. Raises ValueError before any work when a solver does not fit the
-    target's schedule, and for a target whose guidance_scale is a range.
+    Returns a :class:`Comparison`; its rows hold solver, method, searched (neither hand-made nor published), num_steps,
+    nfe, rmse, rmse_low, rmse_high, median, p90, switched, accuracy, frechet, energy, frechet_floor, energy_floor,
+    ms_per_sample, samples; None where one cannot be told. Raises ValueError before any work when a solver does not
+    fit the target's schedule, and for a target whose guidance_scale is a range.
     """
     draws = Draws.of(Target.of(target, **fields), seed).alone  # each process of a group measures everything
     target, schedule = draws.target, draws.target.schedule
@@ -115,90 +156,50 @@ def compare(
     table = _expand(solvers, schedule, num_steps)
     grid = dense_grid(schedule, REFERENCE_EVALUATIONS)
     sizes = [min(batch_size, samples - k) for k in range(0, samples, batch_size)]
-    sums = {title: _Sums(target) for title in [*table, "reference"]}
-    with bar(progress, total=len(sizes) * len(sums), leave=False) as shown:
-        for number, size in enumerate(sizes):
-            batch = draws.batch("compare", number, size)
-            shown.set_description("reference")
-            reference = integrate(batch.predictor(), batch.noise, grid).last
-            sums["reference"].add(reference, reference, 0.0, batch.cond)
-            shown.update()
-            for title, solver in table.items():
-                shown.set_description(title)
+    batches = [draws.batch("compare", number, size) for number, size in enumerate(sizes)]
+    decode = target.decode or (lambda x: x)
+    rows, images, worst = [], {}, {}
+    with bar(progress, total=len(sizes) * (len(table) + 1), leave=False) as shown:
+
+        def run(title: str, one: Callable[[Samples], Tensor]) -> tuple[Tensor, float]:
+            """Samples of all batches, and the median over batches of the milliseconds per sample."""
+            shown.set_description(title)
+            found, times = [], []
+            for batch in batches:
                 start = time.perf_counter()
-                x = sample(target, batch.noise, solver, cond=batch.cond, check_finite=True)
-                assert isinstance(x, Tensor)
-                sums[title].add(x, reference, time.perf_counter() - start, batch.cond)
+                found.append(one(batch))
+                times.append(1000 * (time.perf_counter() - start) / len(batch))
                 shown.update()
-    real = real_features if real_features is not None else sums["reference"].features_so_far()
-    rows = [
-        {
-            "solver": title,
-            "method": title.partition("/")[0] + ("@" + title.partition("@")[2] if "@" in title else ""),
-            "searched": solver.source != "hand-made",
-            "num_steps": solver.num_steps,
-            "nfe": f"{solver.num_steps}{'x2' if target.guided else ''}",
-            **sums[title].measure(real),
-        }
-        for title, solver in table.items()
-    ]
-    return Comparison(rows, {title: s.images for title, s in sums.items() if s.images is not None})
+            return torch.cat(found), sorted(times)[len(times) // 2]
+
+        last, _ = run("reference", lambda batch: integrate(batch.predictor(), batch.noise, grid).last)
+        asked = None if target.labels is None else torch.cat([target.labels(batch.cond) for batch in batches]).cpu()
+        reference = Reference(target, last, asked, real_features)
+        floor = {f"{name}_floor": value for name, value in reference.distances().items()}
+        for title, solver in table.items():
+            x, milliseconds = run(title, partial(_run, target, solver))
+            images[title] = decode(x[:PICTURES]).cpu()
+            worst[title] = torch.cat([decode(part) for part in reference.worst(x, WORST)], -1).cpu()
+            rows.append(
+                {
+                    "solver": title,
+                    "method": title.partition("/")[0] + ("@" + title.partition("@")[2] if "@" in title else ""),
+                    "searched": solver.source != "hand-made" and title.partition("/")[0] not in families(),
+                    "num_steps": solver.num_steps,
+                    "nfe": f"{solver.num_steps}{'x2' if target.guided else ''}",
+                    **reference.measure(x),
+                    **floor,
+                    "ms_per_sample": milliseconds,
+                }
+            )
+    images["reference"] = decode(last[:PICTURES]).cpu()
+    return Comparison(rows, images, worst)
 
 
-class _Sums:
-    """What is kept of one solver's samples."""
-
-    def __init__(self, target: Target) -> None:
-        self.target = target
-        self.squares: list[Tensor] = []
-        self.seconds: list[float] = []
-        self.features: list[Tensor] = []
-        self.hits = self.labelled = 0
-        self.images: Tensor | None = None
-
-    def add(self, x: Tensor, reference: Tensor, seconds: float, cond: Mapping[str, Any]) -> None:
-        target = self.target
-        self.squares.append((x.double() - reference.double()).square().flatten(1).mean(1).cpu())
-        self.seconds.append(seconds / len(x))
-        if target.features is not None:
-            self.features.append(target.features(x).double().cpu())
-        if target.classify is not None and target.labels is not None:
-            self.hits += int((target.classify(x).argmax(-1).cpu() == target.labels(cond).cpu()).sum())
-            self.labelled += len(x)
-        if self.images is None:
-            self.images = (x if target.decode is None else target.decode(x))[:16].cpu()
-
-    def features_so_far(self) -> Tensor | None:
-        return torch.cat(self.features) if self.features else None
-
-    def measure(self, real: Tensor | None) -> dict[str, Any]:
-        squares, features = torch.cat(self.squares), self.features_so_far()
-        mean = float(squares.mean())
-        half = 1.96 * float(squares.std()) / math.sqrt(len(squares)) if len(squares) > 1 else 0.0
-        frechet = None if features is None or real is None else frechet_distance(features, real)
-        return {
-            "rmse": math.sqrt(mean),
-            "rmse_low": math.sqrt(max(mean - half, 0.0)),
-            "rmse_high": math.sqrt(mean + half),
-            "frechet": None if frechet is None or math.isnan(frechet) else frechet,  # JSON has no NaN
-            "accuracy": self.hits / self.labelled if self.labelled else None,
-            "ms_per_sample": 1000 * sorted(self.seconds)[len(self.seconds) // 2],
-            "samples": len(squares),
-        }
-
-
-def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) between two sets of features (n, F), in float64."""
-    first, second = first.double().cpu(), second.double().cpu()
-    if len(first) < 2 or len(second) < 2:
-        return math.nan
-    c1, c2 = torch.cov(first.T).reshape(first.shape[1], -1), torch.cov(second.T).reshape(first.shape[1], -1)
-    # tr (C1 C2)^(1/2) is the sum of the roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), all real.
-    values, vectors = torch.linalg.eigh(c1)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp_min(0).sqrt().sum()
-    shift = (first.mean(0) - second.mean(0)).square().sum()
-    return float((shift + c1.trace() + c2.trace() - 2 * cross).clamp_min(0))
+def _run(target: Target, solver: Solver, batch: Samples) -> Tensor:
+    x = sample(target, batch.noise, solver, cond=batch.cond, check_finite=True)
+    assert isinstance(x, Tensor)
+    return x
 
 
 def _expand(
@@ -240,8 +241,6 @@ def _open_steps(item: Solver | str | os.PathLike[str], num_steps: Sequence[int])
 def _cell(key: str, value: Any) -> str:
     if value is None:
         return "-"
-    if key == "accuracy":
+    if key in ("accuracy", "switched"):
         return f"{100 * value:.1f} %"
-    if isinstance(value, float):
-        return f"{value:.3f}" if key in ("frechet", "ms_per_sample") else f"{value:.4f}"
-    return str(value)
+    return three_digits(value) if isinstance(value, float) else str(value)

@@ -22,27 +22,46 @@ OTHERS = ("#2980b9", "#16a085", "#8e44ad", "#d68910", "#2c3e50", "#7f8c8d", "#5d
 
 def plot_solver(solver: Solver, path: str | os.PathLike[str]) -> Path:
     """The coefficients as a heat map, row i = step i, above the timesteps they belong to."""
-    n = solver.num_steps
+    height = cells_height(solver)
     figure, (top, bottom) = pyplot().subplots(
-        2, 1, figsize=(1.6 + 0.62 * n, 2.6 + 0.62 * n), height_ratios=[max(n, 4), 1.3], layout="constrained"
+        2, 1, figsize=(height + 1.2, height + 1.8), height_ratios=[height, 1.3], layout="constrained"
     )
-    draw_coefficients(top, solver, f"{solver.name or 'solver'}: {n} steps, {solver.family}")
+    draw_coefficients(top, solver, f"{solver.name or 'solver'}: {solver.num_steps} steps, {solver.family}")
     draw_timesteps(bottom, solver)
     return write_figure(figure, path)
 
 
+def cells_height(solver: Solver) -> float:
+    """Inches that :func:`draw_coefficients` needs for numbers that do not touch, title and labels included."""
+    return 1.0 + max(0.46 * solver.num_steps, 2.0)
+
+
 def draw_coefficients(axes: Any, solver: Solver, title: str) -> None:
-    """The lower triangle on the given axes, numbers in the cells."""
-    n = solver.num_steps
-    table = [[c if j <= i else float("nan") for j, c in enumerate(row)] for i, row in enumerate(solver.coeffs)]
-    limit = max(abs(c) for row in solver.coeffs for c in row) or 1.0
+    """The lower triangle on the given axes, numbers in the cells, the weights on the initial noise before it."""
+    n, noise = solver.num_steps, solver.noise_coeffs
+    nan = float("nan")
+    table = [[c if j <= i else nan for j, c in enumerate(row)] for i, row in enumerate(solver.coeffs)]
+    names = [str(j) for j in range(n)]
+    if noise is not None:
+        table, names = [[c, nan, *row] for c, row in zip(noise, table, strict=True)], ["noise", "", *names]
+    limit = max(abs(c) for row in table for c in row if c == c) or 1.0
     image = axes.imshow(table, cmap="RdBu_r", vmin=-limit, vmax=limit)
     for i, row in enumerate(table if n <= 15 else []):
-        for j, c in enumerate(row[: i + 1]):
-            if c:
-                color = "white" if abs(c) > 0.6 * limit else "black"
-                axes.text(j, i, f"{c:.2f}", ha="center", va="center", fontsize=8 if n <= 10 else 6, color=color)
-    axes.set(xlabel="prediction j", ylabel="step i", xticks=range(n), yticks=range(n), title=title)
+        for j, c in enumerate(row):
+            if c and c == c:
+                text = f"{c:.2f}".replace("-", "\N{MINUS SIGN}")
+                axes.text(
+                    j,
+                    i,
+                    text,
+                    ha="center",
+                    va="center",
+                    fontsize=7.5,
+                    color="white" if abs(c) > 0.6 * limit else "black",
+                )
+    axes.set(xlabel="prediction j", ylabel="step i", yticks=range(n), title=title)
+    axes.set_xticks(range(len(names)), labels=names, fontsize=8)
+    axes.tick_params(length=0)
     axes.figure.colorbar(image, ax=axes, shrink=0.8, label="coefficient")
 
 
@@ -80,7 +99,8 @@ def plot_errors(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str],
         if metric == "rmse":
             low, high = [r["rmse_low"] for r in line], [r["rmse_high"] for r in line]
             axes.fill_between(steps, low, high, alpha=0.2 if searched else 0.05, color=style["color"], lw=0)
-    axes.set(yscale="log", xlabel="network evaluations per sample", ylabel=f"{metric.upper()} to the fine reference")
+    label = {"rmse": "RMSE to the fine reference"}.get(metric, metric)
+    axes.set(yscale="log", xlabel="network evaluations per sample", ylabel=label)
     axes.set_xticks(sorted({r["num_steps"] for r in rows}), labels=map(str, sorted({r["num_steps"] for r in rows})))
     axes.minorticks_off()
     axes.grid(alpha=0.25, which="both")
@@ -89,27 +109,41 @@ def plot_errors(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str],
     return write_figure(figure, path)
 
 
-def plot_samples(columns: Mapping[str, Tensor], path: str | os.PathLike[str], *, rows: int = 8) -> Path:
+def plot_samples(
+    columns: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    *,
+    rows: int = 8,
+    worst: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Images of several solvers side by side, each row from the same noise.
 
     columns: title -> images (B, C, H, W) in [0, 1], C = 1 or 3, the same B everywhere.
+    worst: title -> pairs (B, C, H, 2 W) for some of the columns, drawn below them: a solver's own worst samples, the
+        reference on their right.
     """
-    plt = pyplot()
+    worst = worst or {}
     rows = min(rows, min(len(images) for images in columns.values()))
-    figure, grid = plt.subplots(
-        rows,
+    pairs = max((len(images) for images in worst.values()), default=0)
+    heights = [1.2] * rows + [0.75] * pairs
+    figure, grid = pyplot().subplots(
+        rows + pairs,
         len(columns),
-        figsize=(1.35 * len(columns), 0.55 + 1.2 * rows),
+        figsize=(1.35 * len(columns), 0.55 + sum(heights) + 0.3 * bool(pairs)),
+        height_ratios=heights,
         layout="constrained",
         squeeze=False,
     )
     for j, (title, images) in enumerate(columns.items()):
-        for i in range(rows):
-            image = images[i].detach().float().clamp(0, 1).cpu().permute(1, 2, 0)
-            axes = grid[i][j]
-            axes.imshow(image.numpy(), cmap="gray" if image.shape[-1] == 1 else None, vmin=0, vmax=1)
+        below = worst.get(title, images[:0])
+        for i, image in enumerate([*images[:rows], *below]):
+            pixels = image.detach().float().clamp(0, 1).cpu().permute(1, 2, 0).numpy()
+            grid[i][j].imshow(pixels, cmap="gray" if pixels.shape[-1] == 1 else None, vmin=0, vmax=1)
+        for axes in grid[:, j]:
             axes.axis("off")
         grid[0][j].set_title(title, fontsize=9)
+        if len(below):
+            grid[rows][j].set_title("its worst | reference", fontsize=7)
     return write_figure(figure, path)
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dss_fast import Flow, Target, find_solver, handmade, sample
-from dss_fast.compare import compare, frechet_distance
+from dss_fast.compare import compare
+from dss_fast.distance import frechet_distance
 from dss_fast.plots import plot_solver
 from dss_fast.search.draws import Draws
 
@@ -49,8 +50,10 @@ def test_rows(result):
     assert rows["euler/5"]["rmse"] > 1.5 * rows["euler/10"]["rmse"] > 3 * rows["ab3/10"]["rmse"]
     for row in rows.values():
         assert row["rmse_low"] <= row["rmse"] <= row["rmse_high"] and row["samples"] == 24
-        assert row["frechet"] >= 0 and 0 <= row["accuracy"] <= 1 and row["ms_per_sample"] > 0
-        assert row["nfe"] == str(row["num_steps"]) and row["searched"] == (row["method"] == "sit-xl-2-256")
+        assert row["median"] <= row["p90"] and row["frechet"] >= 0 and row["energy"] >= 0
+        assert 0 <= row["accuracy"] <= 1 and 0 <= row["switched"] <= 1 and row["ms_per_sample"] > 0
+        assert row["nfe"] == str(row["num_steps"]) and not row["searched"]
+    assert len({row["frechet_floor"] for row in rows.values()}) == 1 and rows["ab3/5"]["energy_floor"] > 0
 
 
 def test_rmse_is_the_distance_to_a_fine_solution(result):
@@ -72,7 +75,7 @@ def test_rmse_is_the_distance_to_a_fine_solution(result):
 def test_table_files_and_pictures(result, tmp_path):
     pytest.importorskip("matplotlib", reason="the plots extra, in requirements.txt")
     text = str(result)
-    assert "Frechet" in text and "label acc." in text and text.index("ab3/5") < text.index("euler/5")
+    assert "Frechet (floor" in text and "label acc." in text and text.index("ab3/5") < text.index("euler/5")
     result.save(tmp_path / "c.json")
     assert json.loads((tmp_path / "c.json").read_text()) == result.rows
     result.plot(tmp_path / "c.png")
@@ -83,13 +86,56 @@ def test_table_files_and_pictures(result, tmp_path):
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_frechet_distance_of_gaussians():
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(20_000, 3, generator=generator, dtype=torch.float64)
-    scale = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
-    b = 1 + scale * torch.randn(20_000, 3, generator=generator, dtype=torch.float64)
-    assert abs(frechet_distance(a, b) - (3 + 0 + 1 + 0.25)) < 0.15
-    assert frechet_distance(a, a) < 1e-9
+def test_the_answer_to_better_than_hand_made():
+    """A line per N: the best solver that was not searched, and the parts of its errors that each searched one has."""
+    mine = replace(handmade("ab4", 5), name="mine/5", source="dss_fast.search")
+    result = compare(TARGET, ["euler", "ab2", "sit-xl-2-256/10", mine], num_steps=(5, 10), samples=16, progress=False)
+    rows = {row["solver"]: row for row in result.rows}
+    assert [name for name, row in rows.items() if row["searched"]] == ["mine/5"]
+    assert result.best(5) is min((rows["euler/5"], rows["ab2/5"]), key=lambda row: row["rmse"])
+    assert result.best(5, searched=True) is rows["mine/5"] and result.best(10, searched=True) is None
+    assert result.best(7) is None
+    *_, five, ten = str(result).splitlines()
+    ratios = (rows["mine/5"][key] / result.best(5)[key] for key in ("rmse", "median"))
+    assert five == (
+        "N = 5: the best hand-made or published solver is {}; mine/5 against it: RMSE x {:#.3g}, median x {:#.3g}"
+    ).format(result.best(5)["solver"], *ratios)
+    assert ten == f"N = 10: the best hand-made or published solver is {result.best(10)['solver']}"
+
+
+def test_small_errors_keep_three_digits():
+    """Errors of 1e-5 printed as 0.0000."""
+    target = Target(lambda x, t: 1 - 1e-4 * x.tanh(), (4, 2, 2))
+    result = compare(target, ["euler/4"], samples=4, progress=False)
+    (row,) = result.rows
+    assert 0 < row["rmse"] < 5e-5
+    printed = str(result).splitlines()[2].split()
+    assert math.isclose(float(printed[2]), row["rmse"], rel_tol=6e-3) and "0.0000" not in printed
+
+
+def test_distances_are_to_independent_samples(result):
+    """A fine solver is the reference but for 1e-5: what is left is the floor of two halves of the noises."""
+    fine = compare(TARGET, ["ab4/80"], samples=24, progress=False, features=lambda x: x.flatten(1)[:, :3]).rows[0]
+    for key in ("frechet", "energy"):
+        assert fine[f"{key}_floor"] > 0 and math.isclose(fine[key], fine[f"{key}_floor"], rel_tol=1e-3)
+    real = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    against = compare(
+        TARGET, ["ab4/80"], samples=24, progress=False, features=lambda x: x.flatten(1)[:, :3], real_features=real
+    ).rows[0]
+    draws = Draws.of(TARGET, 20_000).batch("compare", 0, 24)
+    features = sample(model, draws.noise, "ab4/400", cond=draws.cond).flatten(1)[:, :3]
+    assert math.isclose(against["frechet"], frechet_distance(features, real), rel_tol=1e-3)
+
+
+def test_the_worst_samples_are_shown_beside_the_reference(result, tmp_path):
+    """Of 24 noises the four at which euler/5 errs most, worst first."""
+    batches = [Draws.of(TARGET, 20_000).batch("compare", number, size) for number, size in enumerate((16, 8))]
+    coarse, fine = (
+        torch.cat([sample(model, b.noise, name, cond=b.cond) for b in batches]) for name in ("euler/5", "ab4/400")
+    )
+    rows = (coarse - fine).square().flatten(1).mean(1).argsort(descending=True)[:4]
+    expected = torch.cat([coarse[rows, :1].sigmoid(), fine[rows, :1].sigmoid()], -1)
+    torch.testing.assert_close(result.worst["euler/5"], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_bad_solvers_are_refused_before_any_work():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dss_fast import Target, sample
-from dss_fast.compare import frechet_distance
+from dss_fast.distance import frechet_distance
 
 from . import data, decode, flow, load_classifier, load_flow, load_vp, real_features, vp
 from .model import NULL_CLASS, vp_alpha_sigma

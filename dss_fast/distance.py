@@ -1,0 +1,171 @@
+"""How far samples are from where a fine solver takes the same noise: one by one, and as a distribution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .target import Target
+
+CRITERIA = ("rmse", "median", "features")
+SWITCH = 0.5  # of the median distance between two different reference samples: nearer to another than to its own
+CHUNK = 64  # samples seen by features and classify at a time
+
+
+def squares(x: Tensor, reference: Tensor) -> Tensor:
+    """(B,) float64 on the CPU: the mean of (x - reference)^2 over the elements of each sample, or of its features."""
+    return (x.double() - reference.double()).square().flatten(1).mean(1).cpu()
+
+
+def criterion(select: str, errors: Tensor, features: Tensor | None = None) -> float:
+    """What a choice between solvers makes small:
+
+        rmse: sqrt(mean_b errors_b)    median: sqrt(median_b errors_b)    features: sqrt(mean_b features_b)
+
+    errors, features: (B,) :func:`squares` of the samples and of their features, each to the reference from the same
+    noise; infinite where a solver left the numbers. Paired, so that two solvers differ by what they do and not by
+    the noise they got. Raises ValueError for another name, and for "features" without any.
+    """
+    if select not in CRITERIA:
+        raise ValueError(f"select={select!r}: choose {', '.join(map(repr, CRITERIA))}")
+    if select == "features":
+        if features is None:
+            raise ValueError("select='features' needs a target with features: Target(..., features=function)")
+        errors = features
+    return math.sqrt(float(errors.median() if select == "median" else errors.mean()))
+
+
+def frechet_distance(first: Tensor, second: Tensor) -> float:
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) between two sets of features (n, F), in float64; NaN below 2 rows.
+
+    With A'A = C1 and B'B = C2, tr (C1 C2)^(1/2) is the sum of the singular values of A B', so that more features
+    than samples cost no more than samples squared.
+    """
+    if len(first) < 2 or len(second) < 2:
+        return math.nan
+    means, roots = zip(*(_moments(part) for part in (first, second)), strict=True)
+    cross = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
+    traces = sum(root.square().sum() for root in roots)
+    return float(((means[0] - means[1]).square().sum() + traces - 2 * cross).clamp_min(0))
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean, and a root R of the covariance R'R with at most n or F rows, (F,) and (min(n, F), F) float64."""
+    features = features.double().cpu()
+    mean = features.mean(0)
+    return mean, torch.linalg.qr((features - mean) / math.sqrt(len(features) - 1), mode="r").R
+
+
+def energy_distance(first: Tensor, second: Tensor) -> float:
+    """2 E d(a, b) - E d(a, a') - E d(b, b'), d Euclidean, of two sets of features (n, F); NaN below 2 rows.
+
+    A pair of a sample with itself counts, so the distance is never negative and, like Frechet's, above zero for two
+    finite sets from one distribution. In float64. Szekely and Rizzo, 2013.
+    """
+    if len(first) < 2 or len(second) < 2:
+        return math.nan
+    first, second = first.double().cpu(), second.double().cpu()
+    between = [torch.cdist(a, b).mean() for a, b in ((first, second), (first, first), (second, second))]
+    return float((2 * between[0] - between[1] - between[2]).clamp_min(0))
+
+
+def three_digits(value: float) -> str:
+    """A number with three significant digits: 0.0123, 1.20, 123, 1.23e-05."""
+    return f"{value:#.3g}".removesuffix(".")
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Where a fine solver takes some noises, as the measure of others that start there.
+
+    target: its ``features`` are compared as distributions, the flattened samples where it has none; its ``classify``
+        says which samples switch. samples: (n, *S). asked: (n,) the labels asked for.
+    real: (R, F) features of real data to compare distributions with. None: those of the reference itself from other
+        noises: one half of the noises for a solver, the other for the reference, and the other way round.
+    """
+
+    target: Target
+    samples: Tensor
+    asked: Tensor | None = None
+    real: Tensor | None = None
+    features: Tensor = field(init=False, repr=False)
+    classes: Tensor | None = field(init=False, repr=False)
+    reach: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        set_ = lambda key, value: object.__setattr__(self, key, value)  # noqa: E731
+        set_("features", self._features(self.samples))
+        set_("classes", self._classes(self.samples))
+        flat = self.samples[:CHUNK].flatten(1).double()  # 2,016 pairs settle a median
+        apart = torch.pdist(flat) / math.sqrt(flat.shape[1])
+        set_("reach", SWITCH * float(apart.median()) if len(apart) else math.inf)
+
+    def measure(self, x: Tensor) -> dict[str, Any]:
+        """The figures of samples x (n, *S) from the same noises; None where one cannot be told.
+
+        rmse, rmse_low, rmse_high: sqrt(mean of squares), and its 95 % interval over noises (normal, on the mean of
+        the samples' squares). median, p90: of the samples' own root mean squares. switched: the share that is
+        classified as something else than the reference, or, without ``classify``, that is further from it than
+        ``reach``, half of the median distance (root mean square) between two different reference samples. accuracy:
+        the share read as what was asked. frechet, energy: between distributions. samples: n.
+        """
+        found = squares(x, self.samples)
+        mean, roots = float(found.mean()), found.sqrt()
+        half = 1.96 * float(found.std()) / math.sqrt(len(found)) if len(found) > 1 else 0.0
+        classes = self._classes(x)
+        switched = roots > self.reach if classes is None or self.classes is None else classes.ne(self.classes)
+        return {
+            "rmse": math.sqrt(mean),
+            "rmse_low": math.sqrt(max(mean - half, 0.0)),
+            "rmse_high": math.sqrt(mean + half),
+            "median": float(roots.median()),
+            "p90": float(roots.quantile(0.9, interpolation="higher")),
+            "switched": float(switched.double().mean()) if len(found) > 1 or classes is not None else None,
+            "accuracy": None
+            if classes is None or self.asked is None
+            else float(classes.eq(self.asked).double().mean()),
+            **self.distances(x),
+            "samples": len(found),
+        }
+
+    def distances(self, x: Tensor | None = None) -> dict[str, float | None]:
+        """frechet and energy of samples x; of the reference itself, the noise floor, without any."""
+        features = self.features if x is None else self._features(x)
+        return {
+            "frechet": self._between(features, frechet_distance),
+            "energy": self._between(features, energy_distance),
+        }
+
+    def worst(self, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The samples that err most and the reference from the same noise, (count, *S) each, worst first."""
+        rows = squares(x, self.samples).argsort(descending=True, stable=True)[:count]
+        rows = rows.to(x.device)
+        return x[rows], self.samples[rows]
+
+    def _between(self, features: Tensor, distance: Callable[[Tensor, Tensor], float]) -> float | None:
+        half = len(features) // 2
+        if not features.isfinite().all():
+            return None
+        if self.real is not None:
+            found = distance(features, self.real)
+        else:
+            pairs = (features[:half], self.features[half:]), (features[half:], self.features[:half])
+            found = sum(distance(*pair) for pair in pairs) / 2
+        return None if math.isnan(found) else found
+
+    @torch.no_grad()
+    def _features(self, x: Tensor) -> Tensor:
+        """(n, F) on the CPU."""
+        of = self.target.features
+        return (x if of is None else torch.cat([of(part) for part in x.split(CHUNK)])).flatten(1).cpu()
+
+    @torch.no_grad()
+    def _classes(self, x: Tensor) -> Tensor | None:
+        """(n,) on the CPU."""
+        classify = self.target.classify
+        return None if classify is None else torch.cat([classify(part).argmax(-1) for part in x.split(CHUNK)]).cpu()
