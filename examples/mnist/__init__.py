@@ -1,7 +1,7 @@
-"""Two small class-conditional digit models to search solvers for: a rectified flow and a VP model.
+"""Small class-conditional digit models to search solvers for: a rectified flow, a VP model, and a flow of 16x16 digits.
 
-`flow`, `flow_guided`, `vp` and `vp_guided` each return a Target, which `dss_fast.search`, `sample`, `compare` and
-the command line (`search examples.mnist:flow`) take.
+`flow`, `flow_guided`, `flow16`, `vp` and `vp_guided` each return a Target, which `dss_fast.search`, `sample`, `compare`
+and the command line (`search examples.mnist:flow`) take.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dss_fast import VP, Flow, Target
 from dss_fast.schedule import Schedule
 
-from .model import NULL_CLASS, Classifier, DiT, VPModel
+from .model import NULL_CLASS, Classifier, DiT, SmallClassifier, UNet, VPModel
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -33,6 +33,11 @@ def _frozen(module: nn.Module, name: str) -> nn.Module:
 def load_flow() -> DiT:
     """model(x, t, y) -> velocity x0 - eps at x = t x0 + (1 - t) eps; t (B,) in [0, 1]; frozen."""
     return _frozen(DiT(), "flow")
+
+
+def load_flow16() -> UNet:
+    """model(x, t, y) -> velocity, as `load_flow`, of 16x16 digits by a convolutional U-Net; frozen."""
+    return _frozen(UNet(), "flow16")
 
 
 def load_vp() -> VPModel:
@@ -60,19 +65,20 @@ def decode(x: Tensor) -> Tensor:
     return ((x + 1) / 2).clamp(0, 1)
 
 
-def real_features() -> Tensor:
-    """(5000, 64): the classifier's features of all real images, for a Frechet distance."""
-    from .data import digits
+def real_features(target: Target) -> Tensor:
+    """(5000, 64): the classifier's features of all real images at a target's size, for a Frechet distance."""
+    from .data import digits, halved
 
-    classifier = load_classifier()
-    return torch.cat([classifier.features(part) for part in digits()[0].split(500)])
+    assert target.features is not None
+    images = digits()[0] if target.shape == (1, 28, 28) else halved(digits()[0])
+    return torch.cat([target.features(part) for part in images.split(500)])
 
 
-def _target(model: nn.Module, schedule: Schedule, guidance_scale: float) -> Target:
-    classifier = load_classifier()
+def _target(model: nn.Module, schedule: Schedule, guidance_scale: float, side: int = 28) -> Target:
+    classifier = load_classifier() if side == 28 else SmallClassifier(load_classifier()).eval()
     return Target(
         model,
-        (1, 28, 28),
+        (1, side, side),
         schedule,
         cond=draw_labels,
         uncond={"y": NULL_CLASS},
@@ -92,6 +98,11 @@ def flow(guidance_scale: float = 1.0) -> Target:
 def flow_guided() -> Target:
     """The rectified flow at guidance 1.5: two network evaluations per step."""
     return flow(1.5)
+
+
+def flow16(guidance_scale: float = 1.0) -> Target:
+    """The rectified flow of 16x16 digits, by default without guidance: another network, size and resolution."""
+    return _target(load_flow16(), Flow(), guidance_scale, side=16)
 
 
 def vp(guidance_scale: float = 1.0) -> Target:

@@ -51,6 +51,11 @@ def shifted(images: Tensor, generator: torch.Generator, reach: int = 1) -> Tenso
     return padded[torch.arange(batch)[:, None, None], 0, rows[:, :, None], columns[:, None, :]][:, None]
 
 
+def halved(images: Tensor) -> Tensor:
+    """(B, 1, 28, 28) as (B, 1, 16, 16): a margin of 2 pixels of -1 around them, then the means of 2x2 pixels."""
+    return F.avg_pool2d(F.pad(images, (2,) * 4, value=-1.0), 2)
+
+
 def warped(images: Tensor, generator: torch.Generator) -> Tensor:
     """Each image rotated by up to 0.25 rad, scaled by 15 %, sheared by 0.2, moved by 2 pixels."""
     batch = len(images)

@@ -1,5 +1,5 @@
 """A small class-conditional diffusion transformer (DiT) for 28x28 digits, read as a flow or as a VP
-model, and a classifier."""
+model, a convolutional U-Net for 16x16 digits, and a classifier."""
 
 from __future__ import annotations
 
@@ -87,18 +87,81 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def start(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """What the blocks read: the patches (B, tokens, width) and the condition (B, width)."""
         batch, side, patch = x.shape[0], self.side, self.patch
         patches = x.reshape(batch, side, patch, side, patch).transpose(2, 3)
         h = self.embed(patches.reshape(batch, side * side, patch * patch)) + self.positions
         angles = t.to(x.dtype)[:, None] * self.frequencies
         condition = self.time(torch.cat([angles.sin(), angles.cos()], dim=1)) + self.classes(y)
-        condition = F.silu(condition)
+        return h, F.silu(condition)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        side, patch = self.side, self.patch
+        h, condition = self.start(x, t, y)
         for block in self.blocks:
             h = block(h, condition)
         shift, scale = self.final_modulation(condition)[:, None].chunk(2, dim=2)
         h = self.final(F.layer_norm(h, h.shape[-1:]) * (1 + scale) + shift)
-        return h.reshape(batch, side, side, patch, patch).transpose(2, 3).reshape(x.shape)
+        return h.reshape(len(x), side, side, patch, patch).transpose(2, 3).reshape(x.shape)
+
+
+class ConvBlock(nn.Module):
+    """skip(h) + conv(silu(modulate(norm(conv(silu(norm(h))))))), the last convolution starting at 0.
+
+    h (B, inside, H, W), condition (B, width) -> (B, outside, H, W).
+    """
+
+    def __init__(self, inside: int, outside: int, width: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(8, inside)
+        self.first = nn.Conv2d(inside, outside, 3, padding=1)
+        self.modulation = nn.Linear(width, 2 * outside)
+        self.last = nn.Conv2d(outside, outside, 3, padding=1)
+        self.skip = nn.Identity() if inside == outside else nn.Conv2d(inside, outside, 1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, h: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.modulation(condition)[:, :, None, None].chunk(2, dim=1)
+        z = self.first(F.silu(self.norm(h)))
+        z = F.group_norm(z, 8) * (1 + scale) + shift
+        return self.skip(h) + self.last(F.silu(z))
+
+
+class UNet(nn.Module):
+    """velocity x0 - eps of x_t = t x0 + (1 - t) eps for 16x16 digits, by convolutions alone.
+
+    x (B, 1, 16, 16) of the module's dtype; t and y as for `DiT`. Returns the shape and dtype of x. Smooth in x and t.
+    """
+
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 96), width: int = 96):
+        super().__init__()
+        frequencies = math.pi * 2.0 ** torch.linspace(-1, 5, 16)  # as in `DiT`
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.time = nn.Sequential(nn.Linear(32, width), nn.SiLU(), nn.Linear(width, width))
+        self.classes = nn.Embedding(NULL_CLASS + 1, width)
+        self.embed = nn.Conv2d(1, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(ConvBlock(a, b, width) for a, b in zip((widths[0], *widths), widths, strict=False))
+        self.middle = ConvBlock(widths[-1], widths[-1], width)
+        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        self.up = nn.ModuleList(ConvBlock(a + b, a, width) for a, b in reversed(pairs))
+        self.norm = nn.GroupNorm(8, widths[0])
+        self.final = nn.Conv2d(widths[0], 1, 3, padding=1)
+        nn.init.zeros_(self.final.weight)
+        nn.init.zeros_(self.final.bias)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        angles = t.to(x.dtype)[:, None] * self.frequencies
+        condition = F.silu(self.time(torch.cat([angles.sin(), angles.cos()], dim=1)) + self.classes(y))
+        h, kept = self.embed(x), []
+        for k, block in enumerate(self.down):
+            h = block(F.avg_pool2d(h, 2) if k else h, condition)
+            kept.append(h)
+        h = self.middle(h, condition)
+        for block, before in zip(self.up, reversed(kept[:-1]), strict=True):
+            h = block(torch.cat([F.interpolate(h, scale_factor=2.0), before], dim=1), condition)
+        return self.final(F.silu(self.norm(h)))
 
 
 class VPModel(nn.Module):
@@ -139,3 +202,21 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.dropout(self.features(x)))
+
+
+class SmallClassifier(nn.Module):
+    """A `Classifier` of 28x28 digits for those of 16x16, which it is shown at twice their size without their margin."""
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self.classifier = classifier
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.classifier.features(self.enlarged(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.enlarged(x))
+
+    @staticmethod
+    def enlarged(x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2.0, mode="bicubic")[..., 2:-2, 2:-2]

@@ -1,4 +1,4 @@
-"""python -m examples.mnist.train {flow,vp,classifier}: trains a model and writes its fp16 weights.
+"""python -m examples.mnist.train {flow,vp,flow16,classifier}: trains a model and writes its fp16 weights.
 
 Stop it at any time; run again, it goes on from its last checkpoint. Every batch depends only on
 the seed and the step, so a resumed run sees the data an uninterrupted one would have seen.
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import data
-from .model import NULL_CLASS, Classifier, DiT, vp_alpha_sigma
+from .model import NULL_CLASS, Classifier, DiT, UNet, vp_alpha_sigma
 
 Optimizers = list[torch.optim.Optimizer]
 LABEL_DROPOUT = 0.1
@@ -32,7 +32,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def draw_flow_times(kind: str, count: int, generator: torch.Generator) -> Tensor:
-    """Flow times s: half logit-normal, the rest uniform in s (flow) or in the VP time (vp)."""
+    """Flow times s: half logit-normal, the rest uniform in s (a flow) or in the VP time (vp)."""
     middle = torch.randn(count, generator=generator).sigmoid()
     spread = torch.rand(count, generator=generator)
     if kind == "vp":
@@ -56,6 +56,8 @@ def diffusion_batch_loss(kind: str, model: nn.Module, batch: int, generator: tor
     dropped = torch.rand(batch, generator=generator) < LABEL_DROPOUT
     labels = torch.where(dropped, NULL_CLASS, labels[picks])
     clean = data.shifted(images[picks], generator)
+    if kind == "flow16":
+        clean = data.halved(clean)
     noise = torch.randn(clean.shape, generator=generator)
     return velocity_loss(model, clean, labels, draw_flow_times(kind, batch, generator), noise)
 
@@ -74,6 +76,7 @@ def held_out_report(kind: str, model: nn.Module) -> str:
     if kind == "classifier":
         report = f"held-out accuracy {(model(images).argmax(1) == labels).float().mean():.4f}"
     else:
+        images = data.halved(images) if kind == "flow16" else images
         generator = torch.Generator().manual_seed(1)
         times = draw_flow_times(kind, len(images), generator)
         noise = torch.randn(images.shape, generator=generator)
@@ -149,7 +152,7 @@ def train(args: argparse.Namespace, checkpoint: Path, weights: Path) -> None:
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     kind = args.kind
     torch.manual_seed(args.seed)
-    model: nn.Module = Classifier() if kind == "classifier" else DiT()
+    model: nn.Module = {"classifier": Classifier, "flow16": UNet}.get(kind, DiT)()
     if args.start_from:
         model.load_state_dict({name: value.float() for name, value in load_file(args.start_from).items()})
     ema = copy.deepcopy(model).requires_grad_(False)
@@ -195,10 +198,10 @@ def train(args: argparse.Namespace, checkpoint: Path, weights: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.mnist.train", description=__doc__)
-    parser.add_argument("kind", choices=("flow", "vp", "classifier"))
+    parser.add_argument("kind", choices=("flow", "vp", "flow16", "classifier"))
     parser.add_argument("--steps", type=int, help="default: 3400, classifier 2500")
     parser.add_argument("--batch", type=int, help="images a step; default: 96, classifier 64")
-    parser.add_argument("--lr", type=float, help="peak; default: 4e-3, classifier 2e-3")
+    parser.add_argument("--lr", type=float, help="peak; default: 4e-3, classifier and flow16 2e-3")
     parser.add_argument("--ema", type=float, default=0.998, help="decay of the weight average")
     parser.add_argument("--start-from", type=Path, help="weights to start from instead of random ones")
     parser.add_argument("--seed", type=int, default=0)
@@ -210,7 +213,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.steps = args.steps or (2500 if args.kind == "classifier" else 3400)
     args.batch = args.batch or (64 if args.kind == "classifier" else 96)
-    args.lr = args.lr or (2e-3 if args.kind == "classifier" else 4e-3)
+    args.lr = args.lr or (2e-3 if args.kind in ("classifier", "flow16") else 4e-3)
     checkpoint = args.checkpoint or Path("out") / f"mnist-{args.kind}.safetensors"
     weights = args.weights or WEIGHTS / f"{args.kind}.safetensors"
     if "WORLD_SIZE" in os.environ:

