@@ -1,0 +1,147 @@
+"""Does a table serve a model that it was not searched on? Rows in benchmarks/results/transfer.jsonl.
+
+    python -m benchmarks.transfer run                            # all pairs of one family, N = 5 and 8, default space
+    python -m benchmarks.transfer run --spaces plain --steps 10 --budget 20000
+    python -m benchmarks.transfer show                           # prints the tables
+    python -m benchmarks.transfer show --write docs/transfer.md  # puts them between its marks
+
+A row's table is searched on its model and run on each column's, both of one family. Figures: its RMSE over that of
+the best hand-made solver on the column's model (all methods and spacings, see search_table.py), on noise that no
+search draws; below 1 it wins. What is in the rows already is not run again: delete the file to start over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from dss_fast import Solver, search
+from dss_fast.search import TwoStage
+
+from .search_table import Fresh, known_best, target
+
+RESULTS = Path(__file__).parent / "results" / "transfer.jsonl"
+FLOWS = ("flow", "flow_guided", "flow16", "mixture0.2", "mixture", "mixture0.5")
+VPS = ("vp", "vp_guided")
+MODELS = (*FLOWS, *VPS)
+SAMPLES, MIXTURE_SAMPLES = 256, 2048  # the mixture's error is in few samples, and it is cheap
+
+
+def rows() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def found(**key: Any) -> dict[str, Any] | None:
+    """The row that says this already."""
+    return next((row for row in reversed(rows()) if all(row.get(k) == v for k, v in key.items())), None)
+
+
+def write(**row: Any) -> dict[str, Any]:
+    RESULTS.parent.mkdir(exist_ok=True)
+    with open(RESULTS, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    print({k: v for k, v in row.items() if k != "solver"}, flush=True)
+    return row
+
+
+def table(source: str, num_steps: int, space: str, budget: int, seed: int) -> Solver:
+    """The table of a search on a model."""
+    key = {"kind": "search", "source": source, "num_steps": num_steps, "space": space, "budget": budget, "seed": seed}
+    row = found(**key)
+    if row is None:
+        method = TwoStage(space=space)
+        result = search(target(source), num_steps, method=method, budget=budget, seed=seed, progress=False)
+        row = write(**key, evaluations=result.evaluations, solver=result.solver.to_dict())
+    return Solver.from_dict(row["solver"])
+
+
+def run(models: list[str], steps: list[int], spaces: list[str], budget: int, seed: int) -> None:
+    searched = {
+        (name, n, space): table(name, n, space, budget, seed) for n in steps for space in spaces for name in models
+    }
+    for column in models:
+        fresh: Fresh | None = None
+        for n in steps:
+            about = {"target": column, "num_steps": n}
+            wanted = [("handmade", None, None, None, None)]
+            wanted += [
+                ("pair", name, space, budget, seed)
+                for name, m, space in searched
+                if m == n and (name in VPS) == (column in VPS)
+            ]
+            for kind, *settings in wanted:
+                key = {"kind": kind, **dict(zip(("source", "space", "budget", "seed"), settings, strict=True)), **about}
+                if found(**key) is not None:
+                    continue
+                if fresh is None:
+                    fresh = Fresh(column, MIXTURE_SAMPLES if column.startswith("mixture") else SAMPLES)
+                best = kind == "handmade"
+                solver = known_best(column, n) if best else searched[settings[0], n, settings[1]]
+                write(**key, name=solver.name, samples=fresh.count, **fresh.row(solver))
+
+
+def show(measure: str = "rmse") -> str:
+    """A matrix for each N, space and budget, the newest rows; worst and geometric mean off the diagonal."""
+    every = rows()
+    hand = {(r["target"], r["num_steps"]): r for r in every if r["kind"] == "handmade"}
+    groups: dict[tuple, dict[tuple[str, str], float]] = {}
+    for r in every:
+        if r["kind"] == "pair":
+            group = groups.setdefault((r["num_steps"], r["space"], r["budget"], r["seed"]), {})
+            group[r["source"], r["target"]] = r[measure] / hand[r["target"], r["num_steps"]][measure]
+    parts = []
+    for (n, space, budget, seed), cells in sorted(groups.items()):
+        sources = [name for name in MODELS if any(name == source for source, _ in cells)]
+        columns = [name for name in MODELS if any(name == column for _, column in cells)]
+        command = f"python -m benchmarks.transfer run --steps {n} --spaces {space} --budget {budget} --seed {seed}"
+        lines = [f"N = {n}, space `{space}`: `{command}`", "", f"| searched on | {' | '.join(columns)} |"]
+        lines.append("| --- " * (len(columns) + 1) + "|")
+        best = [f"{hand[name, n][measure]:.4f}" for name in columns]
+        for source in sources:
+            text = [f"{cells[source, name]:.2f}" if (source, name) in cells else "" for name in columns]
+            bold = [f"**{cell}**" if name == source else cell for cell, name in zip(text, columns, strict=True)]
+            lines.append(f"| {source} | {' | '.join(bold)} |")
+        lines.append(
+            f"| *{measure.upper() if measure == 'rmse' else measure} of the best hand-made* | {' | '.join(best)} |"
+        )
+        away = [ratio for (source, column), ratio in cells.items() if source != column]
+        if away:
+            lost = sum(ratio > 1 for ratio in away)
+            mean = 1.0
+            for ratio in away:
+                mean *= ratio ** (1 / len(away))
+            lines += [
+                "",
+                f"On other models: geometric mean {mean:.2f}, worst {max(away):.2f}, {lost} of {len(away)} above 1.",
+            ]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "show"))
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 8])
+    parser.add_argument("--spaces", nargs="+", default=[TwoStage().space])
+    parser.add_argument("--budget", type=int, default=20_000, help="model evaluations of each search")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--measure", default="rmse", choices=("rmse", "median"))
+    parser.add_argument("--write", type=Path, metavar="FILE", help="replace the text between the marks in FILE")
+    options = parser.parse_args()
+    if options.what == "run":
+        return run(options.models, options.steps, options.spaces, options.budget, options.seed)
+    text = show(options.measure)
+    if options.write is None:
+        return print(text)
+    before, begin, rest = options.write.read_text().partition("<!-- transfer -->")
+    _, end, after = rest.partition("<!-- end of transfer -->")
+    if not end:
+        raise SystemExit(f"{options.write} lacks the marks <!-- transfer --> and <!-- end of transfer -->")
+    options.write.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
+
+
+if __name__ == "__main__":
+    main()
