@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -197,57 +197,67 @@ class Judge:
         }
 
 
-def measure(model: str, steps: list[int], count: int, budget: int) -> None:
+def measure(model: str, steps: list[int], count: int, budget: int, parts: list[str]) -> None:
     judge = Judge(model, count)
-    target, schedule = judge.target, judge.target.schedule
-    assert schedule is not None
-    about = {"model": model, "samples": judge.fresh.count}
-    small = Draws.of(target, 1).batch("calibration", 0, CALIBRATED)
-    poly = rescaling(small, modulated_input(target, small))
+    tasks = [(LONG, "whole")] * ("whole" in parts)
+    for n, part in tasks + [(n, part) for n in steps for part in parts if part != "whole"]:
+        for row in PARTS[part](judge, n, budget):
+            write(model=model, num_steps=n, samples=judge.fresh.count, **row)
+
+
+def whole(judge: Judge, n: int, budget: int) -> Iterator[dict[str, Any]]:
+    """The runs that caching shortens, at no less than their 50 calls."""
     for base in BASES:
-        solver = find_solver(f"{base}/{LONG}", schedule)
-        write(
-            **about,
-            num_steps=LONG,
-            kind="whole run",
-            name=solver.name,
-            calls=LONG,
-            **judge.row(lambda b, s=solver: run(b, s)),
-        )
-    for n in steps:
-        for base in BASES:
-            solver = find_solver(f"{base}/{LONG}", schedule)
-            threshold = threshold_for(n, small, solver, modulated_input(target, small), poly)
-            made: list[int] = []
+        solver = find_solver(f"{base}/{LONG}", judge.target.schedule)
+        yield {"kind": "whole", "name": solver.name, "calls": LONG, **judge.row(lambda b, s=solver: run(b, s))}
 
-            def reused(batch: Samples, s: Solver = solver, t: float = threshold, made: list[int] = made) -> Tensor:
-                cache = Reuse(modulated_input(target, batch), t, LONG, poly)
-                x = run(batch, s, cache)
-                made.append(cache.calls)
-                return x
 
-            found = judge.row(reused)
-            name = f"TeaCache on {solver.name}"
-            write(
-                **about, num_steps=n, kind="reuse", name=name, calls=sum(made) / len(made), threshold=threshold, **found
-            )
-            rows = []
-            for order in (1, 2, 3):
-                for warm in (1, 2):
-                    called = spread(n, LONG, warm)
-                    found = judge.row(lambda batch, s=solver, c=called, o=order: run(batch, s, Forecast(c, o)))
-                    rows.append({"order": order, "warm": warm, **found})
-            found = min(rows, key=lambda row: row["rmse"])
-            write(**about, num_steps=n, kind="forecast", name=f"TaylorSeer on {solver.name}", calls=n, **found)
-        result = search(target, n, budget=budget, seed=0, progress=False)
-        for kind, solver in (
-            ("textbook", find_solver(f"ab2/{n}", schedule)),
-            ("best hand-made", known_best(model, n)),
-            ("searched", result.solvers[n]),
-        ):
-            found = judge.row(lambda batch, s=solver: run_table(target, batch, s))
-            extra = {"evaluations": result.evaluations} if kind == "searched" else {}
-            write(**about, num_steps=n, kind=kind, name=solver.name, calls=n, **found, **extra)
+def reuse(judge: Judge, n: int, budget: int) -> Iterator[dict[str, Any]]:
+    target = judge.target
+    small = Draws.of(target, 1).batch("calibration", 0, CALIBRATED)
+    indicator = modulated_input(target, small)
+    poly = rescaling(small, indicator)
+    for base in BASES:
+        solver, made = find_solver(f"{base}/{LONG}", target.schedule), []
+        threshold = threshold_for(n, small, solver, indicator, poly)
+
+        def reused(batch: Samples, s: Solver = solver, t: float = threshold, made: list[int] = made) -> Tensor:
+            cache = Reuse(modulated_input(target, batch), t, LONG, poly)
+            x = run(batch, s, cache)
+            made.append(cache.calls)
+            return x
+
+        row = judge.row(reused)
+        calls = sum(made) / len(made)
+        yield {"kind": "reuse", "name": f"TeaCache on {solver.name}", "calls": calls, "threshold": threshold, **row}
+
+
+def forecast(judge: Judge, n: int, budget: int) -> Iterator[dict[str, Any]]:
+    for base in BASES:
+        solver, rows = find_solver(f"{base}/{LONG}", judge.target.schedule), []
+        for order in (1, 2, 3):
+            for warm in (1, 2):
+                called = spread(n, LONG, warm)
+                row = judge.row(lambda b, s=solver, c=called, o=order: run(b, s, Forecast(c, o)))
+                rows.append({"order": order, "warm": warm, **row})
+        best = min(rows, key=lambda row: row["rmse"])
+        yield {"kind": "forecast", "name": f"TaylorSeer on {solver.name}", "calls": n, **best}
+
+
+def handmade(judge: Judge, n: int, budget: int) -> Iterator[dict[str, Any]]:
+    solvers = find_solver(f"ab2/{n}", judge.target.schedule), known_best(judge.model, n)
+    for kind, solver in zip(("textbook", "best hand-made"), solvers, strict=True):
+        row = judge.row(lambda b, s=solver: run_table(judge.target, b, s))
+        yield {"kind": kind, "name": solver.name, "calls": n, **row}
+
+
+def searched(judge: Judge, n: int, budget: int) -> Iterator[dict[str, Any]]:
+    result = search(judge.target, n, budget=budget, seed=0, progress=False)
+    row = judge.row(lambda b: run_table(judge.target, b, result.solver))
+    yield {"kind": "searched", "name": result.solver.name, "calls": n, "evaluations": result.evaluations, **row}
+
+
+PARTS = {"whole": whole, "reuse": reuse, "forecast": forecast, "handmade": handmade, "searched": searched}
 
 
 def run_table(target: Target, batch: Samples, solver: Solver) -> Tensor:
@@ -286,13 +296,14 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "show"))
     parser.add_argument("--model", default="flow_guided", choices=("flow", "flow_guided"))
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10, 15])
-    parser.add_argument("--samples", type=int, default=128, help="fresh noises to measure on")
+    parser.add_argument("--samples", type=int, default=128, help="fresh noises to measure on, in batches of 64")
     parser.add_argument("--budget", type=int, default=BUDGET, help="model evaluations of each search")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     options = parser.parse_args()
     if options.what == "show":
         print(show())
     else:
-        measure(options.model, options.steps, options.samples, options.budget)
+        measure(options.model, options.steps, options.samples, options.budget, options.parts)
 
 
 if __name__ == "__main__":

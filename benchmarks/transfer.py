@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "show"))
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 8])
-    parser.add_argument("--spaces", nargs="+", default=[TwoStage().space])
+    parser.add_argument("--spaces", nargs="*", default=[TwoStage().space], help="none: only the hand-made solvers")
     parser.add_argument("--budget", type=int, default=20_000, help="model evaluations of each search")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure", default="rmse", choices=("rmse", "median"))

@@ -129,14 +129,15 @@ def compare(
     can carry a whole RMSE: ``switched`` is their share (another class, or, without ``classify``, further off than half
     of the median distance between two different samples). Frechet distance |m1 - m2|^2 + tr(C1 + C2 - 2 (C1
     C2)^(1/2)) and energy distance 2 E d(a, b) - E d(a, a') - E d(b, b') are between independent draws: the solver's
-    samples from one half of the noises, the reference's from the other half, and the other way round. Their floor is
-    what the reference's own halves have. See :meth:`dss_fast.distance.Reference.measure`.
+    samples and the reference's from other noises. Their floor is what two draws of the reference have, half of the
+    noises each: Frechet's, which is biased, counts by how much it is above; see
+    :meth:`dss_fast.distance.Reference.distances`.
 
     target: a Target with a shape, or the model alone, with ``fields`` of a :class:`Target` as keyword arguments.
         Its ``features`` are what both distances compare, or else the flattened samples; its ``classify`` and
         ``labels`` give the share of samples read as what was asked; its ``decode`` the pictures. Samples live where
         the target does.
-    real_features: (R, F) to compare all samples' features with, instead of the reference's other half.
+    real_features: (R, F) to compare the features of all samples with, instead of the reference's from other noises.
     solvers: Solvers, names or paths; a name without ``/N`` is run at each of num_steps, a published one at those of
         them that it exists for.
     samples, batch_size, seed: of the noise. The seed's noises are used by no search.

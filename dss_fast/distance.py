@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from .target import Target
 CRITERIA = ("rmse", "median", "features")
 SWITCH = 0.5  # of the median distance between two different reference samples: nearer to another than to its own
 CHUNK = 64  # samples seen by features and classify at a time
+SPLITS, WIDE = 16, 4096  # halvings of the noises that a distance is averaged over; one beyond so many features
 
 
 def squares(x: Tensor, reference: Tensor) -> Tensor:
@@ -61,17 +62,20 @@ def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.linalg.qr((features - mean) / math.sqrt(len(features) - 1), mode="r").R
 
 
-def energy_distance(first: Tensor, second: Tensor) -> float:
+def energy_distance(first: Tensor, second: Tensor, *, same_noise: bool = False) -> float:
     """2 E d(a, b) - E d(a, a') - E d(b, b'), d Euclidean, of two sets of features (n, F); NaN below 2 rows.
 
-    A pair of a sample with itself counts, so the distance is never negative and, like Frechet's, above zero for two
-    finite sets from one distribution. In float64. Szekely and Rizzo, 2013.
+    Over pairs of different rows, and, with ``same_noise``, where row i of both comes from one noise, of different
+    noises: without bias, so about zero, and as often below, for two sets from one distribution. In float64. Szekely
+    and Rizzo, 2013.
     """
     if len(first) < 2 or len(second) < 2:
         return math.nan
     first, second = first.double().cpu(), second.double().cpu()
-    between = [torch.cdist(a, b).mean() for a, b in ((first, second), (first, first), (second, second))]
-    return float((2 * between[0] - between[1] - between[2]).clamp_min(0))
+    different = lambda pairs: pairs.fill_diagonal_(0).sum() / (len(pairs) * (len(pairs) - 1))  # noqa: E731
+    between = torch.cdist(first, second)
+    mixed = different(between) if same_noise else between.mean()
+    return float(2 * mixed - different(torch.cdist(first, first)) - different(torch.cdist(second, second)))
 
 
 def three_digits(value: float) -> str:
@@ -86,7 +90,7 @@ class Reference:
     target: its ``features`` are compared as distributions, the flattened samples where it has none; its ``classify``
         says which samples switch. samples: (n, *S). asked: (n,) the labels asked for.
     real: (R, F) features of real data to compare distributions with. None: those of the reference itself from other
-        noises: one half of the noises for a solver, the other for the reference, and the other way round.
+        noises.
     """
 
     target: Target
@@ -96,11 +100,15 @@ class Reference:
     features: Tensor = field(init=False, repr=False)
     classes: Tensor | None = field(init=False, repr=False)
     reach: float = field(init=False)
+    splits: list[tuple[Tensor, Tensor]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         set_ = lambda key, value: object.__setattr__(self, key, value)  # noqa: E731
         set_("features", self._features(self.samples))
         set_("classes", self._classes(self.samples))
+        n, count = len(self.samples), SPLITS if self.features.shape[1] <= WIDE else 1
+        orders = [torch.randperm(n, generator=torch.Generator().manual_seed(k)) for k in range(count)]
+        set_("splits", [(order[: n // 2], order[n // 2 :]) for order in orders])
         flat = self.samples[:CHUNK].flatten(1).double()  # 2,016 pairs settle a median
         apart = torch.pdist(flat) / math.sqrt(flat.shape[1])
         set_("reach", SWITCH * float(apart.median()) if len(apart) else math.inf)
@@ -112,7 +120,7 @@ class Reference:
         the samples' squares). median, p90: of the samples' own root mean squares. switched: the share that is
         classified as something else than the reference, or, without ``classify``, that is further from it than
         ``reach``, half of the median distance (root mean square) between two different reference samples. accuracy:
-        the share read as what was asked. frechet, energy: between distributions. samples: n.
+        the share read as what was asked. frechet, energy: see :meth:`distances`. samples: n.
         """
         found = squares(x, self.samples)
         mean, roots = float(found.mean()), found.sqrt()
@@ -134,29 +142,32 @@ class Reference:
         }
 
     def distances(self, x: Tensor | None = None) -> dict[str, float | None]:
-        """frechet and energy of samples x; of the reference itself, the noise floor, without any."""
+        """frechet and energy of samples x from the same noises; without any the noise floor, of the reference itself.
+
+        frechet: the mean over some halvings of the noises of the distance between x from one half and the reference
+        from the other. Its bias is that of the floor, so what counts is by how much it is above. energy: over all pairs
+        of different noises, which has no bias. Its floor is the mean size between the halves of the reference.
+        """
         features = self.features if x is None else self._features(x)
-        return {
-            "frechet": self._between(features, frechet_distance),
-            "energy": self._between(features, energy_distance),
-        }
+        if not features.isfinite().all():
+            return {"frechet": None, "energy": None}
+        if self.real is not None:
+            found = [distance(features, self.real) for distance in (frechet_distance, energy_distance)]
+        else:
+            halves = [(features[i], self.features[j]) for a, b in self.splits for i, j in ((a, b), (b, a))]
+            found = [statistics.fmean(frechet_distance(*pair) for pair in halves)]
+            if x is None:
+                found.append(statistics.fmean(abs(energy_distance(*pair)) for pair in halves[::2]))
+            else:
+                found.append(energy_distance(features, self.features, same_noise=True))
+        frechet, energy = (None if math.isnan(value) else value for value in found)
+        return {"frechet": frechet, "energy": energy}
 
     def worst(self, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The samples that err most and the reference from the same noise, (count, *S) each, worst first."""
         rows = squares(x, self.samples).argsort(descending=True, stable=True)[:count]
         rows = rows.to(x.device)
         return x[rows], self.samples[rows]
-
-    def _between(self, features: Tensor, distance: Callable[[Tensor, Tensor], float]) -> float | None:
-        half = len(features) // 2
-        if not features.isfinite().all():
-            return None
-        if self.real is not None:
-            found = distance(features, self.real)
-        else:
-            pairs = (features[:half], self.features[half:]), (features[half:], self.features[:half])
-            found = sum(distance(*pair) for pair in pairs) / 2
-        return None if math.isnan(found) else found
 
     @torch.no_grad()
     def _features(self, x: Tensor) -> Tensor:

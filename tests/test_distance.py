@@ -34,10 +34,11 @@ def test_frechet_distance_is_the_textbooks_for_few_and_many_rows(rows):
 
 
 def test_energy_distance_by_hand():
-    """|0 - 3|, |4 - 3| and their own pairs: 2 (3 + 1) / 2 - 2 * 4 / 4 - 0, of two points and one repeated."""
-    first, second = torch.tensor([[0.0], [4.0]]), torch.tensor([[3.0], [3.0]])
-    assert math.isclose(energy_distance(first, second), 2 * 2 - 2 - 0)
-    assert energy_distance(first, first) == 0
+    """|0 - 3| and |4 - 3| in the mean, |0 - 4| and |3 - 3| between different rows; of one noise: |0 - 3|, |4 - 2|."""
+    first = torch.tensor([[0.0], [4.0]])
+    assert math.isclose(energy_distance(first, torch.tensor([[3.0], [3.0]])), 2 * 2 - 4 - 0)
+    assert math.isclose(energy_distance(first, torch.tensor([[2.0], [3.0]]), same_noise=True), 2 * 2.5 - 4 - 1)
+    assert energy_distance(first, first, same_noise=True) == 0
 
 
 def test_energy_distance_sees_what_moments_do_not():
@@ -45,7 +46,13 @@ def test_energy_distance_sees_what_moments_do_not():
     coin = torch.randint(0, 2, (4000, 1), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
     normal, again = gaussians(4000, 0, [1.0], 1), gaussians(4000, 0, [1.0], 2)
     assert frechet_distance(coin, normal) < 0.01
-    assert energy_distance(coin, normal) > 20 * energy_distance(again, normal) > 0
+    assert energy_distance(coin, normal) > 20 * abs(energy_distance(again, normal)) > 0
+
+
+def test_energy_distance_has_no_bias():
+    """The mean over 200 pairs of draws of 6 from one distribution is zero within three of its deviations."""
+    found = torch.tensor([energy_distance(*gaussians(12, 0, [1.0] * 3, k).split(6)) for k in range(200)])
+    assert abs(found.mean()) < 3 * found.std() / math.sqrt(200) and 0.3 < (found < 0).double().mean() < 0.8
 
 
 @pytest.mark.parametrize("distance", [frechet_distance, energy_distance])
@@ -111,14 +118,25 @@ def test_a_few_samples_that_switch_are_told_from_a_common_error():
     assert single["switched"] == 0.01 and spread["switched"] == 0
 
 
-def test_distances_are_between_halves():
+def test_distances_are_to_other_noises():
+    """The reference itself is at the floor, which is that of halves; what is moved is far above."""
     base = gaussians(40, 0, [1.0] * 4, 0)
     known = reference(base)
-    assert known.measure(base)["energy"] == pytest.approx(energy_distance(base[:20], base[20:]))
-    assert known.distances()["frechet"] == pytest.approx(frechet_distance(base[:20], base[20:]))
-    moved = known.measure(base + 3)
-    assert moved["frechet"] > 30 and moved["energy"] > 3
+    floor, itself, moved = known.distances(), known.measure(base), known.measure(base + 3)
+    halves = [frechet_distance(base[a], base[b]) for a, b in known.splits]
+    assert floor["frechet"] == itself["frechet"] == pytest.approx(sum(halves) / len(halves))
+    assert all(sorted([*a.tolist(), *b.tolist()]) == list(range(40)) and len(a) == 20 for a, b in known.splits)
+    assert floor["energy"] > 0 and itself["energy"] == 0
+    assert moved["frechet"] > 30 + floor["frechet"] and moved["energy"] > 3
     assert known.measure(base.where(base < 1, math.inf))["frechet"] is None
+
+
+def test_the_energy_distance_ranks_what_halves_cannot():
+    """A scale 3 % off, of 200 samples in 8 dimensions: well below the floor, and always above no change at all."""
+    for seed in range(5):
+        known = reference(gaussians(200, 0, [1.0] * 8, seed))
+        off, more = (known.measure(known.samples * scale)["energy"] for scale in (1.03, 1.06))
+        assert 0 < off < more and off < known.distances()["energy"]
 
 
 def test_the_worst_come_first():

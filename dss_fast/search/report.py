@@ -134,9 +134,9 @@ def _table(result: SearchResult, runs: dict[int, tuple[Run, Run]], reference: Re
         f"RMSE, median and 90 %: root mean square per element to a fine trajectory from the same noise, over all of "
         f"{SAMPLES} samples and of each alone, on noise that the search has not seen. Held-out RMSE: the same unit, on "
         "the noise by which the search chose, against its own teacher. Switched: the share of samples that "
-        f"{switched}. Frechet and energy distance of {compared}: between one half of the noises and the reference from "
-        f"the other half; two halves of the reference are {digits(floor['frechet'])} and {digits(floor['energy'])} "
-        f"apart. The best hand-made solver is the best of {', '.join(RIVALS)} on {SCREENED} of the samples. "
+        f"{switched}. Frechet and energy distance of {compared}: to the reference from other noises; two draws of the "
+        f"reference of {SAMPLES // 2} noises each are {digits(floor['frechet'])} and {digits(floor['energy'])} apart. "
+        f"The best hand-made solver is the best of {', '.join(RIVALS)} on {SCREENED} of the samples. "
         "`dss_fast.compare` measures more solvers on more samples.",
     ]
     return lines
