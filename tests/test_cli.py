@@ -56,6 +56,9 @@ def test_search_sample_compare_show(folder, capsys):
     assert main("compare mymodel:constant runs/solver-3.json euler ab2 --steps 3 --samples 32 -o cmp".split()) == 0
     rows = json.loads((folder / "cmp" / "compare.json").read_text())
     assert [r["num_steps"] for r in rows] == [3, 3, 3] and (folder / "cmp" / "compare.png").exists()
+    assert "N = 3: the best hand-made or published solver is ab2/3; searched/3 against it" in capsys.readouterr().out
+    assert main("compare mymodel:pictures runs/solver-3.json ab2 --steps 3 --samples 32 -o seen".split()) == 0
+    assert (folder / "seen" / "samples-3.png").stat().st_size > 2000 and not list(folder.glob("cmp/samples*"))
     assert main("sample mymodel:pictures --solver runs/solver-3.json -n 8 -o digits.png".split()) == 0
     assert main("sample mymodel:target --solver ab2 --steps 6 -n 8 -o x.safetensors --seed 4".split()) == 0
     assert (folder / "digits.png").stat().st_size > 2000
