@@ -1,6 +1,6 @@
 """What the step's kernels reach of a device's memory bandwidth, beside a copy and torch.compile captured the same way.
 
-    python benchmarks/bandwidth.py ROWS.jsonl [--ops forward backward pull] [--seconds 120] [--warm-up] [--tiny]
+    python benchmarks/bandwidth.py ROWS.jsonl [--ops forward list backward pull] [--seconds 120] [--warm-up] [--tiny]
 
 On a GPU by graph replay, 20 launches a graph. Cold: the launches rotate over sets of tensors of more than 200 MB
 together, four times the L2 of an H100, as after a model call. Warm: all on one set, where that fits into the L2.
@@ -23,7 +23,7 @@ from machine import DEVICE, conditions
 from step_ways import Setting
 from torch import Tensor
 
-from dss_fast.step import multistep_pull, multistep_step
+from dss_fast.step import multistep_pull, multistep_step, multistep_update
 
 SHAPES = (
     (1, 4, 32, 32), (16, 4, 32, 32), (1, 16, 128, 128), (4, 16, 128, 128), (1, 16, 21, 90, 160), (4, 16, 21, 90, 160)
@@ -43,8 +43,8 @@ def forward_bytes(n: int, state: int, network: int) -> int:
 
 
 def backward_bytes(n: int, state: int, network: int) -> int:
-    """The gradient, x, the output and N - 1 slots read; the gradients of x, of the output and of N slots written."""
-    return n * (3 * state + (2 * STEPS + 1) * network)
+    """The gradient, x, the output and N - 1 slots read; the gradients of x, the output and N - 1 slots written."""
+    return n * (3 * state + 2 * STEPS * network)
 
 
 def pull_bytes(n: int, state: int, network: int) -> int:
@@ -57,7 +57,13 @@ def gradient_bytes(n: int, state: int, network: int) -> int:
     return forward_bytes(n, state, network) + backward_bytes(n, state, network)
 
 
-BYTES = {"forward": forward_bytes, "backward": backward_bytes, "pull": pull_bytes, "gradient": gradient_bytes}
+BYTES = {
+    "forward": forward_bytes,
+    "list": forward_bytes,
+    "backward": backward_bytes,
+    "pull": pull_bytes,
+    "gradient": gradient_bytes,
+}
 
 
 def setting(shape: tuple[int, ...], types: str) -> Setting:
@@ -87,27 +93,43 @@ def forward() -> dict[str, Call]:
     }
 
 
-def backward() -> dict[str, Call]:
-    """All four gradients of the last step from that of x_next."""
-    last, op = STEPS - 1, torch.ops.dss_fast.multistep_step_backward.default
+def listed() -> dict[str, Call]:
+    """The last of N steps with its history as a list, y returned."""
+    last = STEPS - 1
 
     @compiled
-    def pulled(grad, x, output, history, row):
+    def step(x, output, row, *past):
+        y = (row[1] * x + row[2] * output).to(output.dtype)
+        total = row[0] * x + row[4 + last] * y
+        for j in range(last):
+            total = total + row[4 + j] * past[j]
+        return total.to(x.dtype), y
+
+    return {
+        "ours": lambda s: multistep_update(s.x, s.outputs[last], s.outputs[:last], s.weights, last),
+        "compiled": lambda s: step(s.x, s.outputs[last], s.row, *s.outputs[:last]),
+    }
+
+
+def backward() -> dict[str, Call]:
+    """All four gradients of the last step from that of x_next."""
+    last, op = STEPS - 1, torch.ops.dss_fast.multistep_update_backward.default
+
+    @compiled
+    def pulled(grad, x, output, row, *past):
         a, p, q, w = row[0], row[1], row[2], row[4:]
         g, xf, m = grad.float(), x.float(), output.float()
         total = w[last] * g
-        earlier = torch.where(torch.arange(STEPS, device=w.device) < last, w, 0)
-        slots = earlier.view(1, -1, *[1] * (x.dim() - 1)) * g[:, None]
-        sums = [(xf * g), (xf * total), (m * total), ((p * xf + q * m) * g)]
-        along = (history[:, :last].float() * g[:, None]).flatten(2).sum(2)
-        rows = torch.cat([torch.stack([s.flatten(1).sum(1) for s in sums], 1), along], 1)
-        return (a * g + p * total).to(x.dtype), (q * total).to(output.dtype), slots.to(history.dtype), rows
+        slots = [(w[j] * g).to(y.dtype) for j, y in enumerate(past)]
+        sums = [(xf * g), (xf * total), (m * total), *(y.float() * g for y in past), ((p * xf + q * m) * g)]
+        rows = torch.stack([s.flatten(1).sum(1) for s in sums], 1)
+        return (a * g + p * total).to(x.dtype), (q * total).to(output.dtype), slots, rows
 
     return {
         "ours": lambda s: op(
-            s.out, None, s.x, s.outputs[last], s.history, s.weights, s.index[last:], [True, True, True, True]
+            s.out, None, s.x, s.outputs[last], s.outputs[:last], s.weights, last, [True, True, True, True]
         ),
-        "compiled": lambda s: pulled(s.out, s.x, s.outputs[last], s.history, s.row),
+        "compiled": lambda s: pulled(s.out, s.x, s.outputs[last], s.row, *s.outputs[:last]),
     }
 
 
@@ -127,7 +149,7 @@ def pull() -> dict[str, Call]:
 
 
 def gradient() -> dict[str, Call]:
-    """Forward and backward of the last step by autograd; torch.compile takes the list of the released code."""
+    """Forward and backward of the last step by autograd, in list form."""
     last = STEPS - 1
 
     @compiled
@@ -143,20 +165,21 @@ def gradient() -> dict[str, Call]:
         return getattr(s, way)
 
     def ours(s: Setting) -> Any:
-        held = leaves(s, "stacked", s.x, s.outputs[last], s.history, s.weights)
+        held = leaves(s, "ours", s.x, s.outputs[last], s.weights, *s.outputs[:last])
+        x, output, weights, *past = held
         with torch.enable_grad():
-            return torch.autograd.grad(multistep_step(*held, s.index[last:])[0], held, s.out)
+            return torch.autograd.grad(multistep_update(x, output, past, weights, last)[0], held, s.out)
 
-    def listed(s: Setting) -> Any:
-        held = leaves(s, "listed", s.x, s.outputs[last], s.row, *s.outputs[:last])
+    def theirs(s: Setting) -> Any:
+        held = leaves(s, "theirs", s.x, s.outputs[last], s.row, *s.outputs[:last])
         with torch.enable_grad():
             return torch.autograd.grad(step(*held), held, s.out)
 
-    return {"ours": ours, "compiled": listed}
+    return {"ours": ours, "compiled": theirs}
 
 
 OPS: dict[str, Callable[[], dict[str, Call]]] = {
-    "forward": forward, "backward": backward, "pull": pull, "gradient": gradient
+    "forward": forward, "list": listed, "backward": backward, "pull": pull, "gradient": gradient
 }  # fmt: skip
 
 
@@ -261,7 +284,7 @@ def quantiles(seconds: list[float]) -> tuple[float, float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, help="JSON lines are appended here as soon as they are known")
-    parser.add_argument("--ops", nargs="+", default=["forward", "backward", "pull"], choices=list(OPS))
+    parser.add_argument("--ops", nargs="+", default=["forward", "list", "backward", "pull"], choices=list(OPS))
     parser.add_argument("--types", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--seconds", type=float, default=120, help="no cell is begun later than this")
     parser.add_argument("--rounds", type=int, default=9)

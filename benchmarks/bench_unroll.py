@@ -22,7 +22,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from dss_fast.step import multistep_step
+from dss_fast.step import multistep_update
 from dss_fast.unroll import Rollout
 from examples.mnist.model import Block, DiT
 
@@ -94,7 +94,6 @@ class Case:
         self.inputs = [
             v.to(DEVICE).requires_grad_() for v in (torch.randn(shape), weights[None], torch.linspace(0.02, 0.9, steps))
         ]
-        self.index = torch.arange(steps, device=DEVICE)
         self.cotangents = torch.randn(3, *shape, device=DEVICE)
 
     @property
@@ -104,10 +103,11 @@ class Case:
 
     def loop(self, call, cotangents):
         x, weights, times = self.inputs
-        start, history = x, x.new_zeros(len(x), self.steps, *x.shape[1:])
+        start, history = x, []
         for i in range(self.steps):
             output = call(x, times[i].expand(len(x)))
-            x, history = multistep_step(x, output, history, weights, self.index[i : i + 1])
+            x, y = multistep_update(x, output, history, weights, i)
+            history.append(y)
         inputs = [start, weights, times]
         return [
             torch.autograd.grad(x, inputs, c, retain_graph=k < cotangents - 1)

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import torch
 
-from dss_fast.step import multistep_pull, multistep_step
+from dss_fast.step import multistep_pull, multistep_step, multistep_update
 
 
 class Setting:
@@ -76,6 +76,12 @@ def ours(s):
     return lambda: multistep_step(s.x, s.outputs[i], s.history, s.weights, s.index[i : i + 1], out=s.out)
 
 
+def ours_list(s):
+    i = s.steps - 1
+    past = [s.history[:, j].contiguous() for j in range(i)]
+    return lambda: multistep_update(s.x, s.outputs[i], past, s.weights, i)
+
+
 def released(s):
     i = s.steps - 1
     past = [s.history[:, j].contiguous() for j in range(i)]
@@ -121,6 +127,7 @@ def copy(bytes_moved, device):
 
 LAST_STEP = {
     "ours": ours,
+    "ours list": ours_list,
     "released eager": released,
     "stacked eager": stacked,
     "released compiled": released_compiled,
@@ -199,9 +206,10 @@ def _leaves(*tensors):
 
 def ours_gradient(s):
     i = s.steps - 1
-    leaves = _leaves(s.x, s.outputs[i], s.history, s.weights)
-    grad, index = torch.ones_like(s.x), s.index[i : i + 1]
-    return lambda: torch.autograd.grad(multistep_step(*leaves, index)[0], leaves, grad)
+    leaves = _leaves(s.x, s.outputs[i], s.weights, *(s.history[:, j].contiguous() for j in range(i)))
+    x, output, weights, *past = leaves
+    grad = torch.ones_like(s.x)
+    return lambda: torch.autograd.grad(multistep_update(x, output, past, weights, i)[0], leaves, grad)
 
 
 def released_gradient(s, compiled=False):

@@ -24,45 +24,38 @@ void write_output(const Rows& dms, const Shape& s, A guidance, const A* grad_m, 
   dms.write(half, b + s.batch, e, n);
 }
 
-// An undefined grad_next is zero, and an empty result is not wanted.
+// What the gradient reads and writes. Rows without data are a gradient that is zero, or one that is not wanted.
+struct Gradient {
+  Rows next, own, xs, ms;  // the gradients of x_{i+1} and y_i, then x and the output
+  std::vector<Rows> past;
+  std::vector<int64_t> columns;  // of the past's weights in a row
+  Rows dxs, dms;
+  std::vector<Rows> dpast;  // none where they are not wanted
+  at::Tensor row;           // (B, columns), or empty
+};
+
 template <class A>
-void backward(const Shape& s, const at::Tensor& grad, const at::Tensor& grad_next, const at::Tensor& x,
-              const at::Tensor& output, const at::Tensor& history, const at::Tensor& weights, const at::Tensor& index,
-              const at::Tensor& grad_x, const at::Tensor& grad_output, const at::Tensor& grad_history,
-              const at::Tensor& grad_row) {
-  const int64_t bytes = 4 * x.nbytes() + 2 * output.nbytes() + 2 * history.nbytes();
-  auto rows = [&](const at::Tensor& t, const char* name) {
-    return t.defined() && t.numel() ? Rows(t, name, bytes > kLargeBytes) : Rows();
-  };
-  const Rows gs = rows(grad, "grad_x_next"), laters = rows(grad_next, "grad_history_next"), xs = rows(x, "x"),
-             ms = rows(output, "output"), hs = rows(history, "history"), dxs = rows(grad_x, "x"),
-             dms = rows(grad_output, "output"), dhs = rows(grad_history, "history");
-  std::vector<double> partial(s.batch * s.chunks() * s.columns);
+void backward(const Shape& s, int64_t bytes, const Gradient& t, const at::Tensor& weights, int64_t index) {
+  const bool wants_row = t.row.numel();
+  std::vector<double> partial(wants_row ? s.batch * s.chunks() * s.columns : 0);
 
   for_blocks(s, bytes, [&](int64_t b, int64_t e, int64_t n, int64_t chunk) {
-    const Step<A> step(s, weights, index, b);
+    const Step<A> step(s, weights, &index, b);
     alignas(64) A g[kBlock], state[kBlock], uncond[kBlock], cond[kBlock], mixed[kBlock], spread[kBlock], gy[kBlock],
         grad_m[kBlock], work[kBlock], kept[kBlock];
-    const A* gp = gs.read(b, e, n, g);
-    auto later = [&](int64_t j) { return laters.data ? laters.read(b, e, n, kept, j) : kZeros<A>; };
-    if (!step.active) {
-      dxs.write(gp, b, e, n);
-      write_output(dms, s, A(0), kZeros<A>, b, e, n);
-      for (int64_t j = 0; dhs.data && j < s.slots; ++j) dhs.write(later(j), b, e, n, j);
-      return;
-    }
-    // Y = w_ii G + H_i and grad x = a G + p Y
-    A* dx = dxs.target(b, e, work);
-    mix_twice(step.w[step.i], gp, A(1), later(step.i), gy, step.a, step.p, dx, n);
-    dxs.write(dx, b, e, n);
-    A* dm = s.pair ? grad_m : dms.target(b, e, grad_m);
+    const A* gp = t.next.data ? t.next.read(b, e, n, g) : kZeros<A>;
+    // Y = w_ii G + H and grad x = a G + p Y
+    A* dx = t.dxs.target(b, e, work);
+    mix_twice(step.w[step.i], gp, A(1), t.own.data ? t.own.read(b, e, n, kept) : kZeros<A>, gy, step.a, step.p, dx, n);
+    t.dxs.write(dx, b, e, n);
+    A* dm = s.pair ? grad_m : t.dms.target(b, e, grad_m);
     scale(step.q, gy, dm, n);
-    write_output(dms, s, step.g, dm, b, e, n);
+    write_output(t.dms, s, step.g, dm, b, e, n);
     double* sums = partial.data() + chunk * s.columns;
-    if (grad_row.numel()) {
-      const A *xp = xs.read(b, e, n, state), *mp = ms.read(b, e, n, uncond);
+    if (wants_row) {
+      const A *xp = t.xs.read(b, e, n, state), *mp = t.ms.read(b, e, n, uncond);
       if (s.pair) {
-        mix_twice(A(-1), mp, A(1), ms.read(b + s.batch, e, n, cond), spread, A(1), step.g, mixed, n);
+        mix_twice(A(-1), mp, A(1), t.ms.read(b + s.batch, e, n, cond), spread, A(1), step.g, mixed, n);
         mp = mixed;
         sums[3] += dot(spread, dm, n);
       }
@@ -72,25 +65,20 @@ void backward(const Shape& s, const at::Tensor& grad, const at::Tensor& grad_nex
       mix(step.p, xp, step.q, mp, work, n);
       sums[kScalars + step.i] += dot(work, gp, n);
     }
-    for (int64_t j = 0; j < s.slots; ++j) {
-      const bool past = j < step.i || j == s.steps;
-      if (past && grad_row.numel()) sums[kScalars + j] += dot(hs.read(b, e, n, work, j), gp, n);
-      if (!dhs.data) continue;
-      const A w = past ? step.w[j] : A(0);
-      A* dh = dhs.target(b, e, work, j);
-      if (laters.data && j != step.i)
-        mix(w, gp, A(1), later(j), dh, n);
-      else
-        scale(w, gp, dh, n);
-      dhs.write(dh, b, e, n, j);
+    for (size_t k = 0; k < t.columns.size(); ++k) {
+      if (wants_row) sums[kScalars + t.columns[k]] += dot(t.past[k].read(b, e, n, work), gp, n);
+      if (t.dpast.empty()) continue;
+      A* dh = t.dpast[k].target(b, e, work);
+      scale(step.w[t.columns[k]], gp, dh, n);
+      t.dpast[k].write(dh, b, e, n);
     }
   });
 
-  for (int64_t b = 0; grad_row.numel() && b < s.batch; ++b) {
+  for (int64_t b = 0; wants_row && b < s.batch; ++b) {
     for (int64_t c = 0; c < s.columns; ++c) {
       double sum = 0;
       for (int64_t chunk = 0; chunk < s.chunks(); ++chunk) sum += partial[(b * s.chunks() + chunk) * s.columns + c];
-      grad_row.mutable_data_ptr<A>()[b * s.columns + c] = static_cast<A>(sum);
+      t.row.mutable_data_ptr<A>()[b * s.columns + c] = static_cast<A>(sum);
     }
   }
 }
@@ -103,7 +91,7 @@ void pull(const Shape& s, const at::Tensor& adjoints, const at::Tensor& weights,
   const Rows gs(adjoints, "adjoints", large), dxs(grad_x, "adjoints", large), dms(grad_output, "adjoints", large);
 
   for_blocks(s, bytes, [&](int64_t b, int64_t e, int64_t n, int64_t) {
-    const Step<A> step(s, weights, index, b);
+    const Step<A> step(s, weights, index.const_data_ptr<int64_t>(), b);
     alignas(64) A own[kBlock], gy[kBlock], dx_buffer[kBlock], dm_buffer[kBlock];
     A *dx = dxs.target(b, e, dx_buffer), *dm = s.pair ? dm_buffer : dms.target(b, e, dm_buffer);
     if (step.active) {
@@ -125,21 +113,37 @@ void pull(const Shape& s, const at::Tensor& adjoints, const at::Tensor& weights,
   });
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> step_backward(
-    const at::Tensor& grad_x_next, const std::optional<at::Tensor>& grad_next, const at::Tensor& x,
-    const at::Tensor& output, const at::Tensor& history, const at::Tensor& weights, const at::Tensor& index,
+std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>, at::Tensor> update_backward(
+    const std::optional<at::Tensor>& grad_x_next, const std::optional<at::Tensor>& grad_y, const at::Tensor& x,
+    const at::Tensor& output, at::TensorList history, const at::Tensor& weights, int64_t step,
     std::array<bool, 4> needs) {
-  const auto s = check(x, output, history, weights, index);
+  const auto s = check_list(x, output, history, weights, step);
   auto like = [](const at::Tensor& t, bool needed) {
     return needed ? fresh(t.sizes(), t.options()) : at::empty({0}, t.options());
   };
-  auto dx = like(x, needs[0]), dm = like(output, needs[1]), dh = like(history, needs[2]);
+  auto dx = like(x, needs[0]), dm = like(output, needs[1]);
+  std::vector<at::Tensor> dh;
+  for (size_t k = 0; needs[2] && k < history.size(); ++k) dh.push_back(like(history[k], true));
   auto row = needs[3] ? at::zeros({s.batch, s.columns}, weights.options()) : at::empty({0}, weights.options());
   if (x.numel() == 0) return {dx, dm, dh, row};
-  const auto go = x.scalar_type() == at::kDouble ? backward<double> : backward<float>;
-  go(s, *grad_x_next.expect_contiguous(), grad_next && grad_next->defined() ? grad_next->contiguous() : at::Tensor(),
-     *x.expect_contiguous(), *output.expect_contiguous(), samples_contiguous(history), *weights.expect_contiguous(),
-     *index.expect_contiguous(), dx, dm, dh, row);
+  auto given = [](const std::optional<at::Tensor>& t) { return t && t->defined() ? t->contiguous() : at::Tensor(); };
+  const auto next = given(grad_x_next), own = given(grad_y);
+  const auto state = x.expect_contiguous(), model = output.expect_contiguous(), table = weights.expect_contiguous();
+  const auto past = contiguous(history);
+  const int64_t slots = (needs[2] + needs[3]) * past.size() * (past.empty() ? 0 : past[0].nbytes());
+  const int64_t bytes = 3 * x.nbytes() + 2 * output.nbytes() + slots;
+  auto rows = [&](const at::Tensor& t, const char* name) {
+    return t.defined() && t.numel() ? Rows(t, name, bytes > kLargeBytes) : Rows();
+  };
+  const auto go = [&](auto zero) {
+    using A = decltype(zero);
+    backward<A>(s, bytes,
+                Gradient{rows(next, "grad_x_next"), rows(own, "grad_y"), rows(*state, "x"), rows(*model, "output"),
+                 rows_of(past, bytes > kLargeBytes), columns_of(past, s, step), rows(dx, "x"), rows(dm, "output"),
+                 rows_of(dh, bytes > kLargeBytes), row},
+                *table, step);
+  };
+  x.scalar_type() == at::kDouble ? go(double()) : go(float());
   return {dx, dm, dh, row};
 }
 
@@ -152,7 +156,7 @@ std::tuple<at::Tensor, at::Tensor> step_pull(const at::Tensor& adjoints, const a
   sizes[0] *= pair ? 2 : 1;
   auto dm = fresh(sizes, adjoints.options());
   const auto steps = adjoints.size(1), columns = weights.dim() == 3 ? weights.size(2) : 0;
-  const auto s = check_weights(dx, columns == kScalars + steps + 1 ? steps + 1 : steps, weights, index, pair);
+  const auto s = check_index(check_weights(dx, columns == kScalars + steps + 1 ? steps + 1 : steps, weights, pair), index);
   TORCH_CHECK_VALUE(s.steps == steps, "weights are for ", s.steps, " steps and adjoints hold ", steps);
   if (adjoints.numel() == 0) return {dx, dm};
   const auto go = adjoints.scalar_type() == at::kDouble ? pull<double> : pull<float>;
@@ -163,7 +167,7 @@ std::tuple<at::Tensor, at::Tensor> step_pull(const at::Tensor& adjoints, const a
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dss_fast, CPU, m) {
-  m.impl("multistep_step_backward", step_backward);
+  m.impl("multistep_update_backward", update_backward);
   m.impl("multistep_pull", step_pull);
 }
 

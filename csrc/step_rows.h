@@ -10,6 +10,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -150,8 +151,8 @@ struct Shape {
 // The scalars of one row at its own step.
 template <class A>
 struct Step {
-  Step(const Shape& s, const at::Tensor& weights, const at::Tensor& index, int64_t b)
-      : i(index.const_data_ptr<int64_t>()[s.index_per_row ? b : 0]), active(i >= 0 && i < s.steps),
+  Step(const Shape& s, const at::Tensor& weights, const int64_t* index, int64_t b)
+      : i(index[s.index_per_row ? b : 0]), active(i >= 0 && i < s.steps),
         table(weights.const_data_ptr<A>() + (s.per_row ? b * s.steps * s.columns : 0)),
         row(table + (active ? i * s.columns : 0)), a(row[0]), p(row[1]), q(row[2]), g(row[3]), w(row + kScalars) {}
 
@@ -162,9 +163,8 @@ struct Step {
   const A* w;
 };
 
-// What the step and the pull have in common; `state` is a tensor of the state's dtype and shape.
-Shape check_weights(const at::Tensor& state, int64_t slots, const at::Tensor& weights, const at::Tensor& index,
-                    bool pair) {
+// What the step, its list form and the pull have in common; `state` is a tensor of the state's dtype and shape.
+Shape check_weights(const at::Tensor& state, int64_t slots, const at::Tensor& weights, bool pair) {
   const auto batch = state.size(0);
   TORCH_CHECK_VALUE(weights.dim() == 3 && (weights.size(0) == 1 || weights.size(0) == batch) &&
                         weights.size(2) == kScalars + slots &&
@@ -175,25 +175,62 @@ Shape check_weights(const at::Tensor& state, int64_t slots, const at::Tensor& we
   const auto wanted = state.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   TORCH_CHECK_VALUE(weights.scalar_type() == wanted, "weights are ", weights.scalar_type(), "; a ",
                     state.scalar_type(), " state needs ", wanted, ", use weights.to(...)");
-  TORCH_CHECK_VALUE(
-      index.scalar_type() == at::kLong && index.dim() == 1 && (index.size(0) == 1 || index.size(0) == batch),
-      "index is ", index.scalar_type(), " ", index.sizes(), "; needed is int64 of shape (1,) or (", batch, ",)");
   return {batch, c10::multiply_integers(state.sizes().slice(1)), slots, weights.size(1), weights.size(2), pair,
-          weights.size(0) != 1, index.size(0) != 1};
+          weights.size(0) != 1, false};
 }
 
-Shape check(const at::Tensor& x, const at::Tensor& output, const at::Tensor& history, const at::Tensor& weights,
-            const at::Tensor& index) {
+Shape check_index(Shape s, const at::Tensor& index) {
+  TORCH_CHECK_VALUE(
+      index.scalar_type() == at::kLong && index.dim() == 1 && (index.size(0) == 1 || index.size(0) == s.batch),
+      "index is ", index.scalar_type(), " ", index.sizes(), "; needed is int64 of shape (1,) or (", s.batch, ",)");
+  s.index_per_row = index.size(0) != 1;
+  return s;
+}
+
+void check_output(const at::Tensor& x, const at::Tensor& output) {
   TORCH_CHECK_VALUE(x.dim() > 0, "x has no batch dimension; needed is (batch, *sample)");
   const auto batch = x.size(0);
-  const auto sample = x.sizes().slice(1);
   TORCH_CHECK_VALUE(output.dim() == x.dim() && (output.size(0) == batch || output.size(0) == 2 * batch) &&
-                        output.sizes().slice(1) == sample,
+                        output.sizes().slice(1) == x.sizes().slice(1),
                     "output has shape ", output.sizes(), "; x ", x.sizes(), " allows the same, or, guided, ",
                     2 * batch, " rows with the unconditional ones first");
-  TORCH_CHECK_VALUE(history.dim() == x.dim() + 1 && history.size(0) == batch && history.sizes().slice(2) == sample,
-                    "history has shape ", history.sizes(), "; x ", x.sizes(), " needs (batch, slots, *sample)");
-  return check_weights(x, history.size(1), weights, index, output.size(0) != batch);
+}
+
+Shape check_list(const at::Tensor& x, const at::Tensor& output, at::TensorList history, const at::Tensor& weights,
+                 int64_t step) {
+  check_output(x, output);
+  const auto s = check_weights(x, weights.dim() == 3 ? weights.size(2) - kScalars : 0, weights,
+                               output.size(0) != x.size(0));
+  TORCH_CHECK_VALUE(step >= 0 && step < s.steps, "step is ", step, "; weights ", weights.sizes(),
+                    " are for the steps 0 to ", s.steps - 1);
+  const int64_t wanted = step + s.slots - s.steps, given = history.size();
+  TORCH_CHECK_VALUE(given == wanted, "history holds ", given, " tensors; step ", step, " with weights ",
+                    weights.sizes(), " takes the ", step, " predictions before it",
+                    s.slots > s.steps ? ", the initial noise last, " : " ", wanted, " in all");
+  for (int64_t j = 0; j < given; ++j)
+    TORCH_CHECK_VALUE(history[j].sizes() == x.sizes() && history[j].scalar_type() == history[0].scalar_type(),
+                      "history[", j, "] is ", history[j].scalar_type(), " ", history[j].sizes(), "; needed is ",
+                      history[0].scalar_type(), " ", x.sizes(), " like x and like the rest of the history");
+  return s;
+}
+
+// A list's tensors, contiguous, as rows, and the columns of their weights: the initial noise's is the last.
+std::vector<at::Tensor> contiguous(at::TensorList list) {
+  std::vector<at::Tensor> all;
+  for (const auto& t : list) all.push_back(t.contiguous());
+  return all;
+}
+
+std::vector<Rows> rows_of(const std::vector<at::Tensor>& list, bool large) {
+  std::vector<Rows> all;
+  for (const auto& t : list) all.emplace_back(t, "history", large);
+  return all;
+}
+
+std::vector<int64_t> columns_of(const std::vector<at::Tensor>& list, const Shape& s, int64_t step) {
+  std::vector<int64_t> all;
+  for (int64_t k = 0; k < static_cast<int64_t>(list.size()); ++k) all.push_back(k < step ? k : s.steps);
+  return all;
 }
 
 // body(row, first element, count, number of the chunk) for every block of every row; `bytes` are moved in all.

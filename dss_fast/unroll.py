@@ -179,7 +179,7 @@ class _Unroll(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "unroll has no second derivatives (create_graph=True): it re-runs the model to save memory; "
-                "differentiate a loop over multistep_step instead"
+                "differentiate a loop over multistep_update instead"
             )
         _, weights, times = ctx.saved_tensors
         keep = torch._C._autograd._get_current_graph_task_keep_graph()

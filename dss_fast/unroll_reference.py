@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .step import multistep_step
+from .step import multistep_update
 from .table import HISTORY
 
 
@@ -30,26 +30,27 @@ class Rollout:
         parameters: list[Tensor],
         needs: list[bool],
     ):
-        B, N, slots = len(x), weights.shape[1], weights.shape[2] - HISTORY
+        B, N = len(x), weights.shape[1]
         # Leaves with a row for each sample, so that their gradients come out per sample.
         inputs = x.detach(), weights.expand(B, -1, -1).clone(), times.clone()
         self._leaves = [t.requires_grad_(need) for t, need in zip(inputs, needs, strict=True)]
         self._parameters, self._differentiates = parameters, any(needs) or bool(parameters)
         x, weights, times = self._leaves
-        index = torch.arange(N, device=x.device)
-        states = []
+        noise = [x] if weights.shape[2] - HISTORY > N else []
+        states: list[Tensor] = []
+        history: list[Tensor] = []
         with torch.set_grad_enabled(self._differentiates):
-            history = x.unsqueeze(1) * (torch.arange(slots, device=x.device) == N).view(-1, *(1,) * (x.dim() - 1))
             for i in range(N):
                 run = (call, i, x, times[:, i].clone())
                 # A cast cached by the first run would be missing from the graph of the second.
                 with _without_cast_cache(x.device):
                     output = checkpoint(*run, use_reentrant=False) if self._differentiates else call(*run[1:])
-                x, history = multistep_step(x, output, history, weights, index[i : i + 1])
+                x, y = multistep_update(x, output, [*history, *noise], weights, i)
                 states.append(x)
+                history.append(y)
             self._graph: Any = torch.stack(states, 1)
         self.states: Any = self._graph.detach()
-        self.history: Any = history.detach()
+        self.history: Any = torch.stack([*history, *noise], 1).detach()
         self._version = self.states._version
 
     def pull(self, cotangents: Tensor, retain: bool) -> tuple[Any, ...]:

@@ -37,9 +37,11 @@ def run(size, types, pair, noise, batch=3, steps=10):
     weights = torch.randn(batch, steps, 4 + steps + noise, device=DEVICE)
     index = torch.tensor([0, 9, 10], device=DEVICE)
     inputs = x, output, history, weights, index
-    step_triton.multistep_step(*inputs)
-    step_triton.multistep_step_(*inputs, x)
-    step_triton.multistep_step_backward(x, history if noise else None, *inputs, (True,) * 4)
+    step_triton.multistep_step_(*inputs, torch.empty_like(x))
+    for step in (0, 1, 5, 9):  # a list of each padded length
+        many = [history[:, j].contiguous() for j in (*range(step), *range(steps, steps + noise))]
+        _, y = step_triton.multistep_update(x, output, many, weights, step)
+        step_triton.multistep_update_backward(x, y if noise else None, x, output, many, weights, step, (True,) * 4)
     step_triton.multistep_pull(history[:, :steps].contiguous(), weights, index, pair)
     step_triton.multistep_pull(history[:, :steps].contiguous(), weights[:1].contiguous(), index[:1], pair)
 

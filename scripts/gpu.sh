@@ -104,7 +104,7 @@ metrics=$metrics,dram__throughput.avg.pct_of_peak_sustained_elapsed,launch__regi
 metrics=$metrics,sm__warps_active.avg.pct_of_peak_sustained_active
 for t in $types; do
   if [ -n "$profiler" ] && [ -z "$DRY" ]; then
-    stage "counters-$t" 25 "$profiler" --clock-control none --csv --metrics $metrics -k regex:forward \
+    stage "counters-$t" 25 "$profiler" --clock-control none --csv --metrics $metrics -k regex:_step_kernel \
       --launch-skip 1 --launch-count 1 "$PYTHON" scripts/every_kernel.py --forward "$t"
   else
     stage "counters-$t" 25 "$PYTHON" scripts/every_kernel.py --forward "$t" $tiny

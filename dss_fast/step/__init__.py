@@ -1,31 +1,39 @@
-"""multistep_step: guidance, prediction, history write and multistep sum of one solver step, fused.
+"""One solver step, fused: guidance, prediction and multistep sum, on a stacked history or on a list.
 
     m_i     = m_uncond + g_i * (m_cond - m_uncond)          when output holds both halves, 2B rows
     y_i     = p_i * x_i + q_i * m_i
     x_{i+1} = a_i * x_i + sum_{j<=i} w_ij * y_j [+ w_iN * x_init]
 
-Gradients, with G that of x_{i+1}, H_j that of the new history's slot j and Y = w_ii G + H_i: grad x = a G + p Y,
-grad m = q Y, grad y_j = w_ij G + H_j, and per sample d/da = <x, G>, d/dp = <x, Y>, d/dq = <m, Y>,
-d/dg = q <m_cond - m_uncond, Y>, d/dw_ij = <y_j, G>, accumulated in the dtype of the weights.
+`multistep_step` writes y_i into a history that is one tensor and reads its index on the device: for sampling, graphs
+and serving. `multistep_update` takes the history as a list, returns y_i and is differentiable: for training.
+
+Gradients, with G that of x_{i+1}, H that of y_i and Y = w_ii G + H: grad x = a G + p Y, grad m = q Y,
+grad y_j = w_ij G, and per sample d/da = <x, G>, d/dp = <x, Y>, d/dq = <m, Y>, d/dg = q <m_cond - m_uncond, Y>,
+d/dw_ij = <y_j, G>, accumulated in the dtype of the weights.
 """
 
+import functools
+import importlib.util
 import os
 import warnings
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference as step_reference
 
-__all__ = ["backends", "multistep_pull", "multistep_step"]
+__all__ = ["backends", "multistep_pull", "multistep_step", "multistep_update"]
 
 _SCHEMAS = {
-    "multistep_step": "(Tensor x, Tensor output, Tensor history, Tensor weights, Tensor index) -> (Tensor, Tensor)",
     "multistep_step_": "(Tensor x, Tensor output, Tensor(a!) history, Tensor weights, Tensor index, Tensor(b!) out)"
     " -> ()",
+    "multistep_update": "(Tensor x, Tensor output, Tensor[] history, Tensor weights, int step) -> (Tensor, Tensor)",
     # needs: whether the gradients of x, output, history and each row's weights are wanted; the others come back empty
-    "multistep_step_backward": "(Tensor grad_x_next, Tensor? grad_history_next, Tensor x, Tensor output,"
-    " Tensor history, Tensor weights, Tensor index, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    "multistep_update_backward": "(Tensor? grad_x_next, Tensor? grad_y, Tensor x, Tensor output, Tensor[] history,"
+    " Tensor weights, int step, bool[4] needs) -> (Tensor, Tensor, Tensor[], Tensor)",
     "multistep_pull": "(Tensor adjoints, Tensor weights, Tensor index, bool pair=False) -> (Tensor, Tensor)",
 }
 
@@ -41,113 +49,151 @@ except ImportError as error:
 _library = torch.library.Library("dss_fast", "DEF")
 
 
-def _register(name, schema):
-    """The reference serves every device, C++ the CPU where it is built, Triton CUDA."""
-    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    reference = getattr(step_reference, name)
-    _library.impl(name, reference, "CompositeExplicitAutograd")
-
-    def without_extension(*args):
-        _warn_no_extension()
-        return reference(*args)
-
-    def triton(*args):
-        from . import triton as step_triton
-
-        with torch.cuda.device(args[0].get_device()):  # Triton launches on the current one
-            return getattr(step_triton, name)(*args)
-
-    if _no_extension is not None:
-        _library.impl(name, without_extension, "CPU")
-    _library.impl(name, triton, "CUDA")
+@functools.cache
+def _on_cpu() -> ModuleType:
+    """Where the extension is missing: the reference, with one warning."""
+    warnings.warn(
+        f"dss_fast runs its CPU step in plain PyTorch, several times slower: {_no_extension}. "
+        "Install a C++ compiler and reinstall to build the extension.",
+        RuntimeWarning,
+        stacklevel=5,
+    )
+    return step_reference
 
 
-_warned = False
-
-
-def _warn_no_extension():
-    global _warned
-    if not _warned:
-        _warned = True
+@functools.cache
+def _on_cuda() -> ModuleType:
+    """Triton's kernels, or, where Triton cannot be imported, the reference with one warning."""
+    try:
+        from . import triton
+    except ImportError as error:
         warnings.warn(
-            f"dss_fast runs its CPU step in plain PyTorch, several times slower: {_no_extension}. "
-            "Install a C++ compiler and reinstall to build the extension.",
+            f"dss_fast runs its CUDA step in plain PyTorch, several times slower: {error}. Install Triton, "
+            "`pip install triton`, on Windows `pip install triton-windows`.",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=5,
         )
+        return step_reference
+    return triton
+
+
+def _late(name: str, module: Callable[[], ModuleType]) -> Any:
+    """A callable whose first call finds the function and from then on is that function, with no frame between."""
+
+    def first(*args: Any) -> Any:
+        function = getattr(module(), name)
+        setattr(own, "__call__", staticmethod(function))  # noqa: B010
+        return function(*args)
+
+    own = type(name, (), {"__call__": staticmethod(first)})
+    return own()
+
+
+def _register(name: str, schema: str) -> None:
+    """The reference serves every device, C++ the CPU where it is built, Triton CUDA where it is installed."""
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, getattr(step_reference, name), "CompositeExplicitAutograd")
+    if _no_extension is not None:
+        _library.impl(name, _late(name, _on_cpu), "CPU")
+    _library.impl(name, _late(name, _on_cuda), "CUDA")
 
 
 for _name, _schema in _SCHEMAS.items():
     _register(_name, _schema)
 _ops = torch.ops.dss_fast
-_step, _step_inplace = _ops.multistep_step.default, _ops.multistep_step_.default
-
-
-@torch.library.register_fake("dss_fast::multistep_step", lib=_library)
-def _(x, output, history, weights, index):
-    return x.new_empty(x.shape), history.new_empty(history.shape)
+_step_inplace, _update = _ops.multistep_step_.default, _ops.multistep_update.default
 
 
 @torch.library.register_fake("dss_fast::multistep_step_", lib=_library)
-def _(x, output, history, weights, index, out):
+def _(x: Tensor, output: Tensor, history: Tensor, weights: Tensor, index: Tensor, out: Tensor) -> None:
     return None
 
 
-@torch.library.register_fake("dss_fast::multistep_step_backward", lib=_library)
-def _(grad_x_next, grad_history_next, x, output, history, weights, index, needs):
-    shapes = (x, x.shape), (output, output.shape), (history, history.shape), (weights, (x.shape[0], weights.shape[2]))
-    return tuple(t.new_empty(shape if need else 0) for need, (t, shape) in zip(needs, shapes, strict=True))
+@torch.library.register_fake("dss_fast::multistep_update", lib=_library)
+def _(x: Tensor, output: Tensor, history: list[Tensor], weights: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), (history[0] if history else x).new_empty(x.shape)
+
+
+@torch.library.register_fake("dss_fast::multistep_update_backward", lib=_library)
+def _(
+    grad_x_next: Tensor | None,
+    grad_y: Tensor | None,
+    x: Tensor,
+    output: Tensor,
+    history: list[Tensor],
+    weights: Tensor,
+    step: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    return (
+        x.new_empty(x.shape if needs[0] else 0),
+        output.new_empty(output.shape if needs[1] else 0),
+        [y.new_empty(y.shape) for y in history] if needs[2] else [],
+        weights.new_empty((x.shape[0], weights.shape[2]) if needs[3] else 0),
+    )
 
 
 @torch.library.register_fake("dss_fast::multistep_pull", lib=_library)
-def _(adjoints, weights, index, pair=False):
+def _(adjoints: Tensor, weights: Tensor, index: Tensor, pair: bool = False) -> tuple[Tensor, Tensor]:
     batch, _, *sample = adjoints.shape
     return adjoints.new_empty(batch, *sample), adjoints.new_empty(2 * batch if pair else batch, *sample)
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, m, history, weights, ctx.step = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(x, m, weights, *history)
 
 
-def _backward(ctx, grad_x_next, grad_history_next, op=_ops.multistep_step_backward.default, needs=None):
-    x, output, history, weights, index = ctx.saved_tensors
-    if grad_x_next is None and grad_history_next is None:
-        return None, None, None, None, None
-    if grad_x_next is None:
-        grad_x_next = torch.zeros_like(x)
-    needs = list((ctx.needs_input_grad if needs is None else needs)[:4])
-    gradients = op(grad_x_next, grad_history_next, x, output, history, weights, index, needs)
-    grad_x, grad_output, grad_history, grad_row = (g if n else None for g, n in zip(gradients, needs, strict=True))
-    grad_weights = None if grad_row is None else _scatter_rows(grad_row, weights, index)
-    return grad_x, grad_output, grad_history, grad_weights, None
+def _backward(
+    ctx: Any,
+    grad_x_next: Tensor | None,
+    grad_y: Tensor | None,
+    op: Any = _ops.multistep_update_backward.default,
+    needs: tuple[Any, ...] | None = None,
+) -> tuple[Any, ...]:
+    x, output, weights, *history = ctx.saved_tensors
+    if grad_x_next is None and grad_y is None:
+        return None, None, [None] * len(history), None, None
+    of_x, of_output, of_history, of_weights, _ = ctx.needs_input_grad if needs is None else needs
+    of_history = any(of_history)
+    wanted = [of_x, of_output, of_history, of_weights]
+    grad_x, grad_output, grads, row = op(grad_x_next, grad_y, x, output, history, weights, ctx.step, wanted)
+    grad_weights = None
+    if of_weights:
+        grad_weights = torch.zeros_like(weights)
+        grad_weights[:, ctx.step] = row if len(row) == len(weights) else row.sum(0)
+    return (
+        grad_x if of_x else None,
+        grad_output if of_output else None,
+        grads if of_history else [None] * len(history),
+        grad_weights,
+        None,
+    )
 
 
-def _scatter_rows(grad_row, weights, index):
-    """(B, 4 + K) per-sample gradients of each row's own step -> the gradient of `weights` (1 or B, N, 4 + K)."""
-    here = index[:, None] == torch.arange(weights.shape[1], device=index.device)
-    grad = torch.where(here[:, :, None], grad_row[:, None], 0)
-    return grad if weights.shape[0] == grad.shape[0] else grad.sum(0, keepdim=True)
+torch.library.register_autograd("dss_fast::multistep_update", _backward, setup_context=_save, lib=_library)
 
 
-torch.library.register_autograd("dss_fast::multistep_step", _backward, setup_context=_save, lib=_library)
-
-
-class _ModuleStep(torch.autograd.Function):
+class _ModuleUpdate(torch.autograd.Function):
     """The same gradient around a module's functions, for a backend the dispatcher would not have picked."""
 
     @staticmethod
-    def forward(module, *inputs):
-        return module.multistep_step(*inputs)
+    def forward(module: ModuleType, step: int, x: Tensor, output: Tensor, weights: Tensor, *history: Tensor) -> Any:
+        return module.multistep_update(x, output, history, weights, step)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.module = inputs[0]
-        _save(ctx, inputs[1:], output)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.module, step, x, m, weights, *history = inputs
+        _save(ctx, (x, m, history, weights, step), output)
 
     @staticmethod
-    def backward(ctx, *grads):
-        return None, *_backward(ctx, *grads, ctx.module.multistep_step_backward, ctx.needs_input_grad[1:])
+    def backward(ctx: Any, grad_x_next: Tensor | None, grad_y: Tensor | None) -> tuple[Any, ...]:
+        _, _, x, output, weights, *history = ctx.needs_input_grad
+        needs = x, output, history, weights, False
+        op = ctx.module.multistep_update_backward
+        x, output, history, weights, _ = _backward(ctx, grad_x_next, grad_y, op, needs)
+        return None, None, x, output, weights, *history
 
 
 def backends(device: torch.device) -> list[str]:
@@ -155,12 +201,13 @@ def backends(device: torch.device) -> list[str]:
     names = ["reference"]
     if device.type == "cpu" and _no_extension is None:
         names.append("cpp")
-    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if (device.type == "cuda" or interpreted) and importlib.util.find_spec("triton") is not None:
         names.append("triton")
     return names
 
 
-def _module(backend, device):
+def _module(backend: str, device: torch.device) -> ModuleType | None:
     """None where the dispatcher picks `backend` by itself, else the module that holds it."""
     if backend not in backends(device):
         why = f": {_no_extension}" if backend == "cpp" and _no_extension else ""
@@ -168,9 +215,7 @@ def _module(backend, device):
     if backend == "reference":
         return step_reference
     if backend == "triton" and device.type != "cuda":
-        from . import triton as step_triton
-
-        return step_triton
+        return _on_cuda()
     return None
 
 
@@ -201,26 +246,77 @@ def multistep_step(
         backend: "reference", "cpp" or "triton"; None picks the fastest that runs.
 
     Returns:
-        (x_next, history). Without a gradient, history is written in place and returned. With one, both are new.
+        (x_next, history). Without a gradient, history is written in place and returned. With one, both are new: that
+        is `multistep_update` with the history copied around it, and reads the index back from its device.
 
-    Sums are taken in the dtype of the weights whatever the others are. Differentiable in x, output, history and
-    weights; the gradient in the weights is the same bits on every run.
+    Sums are taken in the dtype of the weights whatever the others are.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, `out` together with a gradient, a named backend that cannot run.
+        ValueError: shapes or dtypes that do not fit, `out` together with a gradient, a gradient of rows at different
+            steps, a named backend that cannot run.
     """
-    module = None if backend is None else _module(backend, x.device)
     if torch.is_grad_enabled() and (
         x.requires_grad or output.requires_grad or history.requires_grad or weights.requires_grad
     ):
-        if out is not None:
-            raise ValueError("out= cannot be written where a gradient is needed; leave it out or use torch.no_grad()")
-        inputs = (x, output, history, weights, index)
-        return _step(*inputs) if module is None else _ModuleStep.apply(module, *inputs)
+        return _differentiable(x, output, history, weights, index, out, backend)
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    module = None if backend is None else _module(backend, x.device)
     (_step_inplace if module is None else module.multistep_step_)(x, output, history, weights, index, out)
     return out, history
+
+
+def _differentiable(
+    x: Tensor, output: Tensor, history: Tensor, weights: Tensor, index: Tensor, out: Tensor | None, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    if out is not None:
+        raise ValueError("out= cannot be written where a gradient is needed; leave it out or use torch.no_grad()")
+    step_reference.check(x, output, history, weights, index)
+    if len(index) != 1:
+        raise ValueError(
+            f"index has {len(index)} rows; with a gradient all rows take the same step, (1,): use multistep_update, "
+            "one call for each step"
+        )
+    step = int(index)
+    past = [*history[:, :step].unbind(1), *history[:, weights.shape[1] :].unbind(1)]
+    x_next, y = multistep_update(x, output, past, weights, step, backend=backend)
+    return x_next, torch.cat([history[:, :step], y[:, None].to(history.dtype), history[:, step + 1 :]], 1)
+
+
+def multistep_update(
+    x: Tensor,
+    output: Tensor,
+    history: Sequence[Tensor],
+    weights: Tensor,
+    step: int,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The step with its history as a list of tensors, as a training loop keeps it; differentiable, nothing copied.
+
+        y = []
+        for i in range(N):
+            x, y_i = multistep_update(x, model(x, times[i]), y, weights, i)
+            y.append(y_i)
+
+    Args:
+        x, output, weights, backend: as for `multistep_step`.
+        history: y_0..y_{i-1}, each (B, *S), all of one dtype; where the weights have N + 1 history columns, the
+            initial noise behind them. A tensor whose weight is exactly zero need not be read.
+        step: i, the same for all rows.
+
+    Returns:
+        (x_next, y_i), both new, y_i in the dtype of the history, or of x where that is empty.
+
+    Differentiable in x, output, history and weights; the gradient in the weights is the same bits on every run.
+
+    Raises:
+        ValueError: shapes, dtypes, a step or a number of tensors that do not fit, a named backend that cannot run.
+    """
+    module = None if backend is None else _module(backend, x.device)
+    if module is None:
+        return _update(x, output, history, weights, step)
+    return _ModuleUpdate.apply(module, step, x, output, weights, *history)
 
 
 def multistep_pull(

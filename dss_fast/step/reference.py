@@ -5,27 +5,27 @@ the shapes are written down. Nothing here is tuned; the sums run in a fixed orde
 taken one by one give the same bits.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 __all__ = [
     "check",
+    "check_update",
+    "multistep_update",
+    "multistep_update_backward",
     "multistep_pull",
-    "multistep_step",
     "multistep_step_",
-    "multistep_step_backward",
 ]
 
 SCALARS = 4  # a, p, q, guidance stand before the history's weights in a row
 
 
-def check(x, output, history, weights, index):
+def check(x: Tensor, output: Tensor, history: Tensor, weights: Tensor, index: Tensor) -> None:
     """Raise ValueError where shapes or dtypes break the contract of `dss_fast.step.multistep_step`."""
     batch, sample = x.shape[0], x.shape[1:]
-    if output.shape[0] not in (batch, 2 * batch) or output.shape[1:] != sample:
-        raise ValueError(
-            f"output has shape {tuple(output.shape)}; x {tuple(x.shape)} allows {(batch, *sample)} or, guided, "
-            f"{(2 * batch, *sample)} with the unconditional rows first"
-        )
+    _check_output(x, output)
     if history.dim() != x.dim() + 1 or history.shape[0] != batch or history.shape[2:] != sample:
         raise ValueError(
             f"history has shape {tuple(history.shape)}; x {tuple(x.shape)} needs (batch {batch}, slots, {sample})"
@@ -40,13 +40,55 @@ def check(x, output, history, weights, index):
             f"weights {tuple(weights.shape)} do not fit a history of {slots} slots: N steps take (R, N, {SCALARS} + "
             "slots) with N slots, or N + 1 when the last one holds the initial noise"
         )
-    check_dtypes(x, weights, index, batch)
+    check_dtypes(x, weights)
+    check_index(index, batch)
 
 
-def check_dtypes(x, weights, index, batch):
+def check_update(x: Tensor, output: Tensor, history: Sequence[Tensor], weights: Tensor, step: int) -> None:
+    """Raise ValueError where the arguments break the contract of `dss_fast.step.multistep_update`."""
+    _check_output(x, output)
+    batch = x.shape[0]
+    steps = weights.shape[1] if weights.dim() == 3 else 0
+    slots = weights.shape[-1] - SCALARS
+    if weights.dim() != 3 or weights.shape[0] not in (1, batch) or slots - steps not in (0, 1):
+        raise ValueError(
+            f"weights have shape {tuple(weights.shape)}; N steps take (1 or {batch}, N, {SCALARS} + N), or one column "
+            "more for the initial noise"
+        )
+    if not 0 <= step < steps:
+        raise ValueError(f"step is {step}; weights {tuple(weights.shape)} are for the steps 0 to {steps - 1}")
+    wanted = step + slots - steps
+    if len(history) != wanted:
+        noise = ", the initial noise last," if slots > steps else ""
+        raise ValueError(
+            f"history holds {len(history)} tensors; step {step} with weights {tuple(weights.shape)} takes the {step} "
+            f"predictions before it{noise} {wanted} in all"
+        )
+    for j, y in enumerate(history):
+        if y.shape != x.shape or y.dtype is not history[0].dtype:
+            raise ValueError(
+                f"history[{j}] is {y.dtype} {tuple(y.shape)}; needed is {history[0].dtype} {tuple(x.shape)} like x "
+                "and like the rest of the history"
+            )
+    check_dtypes(x, weights)
+
+
+def _check_output(x: Tensor, output: Tensor) -> None:
+    batch, sample = x.shape[0], x.shape[1:]
+    if output.shape[0] not in (batch, 2 * batch) or output.shape[1:] != sample:
+        raise ValueError(
+            f"output has shape {tuple(output.shape)}; x {tuple(x.shape)} allows {(batch, *sample)} or, guided, "
+            f"{(2 * batch, *sample)} with the unconditional rows first"
+        )
+
+
+def check_dtypes(x: Tensor, weights: Tensor) -> None:
     wanted = torch.float64 if x.dtype is torch.float64 else torch.float32
     if weights.dtype is not wanted:
         raise ValueError(f"weights are {weights.dtype}; a {x.dtype} state needs {wanted}, use weights.to(...)")
+
+
+def check_index(index: Tensor, batch: int) -> None:
     if index.dtype is not torch.int64 or index.dim() != 1 or index.shape[0] not in (1, batch):
         raise ValueError(
             f"index is {index.dtype} {tuple(index.shape)}; needed is torch.int64 of shape (1,) or ({batch},)"
@@ -56,7 +98,7 @@ def check_dtypes(x, weights, index, batch):
 class _Row:
     """The scalars of every row at its own step, and masks over the history's slots."""
 
-    def __init__(self, batch, slots, weights, index):
+    def __init__(self, batch: int, slots: int, weights: Tensor, index: Tensor):
         steps = weights.shape[1]
         self.index = index.expand(batch)
         self.active = (self.index >= 0) & (self.index < steps)
@@ -71,7 +113,7 @@ class _Row:
         self.w_now = torch.where(self.now, self.w, 0).sum(1, keepdim=True)
 
 
-def _combine(output, batch, g, dtype):
+def _combine(output: Tensor, batch: int, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """The guided output and m_cond - m_uncond, (B, D) each; None where there is no pair."""
     flat = output.reshape(output.shape[0], -1).to(dtype)
     if output.shape[0] == batch:
@@ -80,10 +122,13 @@ def _combine(output, batch, g, dtype):
     return uncond + g * (cond - uncond), cond - uncond
 
 
-def _forward(x, output, history, weights, index):
-    """x_next and the history's slot of every active row, y."""
+def multistep_step_(
+    x: Tensor, output: Tensor, history: Tensor, weights: Tensor, index: Tensor, out: Tensor
+) -> None:  # fmt: skip
     check(x, output, history, weights, index)
-    batch, slots, dtype = x.shape[0], history.shape[1], weights.dtype
+    if x.numel() == 0:
+        return
+    batch, slots, steps, dtype = x.shape[0], history.shape[1], weights.shape[1], weights.dtype
     row = _Row(batch, slots, weights, index)
     state, past = x.reshape(batch, -1).to(dtype), history.reshape(batch, slots, -1)
     m, _ = _combine(output, batch, row.g, dtype)
@@ -93,91 +138,102 @@ def _forward(x, output, history, weights, index):
     for j in range(slots):
         total = total + torch.where(read[:, j, None], row.w[:, j, None] * past[:, j].to(dtype), 0)
     x_next = torch.where(row.active[:, None], total.to(x.dtype), x.reshape(batch, -1))
-    return x_next.reshape(x.shape), y.to(history.dtype).reshape(x.shape)
 
-
-def multistep_step(x, output, history, weights, index):
-    if x.numel() == 0:
-        check(x, output, history, weights, index)
-        return torch.empty_like(x), torch.empty_like(history)
-    x_next, y = _forward(x, output, history, weights, index)
-    slot = torch.arange(history.shape[1], device=index.device)
-    here = ((slot == index[:, None]) & (slot < weights.shape[1])).reshape(len(index), -1, *(1,) * (x.dim() - 1))
-    return x_next, torch.where(here, y[:, None], history)
-
-
-def multistep_step_(x, output, history, weights, index, out):
-    if x.numel() == 0:
-        return check(x, output, history, weights, index)
-    x_next, y = _forward(x, output, history, weights, index)
-    batch, steps = x.shape[0], weights.shape[1]
-    step = index.expand(batch)
     shape = (batch,) + (1,) * x.dim()
-    at = step.clamp(0, steps - 1).reshape(shape).expand(batch, 1, *x.shape[1:])
-    active = ((step >= 0) & (step < steps)).reshape(shape)
-    history.scatter_(1, at, torch.where(active, y[:, None], history.gather(1, at)))
-    out.copy_(x_next)
+    at = row.index.clamp(0, steps - 1).reshape(shape).expand(batch, 1, *x.shape[1:])
+    stored = y.to(history.dtype).reshape(batch, 1, *x.shape[1:])
+    history.scatter_(1, at, torch.where(row.active.reshape(shape), stored, history.gather(1, at)))
+    out.copy_(x_next.reshape(x.shape))
 
 
-def multistep_step_backward(grad_x_next, grad_history_next, x, output, history, weights, index, needs):
-    batch, slots, dtype = x.shape[0], history.shape[1], weights.dtype
+class _ListRow:
+    """The scalars of one step, (R, 1) each, and the weights of the tensors of a list, (R, k)."""
+
+    def __init__(self, history: Sequence[Tensor], weights: Tensor, step: int):
+        row, self.columns = weights[:, step], list_columns(len(history), weights, step)
+        self.a, self.p, self.q, self.g = row[:, :SCALARS, None].unbind(1)
+        self.now = row[:, SCALARS + step, None]
+        self.w = [row[:, column, None] for column in self.columns]
+
+
+def list_columns(count: int, weights: Tensor, step: int) -> list[int]:
+    """The column of each tensor of a list: the past in order, and the initial noise behind all predictions."""
+    return [SCALARS + (j if j < step else weights.shape[1]) for j in range(count)]
+
+
+def multistep_update(
+    x: Tensor, output: Tensor, history: Sequence[Tensor], weights: Tensor, step: int
+) -> tuple[Tensor, Tensor]:
+    check_update(x, output, history, weights, step)
+    kept = history[0].dtype if history else x.dtype
     if x.numel() == 0:
-        return _wanted(
-            needs,
-            torch.empty_like(x),
-            torch.empty_like(output),
-            torch.empty_like(history),
-            weights.new_zeros(batch, SCALARS + slots),
-        )
-    row = _Row(batch, slots, weights, index)
-    state, past = x.reshape(batch, -1).to(dtype), history.reshape(batch, slots, -1)
-    m, difference = _combine(output, batch, row.g, dtype)
+        return torch.empty_like(x), torch.empty_like(x, dtype=kept)
+    batch, dtype = x.shape[0], weights.dtype
+    row = _ListRow(history, weights, step)
+    state = x.reshape(batch, -1).to(dtype)
+    m, _ = _combine(output, batch, row.g, dtype)
     y = row.p * state + row.q * m
-    active = row.active[:, None]
-    incoming = grad_x_next.reshape(batch, -1).to(dtype)
-    g = torch.where(active, incoming, 0)
-    grad_now = row.w_now * g
-    if grad_history_next is not None:
-        later = grad_history_next.reshape(batch, slots, -1).to(dtype)
-        grad_now = grad_now + torch.where(row.now[:, :, None], later, 0).sum(1)
+    total = row.a * state + row.now * y
+    for w, slot in zip(row.w, history, strict=True):
+        total = total + torch.where(w != 0, w * slot.reshape(batch, -1).to(dtype), 0)
+    return total.to(x.dtype).reshape(x.shape), y.to(kept).reshape(x.shape)
 
-    grad_x = torch.where(active, row.a * g + row.p * grad_now, incoming)
+
+def multistep_update_backward(
+    grad_x_next: Tensor | None,
+    grad_y: Tensor | None,
+    x: Tensor,
+    output: Tensor,
+    history: Sequence[Tensor],
+    weights: Tensor,
+    step: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    batch, dtype = x.shape[0], weights.dtype
+    needs_x, needs_output, needs_history, needs_row = needs
+    if x.numel() == 0:
+        return (
+            x.new_empty(x.shape if needs_x else 0),
+            output.new_empty(output.shape if needs_output else 0),
+            [y.new_empty(y.shape) for y in history] if needs_history else [],
+            weights.new_zeros((batch, weights.shape[2]) if needs_row else 0),
+        )
+    row = _ListRow(history, weights, step)
+    state, past = x.reshape(batch, -1).to(dtype), [y.reshape(batch, -1).to(dtype) for y in history]
+    m, difference = _combine(output, batch, row.g, dtype)
+    g = torch.zeros_like(state) if grad_x_next is None else grad_x_next.reshape(batch, -1).to(dtype)
+    grad_now = row.now * g
+    if grad_y is not None:
+        grad_now = grad_now + grad_y.reshape(batch, -1).to(dtype)
+
+    grad_x = row.a * g + row.p * grad_now
     grad_output = row.q * grad_now
-    guide = torch.zeros_like(row.a)
+    guide = row.q.new_zeros(batch, 1)
     if difference is not None:
         guide = row.q * (difference * grad_now).sum(1, keepdim=True)
         grad_output = torch.cat(((1 - row.g) * grad_output, row.g * grad_output))
-    grad_history = torch.where(row.past[:, :, None], row.w[:, :, None] * g[:, None], 0)
-    if grad_history_next is not None:
-        grad_history = grad_history + torch.where(row.now[:, :, None], 0, later)
+    grad_history = [(w * g).to(y.dtype).reshape(y.shape) for w, y in zip(row.w, history, strict=True)]
 
-    products = torch.where(row.past[:, :, None], past.to(dtype) * g[:, None], 0).sum(2)
-    products = products + torch.where(row.now, (y * g).sum(1, keepdim=True), 0)
-    scalars = torch.cat(
-        [(state * g).sum(1, keepdim=True), (state * grad_now).sum(1, keepdim=True),
-         (m * grad_now).sum(1, keepdim=True), guide], 1
-    )  # fmt: skip
-    return _wanted(
-        needs,
-        grad_x.to(x.dtype).reshape(x.shape),
-        torch.where(active.repeat(output.shape[0] // batch, 1), grad_output, 0).to(output.dtype).reshape(output.shape),
-        grad_history.to(history.dtype).reshape(history.shape),
-        torch.where(active, torch.cat([scalars, products], 1), 0),
+    grad_row = weights.new_zeros(batch, weights.shape[2])
+    y = row.p * state + row.q * m
+    sums = [(state * g), (state * grad_now), (m * grad_now)]
+    for column, value in enumerate(sums):
+        grad_row[:, column] = value.sum(1)
+    grad_row[:, 3] = guide[:, 0]
+    grad_row[:, SCALARS + step] = (y * g).sum(1)
+    for column, slot in zip(row.columns, past, strict=True):
+        grad_row[:, column] = (slot * g).sum(1)
+    return (
+        grad_x.to(x.dtype).reshape(x.shape) if needs_x else x.new_empty(0),
+        grad_output.to(output.dtype).reshape(output.shape) if needs_output else output.new_empty(0),
+        grad_history if needs_history else [],
+        grad_row if needs_row else weights.new_empty(0),
     )
 
 
-def _wanted(needs, *gradients):
-    return tuple(g if need else g.new_empty(0) for need, g in zip(needs, gradients, strict=True))
-
-
-def multistep_pull(adjoints, weights, index, pair=False):
+def multistep_pull(adjoints: Tensor, weights: Tensor, index: Tensor, pair: bool = False) -> tuple[Tensor, Tensor]:
+    check_pull(adjoints, weights, index)
     batch, steps, dtype = adjoints.shape[0], adjoints.shape[1], weights.dtype
-    check_dtypes(adjoints, weights, index, batch)
-    if weights.dim() != 3 or weights.shape[0] not in (1, batch) or weights.shape[1] != steps:
-        raise ValueError(
-            f"weights have shape {tuple(weights.shape)}; adjoints {tuple(adjoints.shape)} need "
-            f"(1 or {batch}, {steps}, {SCALARS} + slots)"
-        )
     rows = 2 * batch if pair else batch
     if adjoints.numel() == 0:
         return adjoints.new_empty(adjoints[:, 0].shape), adjoints.new_empty(rows, *adjoints.shape[2:])
@@ -198,3 +254,18 @@ def multistep_pull(adjoints, weights, index, pair=False):
         grad_output = torch.cat(((1 - row.g) * grad_output, row.g * grad_output))
     shape = adjoints.shape[2:]
     return grad_x.to(adjoints.dtype).reshape(batch, *shape), grad_output.to(adjoints.dtype).reshape(rows, *shape)
+
+
+def check_pull(adjoints: Tensor, weights: Tensor, index: Tensor) -> None:
+    """Raise ValueError where shapes or dtypes break the contract of `dss_fast.step.multistep_pull`."""
+    if adjoints.dim() < 2:
+        raise ValueError(f"adjoints have shape {tuple(adjoints.shape)}; needed is (batch, steps, *sample)")
+    batch, steps = adjoints.shape[:2]
+    check_dtypes(adjoints, weights)
+    check_index(index, batch)
+    slots = weights.shape[-1] - SCALARS
+    if weights.dim() != 3 or weights.shape[0] not in (1, batch) or weights.shape[1] != steps or slots < steps:
+        raise ValueError(
+            f"weights have shape {tuple(weights.shape)}; adjoints {tuple(adjoints.shape)} need "
+            f"(1 or {batch}, {steps}, {SCALARS} + slots)"
+        )

@@ -1,36 +1,61 @@
-"""The multistep step in Triton: forward kernel, launcher, backward kernel, launcher, pull kernel, launcher.
+"""The multistep step in Triton: kernel and launcher of the step, of its list form, of that one's gradient, of the pull.
 
-Same names and signatures as `dss_fast.step.reference`. A program owns one block of one row; it reads its step index
-and its scalars from device memory, so a captured graph replays any step. Slots that a step does not use are masked
-off, which costs an instruction and no traffic. Under TRITON_INTERPRET=1 the kernels run on CPU tensors.
+Same names and signatures as `dss_fast.step.reference`. A program owns one block of one row; it reads its scalars, and
+in the stacked form its step index, from device memory, so a captured graph replays any step. Slots that a step does
+not use are masked off, which costs an instruction and no traffic. Under TRITON_INTERPRET=1 the kernels run on CPU
+tensors.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.language import constexpr, tensor
 
-from .reference import SCALARS, check, check_dtypes
+from .launch import Launch, kind_of, launch
+from .reference import SCALARS, check, check_pull, check_update
 
-__all__ = ["multistep_pull", "multistep_step", "multistep_step_", "multistep_step_backward"]
+__all__ = ["multistep_pull", "multistep_step_", "multistep_update", "multistep_update_backward"]
 
 # 8 elements a thread make one 128-bit access of a 16-bit tensor and two of a 32-bit one. An H100 needs about 15 KB
 # under way on each multiprocessor (3.35 TB/s x 600 ns / 132); one block of 128 threads with 8 slots asks for 16 KB.
 BLOCK = 1024
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-# Left alone, ptxas aims the float64 backward at 168 registers and then spills some (sm_90, a float32 history).
-DOUBLE_OPTIONS = {**OPTIONS, "maxnreg": 224}
+TRIP = 9  # slots whose loads are under way together: 72 registers of float32
+GROUP = 4  # a list of slots is padded to a multiple of this, so that not every length is compiled
+# Registers a thread, by bytes of the state's elements and of a slot's. Left alone, ptxas aims at 64 or fewer and takes
+# a trip's loads one after the other; with these, and no more, all of them are under way together (sm_90, sm_80).
+REGISTERS = {(4, 4): 128, (2, 4): 128, (4, 2): 96, (2, 2): 80}
+LONGEST = 16  # slots of a list that REGISTERS hold without spilling
 
-_BY_VALUE = ["batch", "blocks", "steps", "slots"]  # no new compilation when one of these is 1 or 16
+_BY_VALUE = ["batch", "blocks", "steps", "slots", "step", "count"]  # not compiled anew when one of these is 1 or 16
+_ANYWHERE = ["index_ptr"]  # index[i : i + 1] is aligned for even i only
+
+
+def options(state: torch.dtype | None = None, slots: torch.dtype | None = None) -> dict[str, Any]:
+    """Of the compiler, by the dtypes of the state and of the slots where loads of many slots are to be under way."""
+    chosen: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
+    if state is not None and slots is not None and (state.itemsize, slots.itemsize) in REGISTERS:
+        chosen["maxnreg"] = REGISTERS[state.itemsize, slots.itemsize]
+    return chosen
+
+
+def trip(steps: int) -> int:
+    """How many slots the step's loop takes at a time: all that the last of N steps reads, in equal trips."""
+    past = max(1, steps - 1)
+    return -(-past // -(-past // TRIP))
 
 
 @triton.jit
-def _here(pointer, row, stride, start):
+def _here(pointer: tensor, row: tensor, stride: tensor, start: tensor) -> tensor:
     """Address of element `start` of a row, in 64 bits; lanes add their own 32-bit offset."""
     return pointer + row * stride + start
 
 
 @triton.jit
-def _as(value, pointer):
+def _as(value: tensor, pointer: tensor) -> tensor:
     """`value` as what `pointer` stores; sixteen bits are reached by way of float32."""
     if value.dtype == tl.float64 and pointer.dtype.element_ty != tl.float64:
         value = value.to(tl.float32)
@@ -38,26 +63,26 @@ def _as(value, pointer):
 
 
 @triton.jit
-def _slot(past, weight_ptr, stride, lane, left, wanted):
+def _slot(past: tensor, weight_ptr: tensor, lane: tensor, left: tensor, wanted: tensor) -> tensor:
     """weight * slot; the weight is not read unless wanted, nor the slot under a zero weight."""
     w = tl.load(weight_ptr, mask=wanted, other=0.0)
-    slot = tl.load(past + stride + lane, mask=lane < tl.where(w != 0, left, 0), other=0.0)
+    slot = tl.load(past + lane, mask=lane < tl.where(w != 0, left, 0), other=0.0)
     return w * slot.to(w.dtype)
 
 
-@triton.jit(do_not_specialize=_BY_VALUE)
-def _forward_kernel(
-    x_ptr, output_ptr, history_ptr, weights_ptr, index_ptr, next_ptr, out_ptr,
-    size, history_row, history_slot, next_row, next_slot, batch, blocks, steps, slots,
-    PAIR: tl.constexpr, ROW_WEIGHTS: tl.constexpr, ROW_INDEX: tl.constexpr, IN_PLACE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=_BY_VALUE, do_not_specialize_on_alignment=_ANYWHERE)
+def _step_kernel(
+    x_ptr: tensor, output_ptr: tensor, history_ptr: tensor, weights_ptr: tensor, index_ptr: tensor, out_ptr: tensor,
+    size: tensor, history_row: tensor, history_slot: tensor, batch: tensor,
+    blocks: tensor, steps: tensor, slots: tensor,
+    PAIR: constexpr, ROW_WEIGHTS: constexpr, ROW_INDEX: constexpr, UNROLL: constexpr, BLOCK: constexpr,
+) -> None:  # fmt: skip
     row = (tl.program_id(0) // blocks).to(tl.int64)
     start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)  # [BLOCK]
     left = size - start
     mask = lane < left
-    dtype: tl.constexpr = weights_ptr.dtype.element_ty
+    dtype: constexpr = weights_ptr.dtype.element_ty
 
     step = tl.load(index_ptr + row * ROW_INDEX)
     active = (step >= 0) & (step < steps)
@@ -75,118 +100,143 @@ def _forward_kernel(
 
     past = _here(history_ptr, row, history_row, start)
     stride = tl.full((), history_slot, tl.int64)
-    fresh = _here(next_ptr, row, next_row, start)
-    width = tl.full((), next_slot, tl.int64)
-    if IN_PLACE:
-        used = tl.where(active, i, 0).to(tl.int32)
-        for j in range(0, used, 8):
-            for k in tl.static_range(8):
-                total += _slot(past, scalars + 4 + j + k, (j + k) * stride, lane, left, j + k < used)
-        noise = tl.where(active, slots, 0) > steps  # the slot past the last step holds the initial noise
-        total += _slot(past, scalars + 4 + steps, steps * stride, lane, left, noise)
-    else:  # a new history: every slot is copied, whatever it holds, and those of the past are summed on the way
-        for j in range(0, slots, 4):
-            for k in tl.static_range(4):
-                wanted = active & ((j + k < i) | (j + k == steps)) & (j + k < slots)
-                w = tl.load(scalars + 4 + j + k, mask=wanted, other=0.0)
-                within = lane < tl.where(j + k < slots, left, 0)
-                slot = tl.load(past + (j + k) * stride + lane, mask=within, other=0.0)
-                total += w * tl.where(w != 0, slot.to(dtype), 0.0)  # so that it is one fused product and sum
-                other = lane < tl.where((j + k < slots) & ((j + k != i) | (step != i)), left, 0)
-                tl.store(fresh + (j + k) * width + lane, slot, mask=other)
+    used = tl.where(active, i, 0).to(tl.int32)
+    for j in range(0, used, UNROLL):
+        for k in tl.static_range(UNROLL):
+            total += _slot(past + (j + k) * stride, scalars + 4 + j + k, lane, left, j + k < used)
+    noise = tl.where(active, slots, 0) > steps  # the slot past the last step holds the initial noise
+    total += _slot(past + steps * stride, scalars + 4 + steps, lane, left, noise)
 
     tl.store(_here(out_ptr, row, size, start) + lane, tl.where(active, _as(total, out_ptr), stored), mask=mask)
-    tl.store(fresh + i * width + lane, _as(y, next_ptr), mask=read)
+    tl.store(past + i * stride + lane, _as(y, history_ptr), mask=read)
 
 
-def _launch_forward(x, output, history, weights, index, history_next, out):
-    batch, slots, steps = x.shape[0], history.shape[1], weights.shape[1]
-    size = x.numel() // batch
-    blocks = triton.cdiv(size, BLOCK)
-    _forward_kernel[(batch * blocks,)](
-        x, output, history, weights, index, history_next, out,
-        size, history.stride(0), history.stride(1), history_next.stride(0), history_next.stride(1),
-        batch, blocks, steps, slots,
-        PAIR=output.shape[0] != batch, ROW_WEIGHTS=weights.shape[0] != 1, ROW_INDEX=index.shape[0] != 1,
-        IN_PLACE=history_next is history, BLOCK=BLOCK, **OPTIONS,
-    )  # fmt: skip
-
-
-def multistep_step_(x, output, history, weights, index, out):
+def multistep_step_(x: Tensor, output: Tensor, history: Tensor, weights: Tensor, index: Tensor, out: Tensor) -> None:
+    tensors = x, output, history, weights, index, out
+    kind, pointers = kind_of(tensors, "step")
+    known = Launch.known.get(kind)
+    if known is not None:
+        return known(*pointers)
     check(x, output, history, weights, index)
     if out.shape != x.shape or out.dtype is not x.dtype:
         raise ValueError(f"out is {out.dtype} {tuple(out.shape)}; needed is {x.dtype} {tuple(x.shape)} like x")
     if x.numel() == 0:
-        return
-    slots = _samples_contiguous(history)
-    target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
-    inputs = x.contiguous(), output.contiguous(), slots, weights.contiguous(), index.contiguous()
-    _launch_forward(*inputs, slots, target)
-    if slots is not history:
-        history.copy_(slots)
-    if target is not out:
-        out.copy_(target)
+        return None
+    whole = [_samples_contiguous(t) if t is history else t.contiguous() for t in tensors]
+    if any(a is not b for a, b in zip(whole, tensors, strict=True)):
+        multistep_step_(*whole)
+        for mine, given in ((whole[2], history), (whole[5], out)):
+            if mine is not given:
+                given.copy_(mine)
+        return None
+    batch, steps, slots = x.shape[0], weights.shape[1], history.shape[1]
+    size = x.numel() // batch
+    blocks = triton.cdiv(size, BLOCK)
+    return launch(
+        kind, _step_kernel, batch * blocks, tensors,
+        (size, history.stride(0), history.stride(1), batch, blocks, steps, slots),
+        PAIR=output.shape[0] != batch, ROW_WEIGHTS=weights.shape[0] != 1, ROW_INDEX=index.shape[0] != 1,
+        UNROLL=trip(steps), BLOCK=BLOCK, **options(x.dtype, history.dtype),
+    )  # fmt: skip
 
 
-def multistep_step(x, output, history, weights, index):
-    check(x, output, history, weights, index)
-    out, history_next = x.new_empty(x.shape), history.new_empty(history.shape)
-    if x.numel():
-        inputs = x.contiguous(), output.contiguous(), _samples_contiguous(history)
-        _launch_forward(*inputs, weights.contiguous(), index.contiguous(), history_next, out)
-    return out, history_next
-
-
-def _samples_contiguous(history):
+def _samples_contiguous(history: Tensor) -> Tensor:
     """A slice of a larger history serves as long as every sample is contiguous."""
     return history if history.is_contiguous() or history[0, 0].is_contiguous() else history.contiguous()
 
 
-@triton.jit
-def _slot_backward(slot, g, grad, grad_ptr, sum_ptr, now, at_now, lane, left, valid,
-                   HISTORY: tl.constexpr, ROW: tl.constexpr):  # fmt: skip
-    """Stores grad y_j and d/dw_ij = <y_j, G> of one slot; slot i takes the sum it was given."""
-    if HISTORY:
-        tl.store(grad_ptr + lane, _as(grad, grad_ptr), mask=lane < tl.where(valid, left, 0))
-    if ROW:
-        tl.store(sum_ptr, tl.where(now, at_now, tl.sum(slot * g, axis=0)), mask=valid)
+@triton.jit(do_not_specialize=_BY_VALUE)
+def _update_kernel(
+    x_ptr: tensor, output_ptr: tensor, weights_ptr: tensor, next_ptr: tensor, y_ptr: tensor, history: tl.tuple,
+    size: tensor, batch: tensor, blocks: tensor, steps: tensor,
+    slots: tensor, step: tensor, count: tensor,
+    PAIR: constexpr, ROW_WEIGHTS: constexpr, BLOCK: constexpr,
+) -> None:  # fmt: skip
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)  # [BLOCK]
+    left = size - start
+    mask = lane < left
+    dtype: constexpr = weights_ptr.dtype.element_ty
+    scalars = weights_ptr + (row * ROW_WEIGHTS * steps + step) * (slots + 4)
+    x = tl.load(_here(x_ptr, row, size, start) + lane, mask=mask, other=0.0).to(dtype)
+    m = tl.load(_here(output_ptr, row, size, start) + lane, mask=mask, other=0.0).to(dtype)
+    if PAIR:
+        cond = tl.load(_here(output_ptr, row + batch, size, start) + lane, mask=mask, other=0.0).to(dtype)
+        m += tl.load(scalars + 3) * (cond - m)
+    y = tl.load(scalars + 1) * x + tl.load(scalars + 2) * m
+    total = tl.load(scalars) * x + tl.load(scalars + 4 + step) * y
+    for k in tl.static_range(len(history)):
+        column = tl.where(k < step, k, steps)  # behind the predictions stands the initial noise
+        total += _slot(_here(history[k], row, size, start), scalars + 4 + column, lane, left, k < count)
+    tl.store(_here(next_ptr, row, size, start) + lane, _as(total, next_ptr), mask=mask)
+    tl.store(_here(y_ptr, row, size, start) + lane, _as(y, y_ptr), mask=mask)
+
+
+def multistep_update(
+    x: Tensor, output: Tensor, history: Sequence[Tensor], weights: Tensor, step: int
+) -> tuple[Tensor, Tensor]:
+    x_next, y = x.new_empty(x.shape), (history[0] if history else x).new_empty(x.shape)
+    fixed = x, output, weights, x_next, y
+    kind, pointers = kind_of((*fixed, *history), "update", step)
+    known = Launch.known.get(kind)
+    if known is not None:
+        known(*pointers[:5], _padded(pointers[5:]))
+        return x_next, y
+    check_update(x, output, history, weights, step)
+    if x.numel() == 0:
+        return x_next, y
+    given = x, output, *history, weights
+    whole = [t.contiguous() for t in given]
+    if any(a is not b for a, b in zip(whole, given, strict=True)):
+        return multistep_update(whole[0], whole[1], whole[2:-1], whole[-1], step)
+    batch, steps, slots = x.shape[0], weights.shape[1], weights.shape[2] - SCALARS
+    size = x.numel() // batch
+    blocks = triton.cdiv(size, BLOCK)
+    chosen = options(x.dtype, y.dtype) if len(history) <= LONGEST else options()
+    launch(
+        kind, _update_kernel, batch * blocks, (*fixed, _padded(history)),
+        (size, batch, blocks, steps, slots, step, len(history)),
+        PAIR=output.shape[0] != batch, ROW_WEIGHTS=weights.shape[0] != 1, BLOCK=BLOCK, **chosen,
+    )  # fmt: skip
+    return x_next, y
+
+
+def _padded(slots: Sequence[Any]) -> tuple[Any, ...]:
+    """A list of slots as the kernels take it, the first one standing for those past its end."""
+    return (*slots, *[slots[0]] * (-len(slots) % GROUP)) if slots else ()
 
 
 @triton.jit(do_not_specialize=_BY_VALUE)
-def _backward_kernel(
-    grad_ptr, grad_next_ptr, x_ptr, output_ptr, history_ptr, weights_ptr, index_ptr,
-    dx_ptr, doutput_ptr, dhistory_ptr, sums_ptr,
-    size, history_row, history_slot, batch, blocks, steps, slots,
-    PAIR: tl.constexpr, ROW_WEIGHTS: tl.constexpr, ROW_INDEX: tl.constexpr, LATER: tl.constexpr,
-    X: tl.constexpr, OUTPUT: tl.constexpr, HISTORY: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _update_backward_kernel(
+    grad_ptr: tensor, grad_y_ptr: tensor, x_ptr: tensor, output_ptr: tensor, weights_ptr: tensor,
+    dx_ptr: tensor, doutput_ptr: tensor, sums_ptr: tensor, history: tl.tuple, dhistory: tl.tuple,
+    size: tensor, batch: tensor, blocks: tensor, steps: tensor,
+    slots: tensor, step: tensor, count: tensor,
+    PAIR: constexpr, ROW_WEIGHTS: constexpr, NEXT: constexpr, OWN: constexpr,
+    X: constexpr, OUTPUT: constexpr, HISTORY: constexpr, ROW: constexpr, BLOCK: constexpr,
+) -> None:  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)  # [BLOCK]
     left = size - start
     mask = lane < left
-    dtype: tl.constexpr = weights_ptr.dtype.element_ty
+    dtype: constexpr = weights_ptr.dtype.element_ty
+    scalars = weights_ptr + (row * ROW_WEIGHTS * steps + step) * (slots + 4)
+    p, q, now = tl.load(scalars + 1), tl.load(scalars + 2), tl.load(scalars + 4 + step)
 
-    step = tl.load(index_ptr + row * ROW_INDEX)
-    active = (step >= 0) & (step < steps)
-    i = tl.where(active, step, 0)
-    read = lane < tl.where(active, left, 0)
-    scalars = weights_ptr + (row * ROW_WEIGHTS * steps + i) * (slots + 4)
-    p, q, now = tl.load(scalars + 1), tl.load(scalars + 2), tl.load(scalars + 4 + i)
-
-    incoming = tl.load(_here(grad_ptr, row, size, start) + lane, mask=mask, other=0.0).to(dtype)
-    x = tl.load(_here(x_ptr, row, size, start) + lane, mask=read, other=0.0).to(dtype)
-    m = tl.load(_here(output_ptr, row, size, start) + lane, mask=read, other=0.0).to(dtype)
-    g = tl.where(active, incoming, 0.0).to(dtype)
+    x = tl.load(_here(x_ptr, row, size, start) + lane, mask=mask, other=0.0).to(dtype)
+    m = tl.load(_here(output_ptr, row, size, start) + lane, mask=mask, other=0.0).to(dtype)
+    g = tl.zeros_like(x)
+    if NEXT:
+        g = tl.load(_here(grad_ptr, row, size, start) + lane, mask=mask, other=0.0).to(dtype)
     total = now * g
-    width = tl.full((), size, tl.int64)
-    later = _here(grad_next_ptr, row, slots * width, start)
-    if LATER:
-        total += tl.load(later + i * width + lane, mask=read, other=0.0).to(dtype)
+    if OWN:
+        total += tl.load(_here(grad_y_ptr, row, size, start) + lane, mask=mask, other=0.0).to(dtype)
     grad_m = q * total
     if PAIR:
-        cond = tl.load(_here(output_ptr, row + batch, size, start) + lane, mask=read, other=0.0).to(dtype)
+        cond = tl.load(_here(output_ptr, row + batch, size, start) + lane, mask=mask, other=0.0).to(dtype)
         scale = tl.load(scalars + 3)
         difference = cond - m
         m += scale * difference
@@ -196,84 +246,89 @@ def _backward_kernel(
     elif OUTPUT:
         tl.store(_here(doutput_ptr, row, size, start) + lane, _as(grad_m, doutput_ptr), mask=mask)
     if X:
-        dx = tl.where(active, tl.load(scalars) * g + p * total, incoming)
-        tl.store(_here(dx_ptr, row, size, start) + lane, _as(dx, dx_ptr), mask=mask)
+        tl.store(_here(dx_ptr, row, size, start) + lane, _as(tl.load(scalars) * g + p * total, dx_ptr), mask=mask)
 
     sums = sums_ptr + program * (slots + 4)
-    at_now = now
     if ROW:
-        at_now = tl.sum((p * x + q * m) * g, axis=0)
         tl.store(sums, tl.sum(x * g, axis=0))
         tl.store(sums + 1, tl.sum(x * total, axis=0))
         tl.store(sums + 2, tl.sum(m * total, axis=0))
         if PAIR:
             tl.store(sums + 3, q * tl.sum(difference * total, axis=0))
-
-    if HISTORY or ROW:
-        stride = tl.full((), history_slot, tl.int64)
-        past = _here(history_ptr, row, history_row, start)
-        dpast = _here(dhistory_ptr, row, slots * width, start)
-        for j in range(0, slots, 2):  # both loads stand before the stores, so that they are under way together
-            past0 = active & ((j < i) | (j == steps))
-            past1 = active & ((j + 1 < i) | (j + 1 == tl.where(slots > steps, steps, 0)))
-            w0 = tl.load(scalars + 4 + j, mask=past0, other=0.0)
-            w1 = tl.load(scalars + 5 + j, mask=past1, other=0.0)
-            slot0, slot1 = g, g
-            if ROW:
-                slot0 = tl.load(past + j * stride + lane, mask=lane < tl.where(past0, left, 0), other=0.0).to(dtype)
-                at1 = past + (j + 1) * stride + lane
-                slot1 = tl.load(at1, mask=lane < tl.where(past1, left, 0), other=0.0).to(dtype)
-            now0, now1 = active & (j == i), active & (j + 1 == i)
-            grad0, grad1 = w0 * g, w1 * g
-            if LATER and HISTORY:
-                at0, at1 = later + j * width + lane, later + (j + 1) * width + lane
-                grad0 += tl.load(at0, mask=lane < tl.where(now0, 0, left), other=0.0).to(dtype)
-                kept = tl.where(now1 | (j + 1 >= slots), 0, left)
-                grad1 += tl.load(at1, mask=lane < kept, other=0.0).to(dtype)
-            _slot_backward(slot0, g, grad0, dpast + j * width, sums + 4 + j, now0, at_now,
-                           lane, left, j < slots, HISTORY, ROW)  # fmt: skip
-            _slot_backward(slot1, g, grad1, dpast + (j + 1) * width, sums + 5 + j, now1, at_now,
-                           lane, left, j + 1 < slots, HISTORY, ROW)  # fmt: skip
+        tl.store(sums + 4 + step, tl.sum((p * x + q * m) * g, axis=0))
+    for k in tl.static_range(0, len(history), 2):  # both loads stand before the stores, to be under way together
+        here = _here(history[k], row, size, start) + lane
+        there = _here(history[k + 1], row, size, start) + lane
+        one, two = tl.where(k < step, k, steps), tl.where(k + 1 < step, k + 1, steps)
+        if ROW:
+            slot0 = tl.load(here, mask=lane < tl.where(k < count, left, 0), other=0.0).to(dtype)
+            slot1 = tl.load(there, mask=lane < tl.where(k + 1 < count, left, 0), other=0.0).to(dtype)
+        if HISTORY:
+            w0 = tl.load(scalars + 4 + one, mask=k < count, other=0.0)
+            w1 = tl.load(scalars + 4 + two, mask=k + 1 < count, other=0.0)
+            d0, d1 = dhistory[k], dhistory[k + 1]
+            at0, at1 = _here(d0, row, size, start) + lane, _here(d1, row, size, start) + lane
+            tl.store(at0, _as(w0 * g, d0), mask=lane < tl.where(k < count, left, 0))
+            tl.store(at1, _as(w1 * g, d1), mask=lane < tl.where(k + 1 < count, left, 0))
+        if ROW:
+            tl.store(sums + 4 + one, tl.sum(slot0 * g, axis=0), mask=k < count)
+            tl.store(sums + 4 + two, tl.sum(slot1 * g, axis=0), mask=k + 1 < count)
 
 
-def multistep_step_backward(grad_x_next, grad_history_next, x, output, history, weights, index, needs):
-    check(x, output, history, weights, index)
-    batch, slots, steps = x.shape[0], history.shape[1], weights.shape[1]
+def multistep_update_backward(
+    grad_x_next: Tensor | None,
+    grad_y: Tensor | None,
+    x: Tensor,
+    output: Tensor,
+    history: Sequence[Tensor],
+    weights: Tensor,
+    step: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
     dx, doutput, dhistory, row = needs
+    batch = x.shape[0]
     blocks = triton.cdiv(x.numel() // batch, BLOCK) if x.numel() else 0
-    grads = (
-        x.new_empty(x.shape if dx else 0),
-        output.new_empty(output.shape if doutput else 0),
-        history.new_empty(history.shape if dhistory else 0),
-    )
-    sums = weights.new_zeros((batch, blocks, SCALARS + slots) if row else 0)
-    if x.numel():
-        past = _samples_contiguous(history)
-        grad_x_next, x = grad_x_next.contiguous(), x.contiguous()
-        size = x.numel() // batch
-        _backward_kernel[(batch * blocks,)](
-            grad_x_next, x if grad_history_next is None else grad_history_next.contiguous(),
-            x, output.contiguous(), past, weights.contiguous(), index.contiguous(), *grads, sums,
-            size, past.stride(0), past.stride(1), batch, blocks, steps, slots,
-            PAIR=output.shape[0] != batch, ROW_WEIGHTS=weights.shape[0] != 1, ROW_INDEX=index.shape[0] != 1,
-            LATER=grad_history_next is not None, X=dx, OUTPUT=doutput, HISTORY=dhistory, ROW=row,
-            BLOCK=BLOCK, **(DOUBLE_OPTIONS if weights.dtype is torch.float64 else OPTIONS),
+    grads = x.new_empty(x.shape if dx else 0), output.new_empty(output.shape if doutput else 0)
+    slots_grads = [y.new_empty(y.shape) for y in history] if dhistory else []
+    sums = weights.new_zeros((batch, blocks, weights.shape[-1]) if row else 0)
+    fixed = (x if grad_x_next is None else grad_x_next, x if grad_y is None else grad_y, x, output, weights,
+             *grads, sums)  # fmt: skip
+    given = grad_x_next is not None, grad_y is not None
+    kind, pointers = kind_of((*fixed, *history, *slots_grads), "update_backward", step, *needs, *given)
+    known = Launch.known.get(kind)
+    past = 8 + len(history)
+    if known is not None:
+        known(*pointers[:8], _padded(pointers[8:past]), _padded(pointers[past:] or pointers[8:past]))
+    elif x.numel():
+        check_update(x, output, history, weights, step)
+        inputs = [*fixed[:5], *history]
+        whole = [t.contiguous() for t in inputs]
+        if any(a is not b for a, b in zip(whole, inputs, strict=True)):
+            next_, own = (t if have else None for t, have in zip(whole[:2], given, strict=True))
+            return multistep_update_backward(next_, own, whole[2], whole[3], whole[5:], whole[4], step, needs)
+        launch(
+            kind, _update_backward_kernel, batch * blocks,
+            (*fixed, _padded(history), _padded(slots_grads or history)),
+            (x.numel() // batch, batch, blocks, weights.shape[1], weights.shape[2] - SCALARS, step, len(history)),
+            PAIR=output.shape[0] != batch, ROW_WEIGHTS=weights.shape[0] != 1, NEXT=given[0], OWN=given[1],
+            X=dx, OUTPUT=doutput, HISTORY=dhistory, ROW=row, BLOCK=BLOCK, **options(),
         )  # fmt: skip
-    return *grads, sums.sum(1) if row else sums
+    return *grads, slots_grads, sums.sum(1) if row else sums
 
 
-@triton.jit(do_not_specialize=_BY_VALUE)
+@triton.jit(do_not_specialize=_BY_VALUE, do_not_specialize_on_alignment=_ANYWHERE)
 def _pull_kernel(
-    adjoints_ptr, weights_ptr, index_ptr, dx_ptr, doutput_ptr,
-    size, adjoints_row, adjoints_slot, batch, blocks, steps, slots,
-    PAIR: tl.constexpr, ROW_WEIGHTS: tl.constexpr, ROW_INDEX: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    adjoints_ptr: tensor, weights_ptr: tensor, index_ptr: tensor, dx_ptr: tensor, doutput_ptr: tensor,
+    size: tensor, adjoints_row: tensor, adjoints_slot: tensor, batch: tensor,
+    blocks: tensor, steps: tensor, slots: tensor,
+    PAIR: constexpr, ROW_WEIGHTS: constexpr, ROW_INDEX: constexpr, UNROLL: constexpr, BLOCK: constexpr,
+) -> None:  # fmt: skip
     row = (tl.program_id(0) // blocks).to(tl.int64)
     start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)  # [BLOCK]
     left = size - start
     mask = lane < left
-    dtype: tl.constexpr = weights_ptr.dtype.element_ty
+    dtype: constexpr = weights_ptr.dtype.element_ty
 
     step = tl.load(index_ptr + row * ROW_INDEX)
     active = (step >= 0) & (step < steps)
@@ -285,12 +340,12 @@ def _pull_kernel(
     stride = tl.full((), adjoints_slot, tl.int64)
     adjoints = _here(adjoints_ptr, row, adjoints_row, start)
     own = tl.load(adjoints + j * stride + lane, mask=read, other=0.0).to(dtype)
-    pulled = tl.zeros_like(own)
-    first = tl.where(active, j, steps).to(tl.int32)
-    for i in range(first, steps, 4):
-        for k in tl.static_range(4):
+    pulled = tl.load(scalars + 4 + j) * own
+    first = tl.where(active, j, steps).to(tl.int32) + 1
+    for i in range(first, steps, UNROLL):
+        for k in tl.static_range(UNROLL):
             later = table + (i + k) * columns + 4 + j
-            pulled += _slot(adjoints, later, (i + k) * stride, lane, left, i + k < steps)
+            pulled += _slot(adjoints + (i + k) * stride, later, lane, left, i + k < steps)
 
     dx = tl.where(active, tl.load(scalars) * own + tl.load(scalars + 1) * pulled, 0.0)
     tl.store(_here(dx_ptr, row, size, start) + lane, _as(dx, dx_ptr), mask=mask)
@@ -303,24 +358,24 @@ def _pull_kernel(
         tl.store(_here(doutput_ptr, row, size, start) + lane, _as(grad_m, doutput_ptr), mask=mask)
 
 
-def multistep_pull(adjoints, weights, index, pair=False):
+def multistep_pull(adjoints: Tensor, weights: Tensor, index: Tensor, pair: bool = False) -> tuple[Tensor, Tensor]:
+    check_pull(adjoints, weights, index)
     batch, steps, *sample = adjoints.shape
-    check_dtypes(adjoints, weights, index, batch)
-    slots = weights.shape[-1] - SCALARS
-    if weights.dim() != 3 or weights.shape[0] not in (1, batch) or weights.shape[1] != steps or slots < steps:
-        raise ValueError(
-            f"weights have shape {tuple(weights.shape)}; adjoints {tuple(adjoints.shape)} need "
-            f"(1 or {batch}, {steps}, {SCALARS} + slots)"
-        )
     dx = adjoints.new_empty(batch, *sample)
     doutput = adjoints.new_empty(2 * batch if pair else batch, *sample)
-    if dx.numel():
-        adjoints, size = _samples_contiguous(adjoints), dx.numel() // batch
+    adjoints, weights, index = _samples_contiguous(adjoints), weights.contiguous(), index.contiguous()
+    tensors = adjoints, weights, index, dx, doutput
+    kind, pointers = kind_of(tensors, "pull")
+    known = Launch.known.get(kind)
+    if known is not None:
+        known(*pointers)
+    elif dx.numel():
+        size = dx.numel() // batch
         blocks = triton.cdiv(size, BLOCK)
-        _pull_kernel[(batch * blocks,)](
-            adjoints, weights.contiguous(), index.contiguous(), dx, doutput,
-            size, adjoints.stride(0), adjoints.stride(1), batch, blocks, steps, slots,
+        launch(
+            kind, _pull_kernel, batch * blocks, tensors,
+            (size, adjoints.stride(0), adjoints.stride(1), batch, blocks, steps, weights.shape[2] - SCALARS),
             PAIR=pair, ROW_WEIGHTS=weights.shape[0] != 1, ROW_INDEX=index.shape[0] != 1,
-            BLOCK=BLOCK, **OPTIONS,
+            UNROLL=trip(steps), BLOCK=BLOCK, **options(adjoints.dtype, adjoints.dtype),
         )  # fmt: skip
     return dx, doutput

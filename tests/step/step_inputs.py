@@ -48,22 +48,40 @@ def draw(sample=(3, 7), batch=2, steps=4, at=2, pair=False, noise_slot=False, ro
     return tuple(t.to(device) for t in tensors)
 
 
+def draw_list(**options):
+    """x, output, list, weights, step of the same step in list form: the slots that it reads, in its order."""
+    x, output, history, weights, index = draw(**options)
+    return x, output, listed(history, weights, int(index[0])), weights, int(index[0])
+
+
+def listed(history, weights, i):
+    slots = [*history[:, :i].unbind(1), *history[:, weights.shape[1] :].unbind(1)]
+    return [slot.contiguous() for slot in slots]
+
+
 def in_float64(x, output, history, weights, index):
-    return x.double(), output.double(), history.double(), weights.double(), index
+    many = [y.double() for y in history] if isinstance(history, list) else history.double()
+    return x.double(), output.double(), many, weights.double(), index
 
 
-def eager(x, output, history, weights, index):
-    """The step as a user writes it: every operation in the state's dtype, one row of weights, one index."""
-    i, batch = int(index[0]), len(x)
-    a, p, q, g, *w = weights[0, i].to(x.dtype).unbind()
-    m = output.to(x.dtype)
-    if len(m) == 2 * batch:
-        uncond, cond = m.split(batch)
+def stacked(ops, x, output, history, weights, index):
+    """x_next and the history after the step in place, on copies."""
+    history, x_next = history.clone(), torch.empty_like(x)
+    ops.multistep_step_(x, output, history, weights, index, x_next)
+    return x_next, history
+
+
+def eager(x, output, history, weights, i):
+    """The step as a user writes it: every operation in the state's dtype, one row of weights, a list."""
+    dtype, steps = x.dtype, weights.shape[1]
+    shape = (-1,) + (1,) * (x.dim() - 1)
+    a, p, q, g, *w = (column.reshape(shape) for column in weights[:, i].to(dtype).unbind(1))
+    m = output.to(dtype)
+    if len(m) == 2 * len(x):
+        uncond, cond = m.chunk(2)
         m = uncond + g * (cond - uncond)
     y = p * x + q * m
     total = a * x + w[i] * y
-    for j in range(i):
-        total = total + w[j] * history[:, j].to(x.dtype)
-    if history.shape[1] > weights.shape[1]:
-        total = total + w[-1] * history[:, -1].to(x.dtype)
-    return total, torch.cat([history[:, :i], y.to(history.dtype)[:, None], history[:, i + 1 :]], 1)
+    for j, slot in enumerate(history):
+        total = total + w[j if j < i else steps] * slot.to(dtype)
+    return total, y.to(history[0].dtype if history else dtype)

@@ -1,0 +1,58 @@
+"""Triton's real compiler and launcher in front of a libcuda that does nothing: launches, compilations, arguments."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_stub
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+OTHER = os.environ.get("DSS_FAST_TRITON_PYTHON")  # see test_sass.py
+
+
+@pytest.fixture(scope="module", params=["installed", "other"])
+def found(request, tmp_path_factory):
+    if request.param == "installed":
+        pytest.importorskip("triton")
+    elif OTHER is None:
+        pytest.skip("DSS_FAST_TRITON_PYTHON names no Python with another version of Triton")
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the stub stands in for libcuda.so.1, which is Linux's")
+    if cuda_stub.COMPILER is None:
+        pytest.skip("no C compiler to build the stub with: neither CC is set nor gcc or clang installed")
+    folder = tmp_path_factory.mktemp("stub")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]), "DSS_FAST_NO_EXTENSION": "1"}
+    python = sys.executable if request.param == "installed" else OTHER
+    run = subprocess.run(
+        [python, HERE / "launches.py", folder], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("op", ["step", "update", "backward", "pull"])
+def test_one_launch_a_call_and_one_compilation_a_variant(found, op):
+    """Whatever the step, the alignment of its index, the initial noise: only dtypes and flags are compiled for."""
+    counted = found["ops"][op]
+    assert counted["launches"] == counted["calls"] > 50
+    assert counted["compiled"] == counted["variants"]
+
+
+@pytest.mark.parametrize("op", ["step", "update", "backward", "pull"])
+def test_the_driver_gets_the_same_arguments_from_both_launches(found, op):
+    given = found["marshalling"][op]
+    first, *later = given["parameters"]
+    assert all(other == first for other in later) and not given["missing"]
+    assert given["grids"] == [[6, 1, 1]] * 3
+    assert given.get("wanted", first) == first
+
+
+def test_a_step_of_sample_is_four_frames_from_its_launch(found):
+    seen = found["frames"]["seen"]
+    assert len(seen) == 4 and max(map(len, seen)) <= 4, seen
+    assert found["frames"]["launches"] == 1
