@@ -122,7 +122,7 @@ def test_pull_three_ways(backend, sample, dtype):
 def test_results_that_are_written_past_the_cache(dtypes):
     """From 12 MB on; slots of an odd size start at any alignment."""
     reference, _ = implementation("reference")
-    sample = (7, 90_001)
+    sample = (12, 90_001)  # more than a million elements: short blocks
     for inputs in (
         draw(sample, batch=1, steps=10, at=9, pair=True, noise_slot=True, dtypes=dtypes),
         draw(sample, batch=2, steps=10, at=3, dtypes=dtypes),
