@@ -1,0 +1,83 @@
+"""Under torchrun: each process takes its GPU before it builds a model there, and two processes search as one does."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dss_fast import Solver
+from dss_fast.__main__ import main
+from examples import imagenet256
+
+ROOT = Path(__file__).parent.parent
+MODEL = """
+import torch
+from dss_fast import Flow, Target
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x, t):
+        return torch.tanh(self.scale * x + t[:, None]) - 0.3 * x
+
+def target():
+    return Target(Net().requires_grad_(False), (6,), Flow())
+"""
+
+
+class Built(Exception):
+    pass
+
+
+@pytest.fixture
+def order(monkeypatch):
+    """What happens, first to last, on a machine whose GPU of local rank 1 is taken."""
+    order = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: order.append(f"device {device}"))
+    return order
+
+
+def build(order):
+    def build(*arguments, **options):
+        order.append("model")
+        raise Built
+
+    return build
+
+
+def test_the_command_line_takes_the_device_first(order, monkeypatch):
+    monkeypatch.setattr("dss_fast.__main__.load_target", build(order))
+    with pytest.raises(Built):
+        main(["search", "some:target"])
+    assert order == ["device 1", "model"]
+
+
+def test_the_imagenet_example_takes_the_device_first(order, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(imagenet256, "load", build(order))
+    with pytest.raises(Built):
+        imagenet256.main(["search", "--model", "sit", "--checkpoint", "x.pt", "--out", "x.json"])
+    assert order == ["device 1", "model"]
+
+
+def test_two_processes_write_what_one_does(tmp_path):
+    """The backend is PyTorch's choice: gloo for a model on the CPU."""
+    (tmp_path / "toy.py").write_text(MODEL)
+    search = ["-m", "dss_fast", "search", "toy:target", "--steps", "3", "--budget", "6000", "--samples", "32", "-o"]
+    alone = [sys.executable, *search, "one"]
+    shared = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *search, "two"]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    for command in (alone, shared):
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (Solver.load(tmp_path / name / "solver-3.json") for name in ("one", "two"))
+    for field in ("timesteps", "coeffs"):
+        a, b = (torch.tensor([v for row in value for v in (row if isinstance(row, tuple) else (row,))])
+                for value in (getattr(one, field), getattr(two, field)))  # fmt: skip
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
