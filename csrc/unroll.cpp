@@ -1,6 +1,7 @@
 // Gradient checkpointing across the steps of an unrolled linear multistep loop. The forward keeps states and
 // predictions; the backward re-runs one model call at a time and pulls every cotangent through its graph.
 // Device-agnostic: one binary serves CPU and CUDA builds of torch. What the numbers mean is the caller's affair.
+#include <ATen/Context.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/utils/pybind.h>
@@ -223,6 +224,7 @@ class Rollout {
   // dw_ij = <g_{i+1}, y>. The products with gy are sums over those with the adjoints, so gy itself is not needed.
   void add_weight_gradients(const Tensor& gradient, int64_t j, const Tensor& adjoints, const Tensor& probes) const {
     const int64_t N = steps_;
+    at::NoTF32Guard full;  // whatever the model's products are allowed: these sums settle the search's step
     Tensor products = at::bmm(adjoints.slice(1, j), probes.transpose(1, 2));
     Tensor through = (weights_.slice(1, j).select(2, kScalars + j).unsqueeze(2) * products).sum(1);
     Tensor row = gradient.select(1, j);
@@ -237,6 +239,7 @@ class Rollout {
   // What the last slot, the initial state itself, sends back: sum_i w_iN g_{i+1}.
   Tensor noise_gradient(const Tensor& g) const {
     if (slots_ == steps_) return at::zeros({}, weights_.options());
+    at::NoTF32Guard full;
     Tensor row = weights_.select(2, kScalars + steps_).unsqueeze(1).expand({x_.size(0), 1, steps_});
     return at::bmm(row, g.flatten(2)).view(x_.sizes());
   }

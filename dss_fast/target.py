@@ -185,26 +185,27 @@ class Samples:
         assert not isinstance(self.target.guidance_scale, tuple)
         return self.target.guidance_scale
 
-    def denoiser(self) -> Denoiser:
-        """The model with these conditions: (x, t) -> output, checked for NaN and Inf."""
+    def denoiser(self, check_finite: bool | None = True) -> Denoiser:
+        """The model with these conditions: (x, t) -> output, checked for NaN and Inf as :class:`Denoiser` says."""
         target = self.target
         return Denoiser(
             target.model,
             self.cond,
             target.uncond if target.guided else None,
             guided_channels=target.guided_channels,
-            check_finite=True,
+            check_finite=check_finite,
         )
 
-    def predictor(self) -> Callable[[Tensor, Tensor], Tensor]:
+    def predictor(self, check_finite: bool | None = True) -> Callable[[Tensor, Tensor], Tensor]:
         """(x, u) -> y = p x + q m, what a history stores, guided, in x's dtype. x: (B, *S); u: () float64."""
-        denoise, schedule, scale = self.denoiser(), self.schedule, self.guidance
+        denoise, schedule, scale = self.denoiser(check_finite), self.schedule, self.guidance
         if isinstance(scale, Tensor):
             scale = scale.reshape(-1, *[1] * (self.noise.ndim - 1)).to(self.noise.dtype)
 
         def predict(x: Tensor, u: Tensor) -> Tensor:
             u = u.detach().reshape(1).cpu()
-            time = schedule.time(u).to(x.device, torch.promote_types(x.dtype, torch.float32))
+            real = torch.promote_types(x.dtype, torch.float32)
+            time = schedule.time(u).to(x.device, real, non_blocking=True)  # nobody waits for a number from the host
             output = denoise(x, time.expand(len(x))).to(x.dtype)
             if self.target.guided:
                 uncond, cond = output.chunk(2)

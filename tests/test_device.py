@@ -65,3 +65,19 @@ def test_gradients_of_a_rollout_on_the_device(device, backend, budget):
         torch.testing.assert_close(found.x[c], of_x, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.weights[c].sum(0, keepdim=True), of_weights, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.times[c].sum(0), of_times, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_weight_gradients_do_not_follow_the_users_tf32():
+    """The sums over elements settle the search's step; a model without products gives the same bits either way."""
+    table = StepTable.of(find_solver("sit-xl-2-256/5"), Flow(), device="cuda")
+    x, cotangents = torch.randn(8, 4096, device="cuda"), torch.randn(1, 8, 4096, device="cuda")
+    found, before = [], torch.backends.cuda.matmul.allow_tf32
+    try:
+        for allowed in (False, True):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            rollout = Rollout(lambda x, t: torch.sin(x) * t[:, None], x, table.weights, table.times)
+            found.append(rollout.pull(cotangents).weights)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert torch.equal(*found)

@@ -188,7 +188,7 @@ class _Run:
 
     def __init__(self, draws: Draws, batch: Samples, targets: Tensor):
         self.batch = batch
-        self.predict = batch.predictor()
+        self.predict = batch.predictor(check_finite=None)
         self.targets = targets.flatten(2)
         self.x = self.first = batch.noise
         self.history: list[Tensor] = []
@@ -220,6 +220,8 @@ class _Run:
 def _solve(grams: Tensor, ridges: tuple[float, ...]) -> tuple[Tensor, float]:
     """The solution whose ridge does best on the held-out inner products (on its own when there are none)."""
     train, held_out = grams.cpu()
+    if not bool(grams.isfinite().all()):  # on a GPU nobody has looked before
+        raise FloatingPointError("the model returned NaN or Inf while rows were fitted")
     if not bool((held_out.diagonal() > 0).any()):
         held_out = train
     matrix, right = train[:-1, :-1], train[:-1, -1]

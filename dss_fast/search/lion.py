@@ -26,7 +26,7 @@ from ..target import Samples
 from ..unroll import unroll
 from .draws import Draws
 from .ledger import Ledger
-from .settings import check_counts
+from .settings import check_counts, graph_memory
 from .store import Store
 
 
@@ -42,7 +42,8 @@ class Lion:
     short_tail: the last two rows use the immediately preceding output only; None: for N = 5 and 6.
     check_every: batches between looks at ``check_samples`` held-out ones, 20 looks by default. The solver
         with the smallest held-out error at the end point is kept. check_samples=0: the last is.
-    memory: bytes of kept trajectories, see ``Teacher``. memory_budget: see ``unroll``.
+    memory: bytes of kept trajectories, see ``Teacher``. memory_budget: of a rollout's graphs, see ``unroll``; by
+        default 512 MB, on a GPU half of its free memory.
     """
 
     samples: int = 50_000
@@ -58,7 +59,7 @@ class Lion:
     check_every: int | None = None
     check_samples: int = 128
     memory: int = 2 << 30
-    memory_budget: int | float | None = 1 << 30
+    memory_budget: int | float | None = None
     name: ClassVar = "lion"
 
     def __post_init__(self) -> None:
@@ -151,7 +152,7 @@ class Lion:
 
     def _loss(self, point: _Point, batch: Samples, trajectory: Tensor) -> Tensor:
         """The loss of this process's rows; summed over processes it is that of the batch."""
-        states, timesteps = _states(point, batch, self.memory_budget)
+        states, timesteps = _states(point, batch, graph_memory(self.memory_budget, batch.noise.device))
         last = trajectory.shape[1] - 1
         nearest = (timesteps[1:].detach() * last).round().long().clamp(0, last).to(trajectory.device)
         real = torch.promote_types(states.dtype, torch.float32)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+import torch
+
 
 def check_counts(settings: Any, *names: str, least: int = 1) -> None:
     """Raises ValueError for a field that is neither None nor a whole number from ``least``."""
@@ -12,6 +14,13 @@ def check_counts(settings: Any, *names: str, least: int = 1) -> None:
         value = getattr(settings, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ValueError(f"{name}={value!r}: give a whole number from {least}")
+
+
+def graph_memory(budget: int | float | None, device: torch.device) -> int | float:
+    """A method's ``memory_budget`` as ``unroll`` takes it: without one 512 MB, on a GPU half of what is free there."""
+    if budget is not None:
+        return budget
+    return 0.5 if device.type == "cuda" else 1 << 29
 
 
 def described(settings: Any) -> dict[str, Any]:

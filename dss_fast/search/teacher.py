@@ -120,7 +120,10 @@ class DenseGrid:
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """A dense trajectory: states and slopes dx/ds (B, M + 1, *S) on a grid, and last (B, *S), at u = 1."""
+    """A dense trajectory: states and slopes dx/ds (B, M + 1, *S) on a grid, and last (B, *S), at u = 1.
+
+    States and slopes may lie on the CPU beside a last on a GPU: what is asked of them is picked there and sent over.
+    """
 
     grid: DenseGrid
     states: Tensor
@@ -137,11 +140,12 @@ class Trajectory:
             leaf = u.detach().double().clamp(0, self.grid.end - 1e-9).requires_grad_()
             ds = torch.autograd.grad(self.grid.s(leaf).sum(), leaf)[0]
         inside = (u.detach() < self.grid.end) | (self.grid.end == 1)
-        slope = self._hermite(u.detach(), _HERMITE_SLOPE) * _column(ds * self.grid.intervals, self.states)
+        slope = self._hermite(u.detach(), _HERMITE_SLOPE)
+        slope = slope * _column(ds * self.grid.intervals, slope)
         if bool(inside.all()):
             return slope
-        jump = (self.last - self.states[:, -1])[:, None] / (1 - self.grid.end)
-        return torch.where(_column(inside, self.states) > 0, slope, jump)
+        jump = (self.last - self._sent(self.states[:, -1]))[:, None] / (1 - self.grid.end)
+        return torch.where(_column(inside, slope) > 0, slope, jump)
 
     def _hermite(self, u: Tensor, basis: Tensor) -> Tensor:
         grid, real = self.grid, self.states.dtype
@@ -156,11 +160,18 @@ class Trajectory:
         scaled = torch.cat([w[:, :1], w[:, 1:2] / grid.intervals, w[:, 2:3], w[:, 3:] / grid.intervals], 1)
         k = k.to(self.states.device)
         parts = (self.states[:, k], self.slopes[:, k], self.states[:, k + 1], self.slopes[:, k + 1])
-        x: Any = sum(_column(scaled[:, i], part) * part for i, part in enumerate(parts))
+        x: Any = sum(_column(scaled[:, i], part) * part for i, part in enumerate(map(self._sent, parts)))
         if grid.end < 1 and basis is _HERMITE:
             beyond = ((u - grid.end) / (1 - grid.end)).clamp_min(0)
-            x = x + _column(beyond, x) * (self.last - self.states[:, -1])[:, None]
+            x = x + _column(beyond, x) * (self.last - self._sent(self.states[:, -1]))[:, None]
         return x.to(real)
+
+    def _sent(self, part: Tensor) -> Tensor:
+        """A part of the states or slopes where ``last`` is; by pinned memory to a GPU, so that the host goes on."""
+        if part.device == self.last.device:
+            return part
+        part = part.pin_memory() if self.last.device.type == "cuda" else part
+        return part.to(self.last.device, non_blocking=True)
 
 
 def integrate(predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, grid: DenseGrid) -> Trajectory:
@@ -213,7 +224,8 @@ class Teacher:
         count samples in all. budget: model calls per sample, 48 to 64. cache: a folder that outlives the process; None
         keeps them in memory up to ``memory`` bytes and in a temporary folder beyond.
 
-    ``for batch, trajectory in teacher: ...`` streams them; ``teacher[k]`` is one pair. Trajectories are
+    ``for batch, trajectory in teacher: ...`` streams them; ``teacher[k]`` is one pair, whose samples and end points
+    stay on the device up to a quarter of ``memory`` and are drawn and read again beyond. Trajectories are
     counted as model evaluations when first asked for, found in the cache or not, so that the count does
     not depend on what ran before.
     """
@@ -247,6 +259,8 @@ class Teacher:
             "grid": ["ab3 am4", LOG_SHARE, SOFTENING],
         }
         self.store = Store(draws, settings, cache=cache, memory=memory)
+        self._kept: dict[int, tuple[Samples, Trajectory]] = {}
+        self._room = memory // 4
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -258,15 +272,23 @@ class Teacher:
     def __getitem__(self, k: int) -> tuple[Samples, Trajectory]:
         if not 0 <= k < len(self):
             raise IndexError(f"batch {k} of {len(self)}")
-        batch = self.draws.batch(self.stream, k, self.sizes[k])
-        tensors = self.store.find(k, batch)
-        if tensors is None:
-            made = integrate(batch.predictor(), batch.noise, self.grid)
-            tensors = self.store.keep(k, batch, {"states": made.states, "slopes": made.slopes, "last": made.last})
-        spent = self.sizes[k] * evaluations(self.grid)
-        self.ledger.spend_once(f"teacher {self.stream} {self.sizes[k]} {k}", spent)
-        tensors = {name: value.to(self.draws.device) for name, value in tensors.items()}
-        return batch, Trajectory(self.grid, **tensors)
+        pair = self._kept.get(k)
+        if pair is None:
+            batch = self.draws.batch(self.stream, k, self.sizes[k])
+            tensors = self.store.find(k, batch)
+            if tensors is None:
+                made = integrate(batch.predictor(check_finite=None), batch.noise, self.grid)
+                if not bool(made.last.isfinite().all()):  # on a GPU nobody has looked at each call
+                    raise FloatingPointError(f"the model returned NaN or Inf on the teacher's way, batch {k}")
+                tensors = self.store.keep(k, batch, {"states": made.states, "slopes": made.slopes, "last": made.last})
+            last = tensors["last"].to(batch.noise.device)
+            pair = batch, Trajectory(self.grid, tensors["states"], tensors["slopes"], last)
+            size = sum(t.nbytes for t in (batch.noise, last, *batch.cond.values()) if isinstance(t, Tensor))
+            if size <= self._room:
+                self._room -= size
+                self._kept[k] = pair
+        self.ledger.spend_once(f"teacher {self.stream} {self.sizes[k]} {k}", self.sizes[k] * evaluations(self.grid))
+        return pair
 
     def cost(self) -> int:
         """Model evaluations of all trajectories, made or not."""

@@ -27,7 +27,7 @@ from .gauss_newton import Quadratic, Sums, robust, signs_beside
 from .ledger import Ledger
 from .objective import Loss, Residual, residual
 from .point import Point
-from .settings import check_counts
+from .settings import check_counts, graph_memory
 from .space import SPACES, Space
 from .teacher import Teacher
 
@@ -51,8 +51,8 @@ class TwoStage:
         trial_samples of the samples. rounds: of Gauss-Newton. tolerance: stop a solver whose predicted
         relative gain is below.
     memory: bytes of trajectories kept, and of rollouts between a round's acceptance test and its backward
-        (beyond that they run again, N evaluations more per sample). memory_budget: of a
-        rollout's graphs, see ``unroll``.
+        (beyond that they run again, N evaluations more per sample). memory_budget: of the graphs of the
+        rollouts kept, see ``unroll``; by default 512 MB, on a GPU half of its free memory.
 
     A round costs N evaluations per sample for the candidate, which is also its acceptance test, and, once
     accepted, 2 N per backward. All N share the teacher; stage 1 of one N starts from the spacing of the last.
@@ -71,7 +71,7 @@ class TwoStage:
     trajectory_weight: float = 0.1
     tolerance: float = 1e-3
     memory: int = 1 << 29
-    memory_budget: int | float | None = 1 << 29
+    memory_budget: int | float | None = None
     name: ClassVar = "two_stage"
 
     def __post_init__(self) -> None:
@@ -277,18 +277,18 @@ class Stage:
                 batch, trajectory = self.train[k]
                 kept = self._keeps(n, batches * batch.size)
                 rollout = Rollout(
-                    batch.denoiser(), batch.noise, *self._table(point.space, theta, batch),
+                    batch.denoiser(None), batch.noise, *self._table(point.space, theta, batch),
                     memory_budget=self._graphs(batches if kept else 0), wrt=("weights", "times") if kept else (),
                 )  # fmt: skip
                 found = self._residual(rollout.states, trajectory, point.space.targets(theta))
                 runs.append(Run(batch, rollout if kept else None, found))
+            values, errors = self._gathered(runs, size)
         except FloatingPointError:
             if point.theta is None:
                 raise
             self.ledger.spend(n * size)
             return None
         self.ledger.spend(n * size)
-        values, errors = self._gathered(runs, size)
         return Trial(runs, values, errors)
 
     def improves(self, point: Point, trial: Trial) -> bool:
@@ -320,7 +320,7 @@ class Stage:
         space, n, runs, total = point.space, point.space.num_steps, [], sum(self.held_out.sizes)
         try:
             for batch, trajectory in self.held_out:
-                rollout = Rollout(batch.denoiser(), batch.noise, *self._table(space, theta, batch), wrt=())
+                rollout = Rollout(batch.denoiser(None), batch.noise, *self._table(space, theta, batch), wrt=())
                 runs.append(Run(batch, None, self._residual(rollout.states, trajectory, space.targets(theta))))
             values, errors = self._gathered(runs, total)
         except FloatingPointError:
@@ -343,7 +343,7 @@ class Stage:
             scale = found.values.shape[1] ** -0.5  # |r|^2 is averaged over its elements
             if rollout is None:  # all of them together did not fit
                 rollout = Rollout(
-                    batch.denoiser(), batch.noise, *self._table(space, theta, batch),
+                    batch.denoiser(None), batch.noise, *self._table(space, theta, batch),
                     memory_budget=self._graphs(1), wrt=("weights", "times"),
                 )  # fmt: skip
                 self.ledger.spend(n * batch.size)
@@ -384,7 +384,10 @@ class Stage:
         return signs_beside(values, signs[self.draws.rank :: self.draws.world].to(values) * 2 - 1)
 
     def _gathered(self, runs: list[Run], size: int) -> tuple[Tensor, Tensor]:
-        """|r|^2 and end-point error of all samples, over all processes, (size,) float64 means of squares each."""
+        """|r|^2 and end-point error of all samples, over all processes, (size,) float64 means of squares each.
+
+        Raises FloatingPointError when one is none: a GPU is asked here, once a round, and not at every call.
+        """
         both, start = torch.zeros(2, size, dtype=torch.float64), 0
         for run in runs:
             here = self.draws.mine(start, run.batch.size)
@@ -392,6 +395,8 @@ class Stage:
             both[1, here] = run.residual.error.cpu()
             start += run.batch.size
         self.draws.all_reduce(both)
+        if not bool(both.isfinite().all()):
+            raise FloatingPointError("the model returned NaN or Inf along a rollout")
         return both[0], both[1]
 
     def _losses(self, point: Point, trial: Trial) -> tuple[float, float]:
@@ -412,8 +417,8 @@ class Stage:
 
     def _graphs(self, shared_by: int) -> int | float | None:
         """The memory for graphs of one rollout of ``shared_by`` alive at a time; 0: none is differentiated."""
-        budget = self.settings.memory_budget
-        return None if budget is None or not shared_by else type(budget)(budget / shared_by)
+        budget = graph_memory(self.settings.memory_budget, self.draws.device)
+        return type(budget)(budget / shared_by) if shared_by else None
 
 
 def enough(sizes: list[int], wanted: int) -> int:

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from dss_fast import VP, DiscreteVP, Flow, Target, handmade, sample
+from dss_fast.denoiser import Denoiser
 from dss_fast.search.draws import Draws
 from dss_fast.search.ledger import Ledger
 from dss_fast.search.lion import paper_trajectory
+from dss_fast.search.objective import residual
 from dss_fast.search.teacher import DenseGrid, Teacher, Trajectory, dense_grid, evaluations, integrate
 
 F64 = torch.float64
@@ -252,3 +254,44 @@ def test_bad_arguments_are_named():
         drawn(guidance_scale=2.0)
     with pytest.raises(ValueError, match="count=0"):
         Teacher(drawn(), Ledger(), "train", 0, 4)
+
+
+def test_samples_are_drawn_once_and_the_end_needs_no_states(monkeypatch):
+    """What does not fit a quarter of the memory is drawn again, the same; the loss at the end reads ``last`` alone."""
+    drawn, draw = [], Draws.batch
+
+    def counted(self, stream, number, size):
+        drawn.append(number)
+        return draw(self, stream, number, size)
+
+    monkeypatch.setattr(Draws, "batch", counted)
+    draws = Draws.of(Target(lambda x, t: -x, (2,), Flow(), dtype=F64), 1)
+    size = 8 * 2 * 8  # of a batch's noise, and again of its end points
+    teacher = Teacher(draws, Ledger(), "train", 32, 8, budget=16, memory=4 * (2 * 2 * size))
+    first = [pair for _ in range(3) for pair in teacher]
+    assert drawn == [0, 1, 2, 3, 2, 3, 2, 3]
+    for k, (batch, trajectory) in enumerate(first):
+        assert torch.equal(batch.noise, first[k % 4][0].noise) and torch.equal(trajectory.last, first[k % 4][1].last)
+    batch, trajectory = teacher[0]
+    trajectory.states.fill_(math.nan), trajectory.slopes.fill_(math.nan)
+    found = residual("end", 0.1, batch.noise[:, None], trajectory, torch.ones(1))
+    assert found.values.isfinite().all() and not trajectory.at(torch.tensor([0.5])).isfinite().all()
+
+
+def test_states_on_another_device_than_the_end_are_sent_in_parts():
+    """As beside a GPU; the meta device stands in for one here, it refuses what would mix the two."""
+    grid = dense_grid(Flow(), 16)
+    states, slopes = torch.randn(2, 3, grid.intervals + 1, 5)
+    trajectory = Trajectory(grid, states, slopes, states[:, -1].to("meta"))
+    u = torch.tensor([0.1, 0.5, 1.0], dtype=F64)
+    assert trajectory.at(u).device.type == trajectory.velocity(u).device.type == "meta"
+    assert trajectory.at(u).shape == (3, 3, 5)
+
+
+def test_nan_is_noticed_where_no_call_is_looked_at(monkeypatch):
+    """On a GPU a call's output is not looked at; the whole way is, once."""
+    check = Denoiser._check
+    monkeypatch.setattr(Denoiser, "_check", lambda self, *rest: self.check_finite and check(self, *rest))
+    broken = Target(lambda x, t: torch.where(t[:, None] > 0.5, math.nan, -x), (2,), Flow(), dtype=F64)
+    with pytest.raises(FloatingPointError, match="on the teacher's way, batch 0"):
+        Teacher(Draws.of(broken, 1), Ledger(), "train", 8, 8, budget=16)[0]

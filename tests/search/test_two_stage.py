@@ -9,11 +9,13 @@ import torch
 from torch import multiprocessing
 
 from dss_fast import VP, Flow, Target, handmade, sample, search
+from dss_fast.denoiser import Denoiser
 from dss_fast.search import TwoStage, closed_form
 from dss_fast.search.draws import Draws
 from dss_fast.search.ledger import Ledger
 from dss_fast.search.point import Point
 from dss_fast.search.runs import flatten, unflatten
+from dss_fast.search.settings import graph_memory
 from dss_fast.search.space import Space
 from dss_fast.search.teacher import Teacher, dense_grid, integrate
 from dss_fast.search.two_stage import Stage
@@ -291,3 +293,38 @@ class Counting(torch.nn.Module):
     def forward(self, x, t):
         self.calls += 1
         return FLOW(x, t)
+
+
+class Moody(torch.nn.Module):
+    """Breaks from its ``limit``-th call on."""
+
+    def __init__(self, limit):
+        super().__init__()
+        self.calls, self.limit = 0, limit
+
+    def forward(self, x, t):
+        self.calls += 1
+        return FLOW(x, t) if self.calls < self.limit else x + math.nan
+
+
+def test_nan_is_noticed_once_a_round_where_no_call_is_looked_at(monkeypatch):
+    """As on a GPU. The teacher has 60 calls, the rows 8, the first rollout 4; a later one that breaks is a step too
+    far."""
+    check = Denoiser._check
+    monkeypatch.setattr(Denoiser, "_check", lambda self, *rest: self.check_finite and check(self, *rest))
+    method = TwoStage(samples=32, batch_size=16, held_out_samples=16, teacher_evaluations=20, trials=1)
+
+    def found(limit):
+        return search(Target(Moody(limit), SHAPE, Flow(), dtype=F64, key="m"), 4, method=method, progress=False)
+
+    for limit, words in ((62, "while rows were fitted"), (70, "along a rollout")):
+        with pytest.raises(FloatingPointError, match=words):
+            found(limit)
+    result = found(75)
+    assert [event.get("accepted", True) for event in result.history if event["stage"] == "gauss-newton"].count(False)
+    assert torch.tensor(result.solver.timesteps).isfinite().all()
+
+
+def test_graphs_get_half_of_a_gpus_free_memory():
+    assert graph_memory(None, torch.device("cpu")) == 1 << 29 and graph_memory(None, torch.device("cuda", 0)) == 0.5
+    assert graph_memory(0, torch.device("cuda", 0)) == 0 and TwoStage().memory_budget is None
