@@ -125,6 +125,8 @@ def render(folder: Path) -> str:
     stages = folder / "stages.tsv"
     for line in stages.read_text().splitlines() if stages.exists() else []:
         name, ended, seconds = line.split("\t")
+        if name.startswith("warm-") and ended == "ok":
+            continue
         lines.append(f"{name:15} {ended:8} {seconds:>7}  {tests(folder / 'logs' / f'{name}.log')}")
     for types in ("fp32", "mixed", "bf16"):
         text = counters(folder / "logs" / f"counters-{types}.log")

@@ -201,7 +201,7 @@ def _on_cpu(generator: torch.Generator | None) -> torch.Generator:
     return torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator, device=device)))
 
 
-def _scale(target: Target, given: Guidance | None, rows: int, num_steps: int) -> float | Tensor:
+def _scale(target: Target, given: Guidance | None, rows: int, num_steps: int) -> float | tuple[float, ...] | Tensor:
     """The guidance scale as a step table takes it; 1 where every entry is. Raises ValueError without its branch."""
     if given is None and isinstance(target.guidance_scale, tuple):
         raise ValueError(
@@ -209,6 +209,8 @@ def _scale(target: Target, given: Guidance | None, rows: int, num_steps: int) ->
         )
     scale = guidance_table(target.guidance_scale if given is None else given, rows, num_steps)
     if isinstance(scale, Tensor) and scale.device.type == "cpu" and bool((scale == 1).all()):
+        scale = 1.0
+    if isinstance(scale, tuple) and set(scale) == {1.0}:
         scale = 1.0
     if target.uncond is None and not (isinstance(scale, int | float) and scale == 1):
         raise ValueError(f"guidance_scale={given!r} needs uncond, the arguments of the unconditional branch")

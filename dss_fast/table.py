@@ -78,7 +78,7 @@ class StepTable:
         schedule: the model's, see :meth:`Solver.on`, which also says what ``strict`` allows; None: the solver's.
         guidance: see :meth:`guided`. dtype: of the states; the table is float64 for float64 and float32 for the rest.
         """
-        fixed = guidance if isinstance(guidance, int | float) else None
+        fixed = guidance if isinstance(guidance, int | float | tuple) else None
         real = torch.float64 if dtype == torch.float64 else torch.float32
         table = _made(solver, schedule, fixed, real, torch.device(device), strict)
         return table if fixed is not None else table.guided(guidance)
@@ -179,7 +179,7 @@ class StepTable:
 def _made(
     solver: Solver,
     schedule: Schedule | None,
-    guidance: float,
+    guidance: float | tuple[float, ...] | None,
     real: torch.dtype,
     device: torch.device,
     strict: bool,
@@ -190,14 +190,16 @@ def _made(
         return table.to(device, real)
 
 
-def guidance_table(scale: Guidance, rows: int, num_steps: int) -> float | Tensor:
+def guidance_table(scale: Guidance, rows: int, num_steps: int) -> float | tuple[float, ...] | Tensor:
     """The guidance scale of ``rows`` samples as :meth:`StepTable.guided` takes it.
 
-    A number stays one. Else a tensor (N,), (B, 1) or (B, N); a tensor (B,) is per sample unless N = B is per step.
-    Raises ValueError on any other shape.
+    A number stays one and N numbers a tuple, whose tables are kept. Else a tensor (N,), (B, 1) or (B, N); a tensor (B,)
+    is per sample unless N = B is per step. Raises ValueError on any other shape.
     """
     if isinstance(scale, int | float):
         return scale
+    if isinstance(scale, list | tuple) and len(scale) == num_steps and all(isinstance(s, int | float) for s in scale):
+        return tuple(map(float, scale))
     table = torch.as_tensor(scale, dtype=torch.float64)
     per_sample = isinstance(scale, Tensor) and table.shape == (rows,)
     if table.shape == (num_steps,) and not (per_sample and rows != num_steps):

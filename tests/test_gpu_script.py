@@ -52,6 +52,34 @@ def test_every_stage_runs_and_everything_is_packed(tmp_path):
     assert done.stdout.endswith(table) and "60 us" in table and "90 % of the copy" in table
 
 
+def test_on_a_machine_with_a_gpu_the_stages_come_in_order(tmp_path):
+    """The commands only, by a Python and tools that say what they were asked to do."""
+    answers = {
+        "python3": f'case "$*" in *gpu_table.py*) exec {sys.executable} "$@";; *xdist*) echo "-n 8";; esac; echo "$*"',
+        "ncu": 'echo "$*"',
+        "compute-sanitizer": 'echo "$*"; [ "$2" != racecheck ]',
+        "nvidia-smi": "echo a card",
+    }
+    for name, line in answers.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "OUT": str(tmp_path / "out"), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment.pop("PYTHON", None)
+    script = ["bash", str(ROOT / "scripts" / "gpu.sh")]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
+    stages = ended(tmp_path / "out")
+    timed = "bandwidth loop counters-fp32 counters-mixed counters-bf16 memcheck racecheck synccheck initcheck".split()
+    assert [name for name in stages if not name.startswith("warm-")] == [
+        "build", "tests", "graphs", *timed, "unroll", "search", "gradients"
+    ]  # fmt: skip
+    assert {name for name, how in stages.items() if how != "ok"} == {"racecheck"} and done.returncode == 1
+    logs = {path.stem: path.read_text() for path in (tmp_path / "out" / "logs").iterdir()}
+    assert "-n 8" in logs["tests"] and "build_ext --inplace" in logs["build"] and "--types mixed" in logs["warm-mixed"]
+    assert "-k regex:forward" in logs["counters-bf16"] and logs["racecheck"].startswith("--tool racecheck")
+    table = done.stdout.split("last word")[1]
+    assert "a card" in done.stdout and "racecheck       rc=1" in table and "warm-" not in table
+
+
 def test_without_time_it_says_so_and_still_packs(tmp_path):
     done = dry_run(tmp_path, LIMIT="0")
     assert ended(tmp_path) == dict.fromkeys(STAGES, "rc=75") and done.returncode == 1

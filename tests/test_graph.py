@@ -353,6 +353,22 @@ def test_a_table_is_copied_once(fake):
 
 
 @no_fallback
+def test_the_table_of_a_scale_for_every_step_is_kept(fake):
+    """Numbers are looked up, not put into a new table at each call; a tensor's values cannot be."""
+    net, x = Net(), torch.randn(3, 16)
+    options = {"cond": {"y": torch.ones(3)}, "uncond": {"y": 0.0}}
+    listed = sample(net, x, "ab2/4", guidance_scale=[1.0, 2.0, 3.0, 1.5], cuda_graph=True, **options)
+    (loop,) = next(iter(graph._devices.values())).loops.values()
+    before = loop.inputs["weights"]._version
+    again = sample(net, x, "ab2/4", guidance_scale=(1.0, 2.0, 3.0, 1.5), cuda_graph=True, **options)
+    assert loop.inputs["weights"]._version == before and torch.equal(listed, again)
+    tensor = sample(net, x, "ab2/4", guidance_scale=torch.tensor([1.0, 2.0, 3.0, 1.5]), cuda_graph=True, **options)
+    assert loop.inputs["weights"]._version == before + 1 and torch.equal(listed, tensor)
+    sample(net, x, "ab2/4", guidance_scale=[1.0] * 4, cuda_graph=True, **options)
+    assert fake.calls.count("new graph") == 2  # the unconditional branch is not run
+
+
+@no_fallback
 def test_captured_in_inference_mode_and_replayed_outside(fake):
     net, x, options = Net(), torch.randn(3, 16), {"cond": {"y": torch.ones(3)}}
     with torch.inference_mode():
