@@ -27,7 +27,7 @@ from ..unroll import unroll
 from .draws import Draws
 from .ledger import Ledger
 from .settings import check_counts, graph_memory
-from .store import Store
+from .store import Store, sent
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Lion:
         last = trajectory.shape[1] - 1
         nearest = (timesteps[1:].detach() * last).round().long().clamp(0, last).to(trajectory.device)
         real = torch.promote_types(states.dtype, torch.float32)
-        difference = (states - trajectory[:, nearest]).to(real)
+        difference = (states - sent(trajectory[:, nearest], states.device)).to(real)
         share = batch.size * difference[0, 0].numel()
         loss = difference.square().sum() / share
         if self.huber_weight:
@@ -263,7 +263,7 @@ class _HeldOut:
             batch = self.draws.batch("held_out", k, size)
             target = _paper_states(batch, self.teacher_steps, self.store, k, last=True)
             states, _ = _states(point, batch, None)
-            error = (states[:, -1] - target[:, -1]).double().square()
+            error = (states[:, -1] - sent(target[:, -1], states.device)).double().square()
             sums += torch.tensor([float(error.sum()), error.numel()], dtype=torch.float64)
         self.ledger.spend_once("held-out teacher", sum(self.sizes) * self.calls)
         self.ledger.spend(sum(self.sizes) * point.num_steps)
@@ -310,18 +310,18 @@ def _states(point: _Point, batch: Samples, memory_budget: int | float | None) ->
     timesteps, coeffs = point.table()
     table = StepTable.build(point.schedule, timesteps, coeffs, guidance=batch.guidance)
     table, x = table.to(batch.noise.device, batch.noise.dtype), batch.noise
-    return unroll(batch.denoiser(), x, table.weights, table.times, memory_budget=memory_budget), timesteps
+    return unroll(batch.denoiser(None), x, table.weights, table.times, memory_budget=memory_budget), timesteps
 
 
 def _paper_states(batch: Samples, num: int, kept: Store | None, number: int, last: bool = False) -> Tensor:
-    """The teacher's states of a batch, (B, L + 1, *S), or the last one only; from the store where there is one."""
+    """The teacher's states of a batch, (B, L + 1, *S), or the last one only; where the store has them, if it does."""
     found = None if kept is None else kept.find(number, batch)
     if found is None:
-        states = paper_trajectory(batch.predictor(), batch.noise, batch.schedule, num)
+        states = paper_trajectory(batch.predictor(None), batch.noise, batch.schedule, num)
         found = {"states": states[:, -1:] if last else states}
         if kept is not None:
             found = kept.keep(number, batch, found)
-    return found["states"].to(batch.noise.device)
+    return found["states"]
 
 
 def _lion_update() -> Callable[..., None]:

@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..files import check_writable, read_tensors, sweep, tensor_bytes, write_tensors
@@ -133,3 +134,11 @@ class Store:
             self._verified.add(path)
         except OSError as error:
             warnings.warn(f"{path}: not kept ({error}); the search goes on without", stacklevel=4)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A part of what is kept, on the device that needs it; to a GPU by pinned memory, so that the host goes on."""
+    if tensor.device == device:
+        return tensor
+    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.to(device, non_blocking=True)

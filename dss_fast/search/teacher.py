@@ -25,7 +25,7 @@ from ..schedule import Schedule, inverse
 from ..target import Samples
 from .draws import Draws
 from .ledger import Ledger
-from .store import Store
+from .store import Store, sent
 
 EVALUATIONS = 64
 LOG_SHARE, SOFTENING = 0.5, 0.02  # of the grid variable s, see DenseGrid
@@ -144,7 +144,7 @@ class Trajectory:
         slope = slope * _column(ds * self.grid.intervals, slope)
         if bool(inside.all()):
             return slope
-        jump = (self.last - self._sent(self.states[:, -1]))[:, None] / (1 - self.grid.end)
+        jump = (self.last - sent(self.states[:, -1], self.last.device))[:, None] / (1 - self.grid.end)
         return torch.where(_column(inside, slope) > 0, slope, jump)
 
     def _hermite(self, u: Tensor, basis: Tensor) -> Tensor:
@@ -159,19 +159,13 @@ class Trajectory:
         w = powers @ basis  # (n, 4): x_k, dx_k, x_{k+1}, dx_{k+1}
         scaled = torch.cat([w[:, :1], w[:, 1:2] / grid.intervals, w[:, 2:3], w[:, 3:] / grid.intervals], 1)
         k = k.to(self.states.device)
-        parts = (self.states[:, k], self.slopes[:, k], self.states[:, k + 1], self.slopes[:, k + 1])
-        x: Any = sum(_column(scaled[:, i], part) * part for i, part in enumerate(map(self._sent, parts)))
+        picked = (self.states[:, k], self.slopes[:, k], self.states[:, k + 1], self.slopes[:, k + 1])
+        parts = [sent(part, self.last.device) for part in picked]
+        x: Any = sum(_column(scaled[:, i], part) * part for i, part in enumerate(parts))
         if grid.end < 1 and basis is _HERMITE:
             beyond = ((u - grid.end) / (1 - grid.end)).clamp_min(0)
-            x = x + _column(beyond, x) * (self.last - self._sent(self.states[:, -1]))[:, None]
+            x = x + _column(beyond, x) * (self.last - sent(self.states[:, -1], self.last.device))[:, None]
         return x.to(real)
-
-    def _sent(self, part: Tensor) -> Tensor:
-        """A part of the states or slopes where ``last`` is; by pinned memory to a GPU, so that the host goes on."""
-        if part.device == self.last.device:
-            return part
-        part = part.pin_memory() if self.last.device.type == "cuda" else part
-        return part.to(self.last.device, non_blocking=True)
 
 
 def integrate(predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, grid: DenseGrid) -> Trajectory:
