@@ -3,7 +3,8 @@
     python benchmarks/graph_loop.py ROWS.jsonl [--tiny]
 
 Loops of 10 steps of a 4 x 32 x 32 latent: with the outputs at hand, and with a model of one kernel. Host times are
-taken without waiting for the device. On a CPU, where there are no graphs, only the eager ones.
+taken without waiting for the device. On a CPU, where there are no graphs, the eager ones, and what ``sample`` does
+around a graph: the tests' stand-in for one, with a replay that does nothing and tensors on the CPU.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -79,6 +81,22 @@ def host_seconds(run: Callable[[], Any], rounds: int) -> float:
     return statistics.median(times)
 
 
+def around_nothing(call: Callable[[], Any], rounds: int) -> float:
+    """Seconds of Python around a graph whose replay does nothing."""
+    import pytest
+
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from graph_fakes import FakeDevice, Recorder
+
+    with pytest.MonkeyPatch.context() as patch:
+        device = FakeDevice(patch)
+        call()
+        patch.setattr(Recorder, "run", lambda self: None)
+        seconds = host_seconds(call, rounds)
+        device.calls.clear()
+    return seconds
+
+
 def measure(rounds: int) -> dict[str, float]:
     """{figure: microseconds}."""
     s = Setting(SHAPE, STEPS, (torch.float32, torch.float32), device=DEVICE)
@@ -106,6 +124,8 @@ def measure(rounds: int) -> dict[str, float]:
         )
         found["graph sample call, device"] = device_seconds(calls["graph"], rounds)
         found["graph alone, device"] = device_seconds(kept.graph.replay, rounds)
+    else:
+        found["sample call around a graph that does nothing, CPU"] = around_nothing(calls["graph"], rounds)
     return {name: 1e6 * seconds for name, seconds in found.items()}
 
 
