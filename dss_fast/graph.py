@@ -57,6 +57,7 @@ class _Loop:
                     raise
         except BaseException as error:
             generator.graphsafe_set_state(state)  # left capturing (ACE-Step-1.5 issue 587)
+            self.output = None
             _abandon(graph, device, pool)
             raise cause or error from None
         finally:
@@ -90,6 +91,7 @@ class _Device:
 
     def add(self, key: Hashable, function: Callable[..., Tensor], tensors: Mapping[str, Tensor]) -> None:
         """A new loop, captured, or with a warning that says why where it cannot be. Raises what the function does."""
+        reason = ""
         # Inputs made in inference mode could not be written outside it.
         with torch.inference_mode(False), torch.no_grad(), _uncached_autocast(tensors):
             loop = _Loop(tensors)
@@ -101,19 +103,22 @@ class _Device:
                 try:
                     loop.capture(function, self.stream, self._pool())
                 except Exception as error:
-                    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                    warnings.warn(
-                        f"cuda_graph=True runs eagerly: the model could not be captured ({reason}); a capture allows "
-                        "no copy to the host, no .item(), and no work on the CPU that depends on results",
-                        stacklevel=6,
-                    )
-                    loop.inputs.clear()
-                    self.pool = None  # PyTorch may think that it is still captured into
-                torch.clear_autocast_cache()
+                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                finally:
+                    torch.clear_autocast_cache()
+                    if loop.graph is None:
+                        loop.inputs.clear()
+                        self.pool = None  # PyTorch may think that it is still captured into
             loop.home.wait_stream(self.stream)
         self.loops[key] = loop  # one that failed too, which is not tried again
         while len(self.loops) > KEPT:
             self.drop(next(iter(self.loops)))
+        if reason:
+            warnings.warn(
+                f"cuda_graph=True runs eagerly: the model could not be captured ({reason}); a capture allows no copy "
+                "to the host, no .item(), and no work on the CPU that depends on results",
+                stacklevel=6,
+            )
 
     def drop(self, key: Hashable) -> None:
         """Lets a loop go. Its memory is given out again on its home stream, which waits for the last replay."""

@@ -6,6 +6,7 @@ On a GPU with the real thing; without one, the order of calls, the keys and the 
 import subprocess
 import sys
 import threading
+import warnings
 
 import pytest
 import torch
@@ -248,6 +249,28 @@ def test_what_a_model_raises_in_a_capture_frees_the_pool(fake):
     with pytest.warns(UserWarning, match=r"captured \(no more\)"):
         sample(moody, torch.randn(3, 4), "ab2/4", cuda_graph=True)
     assert fake.under_way == [] and fake.users == {(0, 1): 0} and not graph._abandoned
+
+
+@pytest.mark.parametrize("how", ["a warning that is an error", "Ctrl-C"])
+def test_what_ends_a_capture_leaves_nothing_that_a_later_one_meets(fake, how):
+    net, calls, x = Net(), [], torch.randn(3, 16)
+    kept = {"cond": {"y": torch.ones(3)}, "cuda_graph": True}
+    sample(net, x, "ab2/4", **kept)
+
+    def interrupted(x, t, y):
+        calls.append(1)
+        if len(calls) == 6:
+            fake.broken = True
+            raise KeyboardInterrupt if how == "Ctrl-C" else RuntimeError("no")
+        return net(x, t, y)
+
+    with pytest.raises(KeyboardInterrupt if how == "Ctrl-C" else UserWarning), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample(interrupted, x, "ab2/4", **kept)
+    fake.broken = False
+    other = sample(net, x[:2], "ab2/4", cond={"y": torch.ones(2)}, cuda_graph=True)
+    assert fake.under_way == [] and fake.users == {(0, 1): 1, (0, 2): 1}
+    torch.testing.assert_close(other, sample(net, x[:2], "ab2/4", cond={"y": torch.ones(2)}))
 
 
 @no_fallback
