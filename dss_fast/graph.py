@@ -61,6 +61,7 @@ class _Loop:
             _abandon(graph, device, pool)
             raise cause or error from None
         finally:
+            cause = None  # it holds this frame
             if collecting:
                 gc.enable()
         self.graph, self.pool = graph, pool

@@ -9,6 +9,7 @@ import torch
 
 from dss_fast import Solver
 from dss_fast.__main__ import main
+from dss_fast.search.draws import take_local_device
 from examples import imagenet256
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +40,7 @@ def order(monkeypatch):
     order = []
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: order.append(f"device {device}"))
     return order
 
@@ -64,6 +66,12 @@ def test_the_imagenet_example_takes_the_device_first(order, monkeypatch):
     with pytest.raises(Built):
         imagenet256.main(["search", "--model", "sit", "--checkpoint", "x.pt", "--out", "x.json"])
     assert order == ["device 1", "model"]
+
+
+def test_more_processes_than_gpus_are_no_error_before_a_model_asks_for_one(order, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    take_local_device()
+    assert order == []
 
 
 def test_two_processes_write_what_one_does(tmp_path):

@@ -108,6 +108,10 @@ def join_processes() -> bool:
 
 
 def take_local_device() -> None:
-    """Makes the GPU of this process's local rank the current one, before any model is built there."""
-    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    """Makes the GPU of this process's local rank the current one, before any model is built there.
+
+    Where there are fewer GPUs, as for processes with a model on the CPU, nothing happens.
+    """
+    rank = int(os.environ.get("LOCAL_RANK", "-1"))
+    if torch.cuda.is_available() and 0 <= rank < torch.cuda.device_count():
+        torch.cuda.set_device(rank)
