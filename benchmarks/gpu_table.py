@@ -121,7 +121,8 @@ def tests(log: Path) -> str:
 
 def render(folder: Path) -> str:
     """Both tables."""
-    rows, lines = load(folder / "rows.jsonl"), ["stage           ended    seconds  last word"]
+    rows = cells(load(folder / "rows.jsonl"), device="cuda")  # a dry run's say nothing about a GPU
+    lines = ["stage           ended    seconds  last word"]
     stages = folder / "stages.tsv"
     for line in stages.read_text().splitlines() if stages.exists() else []:
         name, ended, seconds = line.split("\t")
@@ -131,7 +132,7 @@ def render(folder: Path) -> str:
     for types in ("fp32", "mixed", "bf16"):
         text = counters(folder / "logs" / f"counters-{types}.log")
         lines += [f"counters of the forward, {types}: {text}"] if text else []
-    device = next((f"{row['device_name']}, torch {row['torch']}, triton {row['triton']}" for row in rows), "no rows")
+    device = next((f"{row['device_name']}, torch {row['torch']}, triton {row['triton']}" for row in rows), "no GPU")
     lines += ["", f"{'figure':45} {'goal':18} measured on {device}"]
     lines += [f"{name:45} {goal:18} {measured(rows) or '-'}" for name, goal, measured in FIGURES]
     return "\n".join(lines)

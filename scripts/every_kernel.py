@@ -4,16 +4,26 @@ python scripts/every_kernel.py                      # every kernel once, small a
 python scripts/every_kernel.py --share 0 8          # the first of eight shares, for processes that compile at once
 python scripts/every_kernel.py --forward mixed      # the last of ten steps on 1 x 16 x 21 x 90 x 160, three times
 DEVICE=cpu TRITON_INTERPRET=1 python scripts/every_kernel.py --share 0 40    # interpreted
+DEVICE=cpu STUB=out/stub python scripts/every_kernel.py --share 0 40         # compiled, launched on no device
 """
 
 import argparse
 import itertools
 import os
+import sys
+from pathlib import Path
 
 import torch
 
-from dss_fast.step import multistep_step
-from dss_fast.step import triton as step_triton
+STUB = os.environ.get("STUB")  # a folder: kernels go through Triton's launcher to the tests' libcuda, built there
+if STUB:
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "step"))
+    import cuda_stub
+
+    Path(STUB).mkdir(parents=True, exist_ok=True)
+    driver = cuda_stub.activate(STUB)
+
+from dss_fast.step import triton as step_triton  # noqa: E402
 
 DEVICE = os.environ.get("DEVICE", "cuda")
 DTYPES = {
@@ -53,7 +63,7 @@ def forward(types, shape=(1, 16, 21, 90, 160), steps=10):
     weights = torch.randn(1, steps, 4 + steps, device=DEVICE)
     index = torch.tensor([steps - 1], device=DEVICE)
     for _ in range(3):
-        multistep_step(x, history[:, 0].contiguous(), history, weights, index, backend="triton")
+        step_triton.multistep_step_(x, history[:, 0].contiguous(), history, weights, index, torch.empty_like(x))
 
 
 def main():
@@ -70,7 +80,7 @@ def main():
             run(*variant)
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-    print("all kernels ran")
+    print(f"{driver.stub_launches()} launches on no device" if STUB else "all kernels ran")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,42 @@ def test_the_page_is_not_stale(roofline):
     assert roofline.written(page, roofline.render()) == page, "run: python benchmarks/roofline.py --write docs/gpu.md"
 
 
+def test_every_figure_is_read_from_its_rows(roofline, tmp_path):
+    """The lowest of the cells that count, the newest of the others; a cut line and a CPU's rows are left out."""
+    about = {"device": "cuda", "device_name": "a card", "torch": "2", "triton": "3", "commit": "", "date": ""}
+    rows = []
+    for op in ("forward", "list", "backward", "pull", "gradient"):
+        for shape, size in (("1x16x128x128", 13e6), ("1x16x21x90x160", 250e6), ("4x16x21x90x160", 1e9)):
+            for way, micros, share in (
+                ("ours", 100.0, 0.5 if size < 64e6 else 1 - 20e6 / size),
+                ("compiled", 150.0, 0.6),
+            ):
+                rows.append({"stage": "bandwidth", "op": op, "way": way, "shape": shape, "types": "bf16", "bytes": size,
+                             "us": micros, "of_copy": share, **about})  # fmt: skip
+    loops = [figure for figure in ("graph step, outputs at hand", "graph step, one-kernel model", "eager step, host",
+                                   "graph sample call outside the graph, host")]  # fmt: skip
+    rows += [{"stage": "loop", "figure": name, "us": 2.5, **about} for name in loops]
+    rows.append({"stage": "unroll", "model": "net", "planned_bytes": 99, "counted_bytes": 100, **about})
+    rows.append({"stage": "search", "num_steps": 5, "seconds": 7.0, "evaluations": 1000, "held_out": 0.05, **about})
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(text + json.dumps({**rows[0], "device": "cpu", "of_copy": 0.01}) + '\n{"st')
+    (tmp_path / "stages.tsv").write_text("tests\trc=1\t9\nwarm-0\tok\t5\n")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "tests.log").write_text("...\n= 1 failed, 30 passed in 3.21s =\nbye\n")
+    (tmp_path / "logs" / "counters-bf16.log").write_text(
+        '==PROF== ready\n"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
+        '"0","_step","dram__bytes_read.sum","Mbyte","113.4"\n"0","_step","other","","1"\n'
+    )
+    module = sys.modules["gpu_table"]
+    table, names = module.render(tmp_path), [name for name, _, _ in module.FIGURES]
+    figures = [line for line in table.splitlines() if line.startswith(tuple(names))]
+    assert len(figures) == len(names) and not any(line.endswith(" -") for line in figures), table
+    assert "92 % (1x16x21x90x160 bf16, the lowest of 2)" in table and "50 % (1x16x128x128" in table
+    assert "1.50x (" in table and "2.50 us" in table and "0.990 (net)" in table and "7.0 s, 1,000 eval" in table
+    assert "rc=1" in table and "1 failed, 30 passed" in table and "warm-0" not in table
+    assert "counters of the forward, bf16: read from memory 113.4 Mbyte" in table
+
+
 def test_predictions_and_measurements_are_told_apart(roofline, tmp_path):
     """Rows of a CPU count for nothing; those of a GPU stand in bold beside the prediction."""
     row = {
