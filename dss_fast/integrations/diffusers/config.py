@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...methods import handmade
 from ...names import Name, find_solver, is_file, published_steps
-from ...schedule import VP, DiscreteVP, Flow, Grid, Schedule
+from ...schedule import FLOOR, VP, DiscreteVP, Flow, Grid, Schedule
 from ...solver import Solver
 
 Config = Mapping[str, Any]
@@ -284,12 +284,16 @@ def _flow_grid(
     if not config.get("use_flow_sigmas"):
         given = None if sigmas is None else list(sigmas), None if timesteps is None else list(timesteps)
         stock = stock_scheduler(name, config)
-        stock.set_timesteps(n, sigmas=given[0], mu=mu, timesteps=given[1])
-    elif timesteps is not None:  # which none of these schedulers takes
-        levels = [float(t) / steps for t in timesteps] if sigmas is None else list(sigmas)
-        return Grid.flow([*levels, 0.0], timesteps, prediction_type=kind)
+        with np.errstate(invalid="ignore"):
+            stock.set_timesteps(n, sigmas=given[0], mu=mu, timesteps=given[1])
     else:
-        theirs = sigmas is not None and (name == MULTISTEP["unip"] or not unasked(sigmas, None, steps))
+        theirs = sigmas is not None and timesteps is None and name == MULTISTEP["unip"]  # alone in taking sigmas
+        if not theirs and (sigmas is not None or timesteps is not None):
+            if not unasked(sigmas, timesteps, steps):
+                if timesteps is not None:  # which none of these schedulers takes
+                    levels = [float(t) / steps for t in timesteps] if sigmas is None else list(sigmas)
+                    return Grid.flow([*levels, 0.0], timesteps, prediction_type=kind)
+                theirs = True
         stock = stock_scheduler(MULTISTEP["unip"] if theirs else name, {**config, "prediction_type": "flow_prediction"})
         options: dict[str, Any] = {"mu": mu} if config.get("use_dynamic_shifting") else {}
         if theirs:
@@ -298,7 +302,7 @@ def _flow_grid(
     levels, times = stock.sigmas.double(), stock.timesteps.double()
     if bool(levels.isnan().any()):
         raise ValueError(f"{n} step under shift_terminal={config.get('shift_terminal')} is 0/0; take 2 steps or more")
-    if config.get("invert_sigmas"):  # Mochi counts up from 0; see DSSScheduler.set_timesteps
+    if config.get("invert_sigmas") and not config.get("use_flow_sigmas"):  # Mochi's; DSSScheduler turns it round again
         levels, times = 1 - levels, steps - times
     return Grid.flow(_falling(levels), times.tolist(), prediction_type=kind)
 
@@ -307,7 +311,9 @@ def _vp_grid(
     method: str, config: Config, n: int, sigmas: Sequence[float] | None, timesteps: Sequence[float] | None
 ) -> Grid:
     kind, name = prediction_of(config), stock_class(method, config)
-    table = alphas_cumprod(config).clamp_min(1e-30).numpy()  # a zero terminal SNR has no log
+    landing = name in ("DDIMScheduler", "CogVideoXDDIMScheduler")
+    # a zero terminal SNR has no log: next to nothing for DDIM, for the others what they themselves put in its place
+    table = alphas_cumprod(config).clamp_min(1e-30 if landing else FLOOR).numpy()
     if sigmas is not None:
         if timesteps is not None:
             raise ValueError("give sigmas or timesteps to a VP scheduler, not both")
@@ -315,7 +321,6 @@ def _vp_grid(
         log_ratio = 0.5 * np.log(1 / table - 1)
         return _ratio_grid(ratio, np.interp(np.log(ratio[:-1]), log_ratio, np.arange(len(table))).tolist(), kind)
     stock = stock_scheduler(name, config)
-    landing = name in ("DDIMScheduler", "CogVideoXDDIMScheduler")
     if config.get("snr_shift_scale") is None:  # which no other scheduler knows: there the model's own noise counts
         there = stock.alphas_cumprod.double().clamp_min(1e-30).numpy()
         if there.shape != table.shape or np.abs(there - table).max() > 1e-3:
