@@ -1,11 +1,12 @@
-"""Solvers for SiT-XL/2 and DiT-XL/2 at 256 x 256: search one, sample 50,000 images, write what ADM's evaluator reads.
+"""Solvers for SiT and DiT on ImageNet: search one, sample 50,000 images, write what ADM's evaluator reads.
 
     python -m examples.imagenet256 search --model sit --checkpoint SiT-XL-2-256x256.pt --steps 10 --out sit-10.json
     torchrun --nproc_per_node=8 -m examples.imagenet256 sample --model sit --checkpoint SiT-XL-2-256x256.pt \\
         --vae sd-vae-ft-ema --solver sit-10.json --out out/sit-10
     python evaluator.py VIRTUAL_imagenet256_labeled.npz out/sit-10.npz        # openai/guided-diffusion
 
-The checkpoints are those of facebookresearch/DiT and willisma/SiT; the autoencoder is stabilityai/sd-vae-ft-ema, a
+The checkpoints are those of facebookresearch/DiT and willisma/SiT, published or of their train.py; the size of the
+network and of its images is read from the weights. The autoencoder is stabilityai/sd-vae-ft-ema, a
 folder for diffusers. Interrupted sampling goes on where it was. Guidance as in the paper: 1.375 for SiT on all
 channels, 1.5 for DiT on the first three of four.
 """
@@ -52,7 +53,7 @@ def target(kind: str, network: Transformer, guidance_scale: float = 1.0, guided_
         uncond={"y": torch.tensor([classes])},
         guidance_scale=guidance_scale,
         guided_channels=guided_channels,
-        name=f"{kind}-xl-2-256-searched",
+        name=f"{kind}-{len(network.blocks)}-{network.patch}-{8 * size}-searched",
     )
 
 

@@ -7,7 +7,9 @@ t in [0, 1], t = 1 data. Both also put out variances, which no deterministic sol
 
 from __future__ import annotations
 
+import argparse
 import math
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 XL = {"depth": 28, "width": 1152, "heads": 16, "patch": 2}
+HEADS = {1152: 16, 1024: 16, 768: 12, 384: 6}  # by width, of the published XL, L, B and S: no weight says it
 FREQUENCIES = 256
 
 
@@ -135,18 +138,62 @@ def positions(side: int, width: int) -> Tensor:
     return torch.cat([columns, rows], 1).float()
 
 
-def load(path: str | Path, **shape) -> Transformer:
-    """A network from a checkpoint (``DiT-XL-2-256x256.pt``, ``SiT-XL-2-256x256.pt``, or one with an ``ema`` entry).
+def shape_of(weights: Mapping[str, Tensor], heads: int | None = None) -> dict[str, int | bool]:
+    """The arguments of :class:`Transformer` that a checkpoint's weights were made with: any size, patch and image.
 
-    Raises ValueError naming the keys when the file holds another architecture.
+    Raises ValueError for a width that no published network has, whose number of heads is then to be given.
     """
-    weights = torch.load(path, map_location="cpu", weights_only=True)
-    weights = weights.get("ema", weights) if isinstance(weights, Mapping) else weights
-    with torch.device("meta"):
-        network = Transformer(**{**XL, **shape})
-    missing, unknown = network.load_state_dict(weights, strict=False, assign=True)
-    if missing or unknown:
+    width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
+    heads = HEADS.get(width, 0) if heads is None else heads
+    if not heads:
         raise ValueError(
-            f"{path}: not a DiT or SiT of this size; missing {list(missing)[:3]}, unknown {list(unknown)[:3]}"
+            f"width {width}: the number of heads is not in the weights; give it, as in load(path, heads=16)"
         )
+    return {
+        "depth": 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks.")),
+        "width": width,
+        "heads": heads,
+        "patch": patch,
+        "size": math.isqrt(weights["pos_embed"].shape[1]) * patch,
+        "channels": channels,
+        "classes": len(weights["y_embedder.embedding_table.weight"]) - 1,
+        "variances": len(weights["final_layer.linear.bias"]) == 2 * patch**2 * channels,
+    }
+
+
+def load(path: str | Path, **shape: int | bool) -> Transformer:
+    """A network from a checkpoint: ``DiT-XL-2-512x512.pt``, ``SiT-XL-2-256x256.pt``, or one of the training scripts of
+    facebookresearch/DiT and willisma/SiT, whose ``ema`` weights are taken.
+
+    shape: arguments of :class:`Transformer`, instead of what the weights say. Never runs code from the file: beside
+    tensors only the ``argparse.Namespace`` is read that those scripts put beside the weights.
+
+    Raises ValueError naming the keys when the file holds another architecture, and the conversion when it holds more
+    than weights.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ValueError(
+            f"{path} holds more than weights ({reason}). If you trust it, keep the weights alone: "
+            f"torch.save(torch.load({str(path)!r}, weights_only=False)['ema'], 'weights.pt')"
+        ) from None
+    weights = weights.get("ema", weights) if isinstance(weights, Mapping) else weights
+    needed = ("pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.bias")
+    if not isinstance(weights, Mapping) or any(key not in weights for key in needed):
+        found = list(weights)[:3] if isinstance(weights, Mapping) else type(weights).__name__
+        raise ValueError(f"{path}: not a DiT or SiT; it holds {found} and lacks one of {', '.join(needed)}")
+    shape = {**shape_of(weights, shape.get("heads")), **shape}
+    with torch.device("meta"):
+        network = Transformer(**shape)
+    own = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    wrong = [key for key in own.keys() ^ weights.keys()]
+    wrong += [key for key in own.keys() & weights.keys() if own[key] != tuple(weights[key].shape)]
+    if wrong:
+        raise ValueError(
+            f"{path}: not a DiT or SiT of {shape}; missing, unknown or of another shape: {sorted(wrong)[:3]}"
+        )
+    network.load_state_dict(weights, assign=True)
     return network.eval().requires_grad_(False)

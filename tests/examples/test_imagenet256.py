@@ -1,5 +1,8 @@
-"""The ImageNet-256 example with small random networks: the checkpoint's keys, the arithmetic, the files."""
+"""The ImageNet example with small random networks: the checkpoint's keys, the arithmetic, the files."""
 
+import argparse
+import importlib.util
+import os
 import subprocess
 import sys
 from functools import partial
@@ -12,7 +15,7 @@ import torch
 from dss_fast import find_solver, sample
 from examples import imagenet256
 from examples.imagenet import images
-from examples.imagenet.model import XL, Transformer, load
+from examples.imagenet.model import XL, Transformer, load, shape_of
 
 SMALL = {"depth": 2, "width": 32, "heads": 4, "size": 8, "classes": 10}
 
@@ -104,6 +107,66 @@ def test_loading(tmp_path):
     torch.save({"some.weight": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="not a DiT or SiT"):
         load(tmp_path / "other.pt", **SMALL)
+    with pytest.raises(ValueError, match="heads=16"):
+        load(tmp_path / "plain.pt")
+    with pytest.raises(ValueError, match=r"another shape: \['pos_embed'"):
+        load(tmp_path / "plain.pt", **{**SMALL, "size": 16})
+
+
+def test_checkpoints_of_the_training_scripts(tmp_path):
+    """With the args that train.py saves beside the weights; anything else is not unpickled."""
+    network, x = small(), (torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([1, 2]))
+    saved = {"model": network.state_dict(), "ema": network.state_dict(), "opt": {"lr": 1e-4}}
+    torch.save({**saved, "args": argparse.Namespace(model="DiT-XL/2", image_size=256)}, tmp_path / "0400000.pt")
+    assert torch.equal(load(tmp_path / "0400000.pt", heads=4)(*x), network(*x))
+    torch.save({**saved, "args": images.chunk_names}, tmp_path / "code.pt")
+    with pytest.raises(ValueError, match="holds more than weights.*weights_only=False"):
+        load(tmp_path / "code.pt", heads=4)
+
+
+@pytest.mark.parametrize("letter, depth, width, heads", [("S", 12, 384, 6), ("B", 12, 768, 12), ("XL", 28, 1152, 16)])
+@pytest.mark.parametrize("patch, size", [(2, 32), (2, 64), (8, 32)])
+def test_every_published_shape_is_read_off_the_weights(letter, depth, width, heads, patch, size):
+    with torch.device("meta"):
+        made = Transformer(depth=depth, width=width, heads=heads, patch=patch, size=size)
+    shape = {"depth": depth, "width": width, "heads": heads, "patch": patch, "size": size, "channels": 4}
+    assert shape_of(made.state_dict()) == {**shape, "classes": 1000, "variances": True}
+
+
+def official(tree):
+    """models.py of a checkout of facebookresearch/DiT or willisma/SiT, under a name of its own."""
+    pytest.importorskip("timm")
+    path = Path(os.environ[tree]) / "models.py"
+    spec = importlib.util.spec_from_file_location(f"official_{tree.lower()}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("kind", ["DiT", "SiT"])
+@pytest.mark.parametrize("size", [32, 64])
+def test_beside_the_official_network(kind, size, tmp_path):
+    """Its own training checkpoint, read here, gives its own numbers; DIT_TREE and SIT_TREE are checkouts of the two."""
+    tree = f"{kind.upper()}_TREE"
+    if not (Path(os.environ.get(tree, "")) / "models.py").is_file():
+        pytest.skip(
+            f"set {tree} to a checkout of {'facebookresearch' if kind == 'DiT' else 'willisma'}/{kind}, with timm"
+        )
+    torch.manual_seed(0)
+    theirs = getattr(official(tree), f"{kind}_models")[f"{kind}-S/8"](input_size=size, num_classes=10).eval()
+    for p in theirs.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.05)
+    args = argparse.Namespace(model=f"{kind}-S/8", image_size=8 * size)
+    torch.save({"ema": theirs.state_dict(), "opt": {}, "args": args}, tmp_path / "train.pt")
+    ours = load(tmp_path / "train.pt")
+    x, y = torch.randn(2, 4, size, size), torch.tensor([3, 10])
+    for t in ([0.2, 0.9], [700.0, 31.0]):
+        with torch.no_grad():
+            wanted = theirs(x, torch.tensor(t), y)[:, :4]
+            torch.testing.assert_close(ours(x, torch.tensor(t), y), wanted, rtol=1e-5, atol=1e-5)
+    target = imagenet256.target(kind.lower(), ours)
+    assert target.shape == (4, size, size) and sample(target, 1, f"{kind.lower()}-xl-2-256/5").isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["sit", "dit"])
