@@ -144,6 +144,8 @@ def _show(options: argparse.Namespace) -> None:
         return
     solver = find_solver(options.solver, default_schedule(options.family))
     print(f"{solver.name or options.solver}: {solver.num_steps} steps, {solver.family}; {solver.source}")
+    if solver.provenance.get("request"):
+        print("  searched for " + ", ".join(f"{key} {value}" for key, value in solver.provenance["request"].items()))
     for i, row in enumerate(solver.coeffs):
         cells = " ".join(f"{c:8.4f}" for c in row[: i + 1])
         print(f"  u {solver.timesteps[i]:.5f} -> {solver.timesteps[i + 1]:.5f}   {cells}")

@@ -38,6 +38,7 @@ class Target:
     dtype: of the states that are drawn here.
     key: names the model in caches and run folders instead of a hash of its parameters.
     name: of the model; solvers searched for it are called ``name/N``.
+    request: what the target was made of, JSON data; solvers searched on it carry it in their provenance.
 
     Raises ValueError naming what does not fit.
     """
@@ -58,6 +59,7 @@ class Target:
     dtype: torch.dtype = torch.float32
     key: str | None = None
     name: str = "searched"
+    request: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         set_ = lambda key, value: object.__setattr__(self, key, value)  # noqa: E731

@@ -1,6 +1,6 @@
 """Pipelines of diffusers x what DSSScheduler and from_pipeline do in them, as a table for docs/integrations.md.
 
-python -m examples.pipeline_matrix                       # all, a few minutes; Kolors needs `pip install sentencepiece`
+python -m examples.pipeline_matrix                       # all, four minutes; with sentencepiece (Kolors) and torchsde
 python -m examples.pipeline_matrix flux sdxl             # some
 python -m examples.pipeline_matrix --write docs/integrations.md
 

@@ -99,7 +99,11 @@ def search(
             kept = None if cache is None else Path(cache)
             state = checkpoint and checkpoint["state"]
             events = settings.run(draws, ledger, steps, initial=initial, cache=own_cache or kept, state=state)
-            provenance = {**config, "name": target.name}
+            provenance = {
+                **config,
+                "name": target.name,
+                **({"request": dict(target.request)} if target.request else {}),
+            }
             result = drive(
                 events,
                 ledger,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...target import Target
 from .config import model_schedule
 from .recording import ASKED, Notes, Step, record, tensor_of
+from .request import request_of, scales_of
 
 TIMES = ("timestep", "timesteps", "t")
 PART_WAY = ("Img2Img", "Inpaint", "Image2Image", "ControlNet", "Control", "InstructPix2Pix", "Upscale", "Edit")
@@ -47,7 +48,8 @@ def from_pipeline(
     Returns a Target with model, a module called as model(x, t, **cond) on the pipeline's own latents (packed, 5-D or
     doubled as they are); shape; schedule, under the pipeline's shift (e^mu of this resolution where it is dynamic);
     cond, which draws rows; uncond and guidance_scale, whether the pipeline doubles its batch, halves it as DiT does,
-    or calls twice; and decode for image latents of a KL autoencoder. Freezes the network's parameters.
+    or calls twice; request, what was asked for; and decode for image latents of a KL autoencoder. Freezes the
+    network's parameters.
 
     Raises ValueError when the network's calls or its guidance are not understood, saying what was seen.
     """
@@ -56,7 +58,7 @@ def from_pipeline(
     count = len(next(iter(rows.values())))
     first = [_take(rows, [0]), _take(rows, [0, 1 % count])]
     one, two = (record(pipe, chunk, ASKED, generator, arguments) for chunk in first)
-    layout = _Layout.read(one, two, _given_scales(pipe, arguments))
+    layout = _Layout.read(one, two, list(scales_of(pipe, arguments).values()))
 
     cond: list[dict[str, Tensor]] = []
     uncond: list[dict[str, Tensor]] = []
@@ -83,6 +85,7 @@ def from_pipeline(
         uncond=null if layout.guided else None,
         guidance_scale=layout.scale,
         decode=_decoder(pipe, shape, arguments),
+        request=request_of(pipe, arguments, shape, count),
     )
 
 
@@ -307,13 +310,6 @@ def _stacked(value: Any) -> Any:
     if isinstance(value, list) and value and all(isinstance(v, Tensor) and v.shape == value[0].shape for v in value):
         return torch.stack(value)
     return value
-
-
-def _given_scales(pipe: Any, arguments: Mapping[str, Any]) -> list[float]:
-    """The guidance scales of a call, given or default."""
-    defaults = {k: p.default for k, p in inspect.signature(pipe.__call__).parameters.items()}
-    values = [v for k, v in {**defaults, **arguments}.items() if k.endswith(("guidance_scale", "cfg_scale"))]
-    return [float(v) for v in values if isinstance(v, int | float)]
 
 
 def _time_map(notes: Notes, key: str) -> tuple[float, float]:

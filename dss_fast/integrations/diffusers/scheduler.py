@@ -34,6 +34,7 @@ from .config import (
     training_scheduler,
     unasked,
 )
+from .request import check_latents
 
 __all__ = [
     "DSSScheduler",
@@ -395,7 +396,8 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         return self.index_for_timestep(timestep)
 
     def _begin(self, i: int, sample: Tensor) -> None:
-        assert self._table is not None and self.schedule is not None
+        assert self._table is not None and self.schedule is not None and self.solver is not None
+        check_latents(self.solver, sample.shape[1:])
         table = (self._table.starting_at(i) if i else self._table).to(sample.device, sample.dtype)
         self._rows = table.weights
         self._index = torch.arange(table.num_steps, device=sample.device).split(1)

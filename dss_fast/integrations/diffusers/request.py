@@ -1,0 +1,63 @@
+"""What a table was searched for: pipeline, checkpoint, resolution, guidance, prompts. Stored, shown and compared."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...solver import Solver
+
+SIZES = ("height", "width", "num_frames")
+GUIDANCE = 0.05  # relative, how far another scale may be from the one searched with
+
+
+def request_of(pipe: Any, arguments: Mapping[str, Any], latents: Sequence[int], prompts: int) -> dict[str, Any]:
+    """What ``from_pipeline`` was asked for, as JSON data."""
+    sizes = {key: arguments[key] for key in SIZES if arguments.get(key) is not None}
+    return {**_whose(pipe), **sizes, "latents": list(latents), **scales_of(pipe, arguments), "prompts": prompts}
+
+
+def check_request(pipe: Any, solver: Solver, **arguments: Any) -> list[str]:
+    """How a call of a pipeline differs from what a table was searched for, also as a warning; empty when it does not.
+
+    arguments: of the pipeline's call; sizes, where given, and guidance scales are compared, these to 5 %. A table
+    without a request (a hand-made or published one) is searched for none.
+    """
+    request = solver.provenance.get("request") or {}
+    found = {**_whose(pipe), **{key: arguments[key] for key in SIZES if arguments.get(key) is not None}}
+    differs = [key for key, value in found.items() if key in request and value != request[key]]
+    scales = scales_of(pipe, arguments)
+    differs += [k for k, v in scales.items() if k in request and abs(v - request[k]) > GUIDANCE * abs(request[k])]
+    if differs:
+        seen = {**found, **scales}
+        _warn(solver, "; ".join(f"{key} {seen[key]!r} instead of {request[key]!r}" for key in differs))
+    return differs
+
+
+def scales_of(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, float]:
+    """The guidance scales of a call by name, given or default."""
+    defaults = {k: p.default for k, p in inspect.signature(pipe.__call__).parameters.items()}
+    named = {k: v for k, v in {**defaults, **arguments}.items() if k.endswith(("guidance_scale", "cfg_scale"))}
+    return {k: float(v) for k, v in named.items() if isinstance(v, int | float)}
+
+
+def check_latents(solver: Solver, latents: Sequence[int]) -> None:
+    """Warns when a run's latents (the shape of one sample) are not those that a table was searched for."""
+    own = (solver.provenance.get("request") or {}).get("latents")
+    if own is not None and list(own) != list(latents):
+        _warn(solver, f"latents of {tuple(latents)} instead of {tuple(own)}")
+
+
+def _warn(solver: Solver, differs: str) -> None:
+    warnings.warn(
+        f"{solver.label} runs on a request it was not searched for: {differs}. It may err more than on its own; "
+        "compare it with a hand-made solver there, or search again",
+        stacklevel=4,
+    )
+
+
+def _whose(pipe: Any) -> dict[str, Any]:
+    checkpoint = getattr(pipe, "name_or_path", None) or dict(getattr(pipe, "config", {})).get("_name_or_path")
+    return {"pipeline": type(pipe).__name__, **({"checkpoint": str(checkpoint)} if checkpoint else {})}

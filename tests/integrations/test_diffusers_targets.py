@@ -1,0 +1,122 @@
+"""from_pipeline on the kinds of pipelines that once broke it, and the request that a table carries from its search."""
+
+import warnings
+
+import pytest
+import torch
+
+diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from dss_fast import Solver, handmade, search  # noqa: E402
+from dss_fast.__main__ import main  # noqa: E402
+from dss_fast.integrations.diffusers import DSSScheduler, check_request, from_pipeline  # noqa: E402
+from dss_fast.integrations.diffusers.recording import ASKED, record  # noqa: E402
+from dss_fast.search import TwoStage  # noqa: E402
+from examples.tiny_pipelines import build  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+SMALL = TwoStage(samples=8, batch_size=4, held_out_samples=4, trials=1, teacher_evaluations=16, rounds=1)
+
+
+def split(name, batch=3):
+    pipe, arguments = build(name, batch=batch)
+    del arguments["output_type"]
+    rows = {k: v for k, v in arguments.items() if isinstance(v, list | torch.Tensor) and "image" not in k}
+    return pipe, rows, {k: v for k, v in arguments.items() if k not in rows}
+
+
+def test_z_images_lists_become_rows():
+    pipe, rows, arguments = split("z_image")
+    target = from_pipeline(pipe, rows, **arguments)
+    assert target.shape == (16, 32, 32) and target.guidance_scale == 6.0  # m_c + 5 (m_c - m_u)
+    assert target.cond.conditions["cap_feats"].shape == (3, 7, 16)
+    uneven = [*rows["prompt_embeds"][:2], torch.randn(9, 16)]
+    with pytest.raises(ValueError, match="pad the prompts"):
+        from_pipeline(pipe, {**rows, "prompt_embeds": uneven}, **arguments)
+
+
+def test_animatediffs_rows_per_frame_belong_to_one_prompt():
+    pipe, rows, arguments = split("animatediff")
+    target = from_pipeline(pipe, rows, **arguments)
+    assert target.cond.conditions["encoder_hidden_states"].shape == (3, 4, 7, 8)  # prompts, frames, tokens, width
+
+
+@pytest.mark.parametrize("scale", [1.3, 4.0])
+def test_lumina2s_normalised_guidance_is_refused(scale):
+    """It rescales each pixel to the conditional branch's norm: near a linear guidance, and none."""
+    pipe, rows, arguments = split("lumina2")
+    plain = from_pipeline(pipe, rows, **{**arguments, "guidance_scale": scale})
+    assert plain.guidance_scale == scale
+    arguments["cfg_normalization"] = True
+    with pytest.raises(ValueError, match="linear guidance"):
+        from_pipeline(pipe, rows, **{**arguments, "guidance_scale": scale})
+    with pytest.raises(ValueError, match="cfg_trunc_ratio=0.9"):
+        from_pipeline(pipe, rows, **{**arguments, "cfg_trunc_ratio": 0.9})
+
+
+@pytest.mark.parametrize(
+    "name, cause",
+    [("controlnet", "runs controlnet beside"), ("sd_img2img", "from an image"), ("flux_inpaint", "from an image")],
+)
+def test_the_cause_is_named(name, cause):
+    pipe, rows, arguments = split(name, batch=1)
+    with pytest.raises(ValueError, match=cause):
+        from_pipeline(pipe, {k: v for k, v in rows.items() if "prompt" in k}, **arguments)
+
+
+@pytest.mark.parametrize("name", ["ltx", "qwen", "mochi", "cogview4"])
+def test_grids_that_need_two_steps_can_be_recorded(name):
+    """Real Qwen-Image and LTX configs end their shift at a terminal sigma; Mochi divides by half the steps."""
+    pipe, rows, arguments = split(name)
+    if name == "qwen":
+        terminal = {"use_dynamic_shifting": True, "shift_terminal": 0.02, "base_shift": 0.5, "max_shift": 0.9}
+        pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**terminal)
+    own = pipe.scheduler
+    target = from_pipeline(pipe, rows, **arguments, batch_size=1)
+    assert pipe.scheduler is own and target.schedule.family == "flow"
+    assert (
+        target.model(torch.randn(2, *target.shape), torch.full((2,), 500.0), **target.cond(2, torch.Generator()))
+        .isfinite()
+        .all()
+    )
+
+
+def test_a_recorded_run_is_broken_off(monkeypatch):
+    """Each prompt costs one network call, however many steps its grid needs."""
+    pipe, rows, arguments = split("flux")
+    first = {key: value[:1] for key, value in rows.items()}
+    assert len(record(pipe, first, 1, None, arguments).steps) == 1
+    whole = record(pipe, first, ASKED, None, arguments)
+    assert len(whole.steps) == ASKED and all(len(step.calls) == 1 for step in whole.steps)
+
+
+def test_a_table_carries_the_request_it_was_searched_for(tmp_path, capsys):
+    pipe, rows, arguments = split("sd3")
+    target = from_pipeline(pipe, rows, **arguments, guidance_scale=5.0)
+    result = search(target, 4, method=SMALL, progress=False)
+    result.solver.save(tmp_path / "mine.json")
+    solver = Solver.load(tmp_path / "mine.json")
+    assert solver.provenance["request"] == {
+        "pipeline": "StableDiffusion3Pipeline", "height": 8, "width": 8, "latents": [4, 8, 8],
+        "guidance_scale": 5.0, "skip_layer_guidance_scale": 2.8, "prompts": 3,
+    }  # fmt: skip
+    assert main(["show", str(tmp_path / "mine.json")]) == 0
+    assert "searched for pipeline StableDiffusion3Pipeline, height 8" in capsys.readouterr().out
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert check_request(pipe, solver, height=8, width=8, guidance_scale=5.1) == []
+        assert check_request(pipe, handmade("ab2", 4), height=64) == []
+    with pytest.warns(UserWarning, match="height 16 instead of 8; guidance_scale 7.0 instead of 5.0"):
+        assert check_request(pipe, solver, height=16, width=8) == ["height", "guidance_scale"]
+    with pytest.warns(UserWarning, match="pipeline 'FluxPipeline' instead of 'StableDiffusion3Pipeline'"):
+        check_request(build("flux")[0], solver, guidance_scale=5.0)
+
+    pipe.scheduler = DSSScheduler.from_config(pipe.scheduler.config, solver=solver)
+    call = {**rows, **arguments, "num_inference_steps": 4, "output_type": "latent"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pipe(**call)
+    with pytest.warns(UserWarning, match=r"latents of \(4, 16, 16\) instead of \(4, 8, 8\)"):
+        pipe(**{**call, "height": 16, "width": 16})
