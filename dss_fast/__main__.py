@@ -1,7 +1,10 @@
 """The command line: ``python -m dss_fast {search,sample,compare,show}``.
 
 A model is named ``module:attribute``. The attribute is a :class:`dss_fast.Target`, or a function without arguments
-that returns one; a dict of a Target's fields is taken too.
+that returns one; a dict of a Target's fields is taken too. ``search`` also takes a pipeline of diffusers, a folder or a
+hub id, with a file of prompts:
+
+    python -m dss_fast search stabilityai/stable-diffusion-3.5-medium --prompts prompts.txt --steps 6,8 -o out
 """
 
 from __future__ import annotations
@@ -74,6 +77,14 @@ def load_target(name: str, device: str | None = None) -> Target:
 def _search(options: argparse.Namespace) -> None:
     method = _method(options)
     take_local_device()  # before the model is built there
+    if ":" not in options.model:
+        _search_pipeline(options, method)
+        return
+    for key in ("prompts", "call", "dtype"):
+        if getattr(options, key):
+            raise ValueError(
+                f"--{key} goes with a pipeline of diffusers, and {options.model!r} is a module's attribute"
+            )
     result = search(
         load_target(options.model, options.device),
         options.steps,
@@ -85,6 +96,31 @@ def _search(options: argparse.Namespace) -> None:
     )
     if int(os.environ.get("RANK", "0")) == 0:
         print(result)
+
+
+def _search_pipeline(options: argparse.Namespace, method: TwoStage | Lion) -> None:
+    if not (Path(options.model) / "model_index.json").is_file() and options.model.count("/") != 1:
+        raise ValueError(
+            f"model {options.model!r}: write module:attribute, as in examples.mnist:flow, or a pipeline of diffusers: "
+            "a folder with a model_index.json or a hub id, as in owner/name"
+        )
+    if not options.prompts:
+        raise ValueError(f"the pipeline {options.model!r} needs --prompts, a file with one prompt a line")
+    from .integrations.diffusers.command import search_pipeline
+
+    search_pipeline(
+        options.model,
+        options.prompts,
+        options.steps,
+        options.out,
+        method=method,
+        call=options.call or (),
+        dtype=options.dtype,
+        device=options.device,
+        budget=options.budget,
+        seed=options.seed,
+        resume=options.resume,
+    )
 
 
 def _method(options: argparse.Namespace) -> TwoStage | Lion:
@@ -199,6 +235,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--samples", type=int, default=None, help="samples to search on")
     sub.add_argument("--budget", type=int, default=None, help="most model evaluations to spend")
     sub.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
+    sub.add_argument("--prompts", help="of a pipeline: a file with one prompt a line")
+    sub.add_argument("--call", nargs="+", help="of a pipeline's call: height=512 width=512 guidance_scale=3.5 ...")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of a pipeline's weights")
 
     sub = command("sample", _sample, "sample with a solver", "samples.png")
     sub.add_argument("--solver", required=True, help="name/N, name/N@spacing or a JSON file")
