@@ -40,3 +40,29 @@ def test_diffusers_search(tmp_path):
         result = diffusers_search.main(["--pipeline", name, "--out", str(out)], method=small, progress=False)
         assert result.solver.num_steps == 5 and result.solver.schedule.convention == "diffusers"
         assert Solver.load(out) == result.solver
+
+
+def test_diffusers_folder(tmp_path, capsys):
+    """What a server loads runs the table, on the source's own weights, which are not copied."""
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    import torch
+
+    from examples import diffusers_folder
+    from examples.tiny_pipelines import build
+
+    diffusers_folder.main([])
+    assert "FluxPipeline with sit-xl-2-256/8" in capsys.readouterr().out
+    pipe, call = build("sd3")
+    pipe.save_pretrained(tmp_path / "own")
+    diffusers_folder.main([str(tmp_path / "own"), "sit-xl-2-256", str(tmp_path / "table")])
+    assert (tmp_path / "table" / "transformer").is_symlink()
+    absent = {key: None for key, part in pipe.components.items() if part is None}
+    served = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "table", **absent)
+    pipe.scheduler = diffusers_folder.DSSScheduler.from_config(pipe.scheduler.config, solver="sit-xl-2-256")
+    ours, theirs = (
+        p(**call, num_inference_steps=6, generator=torch.Generator().manual_seed(0))[0] for p in (served, pipe)
+    )
+    assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="vp models"):
+        diffusers_folder.main([str(tmp_path / "own"), "dit-xl-2-256", str(tmp_path / "other")])

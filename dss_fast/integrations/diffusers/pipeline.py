@@ -287,6 +287,11 @@ class _Draw:
 def _check_kind(pipe: Any, arguments: Mapping[str, Any]) -> None:
     """Raises ValueError for pipelines whose network sees more than latents, time and conditions, naming what."""
     kind = type(pipe).__name__
+    if hasattr(pipe, "blocks"):
+        raise ValueError(
+            f"{kind} is a modular pipeline, whose call does not name its arguments: search on its plain pipeline "
+            f" ({kind.replace('Modular', '')}); the table runs in the blocks too, as their scheduler"
+        )
     controls = [
         n for n, part in pipe.components.items() if n.startswith(("controlnet", "adapter")) and part is not None
     ]
