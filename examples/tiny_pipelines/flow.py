@@ -120,7 +120,7 @@ def qwen(batch: int, randn: Randn) -> Built:
     pipe = diffusers.QwenImagePipeline(
         transformer=transformer,
         vae=vae,
-        scheduler=_shifted(use_dynamic_shifting=True),
+        scheduler=_shifted(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02),
         text_encoder=None,
         tokenizer=None,
     )

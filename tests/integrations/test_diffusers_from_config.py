@@ -278,3 +278,15 @@ def test_tokens_of_another_time_stand_still():
     mine.set_timesteps(5)
     with pytest.raises(ValueError, match="strength"):
         mine.step(x, mine.timesteps[0], x, per_token_timesteps=times.clamp_min(300))
+
+
+def test_a_flow_that_is_told():
+    """Stock schedulers of VP models run flows when they are told to; so is the family."""
+    told = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 5.0}
+    stock = DPM.from_config(DPM().config, **told)
+    mine = ours(DPM().config, "dpmpp_2m", **told)
+    assert mine.config.family == "flow"
+    close(run(stock, 8), run(mine, 8))
+    for nothing in ({"num_inference_steps": 0}, {"sigmas": []}):
+        with pytest.raises(ValueError, match="at least 1"):
+            mine.set_timesteps(**nothing)

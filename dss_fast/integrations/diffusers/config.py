@@ -254,13 +254,15 @@ def initial_scale(method: str, config: Config, schedule: Schedule) -> float:
 
 
 def unasked(sigmas: Sequence[float] | None, timesteps: Sequence[float] | None, num_train_timesteps: int) -> bool:
-    """Whether custom times are none of the user's, but what pipelines of diffusers pass when the user gave none.
+    """Whether there are no custom times, or those that pipelines of diffusers pass when the user gave none.
 
     Some 50 pass sigmas of 1 - i/n, CogView4 whole numbers from T to 1 and their sigmas, Mochi (sigmas) and
     LTXCondition (timesteps) half a line from 1 to 0.975 and then a parabola.
     """
-    given = [np.asarray(v, dtype=np.float64) / scale for v, scale in ((sigmas, 1), (timesteps, num_train_timesteps))
-             if v is not None]  # fmt: skip
+    levels = ((sigmas, 1), (timesteps, num_train_timesteps))
+    given = [np.asarray(values, dtype=np.float64) / scale for values, scale in levels if values is not None]
+    if not given:
+        return True
     n = len(given[0])
     whole = np.linspace(num_train_timesteps, 1, n).astype(np.int64) / num_train_timesteps
     known = [1 - np.arange(n) / n, whole]
@@ -287,16 +289,15 @@ def _flow_grid(
         with np.errstate(invalid="ignore"):
             stock.set_timesteps(n, sigmas=given[0], mu=mu, timesteps=given[1])
     else:
-        theirs = sigmas is not None and timesteps is None and name == MULTISTEP["unip"]  # alone in taking sigmas
-        if not theirs and (sigmas is not None or timesteps is not None):
-            if not unasked(sigmas, timesteps, steps):
-                if timesteps is not None:  # which none of these schedulers takes
-                    levels = [float(t) / steps for t in timesteps] if sigmas is None else list(sigmas)
-                    return Grid.flow([*levels, 0.0], timesteps, prediction_type=kind)
-                theirs = True
-        stock = stock_scheduler(MULTISTEP["unip"] if theirs else name, {**config, "prediction_type": "flow_prediction"})
+        takes = name == MULTISTEP["unip"] and sigmas is not None and timesteps is None  # UniPC alone has sigmas=
+        custom = takes or not unasked(sigmas, timesteps, steps)
+        if custom and timesteps is not None:
+            levels = [float(t) / steps for t in timesteps] if sigmas is None else list(sigmas)
+            return Grid.flow([*levels, 0.0], timesteps, prediction_type=kind)
+        name = MULTISTEP["unip"] if custom else name
+        stock = stock_scheduler(name, {**config, "prediction_type": "flow_prediction"})
         options: dict[str, Any] = {"mu": mu} if config.get("use_dynamic_shifting") else {}
-        if theirs:
+        if custom:
             options["sigmas"] = np.asarray(sigmas, dtype=np.float64)
         stock.set_timesteps(n, **options)
     levels, times = stock.sigmas.double(), stock.timesteps.double()

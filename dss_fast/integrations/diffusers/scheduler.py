@@ -151,6 +151,8 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             embedded = config.pop("_solvers", None)
             if "solver" not in config:
                 config = adopt(config)
+            if kwargs.keys() & {"use_flow_sigmas", "prediction_type"}:  # a flow is told, not read off the config
+                config["family"] = family_of({**config, "family": None, **kwargs})
             given_back = config.get("stock_defaults") or ()
             unset = config.pop("_use_default_values", None)
             if unset is not None:  # by a stock scheduler made of a config of ours, or by ours
@@ -219,6 +221,8 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         if num_inference_steps is None:
             raise ValueError("give num_inference_steps, or custom sigmas or timesteps for hand-made solvers")
         n = int(num_inference_steps)
+        if n < 1:
+            raise ValueError(f"{n} steps: give at least 1")
         if n in self._learned:
             solver, schedule = self._learned[n]
             scale = 1.0
@@ -366,8 +370,6 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         sigmas: Sequence[float] | None,
         timesteps: Sequence[float] | None,
     ) -> None:
-        if sigmas is None and timesteps is None:
-            return
         if unasked(sigmas, timesteps, self.config["num_train_timesteps"]):
             return
         for label, given, own in (("sigmas", sigmas, own_sigmas), ("timesteps", timesteps, own_times)):
