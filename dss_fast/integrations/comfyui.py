@@ -36,7 +36,7 @@ HOSTS = ("euler", "dpmpp_2m")
 def solver_names(folder: Path | None = None) -> list[str]:
     """What the nodes offer: the solvers of a folder, the published families and the hand-made methods."""
     files = sorted(path.stem for path in folder.glob("*.json")) if folder is not None else []
-    return [*files, *families(), *[m for m in METHODS if not m.startswith("deis")], *OURS]
+    return list(dict.fromkeys([*files, *families(), *(m for m in METHODS if not m.startswith("deis")), *OURS]))
 
 
 def read_solver(solver: str, file: str = "", folder: Path | None = None) -> dict[int, Solver] | str:
@@ -155,7 +155,7 @@ def add_to_ksampler(samplers: Any, functions: Any, folder: Path | None = None) -
         setattr(functions, f"sample_{name}", sample)
         if name not in samplers.KSampler.SAMPLERS:
             samplers.KSampler.SAMPLERS.append(name)
-        if not isinstance(read_solver(solver, folder=folder), str):
+        if solver not in METHODS and solver not in OURS:  # learned: it has sigmas of its own
             samplers.SCHEDULER_HANDLERS[name] = samplers.SchedulerHandler(sigmas)
             for offered in (samplers.SCHEDULER_NAMES, samplers.KSampler.SCHEDULERS):
                 if name not in offered:

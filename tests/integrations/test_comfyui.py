@@ -213,5 +213,13 @@ def test_the_ksamplers_own_lists(comfy, tmp_path):
     assert functions.sample_dss_ab2(guided, x, torch.linspace(1, 0, 9), disable=True).isfinite().all()
 
 
+def test_a_broken_file_stops_its_own_runs_only(comfy, tmp_path):
+    (tmp_path / "dss_fast" / "broken.json").write_text("{")
+    names = comfyui.add_to_ksampler(comfy.samplers, comfy.functions, tmp_path / "dss_fast")
+    assert {"dss_broken", "dss_ab2"} <= set(names)
+    with pytest.raises(ValueError, match="broken.json"):
+        comfy.samplers.SCHEDULER_HANDLERS["dss_broken"].handler(FlowNoise(), 6)
+
+
 def test_import_needs_no_comfyui():
     assert "comfy" not in sys.modules and "comfy_api" not in sys.modules

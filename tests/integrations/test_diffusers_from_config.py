@@ -280,6 +280,15 @@ def test_tokens_of_another_time_stand_still():
         mine.step(x, mine.timesteps[0], x, per_token_timesteps=times.clamp_min(300))
 
 
+def test_betas_that_the_stock_does_not_know():
+    config = {
+        **diffusers.DDPMScheduler(beta_schedule="sigmoid", clip_sample=False).config,
+        "_class_name": "DDPMScheduler",
+    }
+    with pytest.raises(ValueError, match="DDIMScheduler cannot take.*sigmoid"):
+        ours(config, "euler").set_timesteps(5)
+
+
 def test_a_flow_that_is_told():
     """Stock schedulers of VP models run flows when they are told to; so is the family."""
     told = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 5.0}

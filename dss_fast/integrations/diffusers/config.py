@@ -136,7 +136,10 @@ def stock_scheduler(name: str, config: Config) -> Any:
     takes = {key for key in known if key not in ("algorithm_type", "solver_type")}  # DEIS' and SASolver's are refused
     fallen = () if name == config.get("stock_class") else config.get("stock_defaults") or ()
     given = {key: value for key, value in config.items() if key in takes and value is not None and key not in fallen}
-    return stock(**given)
+    try:
+        return stock(**given)
+    except NotImplementedError as error:  # betas or a spacing that the class does not have
+        raise ValueError(f"{name} cannot take the pipeline's config: {error}") from None
 
 
 def _knows(name: str, key: str) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...target import Target
-from .config import model_schedule
+from .config import adopt, model_schedule
 from .recording import ASKED, Notes, Step, record, tensor_of
 from .request import request_of, scales_of
 
@@ -80,7 +80,7 @@ def from_pipeline(
     return Target(
         model,
         shape,
-        model_schedule(pipe.scheduler.config, one.mu),
+        model_schedule(adopt(pipe.scheduler.config), one.mu),
         cond=_Draw(conditions),
         uncond=null if layout.guided else None,
         guidance_scale=layout.scale,
@@ -290,7 +290,7 @@ def _check_kind(pipe: Any, arguments: Mapping[str, Any]) -> None:
     if hasattr(pipe, "blocks"):
         raise ValueError(
             f"{kind} is a modular pipeline, whose call does not name its arguments: search on its plain pipeline "
-            f" ({kind.replace('Modular', '')}); the table runs in the blocks too, as their scheduler"
+            f"({kind.replace('Modular', '')}); the table runs in the blocks too, as their scheduler"
         )
     controls = [
         n for n, part in pipe.components.items() if n.startswith(("controlnet", "adapter")) and part is not None
