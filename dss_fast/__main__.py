@@ -220,7 +220,8 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         if out:
-            sub.add_argument("model", help="module:attribute, for example examples.mnist:flow")
+            also = "; or a pipeline of diffusers, its folder or hub id" if name == "search" else ""
+            sub.add_argument("model", help=f"module:attribute, for example examples.mnist:flow{also}")
             sub.add_argument("-o", "--out", default=out, help=f"where results go (default {out})")
             sub.add_argument("--seed", type=int, default=0)
             sub.add_argument("--device", default=None, help="cpu, cuda, ... (default: where the model is)")

@@ -280,6 +280,15 @@ def test_tokens_of_another_time_stand_still():
         mine.step(x, mine.timesteps[0], x, per_token_timesteps=times.clamp_min(300))
 
 
+def test_a_last_step_of_order_one_from_fifteen_steps_on_is_named():
+    told = {"euler_at_final": True, "final_sigmas_type": "sigma_min", **SD}
+    stock = DPM(**told)
+    mine = ours(stock.config, "dpmpp_2m")
+    close(run(stock, 10), run(mine, 10))
+    with pytest.warns(UserWarning, match="euler_at_final"):
+        mine.set_timesteps(20)
+
+
 def test_betas_that_the_stock_does_not_know():
     config = {
         **diffusers.DDPMScheduler(beta_schedule="sigmoid", clip_sample=False).config,

@@ -225,6 +225,11 @@ def handmade_table(
             )
         schedule = model_schedule({**config, "shift": 1.0, "flow_shift": 1.0, "use_dynamic_shifting": False})
         return handmade(name.name, num_steps, schedule, spacing=name.spacing, lower_order_final=last)
+    if config.get("euler_at_final") and config.get("final_sigmas_type") == "sigma_min" and num_steps >= 15:
+        warnings.warn(
+            "euler_at_final=True is not applied: the last step keeps its order from 15 steps on, unless sigma ends at 0",
+            stacklevel=3,
+        )
     if family_of(config) == "flow":
         grid = _flow_grid(name.name, config, num_steps, sigmas, timesteps, mu)
     else:
