@@ -227,7 +227,7 @@ def handmade_table(
         return handmade(name.name, num_steps, schedule, spacing=name.spacing, lower_order_final=last)
     if config.get("euler_at_final") and config.get("final_sigmas_type") == "sigma_min" and num_steps >= 15:
         warnings.warn(
-            "euler_at_final=True is not applied: the last step keeps its order from 15 steps on, unless sigma ends at 0",
+            "euler_at_final=True is not applied: from 15 steps on the last keeps its order unless sigma ends at 0",
             stacklevel=3,
         )
     if family_of(config) == "flow":
