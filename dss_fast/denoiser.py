@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import types
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+CALLED = "model(x (B, *S), t (B,), **cond)"
+TIMES = ("t", "ts", "time", "times", "timestep", "timesteps", "sigma", "sigmas")
+NO_GRAPH = (
+    "the model returns an output without a graph for an x that requires grad, so nothing can be learned through it: "
+    "take torch.no_grad(), torch.inference_mode() and .detach() out of its forward"
+)
 
 
 class Denoiser:
@@ -46,6 +55,7 @@ class Denoiser:
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self._dtype = parameter.dtype if parameter is not None and parameter.is_floating_point() else None
         _check_signature(model, {**self._cond, **self._uncond})
+        _warn_of_train_mode(model)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         cond, channels = self._arguments(x), self.guided_channels
@@ -55,8 +65,17 @@ class Denoiser:
             )
         if self.guided:
             x, t = torch.cat([x, x]), torch.cat([t, t])
-        output: Any = self.model(x if self._dtype is None else x.to(self._dtype), t, **cond)
-        output = getattr(output, "sample", output[0] if isinstance(output, tuple) else output)
+        own = x.is_inference() and not self.guided  # such a tensor counts no versions: the model gets copies
+        given = {"x": x.to(self._dtype or x.dtype, copy=own), "t": t.clone() if own else t, **cond}
+        rows = {k: v for k, v in given.items() if isinstance(v, Tensor) and v.ndim and len(v) == len(x)}
+        before = {} if torch.compiler.is_compiling() else versions(rows)
+        try:
+            output: Any = self.model(given["x"], given["t"], **cond)
+        except Exception as error:
+            error.add_note(f"called as model({', '.join(_described(k, v) for k, v in given.items())})")
+            raise
+        check_untouched(rows, before)
+        output = output[0] if isinstance(output, tuple) and output else getattr(output, "sample", output)
         self._check(output, x, t)
         self.nfe += 2 if self.guided else 1
         if self.guided and channels is not None:
@@ -84,11 +103,13 @@ class Denoiser:
         return arguments
 
     def _check(self, output: Any, x: Tensor, t: Tensor) -> None:
-        if not isinstance(output, Tensor) or output.shape != x.shape:
-            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        if not isinstance(output, Tensor) or output.shape != x.shape or not output.is_floating_point():
+            got = "an empty tuple" if output == () else type(output).__name__
+            if isinstance(output, Tensor):
+                got = _described("", output)
             raise ValueError(
-                f"the model returned {got} for an input of {tuple(x.shape)}; it must return x's shape "
-                "(a model that also predicts variances needs a wrapper that drops them)"
+                f"the model returned {got} for an input of {tuple(x.shape)}; called as {CALLED}, it must return "
+                "floats of x's shape (a model that also predicts variances needs a wrapper that drops them)"
             )
         if self.check_finite or (self.check_finite is None and x.device.type == "cpu"):
             detached = output.detach()
@@ -137,14 +158,96 @@ def _pair(key: str, uncond: Any, cond: Any, rows: int) -> Any:
 
 
 def _check_signature(model: Callable, arguments: Mapping[str, Any]) -> None:
-    """Raises before any work when the model cannot take a keyword."""
+    """Raises before any work when the model cannot be called as it will be."""
     try:
         parameters = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters
     except (TypeError, ValueError):
         return
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
-    for key in arguments:
+    kinds = {p.kind for p in parameters.values()}
+    places = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds and len(places) < 2:
+        raise ValueError(f"the model is called as {CALLED}; it takes only {', '.join(places) or 'no argument'}")
+    if len(places) > 1 and places[0] in TIMES and places[1] not in TIMES:
+        raise ValueError(
+            f"the model is called as {CALLED}; it takes {places[0]} first: give "
+            "lambda x, t, **cond: model(t, x, **cond)"
+        )
+    for key in arguments if inspect.Parameter.VAR_KEYWORD not in kinds else ():
         if key not in parameters:
             accepted = ", ".join(list(parameters)[2:]) or "none"
             raise ValueError(f"the model takes no keyword {key!r}; beside x and t it takes: {accepted}")
+    needed = [p.name for p in parameters.values() if p.default is p.empty and p.kind is not p.POSITIONAL_ONLY]
+    needed = [n for n in needed if n not in places[:2] and parameters[n].kind not in _VARIABLE and n not in arguments]
+    if needed:
+        raise ValueError(
+            f"the model is called as {CALLED}; it needs {', '.join(needed)} too: give cond={{{needed[0]!r}: ...}}"
+        )
+
+
+_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def versions(tensors: Mapping[str, Any]) -> dict[str, int]:
+    """How often each tensor was written into so far; inference tensors do not count that."""
+    return {k: v._version for k, v in tensors.items() if isinstance(v, Tensor) and not v.is_inference()}
+
+
+def check_untouched(tensors: Mapping[str, Any], before: Mapping[str, int]) -> None:
+    """Raises ValueError naming a tensor that a model has written into."""
+    for name, version in before.items():
+        if tensors[name]._version != version:
+            raise ValueError(
+                f"the model writes into {name}, which is not its own and is read again: let it work on {name}.clone()"
+            )
+
+
+def _described(name: str, value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"{name}={type(value).__name__}"
+    text = f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return f"{name} {text}".strip() if name in ("x", "t", "") else f"{name}={text}"
+
+
+def _warn_of_train_mode(model: Callable) -> None:
+    for module in modules_of(model):
+        for name, part in module.named_modules() if module.training else ():
+            if part.training and _depends_on_mode(part):
+                warnings.warn(
+                    f"the model is in train mode and its {name or 'forward'} ({type(part).__name__}) depends on it: "
+                    "its outputs are random or its statistics change with every call; call model.eval()",
+                    stacklevel=5,
+                )
+                return
+
+
+def _depends_on_mode(module: nn.Module) -> bool:
+    """Whether a module's own forward asks for its mode, as those of dropouts and batch norms do."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    idle = getattr(module, "p", None) == 0 or getattr(module, "dropout", None) == 0
+    return code is not None and "training" in code.co_names and not idle
+
+
+def modules_of(model: Any, depth: int = 3) -> list[nn.Module]:
+    """The modules a callable visibly is or holds: its self, partial arguments, closure, attributes, named globals."""
+    if isinstance(model, nn.Module):
+        return [model]
+    if depth == 0 or isinstance(model, type | types.ModuleType):
+        return []
+    held: list[Any] = []
+    if isinstance(model, functools.partial):
+        held = [model.func, *model.args, *model.keywords.values()]
+    elif isinstance(model, types.MethodType):
+        held = [model.__self__]
+    elif isinstance(model, types.FunctionType):
+        held = [cell.cell_contents for cell in model.__closure__ or () if _filled(cell)]
+        held += [v for v in (model.__globals__.get(n) for n in model.__code__.co_names) if isinstance(v, nn.Module)]
+    elif callable(model):
+        held = list(getattr(model, "__dict__", {}).values())
+    return [module for item in held for module in modules_of(item, depth - 1)]
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False

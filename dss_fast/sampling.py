@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,7 +62,7 @@ def sample(
         N differs from B, or (B, N). At 1 everywhere the unconditional branch is not run.
     guided_channels, device: as in :class:`Target`.
     strict: refuse a solver made for another path than the schedule's, see :meth:`Solver.on`.
-    callback: called after each step with a dict of step, num_steps, u (reached), x, x0 (preview).
+    callback: called after each step with a dict of step, num_steps, u (reached), x, x0 (preview), its own to keep.
     return_trajectory: also return the states x_0..x_N, (N + 1, B, *S).
     history_dtype: storage of the predictions; the state's dtype by default. Sums are in float32.
     check_finite: raise when the model returns NaN or Inf. None: on the CPU only, where it costs no sync.
@@ -93,7 +94,7 @@ def sample(
 
     denoise = Denoiser(target.model, now, null, guided_channels=target.guided_channels, check_finite=check_finite)
     trajectory = [x] if return_trajectory else None
-    run = steps(denoise, x, table, history_dtype, backend, reuse=not return_trajectory)
+    run = steps(denoise, x, table, history_dtype, backend, reuse=not return_trajectory and callback is None)
     for i, x, history in run:  # noqa: B007
         if trajectory is not None:
             trajectory.append(x)
@@ -212,9 +213,16 @@ def _scale(target: Target, given: Guidance | None, rows: int, num_steps: int) ->
         scale = 1.0
     if isinstance(scale, tuple) and set(scale) == {1.0}:
         scale = 1.0
+    if not _finite(scale):
+        raise ValueError(f"guidance_scale={scale!r}: must be finite")
     if target.uncond is None and not (isinstance(scale, int | float) and scale == 1):
         raise ValueError(f"guidance_scale={given!r} needs uncond, the arguments of the unconditional branch")
     return scale
+
+
+def _finite(scale: float | Tensor) -> bool:
+    """Whether a scale is finite, as far as is known without waiting for the device."""
+    return math.isfinite(scale) if isinstance(scale, int | float) else scale.is_cuda or bool(scale.isfinite().all())
 
 
 def _report(i: int, solver: Solver, schedule: Schedule, x: Tensor, history: Tensor) -> dict[str, Any]:

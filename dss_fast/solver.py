@@ -64,7 +64,7 @@ class Solver:
         for key in ("name", "source"):
             if not isinstance(getattr(self, key), str):
                 raise ValueError(f"{key}: must be a string, got {getattr(self, key)!r}")
-        if not hasattr(self.schedule, "alpha_sigma"):
+        if isinstance(self.schedule, type) or not hasattr(self.schedule, "alpha_sigma"):
             raise ValueError(f"schedule={self.schedule!r}: give a schedule, as in Flow() or VP()")
         if not isinstance(self.free_rows, bool):
             raise ValueError(f"free_rows={self.free_rows!r}: must be true or false")

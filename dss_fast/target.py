@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -69,7 +70,7 @@ class Target:
             set_("shape", tuple(self.shape))
             if not all(isinstance(size, int) and size > 0 for size in self.shape):
                 raise ValueError(f"shape={self.shape!r}: give the sizes of one sample, as in (3, 32, 32)")
-        if self.schedule is not None and not hasattr(self.schedule, "alpha_sigma"):
+        if self.schedule is not None and (isinstance(self.schedule, type) or not hasattr(self.schedule, "alpha_sigma")):
             raise ValueError(f"schedule={self.schedule!r}: give a schedule, as in Flow() or VP()")
         if self.noise is not None and not callable(self.noise):
             raise ValueError(f"noise={type(self.noise).__name__}: give a function noise(n, generator) -> (n, *shape)")
@@ -77,10 +78,10 @@ class Target:
             raise ValueError(f"dtype={self.dtype}: must be floating point")
         if isinstance(self.guidance_scale, tuple | list):
             scale = tuple(map(float, self.guidance_scale))
-            if len(scale) != 2 or not scale[0] <= scale[1]:
-                raise ValueError(f"guidance_scale={self.guidance_scale!r}: give a number, or low and high")
+            if len(scale) != 2 or not -math.inf < scale[0] <= scale[1] < math.inf:
+                raise ValueError(f"guidance_scale={self.guidance_scale!r}: give a finite number, or low and high")
             set_("guidance_scale", scale)
-        elif not isinstance(self.guidance_scale, int | float):
+        elif not isinstance(self.guidance_scale, int | float) or not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale={self.guidance_scale!r}: give a number, or low and high")
         if self.guidance_scale != 1 and self.uncond is None:
             raise ValueError(f"guidance_scale={self.guidance_scale!r} needs uncond, the unconditional arguments")

@@ -6,15 +6,15 @@ import functools
 import importlib
 import os
 import sys
-import types
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .denoiser import NO_GRAPH, check_untouched, modules_of, versions
 from .table import HISTORY
 
 __all__ = ["Gradients", "Plan", "Rollout", "unroll"]
@@ -271,14 +271,14 @@ def _unpack(packed: tuple[Tensor, int]) -> Tensor:
 
 def _kept_anyway(model: Callable, x: Tensor, parameters: Sequence[Tensor]) -> set[int]:
     """Where the tensors live that a model saves and that are there without its graph too."""
-    held = [t for module in _modules(model) for t in (*module.parameters(), *module.buffers())]
+    held = [t for module in modules_of(model) for t in (*module.parameters(), *module.buffers())]
     return {t.untyped_storage().data_ptr() for t in (x, *parameters, *held) if t.layout == torch.strided}
 
 
 def _guard(model: Callable, x: Tensor, steps: int, first: _FirstCall | None) -> Callable:
     """model as the engines call it, (step, x, t) -> output: errors name the step, output and buffers are checked."""
-    watched = [(name, buffer) for module in _modules(model) for name, buffer in module.named_buffers()]
-    versions = [buffer._version for _, buffer in watched if not buffer.is_inference()]
+    watched = [(name, buffer) for module in modules_of(model) for name, buffer in module.named_buffers()]
+    counts = [buffer._version for _, buffer in watched if not buffer.is_inference()]
     shapes = x.shape, (2 * len(x), *x.shape[1:])
 
     def call(step: int, x: Tensor, t: Tensor) -> Tensor:
@@ -286,15 +286,20 @@ def _guard(model: Callable, x: Tensor, steps: int, first: _FirstCall | None) -> 
             # A compiled model may give its saved buffers away in backward, and then allows one cotangent only.
             config = sys.modules.get("torch._functorch.config")
             watching = first.watching(x) if first else nullcontext()
+            given = {"x": x, "t": t}
+            before = versions(given)
             with config.patch(donated_buffer=False) if config else nullcontext(), watching:
                 output = model(x, t)
+            check_untouched(given, before)
             if not isinstance(output, Tensor) or output.shape not in shapes or not output.is_floating_point():
                 got = f"{output.dtype} {tuple(output.shape)}" if isinstance(output, Tensor) else type(output)
                 raise ValueError(
                     f"the model returned {got}; give floats of shape {tuple(shapes[0])}, or {tuple(shapes[1])} "
                     "for unconditional and conditional rows"
                 )
-            changed = [n for (n, b), v in zip(watched, versions, strict=False) if b._version != v]
+            if torch.is_grad_enabled() and x.requires_grad and not output.requires_grad:
+                raise RuntimeError(NO_GRAPH)
+            changed = [n for (n, b), v in zip(watched, counts, strict=False) if b._version != v]
             if changed:
                 raise RuntimeError(
                     f"the model changed its buffers {', '.join(changed[:3])} while running, so running it again "
@@ -308,32 +313,6 @@ def _guard(model: Callable, x: Tensor, steps: int, first: _FirstCall | None) -> 
         return output
 
     return call
-
-
-def _modules(model: Any, depth: int = 3) -> list[nn.Module]:
-    """The modules a callable visibly is or holds: its self, partial arguments, closure, attributes, named globals."""
-    if isinstance(model, nn.Module):
-        return [model]
-    if depth == 0 or isinstance(model, type | types.ModuleType):
-        return []
-    held: list[Any] = []
-    if isinstance(model, functools.partial):
-        held = [model.func, *model.args, *model.keywords.values()]
-    elif isinstance(model, types.MethodType):
-        held = [model.__self__]
-    elif isinstance(model, types.FunctionType):
-        held = [cell.cell_contents for cell in model.__closure__ or () if _filled(cell)]
-        held += [v for v in (model.__globals__.get(n) for n in model.__code__.co_names) if isinstance(v, nn.Module)]
-    elif callable(model):
-        held = list(getattr(model, "__dict__", {}).values())
-    return [module for item in held for module in _modules(item, depth - 1)]
-
-
-def _filled(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
 
 
 def _budget_bytes(budget: int | float | None, device: torch.device) -> int | None:

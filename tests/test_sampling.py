@@ -218,7 +218,7 @@ def test_the_models_own_exception_surfaces_unchanged():
 
     with pytest.raises(KeyError) as error:
         sample(failing, torch.randn(1, 3), "euler/4")
-    assert error.value is failure and "step 0 of 4" in error.value.__notes__[0]
+    assert error.value is failure and "step 0 of 4" in error.value.__notes__[-1]
 
 
 def test_a_model_that_ignores_its_condition_is_noticed():

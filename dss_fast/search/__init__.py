@@ -13,19 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from ..denoiser import modules_of
 from ..files import check_writable
 from ..solver import Solver
 from ..target import Model, Target
 from .draws import Draws, join_processes
 from .ledger import Ledger
 from .lion import Lion
+from .probe import CALLS, PLAUSIBLE_CALLS, doubt, probe
 from .runs import RunFolder, SearchResult, drive
 from .settings import described
 from .two_stage import TwoStage
 
 __all__ = ["METHODS", "Lion", "SearchResult", "TwoStage", "search"]
+
+LOOK = 0.02  # of the budget at most goes into whether a right schedule is plausible
 
 METHODS: dict[str, type[TwoStage] | type[Lion]] = {"two_stage": TwoStage, "lion": Lion}
 
@@ -82,46 +85,65 @@ def search(
     config = _config(draws, settings, steps, initial, budget)
     if out is not None:
         check_writable(out)  # before any call of the model
-    folder, checkpoint = _open(out, config, resume, draws)
-    if checkpoint is not None and _is_finished(checkpoint, ledger.budget):
-        if folder is not None:
-            folder.mend_solvers()
-        result = SearchResult.of(checkpoint, folder)  # without a call of the model
-    else:
+    folder = None
+    try:
+        folder, checkpoint = _open(out, config, resume, draws)
+        finished = checkpoint is not None and _is_finished(checkpoint, ledger.budget)
         own_cache = Path(out) / "teacher" if out is not None and cache is None else None
         with _frozen(target.model):
-            if target.key is None:
-                config["outputs"] = draws.outputs_hash()
-                ledger.spend_once("fingerprint", 4)
-                draws = replace(draws, target=replace(draws.target, key=f"{config['model']} {config['outputs']}"))
-            if out is not None:
-                _from_first(draws, lambda: folder.begin(config) if folder else None)
-            kept = None if cache is None else Path(cache)
-            state = checkpoint and checkpoint["state"]
-            events = settings.run(draws, ledger, steps, initial=initial, cache=own_cache or kept, state=state)
-            provenance = {
-                **config,
-                "name": target.name,
-                **({"request": dict(target.request)} if target.request else {}),
-            }
-            result = drive(
-                events,
-                ledger,
-                folder=folder,
-                checkpoint=checkpoint,
-                provenance=provenance,
-                progress=progress,
-                draws=draws,
-            )
+            if finished:  # without a call of the model, unless the report is missing
+                assert checkpoint is not None
+                result = SearchResult.of(checkpoint, folder)
+            else:
+                if checkpoint is None:
+                    if not ledger.affords(CALLS):
+                        raise ValueError(f"budget={budget!r}: the look at the model alone takes {CALLS}")
+                    probe(draws, differentiated=not (isinstance(settings, TwoStage) and settings.rounds == 0))
+                    ledger.spend_once("probe", CALLS)
+                    if ledger.affords(PLAUSIBLE_CALLS / LOOK):
+                        ledger.spend_once("plausible", doubt(draws))
+                if target.key is None:
+                    config["outputs"] = draws.outputs_hash()
+                    ledger.spend_once("fingerprint", 4)
+                    draws = replace(draws, target=replace(draws.target, key=f"{config['model']} {config['outputs']}"))
+                if out is not None:
+                    _from_first(draws, lambda: folder.begin(config) if folder else None)
+                kept = None if cache is None else Path(cache)
+                state = checkpoint and checkpoint["state"]
+                events = settings.run(draws, ledger, steps, initial=initial, cache=own_cache or kept, state=state)
+                request = {"request": dict(target.request)} if target.request else {}
+                provenance = {**config, "name": target.name, **request}
+                result = drive(
+                    events,
+                    ledger,
+                    folder=folder,
+                    checkpoint=checkpoint,
+                    provenance=provenance,
+                    progress=progress,
+                    draws=draws,
+                )
             if folder is not None and report and not result.interrupted:
-                from .report import write_report
-
-                write_report(result, draws, config)
+                _report(result, draws, config, again=not finished)
         if own_cache is not None and not result.interrupted and draws.rank == 0:
             shutil.rmtree(own_cache, ignore_errors=True)  # served resuming only
-    if joined:
-        torch.distributed.destroy_process_group()
+    finally:
+        if folder is not None:
+            folder.close()
+        if joined:
+            torch.distributed.destroy_process_group()
     return result
+
+
+def _report(result: SearchResult, draws: Draws, config: dict[str, Any], again: bool) -> None:
+    """Writes the report; Ctrl-C leaves it out. again: also where there is one."""
+    from .report import write_report
+
+    assert result.out is not None
+    try:
+        if again or not (result.out / "report.md").exists():
+            write_report(result, draws, config)
+    except KeyboardInterrupt:
+        print(f"interrupted: the search is finished and saved in {result.out}, without its report")
 
 
 def _config(
@@ -210,16 +232,21 @@ def _steps(num_steps: int | Sequence[int]) -> tuple[int, ...]:
 
 @contextmanager
 def _frozen(model: Model) -> Iterator[None]:
-    """Takes a module's parameters out of autograd for the search, and puts them back as they were."""
-    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
-    before = [p.requires_grad for p in parameters]
+    """A model's modules in eval mode, their parameters out of autograd, for the search; then as they were."""
+    modules = [part for module in modules_of(model) for part in module.modules()]
+    parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)]
+    before = [p.requires_grad for p in parameters], [m.training for m in modules]
     try:
         for parameter in parameters:
             parameter.requires_grad_(False)
+        for module in modules:
+            module.training = False
         yield
     finally:
-        for parameter, wanted in zip(parameters, before, strict=True):
+        for parameter, wanted in zip(parameters, before[0], strict=True):
             parameter.requires_grad_(wanted)
+        for module, mode in zip(modules, before[1], strict=True):
+            module.training = mode
 
 
 def _version() -> str:

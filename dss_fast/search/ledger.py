@@ -29,7 +29,7 @@ class Ledger:
             self.counted.add(what)
             self.spend(evaluations)
 
-    def affords(self, evaluations: int) -> bool:
+    def affords(self, evaluations: float) -> bool:
         """Whether the budget allows that many more."""
         return self.budget is None or self.evaluations + evaluations <= self.budget
 

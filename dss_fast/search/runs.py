@@ -21,9 +21,12 @@ import hashlib
 import json
 import math
 import os
+import signal
+import threading
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,11 @@ from ..progress import bar as progress_bar
 from ..solver import Solver
 from .draws import Draws
 from .ledger import Ledger
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT = "dss_fast.run/3"
 CHECKPOINT_SECONDS = 1.0  # a checkpoint is tens of kilobytes and two syncs, about 5 ms
@@ -97,15 +105,23 @@ class RunFolder:
     Each but the report is checked against a hash of all its bytes: config, checkpoint and solvers say their own, the
     checkpoint that of the log. A solver is written again from the checkpoint, what else does not fit is refused.
 
-    Raises OSError when the folder cannot be written, FileExistsError when it holds a search that is not to
-    be resumed, ValueError when the one to resume had other settings or is damaged; all before any work.
+    Raises OSError when the folder cannot be written or another search runs in it, FileExistsError when it holds a
+    search that is not to be resumed, ValueError when the one to resume had other settings or is damaged; all before any work.
     """
 
     def __init__(self, path: str | os.PathLike[str], config: dict[str, Any], resume: bool):
         self.path = Path(path)
         check_writable(self.path)
-        self.config = json.loads(json.dumps(config, allow_nan=False))
+        self._lock = _locked(self.path)
         self._log: Any = None
+        try:
+            self._open(config, resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, config: dict[str, Any], resume: bool) -> None:
+        self.config = json.loads(json.dumps(config, allow_nan=False))
         self._logged = hashlib.blake2b(digest_size=16)
         self._saved: dict[int, Solver] = {}
         self.checkpoint: dict[str, Any] | None = None
@@ -119,6 +135,9 @@ class RunFolder:
             self._check({"outputs"})
             self.checkpoint = self._load()
             self._history = self._read_log()
+            sweep(self.path)
+            if self.checkpoint and self.checkpoint["finished"]:
+                self._mend_solvers()
 
     def begin(self, config: dict[str, Any]) -> None:
         """Before the first event: the config in full. Raises ValueError when the model returns other outputs now."""
@@ -209,7 +228,7 @@ class RunFolder:
                 solver.save(self.path / f"solver-{n}.json")
                 self._saved[n] = solver
 
-    def mend_solvers(self) -> None:
+    def _mend_solvers(self) -> None:
         """Writes again what solver-N.json of a finished search is missing or is not what the checkpoint says."""
         assert self.checkpoint is not None
         for n, solver in self.checkpoint["solvers"].items():
@@ -228,9 +247,55 @@ class RunFolder:
         for name in ("config.json", "log.jsonl"):
             (self.path / name).unlink(missing_ok=True)
 
-    def close(self) -> None:
+    def close_log(self) -> None:
+        """Closes the log; the folder stays this search's."""
         if self._log is not None:
             self._log.close()
+
+    def close(self) -> None:
+        """Leaves the folder to others."""
+        self.close_log()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _locked(folder: Path) -> int | None:
+    """A lock on a folder, which goes with the process that holds it; None where the system has none."""
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise BlockingIOError(
+            f"{folder}: another search is running in it; wait for its end, or choose another folder"
+        ) from None
+    except OSError:  # a file system without locks
+        os.close(handle)
+        return None
+    return handle
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Counts Ctrl-C, which raises KeyboardInterrupt as ever: raised inside a destructor, Python drops it."""
+    seen: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield seen
+        return
+
+    def note(number: int, frame: Any) -> None:
+        seen.append(number)
+        before(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def drive(
@@ -270,7 +335,7 @@ def drive(
             folder.save_solvers(result.solvers)
 
     try:
-        with bar:
+        with bar, _interrupts() as interrupts:
             for event in events:
                 event = {**event, "evaluations": ledger.evaluations, "events": len(history) + 1}
                 event["counted"] = sorted(ledger.counted)
@@ -286,6 +351,8 @@ def drive(
                 if time.monotonic() - saved_at > CHECKPOINT_SECONDS or len(history) == 1:
                     keep()
                     saved_at, unsaved = time.monotonic(), False
+                if interrupts:
+                    raise KeyboardInterrupt
         keep(finished=True)
     except KeyboardInterrupt:
         if not result.solvers:
@@ -294,11 +361,13 @@ def drive(
         if unsaved:
             keep()
         if rank == 0:
-            where = f", saved in {folder.path}; resume=True continues" if folder else ""
+            where = f", saved in {folder.path}" if folder else ""
+            where += "; resume=True continues" if folder and (resumable or checkpoint) else ""
             print(f"interrupted after {result.evaluations} evaluations: best solver so far kept{where}")
     except Exception as error:
         if result.solvers:
-            keep()
+            with suppress(OSError):  # the disk may be what failed
+                keep()
             kept = ", ".join(s.name for s in result.solvers.values())
             error.add_note(f"the best so far ({kept}) is in error.result" + (f" and {folder.path}" if folder else ""))
             error.result = result  # type: ignore[attr-defined]
@@ -307,7 +376,8 @@ def drive(
         raise
     finally:
         if folder:
-            folder.close()
+            with suppress(OSError):
+                folder.close_log()
     return result
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference as step_reference
 
@@ -219,6 +220,10 @@ def _module(backend: str, device: torch.device) -> ModuleType | None:
     return None
 
 
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def multistep_step(
     x: Tensor,
     output: Tensor,
@@ -249,12 +254,16 @@ def multistep_step(
         (x_next, history). Without a gradient, history is written in place and returned. With one, both are new: that
         is `multistep_update` with the history copied around it, and reads the index back from its device.
 
-    Sums are taken in the dtype of the weights whatever the others are.
+    Sums are taken in the dtype of the weights whatever the others are. With a forward-mode tangent on any of the
+    tensors the reference runs, and x_next and history are new.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, `out` together with a gradient, a gradient of rows at different
             steps, a named backend that cannot run.
     """
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, (x, output, history, weights))):
+        # A registered op has no forward-mode rule, and its tangents would be zero; the reference is plain PyTorch.
+        return step_reference.multistep_step(x, output, history, weights, index)
     if torch.is_grad_enabled() and (
         x.requires_grad or output.requires_grad or history.requires_grad or weights.requires_grad
     ):

@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+from importlib import import_module
 
 import pytest
 import torch
@@ -46,12 +47,16 @@ def stopped(out, method, calls):
 @pytest.fixture(scope="module", params=METHODS)
 def run(request, tmp_path_factory):
     """A search that stopped half way, and what it should end with."""
-    before, running.CHECKPOINT_SECONDS = running.CHECKPOINT_SECONDS, 0.0
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(running, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(
+        import_module("dss_fast.search"), "doubt", lambda draws: 0
+    )  # this is set up before the fixture that does so
     expected = find(method=request.param)
     out = stopped(tmp_path_factory.mktemp(request.param) / "run", request.param, 100 if request.param == "lion" else 90)
     assert (out / "checkpoint.safetensors").exists() and list(out.glob("teacher/*/*.safetensors"))
     yield request.param, out, expected
-    running.CHECKPOINT_SECONDS = before
+    monkeypatch.undo()
 
 
 def flipped(path, generator):

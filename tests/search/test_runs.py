@@ -6,6 +6,7 @@ import random
 import signal
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -58,6 +59,7 @@ def killed_at(moment, out, every=0.0, method="lion"):
     """Runs the search and sends itself SIGKILL at the n-th write, sync or rename."""
     torch.set_num_threads(1)
     running.CHECKPOINT_SECONDS = every
+    import_module("dss_fast.search").doubt = lambda draws: 0
     left = [moment]
 
     def lethal(original, *arguments, **options):
@@ -234,6 +236,7 @@ def test_any_generator_of_events_is_a_method(tmp_path):
         events = method(ledger, folder.checkpoint and folder.checkpoint["state"])
         result = drive(events, ledger, folder=folder, checkpoint=folder.checkpoint, progress=False)
         assert result.interrupted is stop
+        folder.close()
         stop = False
     assert result.evaluations == 60 and [e["note"] for e in result.history] == ["hello"] * 6
     assert result.solver.coeffs[1][0] == pytest.approx(0.1 * 5 / 3)
