@@ -106,7 +106,8 @@ class RunFolder:
     checkpoint that of the log. A solver is written again from the checkpoint, what else does not fit is refused.
 
     Raises OSError when the folder cannot be written or another search runs in it, FileExistsError when it holds a
-    search that is not to be resumed, ValueError when the one to resume had other settings or is damaged; all before any work.
+    search that is not to be resumed, ValueError when the one to resume had other settings or is damaged; all before any
+    work.
     """
 
     def __init__(self, path: str | os.PathLike[str], config: dict[str, Any], resume: bool):
