@@ -158,7 +158,7 @@ def sweep(folder: Path, older_than: float = 0.0) -> None:
 def _header(path: str | os.PathLike[str]) -> int:
     """Where the header of a safetensors file ends: 8 bytes of length, then JSON."""
     with open(path, "rb") as file:
-        return 8 + int.from_bytes(file.read(8), "little")
+        return min(8 + int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size)
 
 
 def _hash(content: Any, seal: re.Match[bytes]) -> str:
