@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import __version__
 from .compare import compare
@@ -63,14 +64,21 @@ def load_target(name: str, device: str | None = None) -> Target:
         public = ", ".join(k for k, v in vars(found).items() if not k.startswith("_") and callable(v))
         raise ValueError(f"model {name!r}: {module} has no {attribute!r}; it has: {public}")
     target = getattr(found, attribute)
-    target = target() if callable(target) else target
+    if callable(target) and not isinstance(target, nn.Module):
+        try:
+            inspect.signature(target).bind()
+        except TypeError as error:
+            raise ValueError(f"model {name!r}: is called without arguments, and {error}; give a Target") from None
+        target = target()
     if isinstance(target, Mapping):
         if "model" not in target:
             raise ValueError(f"model {name!r}: the dict lacks 'model'; see python -m dss_fast --help")
         given = dict(target)
         target = Target.of(given.pop("model"), **given)
     if not isinstance(target, Target):
-        raise ValueError(f"model {name!r}: is {type(target).__name__}, not a Target; see python -m dss_fast --help")
+        raise ValueError(
+            f"model {name!r}: is {type(target).__name__}, not a Target; write one around it, as in Target(model, shape)"
+        )
     return target if device is None else target.to(device)
 
 
@@ -137,10 +145,13 @@ def _method(options: argparse.Namespace) -> TwoStage | Lion:
 def _sample(options: argparse.Namespace) -> None:
     target, path = load_target(options.model, options.device), Path(options.out)
     tensors, shape = path.suffix == ".safetensors", target.shape or ()
+    _check_suffix(path, ".png", ".safetensors")
     if not tensors and target.decode is None and (len(shape) != 3 or shape[0] not in (1, 3)):
         raise ValueError(f"samples of shape {shape} are no images: give the target a decode, or write .safetensors")
     check_writable(path.parent)
     solver = find_solver(options.solver, target.schedule, options.steps)
+    if options.steps not in (None, solver.num_steps):
+        raise ValueError(f"--steps {options.steps}: {options.solver} has {solver.num_steps}; leave --steps out")
     x = sample(target, options.number, solver, generator=torch.Generator().manual_seed(options.seed))
     assert isinstance(x, Tensor)
     if tensors:
@@ -148,8 +159,13 @@ def _sample(options: argparse.Namespace) -> None:
     else:
         images = x if target.decode is None else target.decode(x)
         columns = min(8, len(images))
-        plot_samples({f"{c}": images[c::columns] for c in range(columns)}, path, rows=len(images) // columns)
+        plot_samples({f"{c}": images[c::columns] for c in range(columns)}, path, rows=-(-len(images) // columns))
     print(f"{options.number} samples of {solver.name or options.solver} in {path}")
+
+
+def _check_suffix(path: Path, *suffixes: str) -> None:
+    if path.suffix not in suffixes:
+        raise ValueError(f"{path}: write to a file that ends in {' or '.join(suffixes)}")
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -174,6 +190,8 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
+    if options.plot:
+        _check_suffix(Path(options.plot), ".png")
     if options.solver is None:
         print("published:  " + "  ".join(solver_names()))
         print("hand-made:  " + "  ".join(f"{m}/N[@spacing]" for m in HANDMADE))
@@ -207,6 +225,20 @@ def _steps(text: str) -> list[int]:
     return steps
 
 
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 1")
+    return int(text)
+
+
+def _device(text: str) -> str:
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m dss_fast", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -224,7 +256,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("model", help=f"module:attribute, for example examples.mnist:flow{also}")
             sub.add_argument("-o", "--out", default=out, help=f"where results go (default {out})")
             sub.add_argument("--seed", type=int, default=0)
-            sub.add_argument("--device", default=None, help="cpu, cuda, ... (default: where the model is)")
+            sub.add_argument("--device", type=_device, default=None, help="cpu, cuda, ... (default: the model's)")
         return sub
 
     sub = command("search", _search, "search a solver for a model", "out")
@@ -233,8 +265,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--space", default=None, help="plain, rows, rows+noise, rows+times or full (default); two_stage only"
     )
-    sub.add_argument("--samples", type=int, default=None, help="samples to search on")
-    sub.add_argument("--budget", type=int, default=None, help="most model evaluations to spend")
+    sub.add_argument("--samples", type=_count, default=None, help="samples to search on")
+    sub.add_argument("--budget", type=_count, default=None, help="most model evaluations to spend")
     sub.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
     sub.add_argument("--prompts", help="of a pipeline: a file with one prompt a line")
     sub.add_argument("--call", nargs="+", help="of a pipeline's call: height=512 width=512 guidance_scale=3.5 ...")
@@ -242,13 +274,13 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("sample", _sample, "sample with a solver", "samples.png")
     sub.add_argument("--solver", required=True, help="name/N, name/N@spacing or a JSON file")
-    sub.add_argument("--steps", type=int, default=None, help="N, when the name has none")
-    sub.add_argument("-n", "--number", type=int, default=32)
+    sub.add_argument("--steps", type=_count, default=None, help="N, when the name has none")
+    sub.add_argument("-n", "--number", type=_count, default=32)
 
     sub = command("compare", _compare, "solvers side by side on a model", "out")
     sub.add_argument("solvers", nargs="*", help="names or JSON files; by default the usual hand-made ones")
     sub.add_argument("--steps", type=_steps, default=[5, 10], help="for names without /N (default 5,10)")
-    sub.add_argument("--samples", type=int, default=256)
+    sub.add_argument("--samples", type=_count, default=256)
     sub.set_defaults(seed=20_000)
 
     sub = command("show", _show, "print a solver, or list those that exist")

@@ -182,6 +182,8 @@ def _start(
         x = noise.to(device=home, dtype=dtype).contiguous()
     elif isinstance(noise, int) or target.noise is not None:
         count = noise if isinstance(noise, int) else noise[0]
+        if count < 1:
+            raise ValueError(f"noise={noise!r}: give a number of samples from 1")
         if not isinstance(noise, int) and tuple(noise[1:]) != target.shape:
             raise ValueError(f"noise={tuple(noise)!r}: samples of this target have the shape {target.shape}")
         batch = target.draw(count, _on_cpu(generator))

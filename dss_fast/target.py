@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -67,9 +67,10 @@ class Target:
         if not callable(self.model):
             raise ValueError(f"model={type(self.model).__name__}: give a callable, model(x, t, **cond) -> like x")
         if self.shape is not None:
-            set_("shape", tuple(self.shape))
-            if not all(isinstance(size, int) and size > 0 for size in self.shape):
+            shape = tuple(self.shape) if isinstance(self.shape, Iterable) else ()
+            if not shape or not all(isinstance(size, int) and size > 0 for size in shape):
                 raise ValueError(f"shape={self.shape!r}: give the sizes of one sample, as in (3, 32, 32)")
+            set_("shape", shape)
         if self.schedule is not None and (isinstance(self.schedule, type) or not hasattr(self.schedule, "alpha_sigma")):
             raise ValueError(f"schedule={self.schedule!r}: give a schedule, as in Flow() or VP()")
         if self.noise is not None and not callable(self.noise):

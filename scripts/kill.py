@@ -107,7 +107,8 @@ def main() -> int:
             longest = 0.0
             while kills < options.count // 4:
                 trial += 1
-                out, where = Path(folder) / f"{world}{method}{trial}", Path(folder) / f"{trial}.json"
+                out = Path(folder) / f"{world}{method}{trial}"
+                where = out.with_suffix(".json")
                 for _ in range(3):
                     rank, moment = generator.randrange(world), generator.randint(1, moments)
                     codes, seconds = attempt(context, world, out, method, moment, rank, where)
@@ -120,8 +121,8 @@ def main() -> int:
                 differences += found != expected
             bad += differences
             print(
-                f"{method}, {world} process{'es' * (world > 1)}: {kills} kills at {moments} moments in {trial} searches, "
-                f"{differences} differ; the last process left {longest:.1f} s after the first",
+                f"{method}, {world} process{'es' * (world > 1)}: {kills} kills, {moments} moments, {trial} searches; "
+                f"{differences} differ, the last process left {longest:.1f} s after the first",
                 flush=True,
             )
     return int(bad > 0)

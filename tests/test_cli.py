@@ -35,6 +35,11 @@ def empty():
 
 def number():
     return 5
+
+def takes(size):
+    return target
+
+net = torch.nn.Linear(6, 6)
 """
 
 
@@ -84,6 +89,11 @@ def test_search_sample_compare_show(folder, capsys):
         ("compare mymodel:target sit-xl-2-256 --steps 99", ("sit-xl-2-256", "99")),
         ("compare mymodel:target heun --steps 3", ("heun", "dpmpp_2m")),
         ("sample mymodel:pictures --solver gone.json", ("gone.json",)),
+        ("search mymodel:net --steps 3", ("Linear", "Target(model, shape)")),
+        ("search mymodel:takes --steps 3", ("without arguments", "size")),
+        ("sample mymodel:pictures --solver ab2/3 -o e.xyz", ("e.xyz", ".png or .safetensors")),
+        ("sample mymodel:pictures --solver ab2/3 --steps 5 -o e.png", ("--steps 5", "ab2/3 has 3")),
+        ("show ab2/3 --plot e.xyz", ("e.xyz", ".png")),
         ("show sit-xl-2-256/99", ("sit-xl-2-256/99", "dit-xl-2-256")),
     ],
 )
@@ -92,6 +102,35 @@ def test_mistakes_are_one_line_and_status_2(folder, capsys, arguments, words):
     text = capsys.readouterr().err
     assert text.count("\n") == 1 and all(word in text for word in words), text
     assert not list(folder.glob("out/*"))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("sample mymodel:target --solver ab2/3 -n 0", ("'0'", "from 1")),
+        ("sample mymodel:target --solver ab2/3 -n=-3", ("'-3'", "from 1")),
+        ("sample mymodel:target --solver ab2 --steps 0", ("'0'", "from 1")),
+        ("sample mymodel:target --solver ab2/3 --device foo", ("'foo'", "cannot be used here")),
+        ("search mymodel:target --samples 0", ("'0'", "from 1")),
+        ("search mymodel:target --budget 1.5", ("'1.5'", "from 1")),
+        pytest.param("search mymodel:target --device cuda", ("'cuda'",), marks=pytest.mark.skipif(
+            torch.cuda.is_available(), reason="there is one")),
+    ],
+)  # fmt: skip
+def test_a_value_that_cannot_be_is_refused_by_the_parser(folder, capsys, arguments, words):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments.split())
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and all(word in text for word in words), text
+
+
+def test_as_many_samples_are_drawn_as_asked_for(folder, monkeypatch):
+    pytest.importorskip("matplotlib")
+    seen = []
+    monkeypatch.setattr("dss_fast.__main__.plot_samples", lambda columns, path, rows: seen.append((columns, rows)))
+    assert main("sample mymodel:pictures --solver ab2/3 -n 10 -o digits.png".split()) == 0
+    ((columns, rows),) = seen
+    assert sum(map(len, columns.values())) == 10 and len(columns) == 8 and rows == 2
 
 
 def test_the_device_is_the_models_unless_given(folder):

@@ -313,3 +313,27 @@ def test_a_search_of_small_budget_is_not_spent_on_doubts():
     assert search(counted, 3, shape=(3,), key="gaussian", **options).evaluations <= 1_000
     with pytest.raises(ValueError, match="budget=3: the look at the model alone takes 4"):
         search(gaussian, 3, shape=(3,), **{**QUICK, "budget": 3})
+
+
+@pytest.mark.parametrize("shape", [(), 5, (3, 0), "ab", (2.0,)])
+def test_a_shape_is_the_sizes_of_one_sample(shape):
+    with pytest.raises(ValueError, match=r"shape=.*as in \(3, 32, 32\)"):
+        Target(velocity, shape)
+
+
+@pytest.mark.parametrize("seed", ["a", 1.5, True, None])
+def test_a_seed_is_a_whole_number(seed):
+    with pytest.raises(ValueError, match="seed=.*whole number"):
+        search(velocity, 3, shape=(3,), seed=seed, progress=False)
+
+
+def test_a_number_of_samples_starts_at_one():
+    for number in (0, -3):
+        with pytest.raises(ValueError, match="from 1"):
+            sample(Target(velocity, (3,)), number, "ab2/4")
+
+
+def test_what_a_callback_keeps_stays():
+    kept, (x, states) = [], sample(velocity, torch.randn(2, 3), "ab2/4", return_trajectory=True)
+    x = sample(velocity, states[0], "ab2/4", callback=lambda at: kept.append(at["x"]))
+    assert torch.equal(torch.stack(kept), states[1:]) and torch.equal(x, kept[-1])

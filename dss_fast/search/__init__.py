@@ -80,6 +80,8 @@ def search(
         raise ValueError("the shape of one sample is not known: give it, as in search(Target(model, (4, 32, 32)), 10)")
     if isinstance(seed, torch.Generator):
         seed = int(torch.randint(2**62, (1,), generator=seed, device=seed.device))
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed={seed!r}: give a whole number or a torch.Generator")
     draws = Draws.of(target, seed)
     ledger = Ledger(settings.budget(steps) if budget is None else budget)
     config = _config(draws, settings, steps, initial, budget)
