@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from .two_stage import TwoStage
 __all__ = ["METHODS", "Lion", "SearchResult", "TwoStage", "search"]
 
 LOOK = 0.02  # of the budget at most goes into whether a right schedule is plausible
+
+FAILED = "dss_fast/failed"
 
 METHODS: dict[str, type[TwoStage] | type[Lion]] = {"two_stage": TwoStage, "lion": Lion}
 
@@ -128,12 +130,26 @@ def search(
                 _report(result, draws, config, again=not finished)
         if own_cache is not None and not result.interrupted and draws.rank == 0:
             shutil.rmtree(own_cache, ignore_errors=True)  # served resuming only
+    except Exception as error:
+        if draws.world > 1:
+            _name_the_first(error, draws.rank)
+        raise
     finally:
         if folder is not None:
             folder.close()
-        if joined:
+        if joined:  # also after an error: it frees those who wait for this process
             torch.distributed.destroy_process_group()
     return result
+
+
+def _name_the_first(error: Exception, rank: int) -> None:
+    """Leaves word of an error for the other processes, which see a closed connection only, or adds what they left."""
+    with suppress(RuntimeError):  # the process that keeps the store may be the one that is gone
+        store = torch.distributed.distributed_c10d._get_default_store()
+        if store.check([FAILED]):
+            error.add_note(f"the first to fail was {store.get(FAILED).decode()}")
+        else:
+            store.set(FAILED, f"process {rank}: {type(error).__name__}: {error}")
 
 
 def _report(result: SearchResult, draws: Draws, config: dict[str, Any], again: bool) -> None:
