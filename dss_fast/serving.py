@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .denoiser import check_untouched, versions
 from .names import find_solver
 from .schedule import Schedule
 from .solver import Solver
@@ -18,23 +21,35 @@ __all__ = ["Batch"]
 
 
 class Batch:
-    """A fixed number of places, each with its own state, history, solver and step.
+    """A fixed number of places, each with its own state, history, conditions, solver and step.
 
-        batch = Batch(8, (4, 32, 32), max_steps=10)
-        place = batch.admit(noise, "sit-xl-2-256/10")
+        batch = Batch(8, (4, 32, 32), max_steps=10, cond={"y": torch.zeros(8, dtype=torch.long)})
+        place = batch.admit(noise, "sit-xl-2-256/10", cond={"y": 207})
         while batch.running:
-            output = model(batch.x, batch.times())
-            for place in batch.step(output):
+            for place in batch.tick(model):
                 image = batch.retire(place)
 
-    Shapes never change, so model and step can be captured once as a CUDA graph. Which places finish is known on the
-    host from the solvers' lengths: nothing waits for the device. A request gets the bits it would have got alone,
-    as far as the model gives every row the bits it would have got alone.
+    A tick calls model(x, t, **cond) -> (places, *S), or the guided pair, unconditional rows first, once for all places
+    and takes one step of each. When the model raises, nothing has happened and the tick can be tried again. Which
+    places finish is known on the host from the solvers' lengths: nothing waits for the device. A request gets the bits
+    it would have got alone, as far as the model gives every row the bits it would have got alone.
+
+    Shapes and addresses never change, so a compiled model, or a whole tick without its count, stays as it is:
+
+        advance = torch.compile(lambda: batch.advance(model(batch.x, batch.times(), **batch.cond)))   # or a captured
+        advance()                                                                                     # CUDA graph
+        finished = batch.count()
+
+    admit, tick and retire may be called from several threads; ``advance`` and ``count`` from one, with no ``admit``
+    between the call of the model and them.
 
     places: how many requests run at once; the model always sees all of them.
     shape: of one sample. max_steps: the longest solver that may be admitted.
+    cond: the model's keyword arguments, tensors with a row for each place, which :meth:`admit` fills.
     schedule: the model's, which all solvers must fit. None: that of the first solver admitted.
     history_dtype: storage of the predictions, by default that of the states.
+
+    Raises ValueError for what does not fit.
     """
 
     def __init__(
@@ -43,12 +58,13 @@ class Batch:
         shape: Sequence[int],
         max_steps: int,
         *,
+        cond: Mapping[str, Tensor] | None = None,
         schedule: Schedule | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         history_dtype: torch.dtype | None = None,
         backend: str | None = None,
-    ):
+    ) -> None:
         real = torch.float64 if dtype is torch.float64 else torch.float32
         self.x = torch.zeros(places, *shape, device=device, dtype=dtype)
         idle = StepTable.idle(places, max_steps, dtype=real, device=device)
@@ -56,7 +72,15 @@ class Batch:
         self.history = torch.zeros(places, idle.slots, *shape, device=device, dtype=history_dtype or dtype)
         self.index = torch.full((places,), max_steps, device=device)  # max_steps and beyond: idle
         self.max_steps, self.schedule, self.backend = max_steps, schedule, backend
+        self.cond = {key: value.to(self.x.device, copy=True) for key, value in (cond or {}).items()}
+        for key, value in self.cond.items():
+            if value.ndim < 1 or len(value) != places:
+                raise ValueError(
+                    f"cond[{key!r}] has shape {tuple(value.shape)}; give a row for each of {places} places"
+                )
+        self._steps = torch.zeros(places, dtype=torch.long, device=device)  # of each place's solver
         self._left: list[int | None] = [None] * places  # steps to go: None free, 0 finished
+        self._lock = threading.Lock()
 
     @property
     def running(self) -> list[int]:
@@ -68,30 +92,45 @@ class Batch:
         """Places that hold no request."""
         return [place for place, left in enumerate(self._left) if left is None]
 
-    def admit(self, noise: Tensor, solver: Solver | str | os.PathLike[str], *, guidance_scale: float = 1.0) -> int:
-        """Start a request: noise of one sample's shape, a Solver or its name. Returns its place.
+    def admit(
+        self,
+        noise: Tensor,
+        solver: Solver | str | os.PathLike[str],
+        *,
+        cond: Mapping[str, Any] | None = None,
+        guidance_scale: float = 1.0,
+    ) -> int:
+        """Starts a request: noise of one sample's shape, a Solver or its name, and its row of every condition.
 
-        Raises ValueError for a solver longer than max_steps, one of another family or path than the batch's schedule,
-        and noise of another shape; RuntimeError when full.
+        Returns its place. Raises ValueError for a solver longer than max_steps, one of another family or path than the
+        batch's schedule, noise of another shape, conditions other than the batch's; RuntimeError when full.
         """
         found = find_solver(solver, self.schedule)
-        steps = found.num_steps
+        steps, cond = found.num_steps, cond or {}
         if steps > self.max_steps:
             raise ValueError(f"the solver takes {steps} steps, this batch at most {self.max_steps}; raise max_steps")
         if noise.shape != self.x.shape[1:]:
             raise ValueError(f"noise has shape {tuple(noise.shape)}; one sample here is {tuple(self.x.shape[1:])}")
-        table = StepTable.of(
-            found, self.schedule, guidance=guidance_scale, dtype=self.weights.dtype, device=self.x.device
-        ).padded(self.max_steps)
-        if not self.free:
-            raise RuntimeError(f"all {len(self._left)} places are taken; retire a finished one first")
-        self.schedule = found.schedule if self.schedule is None else self.schedule
-        place = self.free[0]
-        self.weights[place], self._times[place] = table.weights[0], table.times
-        self.x[place] = noise
-        self.history[place, -1] = noise
-        self.index[place] = 0
-        self._left[place] = steps
+        if cond.keys() != self.cond.keys():
+            raise ValueError(f"cond={sorted(cond)}: this batch has rows of {sorted(self.cond)}; give one of each")
+        rows = {key: torch.as_tensor(value).to(self.cond[key]) for key, value in cond.items()}
+        for key, row in rows.items():
+            if row.shape != self.cond[key].shape[1:]:
+                raise ValueError(f"cond[{key!r}] has shape {tuple(row.shape)}, not {tuple(self.cond[key].shape[1:])}")
+        with self._lock:
+            table = StepTable.of(
+                found, self.schedule, guidance=guidance_scale, dtype=self.weights.dtype, device=self.x.device
+            ).padded(self.max_steps)
+            if None not in self._left:
+                raise RuntimeError(f"all {len(self._left)} places are taken; retire a finished one first")
+            self.schedule = found.schedule if self.schedule is None else self.schedule
+            place = self._left.index(None)
+            self.weights[place], self._times[place] = table.weights[0], table.times
+            self.x[place] = noise
+            self.history[place, -1] = noise
+            for key, row in rows.items():
+                self.cond[key][place] = row
+            self._steps[place], self.index[place], self._left[place] = steps, 0, steps
         return place
 
     def times(self) -> Tensor:
@@ -99,26 +138,47 @@ class Batch:
         return self._times.gather(1, self.index.clamp(max=self.max_steps - 1)[:, None])[:, 0]
 
     @torch.no_grad()
+    def tick(self, model: Callable[..., Tensor]) -> list[int]:
+        """Calls the model and takes one step of every running place. Returns the places that have just finished.
+
+        Raises what the model raises, with nothing changed, and ValueError when it writes into the states.
+        """
+        with self._lock:
+            given = {"x": self.x}
+            before = versions(given)
+            output = model(self.x, self.times(), **self.cond)
+            check_untouched(given, before)
+            return self.step(output)
+
     def step(self, output: Tensor) -> list[int]:
-        """Advance every running place by one step in one launch. output: (places, *S), or the guided pair.
+        """Takes one step of every running place in one launch. output: (places, *S), or the guided pair.
 
         Returns the places that have just finished.
         """
+        self.advance(output)
+        return self.count()
+
+    @torch.no_grad()
+    def advance(self, output: Tensor) -> None:
+        """The part of a step that is on the device: nothing of it depends on the host."""
         multistep_step(self.x, output, self.history, self.weights, self.index, out=self.x, backend=self.backend)
-        self.index += 1
-        finished = []
-        for place, left in enumerate(self._left):
-            if left:
-                self._left[place] = left - 1
-                if left == 1:
-                    self.index[place] = self.max_steps
-                    finished.append(place)
-        return finished
+        later = self.index + 1
+        self.index.copy_(torch.where(later < self._steps, later, self.max_steps))
+
+    def count(self) -> list[int]:
+        """The part of a step that is on the host: the places that have just finished."""
+        before, self._left = self._left, [left - 1 if left else left for left in self._left]
+        return [place for place, left in enumerate(before) if left == 1]
+
+    # What changes at every tick would be a reason to compile again; read by torch.compile, as torch.compiler.disable
+    # sets it, without loading the compiler.
+    count._torchdynamo_disable = True  # type: ignore[attr-defined]
 
     def retire(self, place: int) -> Tensor:
         """The sample of a finished place, which becomes free; of a running one, the state it has reached."""
-        if self._left[place] is None:
-            raise ValueError(f"place {place} holds no request; running are {self.running}")
-        self._left[place] = None
-        self.index[place] = self.max_steps
-        return self.x[place].clone()
+        with self._lock:
+            if not 0 <= place < len(self._left) or self._left[place] is None:
+                raise ValueError(f"place {place} holds no request; running are {self.running}")
+            self._left[place] = None
+            self.index[place] = self.max_steps
+            return self.x[place].clone()

@@ -1,5 +1,8 @@
 """Requests that share a batch get what they would have got alone."""
 
+import threading
+import time
+
 import pytest
 import torch
 
@@ -97,3 +100,109 @@ def test_errors():
     batch.admit(torch.zeros(SHAPE), "ab2/5")
     with pytest.raises(RuntimeError, match="all 1 places"):
         batch.admit(torch.zeros(SHAPE), "ab2/5")
+
+
+def labelled(x, t, y):
+    return torch.sin(x * 1.5 + t[:, None, None]) - 0.3 * x * y[:, None, None]
+
+
+def test_conditions_go_with_their_places():
+    torch.manual_seed(2)
+    batch = Batch(3, SHAPE, max_steps=8, cond={"y": torch.zeros(3)})
+    noises, wanted, results = torch.randn(7, *SHAPE), {}, {}
+    queue = list(range(7))
+    while queue or batch.running:
+        while queue and batch.free:
+            number = queue.pop()
+            wanted[batch.admit(noises[number], f"ab2/{4 + number % 5}", cond={"y": number / 7})] = number
+        for place in batch.tick(labelled):
+            results[wanted[place]] = batch.retire(place)
+    for number, result in results.items():
+        y = torch.tensor([number / 7])
+        alone = sample(labelled, noises[number : number + 1], f"ab2/{4 + number % 5}", cond={"y": y})[0]
+        assert torch.equal(result, alone)
+    for cond, words in (({}, "rows of"), ({"z": 1.0}, "rows of"), ({"y": torch.ones(2)}, r"shape \(2,\), not \(\)")):
+        with pytest.raises(ValueError, match=words):
+            batch.admit(noises[0], "ab2/4", cond=cond)
+    with pytest.raises(ValueError, match="give 3 rows"):
+        Batch(3, SHAPE, max_steps=8, cond={"y": torch.zeros(2)})
+
+
+def test_a_model_that_fails_has_changed_nothing():
+    batch = Batch(2, SHAPE, max_steps=5)
+    place = batch.admit(torch.ones(SHAPE), "ab2/5")
+
+    def fails(x, t):
+        raise RuntimeError("out of memory")
+
+    while batch.running:
+        before = batch.x.clone(), batch.index.clone()
+        with pytest.raises(RuntimeError, match="out of memory"):
+            batch.tick(fails)
+        assert torch.equal(batch.x, before[0]) and torch.equal(batch.index, before[1])
+        batch.tick(model)
+    assert torch.equal(batch.retire(place), sample(model, torch.ones(1, *SHAPE), "ab2/5")[0])
+    batch.admit(torch.ones(SHAPE), "ab2/5")
+    with pytest.raises(ValueError, match="writes into x"):
+        batch.tick(lambda x, t: x.mul_(2))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiled_tick_is_compiled_once(whole):
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    batch = Batch(3, SHAPE, max_steps=6)
+    if whole:
+        tick = torch.compile(lambda: batch.step(model(batch.x, batch.times())), backend=backend)
+    else:
+        part = torch.compile(lambda: batch.advance(model(batch.x, batch.times())), backend=backend, fullgraph=True)
+        tick = lambda: (part(), batch.count())[1]  # noqa: E731
+    noises, found, after_two = torch.randn(5, *SHAPE), {}, None
+    for number in range(16):
+        if number in (0, 1, 3, 7, 9):
+            where = batch.admit(noises[len(found)], f"ab2/{3 + len(found) % 3}")
+            found[len(found)] = where
+        for place in tick():
+            batch.retire(place)
+        after_two = len(graphs) if number == 1 else after_two
+    assert len(graphs) == after_two <= 2 and not batch.running
+
+
+def test_requests_come_from_several_threads():
+    batch, wanted, lock = Batch(4, SHAPE, max_steps=6), {}, threading.Lock()
+    noises, results, stop = torch.randn(4, 10, *SHAPE), {}, threading.Event()
+
+    def client(number):
+        for k in range(10):
+            while True:
+                try:
+                    with lock:
+                        wanted[batch.admit(noises[number, k], "ab2/6")] = number, k
+                    break
+                except RuntimeError:
+                    time.sleep(0.001)
+
+    def server():
+        while not stop.is_set() or batch.running:
+            for place in batch.tick(model):
+                with lock:
+                    results[wanted.pop(place)] = batch.retire(place)
+
+    threads = [threading.Thread(target=client, args=(n,)) for n in range(4)]
+    serving = threading.Thread(target=server)
+    for thread in (serving, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    stop.set()
+    serving.join(60)
+    assert len(results) == 40
+    for (number, k), result in results.items():
+        assert torch.equal(result, sample(model, noises[number, k][None], "ab2/6")[0])
