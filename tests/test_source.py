@@ -75,4 +75,4 @@ def test_the_search_finds_what_it_looks_for(tmp_path):
         "import pickle, urllib.request\nfrom socket import socket\neval('1')\ntorch.load('x')\nopen('a', 'w')\n"
         "path.write_text('x')\nos.system('ls')\nPipe.from_pretrained('x')\n"
     )
-    assert len(list(findings(bad, tmp_path))) == 8
+    assert len(list(findings(bad, tmp_path))) == 9
