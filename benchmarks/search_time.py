@@ -30,7 +30,7 @@ def main() -> None:
     target, steps, settings = mnist.flow().to(DEVICE), [5, 10], {}
     if options.tiny:
         steps, options.budget = [2], 2500
-        settings = {"samples": 16, "held_out_samples": 16, "teacher_evaluations": 16, "trials": 1, "rounds": 1}
+        settings = {"samples": 16, "held_out_samples": 16, "teacher_evaluations": 16, "rounds": 1}
     begin = time.perf_counter()
     result = search(target, steps, method=TwoStage(**settings), budget=options.budget, progress=False)
     seconds = time.perf_counter() - begin

@@ -222,9 +222,11 @@ def _scale(target: Target, given: Guidance | None, rows: int, num_steps: int) ->
     return scale
 
 
-def _finite(scale: float | Tensor) -> bool:
+def _finite(scale: float | tuple[float, ...] | Tensor) -> bool:
     """Whether a scale is finite, as far as is known without waiting for the device."""
-    return math.isfinite(scale) if isinstance(scale, int | float) else scale.is_cuda or bool(scale.isfinite().all())
+    if isinstance(scale, Tensor):
+        return scale.is_cuda or bool(scale.isfinite().all())
+    return all(map(math.isfinite, scale if isinstance(scale, tuple) else (scale,)))
 
 
 def _report(i: int, solver: Solver, schedule: Schedule, x: Tensor, history: Tensor) -> dict[str, Any]:

@@ -36,7 +36,7 @@ STEPS = 5
 BOUND = 1e-5
 BEGIN, END = "<!-- pipelines -->", "<!-- end of pipelines -->"
 COLUMNS = ("euler = stock", "dpmpp_2m = stock", "learned table", "from_pipeline", "search", "save and load")
-SMALL = TwoStage(samples=8, batch_size=4, held_out_samples=4, trials=1, teacher_evaluations=16, rounds=1)
+SMALL = TwoStage(samples=8, batch_size=4, held_out_samples=4, teacher_evaluations=16, rounds=1)
 
 
 class PlainDPM(diffusers.DPMSolverMultistepScheduler):

@@ -108,7 +108,7 @@ class Bench:
                 raise RuntimeError("stop")
             return model(x, t)
 
-        method = TwoStage(samples=16, batch_size=16, held_out_samples=16, trials=2, trial_samples=16)
+        method = TwoStage(samples=16, batch_size=16, held_out_samples=16)
         try:
             search(Target(failing, (3,), key="m"), 3, method=method, out=self.run, progress=False)
         except RuntimeError:

@@ -58,7 +58,7 @@ def test_a_search_of_a_model_without_gradients_is_refused_before_the_work(tmp_pa
 
 @pytest.mark.parametrize("key", [None, "named"])
 def test_a_search_that_differentiates_nothing_takes_such_a_model(key):
-    method = TwoStage(rounds=0, samples=16, held_out_samples=16, trials=1)
+    method = TwoStage(rounds=0, samples=16, held_out_samples=16)
     assert search(Target(detached, (3,), key=key), 3, method=method, progress=False).solver.num_steps == 3
 
 

@@ -53,7 +53,7 @@ def test_pipeline(monkeypatch):
     from dss_fast.search import TwoStage
     from examples.tiny_pipelines import build
 
-    small = TwoStage(samples=16, batch_size=8, held_out_samples=8, trials=1, teacher_evaluations=16, rounds=1)
+    small = TwoStage(samples=16, batch_size=8, held_out_samples=8, teacher_evaluations=16, rounds=1)
     pipe, call = build("flux", batch=2)
     rows = {k: call.pop(k) for k in list(call) if "prompt_" in k}
 

@@ -46,7 +46,7 @@ def test_sample_takes_all_from_the_target():
 
 
 def test_a_bare_callable_with_fields_is_a_target():
-    options = dict(method=TwoStage(samples=32, batch_size=16, trials=2, space="plain"), budget=4_000, progress=False)
+    options = dict(method=TwoStage(samples=32, batch_size=16, space="plain"), budget=4_000, progress=False)
     given = search(Target(model, (4,), dtype=F64), 3, **options)
     assert search(model, 3, shape=(4,), dtype=F64, **options).solver == given.solver
     with pytest.raises(ValueError, match="shape of one sample is not known.*Target"):
@@ -197,7 +197,7 @@ def test_a_search_is_six_frames_from_its_model():
         return model(x, t)
 
     target = Target(watching, (4,), dtype=F64)
-    search(target, [2, 3], method=TwoStage(samples=32, batch_size=16, trials=8), budget=8_000, progress=False)
+    search(target, [2, 3], method=TwoStage(samples=32, batch_size=16), budget=8_000, progress=False)
     longest = max(deepest, key=len)
     assert len(longest) <= 6, longest
 
@@ -251,7 +251,7 @@ def test_sample_and_search_need_torch_alone():
 def test_a_table_of_a_shifted_pipeline_needs_no_schedule():
     schedule = Flow(convention="diffusers", shift=3.0)
     target = Target(lambda x, t: -model(x, 1 - t / 1000), (4,), schedule, dtype=F64)
-    method = TwoStage(samples=32, batch_size=16, trials=2)
+    method = TwoStage(samples=32, batch_size=16)
     solver = search(target, 4, method=method, budget=6_000, progress=False).solver
     x = torch.randn(3, 4, dtype=F64)
     assert torch.equal(sample(target.model, x, solver), sample(target.model, x, solver, schedule=schedule))

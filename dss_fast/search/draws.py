@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import tensor_bytes
-from ..schedule import Flow
+from ..schedule import Flow, Schedule
 from ..target import Samples, Target
 
 
@@ -39,6 +39,12 @@ class Draws:
     def alone(self) -> Draws:
         """The same for one process that takes whole batches."""
         return replace(self, rank=0, world=1)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The target's, settled by :meth:`of`."""
+        assert self.target.schedule is not None
+        return self.target.schedule
 
     @property
     def device(self) -> torch.device:

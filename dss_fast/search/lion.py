@@ -84,8 +84,7 @@ class Lion:
         state: dict[str, Any] | None = None,
     ) -> Iterator[dict[str, Any]]:
         """The events of a search, see ``runs``."""
-        update, schedule = _lion_update(), draws.target.schedule
-        assert schedule is not None
+        update, schedule = _lion_update(), draws.schedule
         total = math.ceil(self.samples / self.batch_size)
         check_every = self.check_every or max(1, total // 20)
         points = {n: _Point(n, schedule, initial, self.short_tail) for n in steps}
@@ -245,8 +244,7 @@ class _HeldOut:
         self.draws, self.ledger, self.teacher_steps = draws, ledger, settings.teacher_steps
         samples, batch_size = settings.check_samples, settings.batch_size
         self.sizes = [min(batch_size, samples - k) for k in range(0, samples, batch_size)]
-        assert draws.target.schedule is not None
-        self.calls = len(paper_points(draws.target.schedule, self.teacher_steps)) - 1
+        self.calls = len(paper_points(draws.schedule, self.teacher_steps)) - 1
         described = {"kind": "paper end", "steps": self.teacher_steps, "sizes": self.sizes}
         self.store = Store(draws, described, cache=cache) if samples else None
 

@@ -13,9 +13,9 @@ from ..solver import Solver
 from .gauss_newton import Quadratic
 from .space import Space
 
-DAMPING = 1e-2  # of Levenberg-Marquardt at the start, relative to J'J's diagonal
+DAMPING = 0.1  # of Levenberg-Marquardt at the start, relative to J'J's diagonal
 LEAST_DAMPING, MOST_DAMPING = 1e-7, 1e6
-MOST_TRIES = 4  # in a row that do not improve
+MOST_TRIES = 6  # in a row that do not improve
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,16 +58,22 @@ class Point:
 
     def rejected(self) -> Point:
         """The candidate was no better: a shorter step, or the end."""
-        shorter = replace(self, damping=min(6 * self.damping, MOST_DAMPING), tries=self.tries + 1)
+        shorter = replace(self, damping=min(4 * self.damping, MOST_DAMPING), tries=self.tries + 1)
         return replace(shorter, finished=shorter.tries > MOST_TRIES).stepped()
+
+    def renewed(self) -> Point:
+        """No step from theta helped: the quadratic is made anew there, under the next round's loss."""
+        assert self.theta is not None
+        return replace(self, candidate=self.theta, values=None, loss=None, damping=DAMPING, tries=0, finished=False)
 
     def damped_less(self) -> Point:
         """The candidate kept what the quadratic promised: a longer step next."""
-        return replace(self, damping=max(self.damping / 4, LEAST_DAMPING))
+        return replace(self, damping=max(self.damping / 3, LEAST_DAMPING))
 
     def ended(self) -> Point:
-        """The search for this N is over; without a look at any table the last candidate is the best."""
-        return replace(self, finished=True, best=self.candidate.clone() if self.best is None else self.best)
+        """The search for this N is over; without a look at any table the accepted one is the best."""
+        last = self.candidate if self.theta is None else self.theta
+        return replace(self, finished=True, best=last.clone() if self.best is None else self.best)
 
     def checked(self, theta: Tensor, loss: float, scale: float) -> Point:
         """After a look at the held-out loss of theta: the best if it is the smallest."""
@@ -79,13 +85,13 @@ class Point:
         saved = {f.name: getattr(self, f.name) for f in fields(self)}
         saved = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in saved.items()}
         loss = None if self.loss is None else asdict(self.loss)
-        return {**saved, "loss": loss, "space": [self.space.kind, list(self.space.timesteps)]}
+        return {**saved, "loss": loss, "space": [self.space.kind, self.space.num_steps]}
 
     @classmethod
     def load(cls, saved: dict[str, Any], schedule: Schedule) -> Point:
         """What :meth:`save` wrote."""
-        kind, timesteps = saved["space"]
         loss = None if saved["loss"] is None else Quadratic(**saved["loss"])
         best_loss = math.inf if saved["best_loss"] is None else saved["best_loss"]
-        space = Space(kind, schedule, tuple(timesteps))
+        kind, num_steps = saved["space"]
+        space = Space(kind, schedule, num_steps)
         return cls(**{**saved, "loss": loss, "best_loss": best_loss, "space": space})

@@ -236,11 +236,10 @@ class Teacher:
         cache: str | Path | None = None,
         memory: int = 2 << 30,
     ) -> None:
-        if count < 1 or batch_size < 1:
-            raise ValueError(f"count={count!r}, batch_size={batch_size!r}: need at least 1 of each")
-        assert draws.target.schedule is not None
+        if count < 0 or batch_size < 1:
+            raise ValueError(f"count={count!r}, batch_size={batch_size!r}: need none or more, and at least 1")
         self.draws, self.ledger, self.stream = draws, ledger, stream
-        self.grid = dense_grid(draws.target.schedule, budget)
+        self.grid = dense_grid(draws.schedule, budget)
         self.sizes = [min(batch_size, count - k) for k in range(0, count, batch_size)]
         if len(self.sizes) > 1 and self.sizes[-1] < draws.world:
             self.sizes.pop()

@@ -220,8 +220,9 @@ def _module(backend: str, device: torch.device) -> ModuleType | None:
     return None
 
 
-def _has_tangent(tensor: Tensor) -> bool:
-    return forward_ad.unpack_dual(tensor).tangent is not None
+def _have_tangents(*tensors: Tensor) -> bool:
+    """Whether forward-mode differentiation runs through one of them."""
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def multistep_step(
@@ -261,9 +262,8 @@ def multistep_step(
         ValueError: shapes or dtypes that do not fit, `out` together with a gradient, a gradient of rows at different
             steps, a named backend that cannot run.
     """
-    if forward_ad._current_level >= 0 and any(map(_has_tangent, (x, output, history, weights))):
-        # A registered op has no forward-mode rule, and its tangents would be zero; the reference is plain PyTorch.
-        return step_reference.multistep_step(x, output, history, weights, index)
+    if _have_tangents(x, output, history, weights):
+        return _differentiable(x, output, history, weights, index, None, None)
     if torch.is_grad_enabled() and (
         x.requires_grad or output.requires_grad or history.requires_grad or weights.requires_grad
     ):
@@ -318,11 +318,15 @@ def multistep_update(
         (x_next, y_i), both new, y_i in the dtype of the history, or of x where that is empty.
 
     Differentiable in x, output, history and weights; the gradient in the weights is the same bits on every run.
+    With a forward-mode tangent on any of them the reference runs.
 
     Raises:
         ValueError: shapes, dtypes, a step or a number of tensors that do not fit, a named backend that cannot run.
     """
     module = None if backend is None else _module(backend, x.device)
+    if _have_tangents(x, output, weights, *history):
+        # A registered op has no forward-mode rule, and its tangents would be zero; the reference is plain PyTorch.
+        return step_reference.multistep_update(x, output, history, weights, step)
     if module is None:
         return _update(x, output, history, weights, step)
     return _ModuleUpdate.apply(module, step, x, output, weights, *history)

@@ -34,7 +34,7 @@ def test_diffusers_search(tmp_path):
     from dss_fast.search import TwoStage
     from examples import diffusers_search
 
-    small = TwoStage(samples=16, batch_size=8, held_out_samples=8, trials=1, teacher_evaluations=16, rounds=2)
+    small = TwoStage(samples=16, batch_size=8, held_out_samples=8, teacher_evaluations=16, rounds=2)
     for name in ("flux", "sd3"):
         out = tmp_path / f"{name}.json"
         result = diffusers_search.main(["--pipeline", name, "--out", str(out)], method=small, progress=False)

@@ -16,7 +16,7 @@ from dss_fast.search import TwoStage  # noqa: E402
 from examples.tiny_pipelines import build  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-SMALL = TwoStage(samples=8, batch_size=4, held_out_samples=4, trials=1, teacher_evaluations=16, rounds=1)
+SMALL = TwoStage(samples=8, batch_size=4, held_out_samples=4, teacher_evaluations=16, rounds=1)
 
 
 def split(name, batch=3):

@@ -25,7 +25,7 @@ from dss_fast.search import store as storing
 
 F64 = torch.float64
 LION = Lion(samples=96, batch_size=16, unique_samples=48, check_samples=16, check_every=2, teacher_steps=10)
-TWO = TwoStage(samples=32, batch_size=16, held_out_samples=16, trials=2, trial_samples=16)
+TWO = TwoStage(samples=32, batch_size=16, held_out_samples=16)
 
 
 def model(x, t):

@@ -15,7 +15,7 @@ from dss_fast.search import runs as running
 F64 = torch.float64
 METHODS = {
     "lion": Lion(samples=96, batch_size=16, unique_samples=48, check_samples=16, check_every=2, teacher_steps=20),
-    "two_stage": TwoStage(samples=32, batch_size=16, held_out_samples=16, trials=2, trial_samples=16),
+    "two_stage": TwoStage(samples=32, batch_size=16, held_out_samples=16),
 }
 
 

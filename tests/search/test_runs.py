@@ -40,7 +40,7 @@ class Scaled(torch.nn.Module):
 LION = Lion(samples=160, batch_size=16, unique_samples=80, check_samples=16, check_every=2, teacher_steps=20)
 METHODS = {
     "lion": LION,
-    "two_stage": TwoStage(samples=64, batch_size=16, held_out_samples=16, trials=3, trial_samples=32),
+    "two_stage": TwoStage(samples=64, batch_size=16, held_out_samples=16),
 }
 
 

@@ -5,8 +5,7 @@ import torch
 
 from dss_fast import VP, Flow
 from dss_fast.methods import handmade
-from dss_fast.search.closed_form import respaced
-from dss_fast.search.space import MAX_TIME, SPACES, Space
+from dss_fast.search.space import MAX_LOG_INCREMENT, MAX_TIME, SPACES, Space
 
 F64 = torch.float64
 SCHEDULES = {"flow": Flow(), "vp": VP()}
@@ -14,7 +13,7 @@ SCHEDULES = {"flow": Flow(), "vp": VP()}
 
 def space_of(kind, family, n=4):
     solver = handmade("ab2" if family == "flow" else "dpmpp_2m", n, SCHEDULES[family], spacing="shift2")
-    return Space(kind, SCHEDULES[family], solver.timesteps), solver
+    return Space(kind, SCHEDULES[family], n), solver
 
 
 @pytest.mark.parametrize("family", SCHEDULES)
@@ -35,7 +34,7 @@ def test_the_jacobian_is_the_difference_quotient(kind, family):
     space, solver = space_of(kind, family)
     theta = space.theta(solver)
     if space.sizes()[-1]:
-        theta[-space.num_steps :] += 0.03  # off the clamp at 0
+        theta[-space.sizes()[-1] :] += 0.03  # off the clamp at 0
 
     def flat(theta):
         table = space.table(theta)
@@ -59,10 +58,10 @@ def test_plain_rows_sum_to_one_wherever_theta_goes():
 
 @pytest.mark.parametrize("family", ["flow", "vp"])
 def test_a_long_step_is_shortened_and_times_stay_inside(family):
-    space, solver = space_of("full", family)
+    space, solver = space_of("noise+times", family)
     theta = space.theta(solver)
-    moved = space.move(theta, torch.full_like(theta, 10.0))
-    assert float((moved - theta).abs().max()) <= MAX_TIME + 1e-12
+    moved = (space.move(theta, torch.full_like(theta, 10.0)) - theta).split(space.sizes())
+    assert float(moved[0].abs().max()) <= MAX_LOG_INCREMENT and float(moved[-1].abs().max()) <= MAX_TIME + 1e-12
     down = theta.clone()
     for _ in range(30):
         down = space.move(down, torch.full_like(theta, -1.0))
@@ -70,13 +69,5 @@ def test_a_long_step_is_shortened_and_times_stay_inside(family):
 
 
 def test_an_unknown_space_is_named():
-    with pytest.raises(ValueError, match="space='fulll': choose plain, rows"):
-        Space("fulll", Flow(), (0.0, 1.0))
-
-
-def test_a_spacing_carried_over_keeps_its_shape():
-    u = torch.linspace(0, 1, 11, dtype=F64) ** 2
-    torch.testing.assert_close(respaced(u, 10), u)
-    torch.testing.assert_close(respaced(u, 5), u[::2])
-    finer = respaced(u, 13)
-    assert finer[0] == 0 and finer[-1] == 1 and bool((finer.diff() > 0).all())
+    with pytest.raises(ValueError, match="space='full': choose plain, noise, noise\\+start"):
+        Space("full", Flow(), 1)

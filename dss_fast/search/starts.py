@@ -1,0 +1,112 @@
+"""Where a search starts: the best table there is already, found by successive halving on a few samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..distance import squares
+from ..methods import METHODS, grid, handmade
+from ..names import find_solver
+from ..schedule import Schedule
+from ..solver import Solver
+from ..table import StepTable
+from ..target import Samples
+from ..unroll import Rollout
+from .draws import Draws
+from .gauss_newton import robust
+from .ledger import Ledger
+from .teacher import Teacher
+
+SPACINGS = ("uniform", "shift2", "shift3", "shift1.5", "lambda", "shift0.5", "karras")
+# A small budget tries only the first few: those that came first or second of all on the shipped models, N = 3 to 10.
+LIKELY = {
+    "flow": ("ab3", "ab2", "ab3_uniform@shift2", "ab2@shift2", "ab2@shift3", "ab3@shift1.5", "ab2@shift1.5"),
+    "vp": ("ab3_uniform", "ab2_uniform", "dpmpp_2m", "unip3", "ab2_uniform@shift0.5", "dpmpp_2m@shift0.5", "unip2"),
+}
+LOST = 1e30  # the error of a table that leaves the numbers
+ROBUST = 10.0  # medians of |e|^2 at which a sample counts half
+KEPT = 3  # one of so many goes on, on so many times the samples
+
+
+def candidates(schedule: Schedule, num_steps: int, done: dict[int, Solver]) -> list[Solver]:
+    """Every table that may be the best there is, likely ones first, none twice.
+
+    Hand-made methods on all spacings, and on the timesteps that were found for the nearest N of ``done``.
+    """
+    found = []
+    if done:
+        near = min(done, key=lambda n: abs(n - num_steps))
+        u = respaced(torch.tensor(done[near].timesteps, dtype=torch.float64), num_steps)
+        methods = ("ab2", "ab3") if schedule.family == "flow" else ("dpmpp_2m", "ab2")
+        found += [handmade(method, schedule=schedule, timesteps=u) for method in methods]
+    found += [find_solver(name, schedule, num_steps) for name in LIKELY[schedule.family]]
+    for spacing in SPACINGS:
+        if bool((grid(num_steps, schedule, spacing).diff() > 0).all()):
+            found += [find_solver(f"{method}@{spacing}", schedule, num_steps) for method in METHODS]
+    return list(dict.fromkeys(found))
+
+
+@torch.no_grad()
+def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solver], limit: int) -> list[Solver]:
+    """The best of the tables, best first; at most ``limit`` evaluations, 0 for a single table.
+
+    Each is run on one sample, the better third of them on two more, and so on, as far as the first batch reaches.
+    With too small a limit for all, the first ones take part. Score: the robust mean of |x_N - teacher(1)|^2.
+    """
+    left, count = list(tables), 0
+    errors: dict[Solver, Tensor] = {}
+    n, most, wanted = left[0].num_steps, teacher.sizes[0], draws.world
+    left = left[: max(1, limit // (2 * n * wanted))]
+    while len(left) > 1 and wanted <= most and n * (wanted - count) * len(left) <= limit:
+        batch, trajectory = teacher[0]
+        rows = slice(count // draws.world, wanted // draws.world)
+        found = torch.zeros(len(left), wanted - count, dtype=torch.float64)
+        part = _rows(batch, rows)
+        for k, solver in enumerate(left):
+            table = StepTable.of(solver, guidance=part.guidance, dtype=part.noise.dtype, device=part.noise.device)
+            try:
+                end = Rollout(part.denoiser(), part.noise, table.weights, table.times, wrt=()).states[:, -1]
+                error = squares(end, trajectory.last[rows]).nan_to_num(nan=LOST, posinf=LOST).clamp_max(LOST)
+            except FloatingPointError:
+                error = torch.full((len(part),), LOST, dtype=torch.float64)
+            found[k, draws.rank :: draws.world] = error
+        draws.all_reduce(found)
+        cost = n * (wanted - count) * len(left)
+        ledger.spend(cost)
+        limit -= cost
+        for solver, row in zip(left, found, strict=True):
+            errors[solver] = torch.cat([errors[solver], row]) if solver in errors else row
+        scale = ROBUST * float(torch.cat([errors[solver] for solver in left]).median())
+        left.sort(key=lambda solver: robust(errors[solver], max(scale, 1e-300)))
+        count, wanted = wanted, min(KEPT * wanted, most // draws.world * draws.world)
+        if wanted == count:
+            break
+        left = left[: max(2, math.ceil(len(left) / KEPT))]
+    return left
+
+
+def respaced(timesteps: Tensor, num_steps: int) -> Tensor:
+    """The spacing of one table carried over to another number of steps: linear in the step's fraction. float64."""
+    old = torch.linspace(0, 1, len(timesteps), dtype=torch.float64)
+    new = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+    k = torch.searchsorted(old, new, right=True).sub(1).clamp(0, len(old) - 2)
+    fraction = (new - old[k]) / (old[k + 1] - old[k])
+    u = timesteps[k] + fraction * (timesteps[k + 1] - timesteps[k])
+    u[0], u[-1] = 0, 1
+    return u
+
+
+def _rows(batch: Samples, rows: slice) -> Samples:
+    """Some rows of a batch."""
+
+    def own(value: Any) -> Any:
+        return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == len(batch) else value
+
+    cond = {key: own(value) for key, value in batch.cond.items()}
+    return replace(batch, noise=batch.noise[rows], cond=cond, scale=own(batch.scale))
