@@ -27,6 +27,7 @@ def found(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stub")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]), "DSS_FAST_NO_EXTENSION": "1"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # torch leaves a GPU alone
     python = sys.executable if request.param == "installed" else OTHER
     run = subprocess.run(
         [python, HERE / "launches.py", folder], env=environment, capture_output=True, text=True, cwd=ROOT
