@@ -4,6 +4,9 @@ import random
 import warnings
 
 import pytest
+
+pytest.importorskip("hypothesis", reason="a test dependency, in requirements-test.txt")
+
 from hypothesis import HealthCheck, given, settings, strategies
 
 from tests.mutants import KINDS, Bench
