@@ -58,6 +58,18 @@ def test_pipelines_run_and_equal_stock(name):
     assert first.isfinite().all() and torch.equal(first, latents(pipe, arguments))
 
 
+@pytest.mark.parametrize("name", ["flux", "sd3", "qwen"])
+def test_a_users_sigmas_are_shifted_as_stock_shifts_them(name):
+    pipe, arguments = build(name)
+    config, sigmas = pipe.scheduler.config, [1.0, 0.8, 0.45, 0.2, 0.1]
+    stock = latents(pipe, arguments, sigmas=sigmas)
+    pipe.scheduler = DSSScheduler.from_config(config, solver="euler")
+    assert torch.equal(stock, latents(pipe, arguments, sigmas=sigmas))
+    pipe.scheduler = DSSScheduler.from_config(config, solver="sit-xl-2-256")
+    with pytest.raises(ValueError, match="custom sigmas"):
+        latents(pipe, arguments, sigmas=sigmas)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_pipelines_run_in_bfloat16(name):
     pipe, arguments = build(name, torch.bfloat16)
