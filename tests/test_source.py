@@ -22,7 +22,7 @@ ALLOWED = {
     # torch.distributed sends Python objects between the processes of one search by pickling them: from process to
     # process of one user, never from a file.
     ("search/__init__.py", "broadcast_object_list"),
-    # The command for a pipeline hands its folder or hub id to diffusers; a folder, or HF_HUB_OFFLINE=1, fetches nothing.
+    # The command for a pipeline hands a folder or a hub id to diffusers; a folder fetches nothing.
     ("integrations/diffusers/command.py", "from_pretrained"),
 }
 WRITERS = {"write_text", "write_bytes", "savez", "tofile", "dump"}
