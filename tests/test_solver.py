@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -251,3 +252,45 @@ def test_another_interface_runs_and_another_path_is_refused():
     grid = Grid.flow([1.0, 0.75, 0.5, 0.25, 0.0], [1000.0, 750.0, 500.0, 250.0])
     on_grid = sample(lambda x, t: -quadratic(x, 1 - t / 1000), x, solver, schedule=grid)
     torch.testing.assert_close(on_grid, theirs)
+
+
+def written(path, **changes):
+    """A solver's file with some values exchanged, as text, without its checksum."""
+    data = Solver(**GOOD, name="mine").to_dict() | changes
+    path.write_text(re.sub('"RAW(.*?)RAW"', lambda raw: raw[1].replace('\\"', '"'), json.dumps(data)))
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"timesteps": [0, 10**400, 1]}, ("timesteps[1]", "float64")),
+        ({"timesteps": [0, "RAW1e999RAW", 1]}, ("timesteps[1]", "float64")),
+        ({"coeffs": [[1], [2**53 + 1, -(2**53)]]}, ("coeffs[1][0]", "9007199254740993", "no float64")),
+        ({"num_steps": 5.0}, ("num_steps=5.0",)),
+        ({"num_steps": 2.0}, ("num_steps=2.0", "whole")),
+        ({"version": True}, ("version=True",)),
+        ({"provenance": "RAW" + '{"a":' * 40 + "1" + "}" * 40 + "RAW"}, ("provenance.a", "deeper")),
+        ({"provenance": {"x": float("nan")}}, ("provenance.x", "finite")),
+        ({"provenance": {"x": [1, float("-inf")]}}, ("provenance.x[1]", "finite")),
+        ({"name": "RAW" + '"a", "name": "b"' + "RAW"}, ("name", "twice")),
+        ({"schedule": "RAW" + '{"kind": "flow", "kind": "vp"}' + "RAW"}, ("kind", "twice")),
+        ({"source": 7, "name": "x" * 1_000_000}, ("source", "7")),
+        ({"name": ["x" * 5_000_000]}, ("name", " ... ")),
+        ({"schedule": {"kind": "discrete_vp", "name": {}, "alphas_cumprod": [0.9, 0.5]}}, ("schedule",)),
+        ({"schedule": {"kind": "flow", "shift": 1e308 * 10}}, ("schedule.shift", "finite")),
+        ({"coeffs": "RAW" + "[" * 100_000 + "]" * 100_000 + "RAW"}, ("deeper",)),
+        ({"name": "x" * 9_000_000}, ("larger than 8 MB",)),
+    ],
+    ids=range(17),
+)
+def test_a_file_is_a_solver_or_a_short_error_that_names_file_and_field(tmp_path, changes, words):
+    path = written(tmp_path / "odd.json", **changes)
+    with pytest.raises(ValueError) as caught:
+        Solver.load(path)
+    text = str(caught.value)
+    assert len(text) < 500 and "odd.json" in text and all(word in text for word in words), text
+
+
+def test_a_file_written_by_hand_needs_no_checksum(tmp_path):
+    assert Solver.load(written(tmp_path / "mine.json")) == Solver(**GOOD)
