@@ -236,8 +236,9 @@ def test_a_model_of_zeros_is_searched_without_blaming_the_table():
 
 def test_guidance_that_is_not_finite_is_named():
     for value in (float("inf"), float("nan")):
-        with pytest.raises(ValueError, match="guidance_scale=(inf|nan)"):
-            sample(needs_y, torch.randn(2, 3), "ab2/4", cond={"y": 1.0}, uncond={"y": 0.0}, guidance_scale=value)
+        for scale in (value, [1.0, value, 1.0, 2.0], torch.tensor([2.0, value])):
+            with pytest.raises(ValueError, match="(?s)guidance_scale=.*(inf|nan).*finite"):
+                sample(needs_y, torch.randn(2, 3), "ab2/4", cond={"y": 1.0}, uncond={"y": 0.0}, guidance_scale=scale)
         with pytest.raises(ValueError, match="guidance_scale=(inf|nan)"):
             Target(needs_y, (3,), uncond={"y": 0.0}, guidance_scale=value)
 
