@@ -225,6 +225,11 @@ def _steps(text: str) -> list[int]:
     return steps
 
 
+def _budget(text: str) -> int | str:
+    """Evaluations, or a time, which the search reads."""
+    return _count(text) if text.isdecimal() else text
+
+
 def _count(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 1")
@@ -266,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
         "--space", default=None, help="plain, rows, rows+noise, rows+times or full (default); two_stage only"
     )
     sub.add_argument("--samples", type=_count, default=None, help="samples to search on")
-    sub.add_argument("--budget", type=_count, default=None, help="most model evaluations to spend")
+    sub.add_argument("--budget", type=_budget, default=None, help="most model evaluations, or a time: 20min")
     sub.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
     sub.add_argument("--prompts", help="of a pipeline: a file with one prompt a line")
     sub.add_argument("--call", nargs="+", help="of a pipeline's call: height=512 width=512 guidance_scale=3.5 ...")

@@ -21,12 +21,13 @@ from ..target import Model, Target
 from .draws import Draws, join_processes
 from .ledger import Ledger
 from .lion import Lion
-from .probe import CALLS, PLAUSIBLE_CALLS, doubt, probe
+from .plan import Plan, evaluations_in, plan, planned
+from .probe import CALLS, PLAUSIBLE_CALLS, Cost, doubt, probe
 from .runs import RunFolder, SearchResult, drive
 from .settings import described
 from .two_stage import TwoStage
 
-__all__ = ["METHODS", "Lion", "SearchResult", "TwoStage", "search"]
+__all__ = ["METHODS", "Lion", "Plan", "SearchResult", "TwoStage", "plan", "search"]
 
 LOOK = 0.02  # of the budget at most goes into whether a right schedule is plausible
 
@@ -41,7 +42,7 @@ def search(
     *,
     method: str | TwoStage | Lion = "two_stage",
     initial: str | Solver | None = None,
-    budget: int | None = None,
+    budget: int | str | None = None,
     seed: int | torch.Generator = 0,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -60,13 +61,14 @@ def search(
     method: ``"two_stage"``, or ``"lion"``, the paper's recipe (arXiv 2505.21114); or a :class:`TwoStage` or
         :class:`Lion` with settings of its own.
     initial: the table to start from, coefficients included: a Solver, or a name that fits every N (``"ab2"``).
-        None: what the closed form finds; Euler for ``"lion"``.
+        None: the best hand-made one; Euler for ``"lion"``.
     budget: the most model evaluations to spend (forward 1, backward 2; guidance counts once; the teacher,
-        checks and rejected steps count). None: the method's.
+        checks and rejected steps count), or a time, ``"20min"``, which one forward and one backward of the model turn
+        into evaluations. None: the method's. :func:`plan` says what one takes.
     seed: settles all noise and conditions; a Generator gives one number. Global generators stay as they are.
     out: a run folder: config, log, checkpoints, solvers, a report. resume: continue the search in it, to
         the bit-identical table. cache: a folder for teacher trajectories; ``out/teacher`` by default.
-    progress: show a bar. report: write report.md with pictures into ``out``.
+    progress: print the plan and show a bar. report: write report.md with pictures into ``out``.
 
     Under torchrun the samples are shared by the processes; rank 0 reports. Ctrl-C ends the search with the
     best solver so far. Raises ValueError for what does not fit, OSError for a folder that cannot be
@@ -74,8 +76,10 @@ def search(
     """
     steps = _steps(num_steps)
     settings = _method(method)
-    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
-        raise ValueError(f"budget={budget!r}: give a whole number from 1")
+    if isinstance(budget, str):
+        evaluations_in(budget, Cost(1.0, 0))  # refused before any work
+    elif budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
+        raise ValueError(f"budget={budget!r}: give a whole number from 1, or a time such as '20min'")
     joined = join_processes()
     target = Target.of(target, **description)
     if target.shape is None:
@@ -85,13 +89,15 @@ def search(
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed={seed!r}: give a whole number or a torch.Generator")
     draws = Draws.of(target, seed)
-    ledger = Ledger(settings.budget(steps) if budget is None else budget)
+    ledger = Ledger(settings.budget(steps) if budget is None else None if isinstance(budget, str) else budget)
     config = _config(draws, settings, steps, initial, budget)
     if out is not None:
         check_writable(out)  # before any call of the model
     folder = None
     try:
         folder, checkpoint = _open(out, config, resume, draws)
+        if isinstance(budget, str) and checkpoint is not None:
+            ledger.budget = checkpoint["budget"]  # what the time came to when it began
         finished = checkpoint is not None and _is_finished(checkpoint, ledger.budget)
         own_cache = Path(out) / "teacher" if out is not None and cache is None else None
         with _frozen(target.model):
@@ -102,8 +108,12 @@ def search(
                 if checkpoint is None:
                     if not ledger.affords(CALLS):
                         raise ValueError(f"budget={budget!r}: the look at the model alone takes {CALLS}")
-                    probe(draws, differentiated=not (isinstance(settings, TwoStage) and settings.rounds == 0))
+                    cost = probe(draws, differentiated=not (isinstance(settings, TwoStage) and settings.rounds == 0))
                     ledger.spend_once("probe", CALLS)
+                    if isinstance(budget, str):
+                        ledger.budget = _from_first(draws, lambda: evaluations_in(str(budget), cost))
+                    if progress and draws.rank == 0:
+                        print(planned(draws, settings, steps, ledger.budget, cost))
                     if ledger.affords(PLAUSIBLE_CALLS / LOOK):
                         ledger.spend_once("plausible", doubt(draws))
                 if target.key is None:
@@ -165,7 +175,11 @@ def _report(result: SearchResult, draws: Draws, config: dict[str, Any], again: b
 
 
 def _config(
-    draws: Draws, settings: TwoStage | Lion, steps: tuple[int, ...], initial: str | Solver | None, budget: int | None
+    draws: Draws,
+    settings: TwoStage | Lion,
+    steps: tuple[int, ...],
+    initial: str | Solver | None,
+    budget: int | str | None,
 ) -> dict[str, Any]:
     """What a run folder says of a search, and a resumed one must say too."""
     target = draws.target

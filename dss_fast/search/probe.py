@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..denoiser import NO_GRAPH
 from ..schedule import PREDICTION_TYPES, VP, Flow, Schedule
@@ -15,7 +18,7 @@ from .draws import Draws
 from .teacher import dense_grid, integrate
 
 SAMPLES = 2
-CALLS = 2 * SAMPLES  # evaluations of :func:`probe`
+CALLS = 4 * SAMPLES  # evaluations of :func:`probe`, a backward among them
 FINE, COARSE = 24, 16  # evaluations of the two trajectories that must agree
 PLAUSIBLE_CALLS = SAMPLES * (FINE + COARSE + 1)
 # Root mean square of what samples end at. Pixels in [-1, 1] and latents of unit variance have 0.2 to 1.5; the MNIST
@@ -27,25 +30,46 @@ AGREEMENT = 0.1
 SLOPE = 0.5
 
 
-def probe(draws: Draws, differentiated: bool) -> None:
-    """Two samples through the model at u = 0 and u = 1/2.
+@dataclass(frozen=True)
+class Cost:
+    """Of one model evaluation of one sample: seconds, and bytes that its graph saves for a backward."""
+
+    seconds: float
+    saved: int
+
+
+def probe(draws: Draws, differentiated: bool) -> Cost:
+    """Two samples through the model at u = 0 and u = 1/2, and back from the second; what an evaluation costs.
 
     differentiated: whether the search goes back through the model. Raises ValueError when it then returns an output
     without a graph, and when it returns nothing but zeros.
     """
     batch = replace(draws.alone, seed=0).batch("probe", 0, SAMPLES)
     denoise, zero = batch.denoiser(), True
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
     for u in (0.0, 0.5):
-        time = batch.schedule.time(torch.tensor([u], dtype=torch.float64))
-        time = time.to(batch.noise.device, torch.promote_types(batch.noise.dtype, torch.float32))
-        with torch.set_grad_enabled(differentiated):
+        now = batch.schedule.time(torch.tensor([u], dtype=torch.float64))
+        now = now.to(batch.noise.device, torch.promote_types(batch.noise.dtype, torch.float32))
+        start = time.perf_counter()
+        with torch.set_grad_enabled(differentiated), saved_tensors_hooks(pack, lambda tensor: tensor):
             x = batch.noise.detach().requires_grad_(differentiated).clone()
-            output = denoise(x, time.repeat(len(x)))
+            output = denoise(x, now.repeat(len(x)))
         if differentiated and not output.requires_grad:
             raise ValueError(NO_GRAPH)
         zero = zero and not bool(output.any())
     if zero:
         raise ValueError("the model returns zero everywhere: it is not trained, or its weights were not loaded")
+    if differentiated:
+        output.sum().backward()
+    float(output.detach().sum())  # waits for the device
+    seconds = (time.perf_counter() - start) / (SAMPLES * (3 if differentiated else 1))
+    return Cost(seconds, sum(kept.values()) // (2 * SAMPLES))
 
 
 def doubt(draws: Draws) -> int:
@@ -55,8 +79,7 @@ def doubt(draws: Draws) -> int:
     with the noise as its prediction type says. The schedule near it with which all hold, and best, is named. Returns
     the evaluations spent, the same on every process.
     """
-    schedule = draws.target.schedule
-    assert schedule is not None
+    schedule = draws.schedule
     scale, apart, slope = _measured(draws, schedule)
     spent = PLAUSIBLE_CALLS
     if _plausible(scale, apart, slope):

@@ -428,7 +428,7 @@ def _whole_keys(value: Any) -> Any:
 def flatten(value: Any, tensors: dict[str, Tensor], path: str = "state") -> Any:
     """JSON data in which tensors are replaced by names, and the tensors by name."""
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().cpu()
+        tensors[path] = value.detach().cpu().clone()  # two names may share one
         return {"$tensor": path}
     if isinstance(value, dict):
         return {str(key): flatten(item, tensors, f"{path}.{key}") for key, item in value.items()}

@@ -90,9 +90,9 @@ def test_from_a_folder_to_solvers_and_pictures(name, tmp_path, capsys):
     settings = ["--samples", "8", "--budget", "2500"]
     assert main([*command, *settings, *(["--call", *CALLS[name]] if CALLS[name] else [])]) == 0
     said = capsys.readouterr().out
-    numbers = "N = 3, N = 4" if name == "dit" else "N = 4"
-    assert f"{kind.__name__}: 3 prompts, latents" in said and f"plan: at most 2,500 network calls for {numbers}" in said
-    assert "MB of weights" in said and "minutes here" in said
+    numbers = "N = 3, 4" if name == "dit" else "N = 4"
+    assert f"{kind.__name__}: 3 prompts, latents" in said and f"{numbers}: " in said and "2,500 evaluations" in said
+    assert "ms a model evaluation" in said and "MB for a backward" in said
     solver = Solver.load(out / "solver-4.json")
     assert solver.name == "pipe/4" and solver.provenance["request"]["prompts"] == 3
     for n in (3, 4) if name == "dit" else (4,):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import inspect
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +16,11 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...files import check_writable
 from ...plots import plot_samples
 from ...search import Lion, SearchResult, TwoStage, search
-from ...target import Target
 from .pipeline import from_pipeline
 from .scheduler import DSSScheduler
 
@@ -40,7 +38,7 @@ def search_pipeline(
     call: Sequence[str] = (),
     dtype: str | None = None,
     device: str | None = None,
-    budget: int | None = None,
+    budget: int | str | None = None,
     seed: int = 0,
     resume: bool = False,
 ) -> SearchResult:
@@ -66,7 +64,8 @@ def search_pipeline(
     first = int(os.environ.get("RANK", "0")) == 0
     target = replace(from_pipeline(pipe, rows, **arguments), name=Path(source).name)
     if first:
-        print(plan(target, method, steps, budget, type(pipe).__name__, len(lines)), flush=True)
+        scale = target.guidance_scale
+        print(f"{type(pipe).__name__}: {len(lines)} prompts, latents {target.shape}, guidance {scale}", flush=True)
     result = search(target, steps, method=method, budget=budget, seed=seed, out=out, resume=resume)
     if first:
         print(result)
@@ -113,47 +112,6 @@ def rows_of(pipe: Any, lines: Sequence[str]) -> dict[str, list[Any]]:
             raise ValueError(f"{type(pipe).__name__} takes class numbers; write one a line")
         return {"class_labels": [int(line) for line in lines]}
     raise ValueError(f"{type(pipe).__name__} takes neither prompts nor class labels; build a target with from_pipeline")
-
-
-def plan(
-    target: Target, method: TwoStage | Lion, steps: Sequence[int], budget: int | None, pipeline: str, prompts: int
-) -> str:
-    """What a search will cost: calls, minutes and memory, from one call and one backward of the network."""
-    evaluations = method.budget(tuple(steps)) if budget is None else budget
-    batch = target.draw(min(method.batch_size, 4), torch.Generator().manual_seed(0))
-    u = torch.tensor(0.5, dtype=torch.float64)
-    predict = batch.predictor()
-    with torch.no_grad():
-        predict(batch.noise, u)  # the first call is slower
-        start = time.perf_counter()
-        float(predict(batch.noise, u).sum())
-        seconds = (time.perf_counter() - start) / len(batch)
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        predict(batch.noise.clone().requires_grad_(), u)
-    module = target.model
-    weights = sum(p.nbytes for p in module.parameters()) if isinstance(module, nn.Module) else 0
-    activations = sum(kept.values()) / len(batch) * method.batch_size
-    numbers = ", ".join(f"N = {n}" for n in steps)
-    calls = "network calls without a limit" if evaluations is None else f"at most {evaluations:,} network calls"
-    minutes = "" if evaluations is None else f"about {evaluations * seconds / 60:.1f} minutes here, "
-    return (
-        f"{pipeline}: {prompts} prompts, latents {target.shape}, guidance {target.guidance_scale}\n"
-        f"plan: {calls} for {numbers} (a backward counts 2, guidance once), {minutes}{1000 * seconds:.3g} ms a call; "
-        f"memory {gigabytes(weights)} of weights and {gigabytes(activations)} for a backward of {method.batch_size} "
-        "samples"
-    )
-
-
-def gigabytes(size: float) -> str:
-    """A size in words, to three digits."""
-    return f"{size / 2**30:.3g} GB" if size >= 2**28 else f"{size / 2**20:.3g} MB"
 
 
 def images(pipe: Any, rows: Mapping[str, list[Any]], arguments: Mapping[str, Any], steps: int, seed: int) -> Tensor:
