@@ -124,7 +124,7 @@ def test_conditions_go_with_their_places():
     for cond, words in (({}, "rows of"), ({"z": 1.0}, "rows of"), ({"y": torch.ones(2)}, r"shape \(2,\), not \(\)")):
         with pytest.raises(ValueError, match=words):
             batch.admit(noises[0], "ab2/4", cond=cond)
-    with pytest.raises(ValueError, match="give 3 rows"):
+    with pytest.raises(ValueError, match="a row for each of 3 places"):
         Batch(3, SHAPE, max_steps=8, cond={"y": torch.zeros(2)})
 
 
