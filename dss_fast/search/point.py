@@ -84,6 +84,8 @@ class Point:
         """As nested data for a checkpoint; infinities as None."""
         saved = {f.name: getattr(self, f.name) for f in fields(self)}
         saved = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in saved.items()}
+        # Tensors of their own: a file of tensors refuses two names of one, as when the best table is the present one.
+        saved = {k: v.clone() if isinstance(v, Tensor) else v for k, v in saved.items()}
         loss = None if self.loss is None else asdict(self.loss)
         return {**saved, "loss": loss, "space": [self.space.kind, self.space.num_steps]}
 
