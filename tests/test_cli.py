@@ -83,7 +83,7 @@ def test_search_sample_compare_show(folder, capsys):
         ("search mymodel:gone --steps 3", ("gone", "target", "draw")),
         ("search mymodel:empty --steps 3", ("shape",)),
         ("search mymodel:number --steps 3", ("int", "not a Target")),
-        ("search mymodel:target --steps 3 --space wide", ("wide", "rows+times")),
+        ("search mymodel:target --steps 3 --space wide", ("wide", "noise+times")),
         ("search mymodel:target --steps 3 --method lion --space full", ("--space", "lion", "samples")),
         ("sample mymodel:target --solver ab2/3 -o x.png", ("no images", "decode")),
         ("compare mymodel:target sit-xl-2-256 --steps 99", ("sit-xl-2-256", "99")),
