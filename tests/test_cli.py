@@ -112,7 +112,7 @@ def test_mistakes_are_one_line_and_status_2(folder, capsys, arguments, words):
         ("sample mymodel:target --solver ab2 --steps 0", ("'0'", "from 1")),
         ("sample mymodel:target --solver ab2/3 --device foo", ("'foo'", "cannot be used here")),
         ("search mymodel:target --samples 0", ("'0'", "from 1")),
-        ("search mymodel:target --budget 1.5", ("'1.5'", "from 1")),
+        ("search mymodel:target --budget 0", ("'0'", "from 1")),
         pytest.param("search mymodel:target --device cuda", ("'cuda'",), marks=pytest.mark.skipif(
             torch.cuda.is_available(), reason="there is one")),
     ],
