@@ -28,7 +28,7 @@ def test_target():
 
 
 def test_batch():
-    found = {"Batch": dss_fast.serving.Batch, "model": model, "noise": torch.randn(4, 32, 32)}
+    found = {"Batch": dss_fast.serving.Batch, "torch": torch, "model": model, "noise": torch.randn(4, 32, 32)}
     exec(code_of(dss_fast.serving.Batch), found)
     assert found["image"].shape == (4, 32, 32) and not found["batch"].running
 

@@ -252,8 +252,8 @@ def test_bad_arguments_are_named():
         dense_grid(Flow(), 10)
     with pytest.raises(ValueError, match="needs uncond"):
         drawn(guidance_scale=2.0)
-    with pytest.raises(ValueError, match="count=0"):
-        Teacher(drawn(), Ledger(), "train", 0, 4)
+    with pytest.raises(ValueError, match="count=-1"):
+        Teacher(drawn(), Ledger(), "train", -1, 4)
 
 
 def test_samples_are_drawn_once_and_the_end_needs_no_states(monkeypatch):
