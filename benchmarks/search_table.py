@@ -1,7 +1,7 @@
 """The search beside hand-made solvers and the paper's recipe: rows in benchmarks/results/search.jsonl.
 
     python benchmarks/search_table.py handmade mixture              best hand-made solver of each N
-    python benchmarks/search_table.py search mixture --steps 5 8 10 --seeds 0 1 2 --spaces full plain
+    python benchmarks/search_table.py search mixture --steps 5 8 10 --seeds 0 1 2 --spaces noise+start plain
     python benchmarks/search_table.py lion mixture --steps 5 8 10   the paper's recipe, 50,000 samples
     python benchmarks/search_table.py lion flow --steps 5 10 --samples 3000
     python benchmarks/search_table.py show
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="mixture")
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--spaces", nargs="+", default=["full"])
+    parser.add_argument("--spaces", nargs="+", default=["noise+start"])
     parser.add_argument("--budget", type=int, default=None)
     parser.add_argument("--together", action="store_true", help="one search for all N, over one teacher")
     parser.add_argument("--samples", type=int, default=None, help="of the paper's recipe, 50,000 by default")
