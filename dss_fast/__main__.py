@@ -4,6 +4,7 @@ A model is named ``module:attribute``. The attribute is a :class:`dss_fast.Targe
 that returns one; a dict of a Target's fields is taken too. ``search`` also takes a pipeline of diffusers, a folder or a
 hub id, with a file of prompts:
 
+    python -m dss_fast search examples.mnist:flow --steps 5,8 -o out
     python -m dss_fast search stabilityai/stable-diffusion-3.5-medium --prompts prompts.txt --steps 6,8 -o out
 """
 
@@ -158,8 +159,9 @@ def _sample(options: argparse.Namespace) -> None:
         write_tensors(path, {"samples": x.cpu()}, {"solver": solver.name, "seed": str(options.seed)})
     else:
         images = x if target.decode is None else target.decode(x)
+        # Blank titles: a number above a column reads as the class of its samples.
         columns = min(8, len(images))
-        plot_samples({f"{c}": images[c::columns] for c in range(columns)}, path, rows=-(-len(images) // columns))
+        plot_samples({" " * c: images[c::columns] for c in range(columns)}, path, rows=-(-len(images) // columns))
     print(f"{options.number} samples of {solver.name or options.solver} in {path}")
 
 
@@ -260,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
             also = "; or a pipeline of diffusers, its folder or hub id" if name == "search" else ""
             sub.add_argument("model", help=f"module:attribute, for example examples.mnist:flow{also}")
             sub.add_argument("-o", "--out", default=out, help=f"where results go (default {out})")
-            sub.add_argument("--seed", type=int, default=0)
+            sub.add_argument("--seed", type=int, default=0, help="of noise and conditions, a whole number")
             sub.add_argument("--device", type=_device, default=None, help="cpu, cuda, ... (default: the model's)")
         return sub
 
@@ -280,12 +282,12 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("sample", _sample, "sample with a solver", "samples.png")
     sub.add_argument("--solver", required=True, help="name/N, name/N@spacing or a JSON file")
     sub.add_argument("--steps", type=_count, default=None, help="N, when the name has none")
-    sub.add_argument("-n", "--number", type=_count, default=32)
+    sub.add_argument("-n", "--number", type=_count, default=32, help="samples to draw (default 32)")
 
     sub = command("compare", _compare, "solvers side by side on a model", "out")
     sub.add_argument("solvers", nargs="*", help="names or JSON files; by default the usual hand-made ones")
     sub.add_argument("--steps", type=_steps, default=[5, 10], help="for names without /N (default 5,10)")
-    sub.add_argument("--samples", type=_count, default=256)
+    sub.add_argument("--samples", type=_count, default=256, help="to measure on (default 256)")
     sub.set_defaults(seed=20_000)
 
     sub = command("show", _show, "print a solver, or list those that exist")

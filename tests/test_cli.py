@@ -131,6 +131,17 @@ def test_as_many_samples_are_drawn_as_asked_for(folder, monkeypatch):
     assert main("sample mymodel:pictures --solver ab2/3 -n 10 -o digits.png".split()) == 0
     ((columns, rows),) = seen
     assert sum(map(len, columns.values())) == 10 and len(columns) == 8 and rows == 2
+    assert not any(title.strip() for title in columns)  # a number reads as a class
+
+
+@pytest.mark.parametrize(
+    "command, words", [("sample", ("samples to draw", "of noise")), ("compare", ("to measure on",))]
+)
+def test_help_says_what_each_option_is(capsys, command, words):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert all(word in text for word in words) and "examples.mnist:flow" in text
 
 
 def test_the_device_is_the_models_unless_given(folder):
