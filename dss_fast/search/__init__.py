@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -172,6 +173,8 @@ def _report(result: SearchResult, draws: Draws, config: dict[str, Any], again: b
             write_report(result, draws, config)
     except KeyboardInterrupt:
         print(f"interrupted: the search is finished and saved in {result.out}, without its report")
+    except ImportError as error:
+        warnings.warn(f"no report, the search is finished and saved in {result.out}: {error}", stacklevel=3)
 
 
 def _config(

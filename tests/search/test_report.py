@@ -1,14 +1,15 @@
 """What a finished search writes for people: its figures by hand, its pictures legible."""
 
 import math
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from dss_fast import Target, handmade, sample
+from dss_fast import Target, handmade, sample, search
 from dss_fast.plots import cells_height, draw_coefficients
-from dss_fast.search import report
+from dss_fast.search import TwoStage, report
 from dss_fast.search.draws import Draws
 from dss_fast.search.runs import SearchResult
 
@@ -95,3 +96,12 @@ def test_numbers_in_the_heat_map_keep_their_signs_and_do_not_touch(num_steps):
         values = [c for row in solver.coeffs for c in row] + list(solver.noise_coeffs or ())
         assert len(negative) == sum(c < 0 for c in values) and all(t[0] == "\N{MINUS SIGN}" for t in negative)
         plt.close(figure)
+
+
+def test_without_matplotlib_the_search_ends_and_says_that_there_is_no_report(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    target = Target(lambda x, t: torch.sin(3 * t[:, None]) - 0.7 * x, (3,), key="bend")
+    with pytest.warns(UserWarning, match=r"no report.*dss_fast\[plots\]"):
+        result = search(target, 3, method=TwoStage(samples=16, rounds=1), budget=3_000, out=tmp_path, progress=False)
+    assert result.solver.num_steps == 3 and (tmp_path / "solver-3.json").exists()
+    assert not (tmp_path / "report.md").exists()
