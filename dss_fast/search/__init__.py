@@ -9,7 +9,6 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ METHODS: dict[str, type[TwoStage] | type[Lion]] = {"two_stage": TwoStage, "lion"
 
 
 def search(
-    target: Target | Model,
+    target: Target | Model | Sequence[Target],
     num_steps: int | Sequence[int],
     *,
     method: str | TwoStage | Lion = "two_stage",
@@ -57,7 +56,9 @@ def search(
         min over tables  E |x_N - teacher(1)|^2,   x_{i+1} = a_i x_i + b_i sum_{j<=i} c_ij y_j
 
     target: a Target with a shape; its schedule is ``Flow()`` by default, its device and dtype are those of the search,
-        and its ``name`` the solvers'. Or the model alone, with the Target's fields as ``description``.
+        and its ``name`` the solvers'. Or the model alone, with the Target's fields as ``description``. Or several
+        Targets of one schedule: a table for all of them, in which each counts by its error relative to what the table
+        that the search starts from leaves there.
     num_steps: N, or several in one search.
     method: ``"two_stage"``, or ``"lion"``, the paper's recipe (arXiv 2505.21114); or a :class:`TwoStage` or
         :class:`Lion` with settings of its own.
@@ -82,14 +83,16 @@ def search(
     elif budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
         raise ValueError(f"budget={budget!r}: give a whole number from 1, or a time such as '20min'")
     joined = join_processes()
-    target = Target.of(target, **description)
-    if target.shape is None:
+    targets = _targets(target, description)
+    if any(one.shape is None for one in targets):
         raise ValueError("the shape of one sample is not known: give it, as in search(Target(model, (4, 32, 32)), 10)")
+    if len(targets) > 1 and not isinstance(settings, TwoStage):
+        raise ValueError(f"method={settings.name!r} takes one target, not {len(targets)}; use 'two_stage'")
     if isinstance(seed, torch.Generator):
         seed = int(torch.randint(2**62, (1,), generator=seed, device=seed.device))
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed={seed!r}: give a whole number or a torch.Generator")
-    draws = Draws.of(target, seed)
+    draws = Draws.of(targets, seed)
     ledger = Ledger(settings.budget(steps) if budget is None else None if isinstance(budget, str) else budget)
     config = _config(draws, settings, steps, initial, budget)
     if out is not None:
@@ -101,33 +104,35 @@ def search(
             ledger.budget = checkpoint["budget"]  # what the time came to when it began
         finished = checkpoint is not None and _is_finished(checkpoint, ledger.budget)
         own_cache = Path(out) / "teacher" if out is not None and cache is None else None
-        with _frozen(target.model):
+        with _frozen([one.model for one in targets]):
             if finished:  # without a call of the model, unless the report is missing
                 assert checkpoint is not None
                 result = SearchResult.of(checkpoint, folder)
             else:
                 if checkpoint is None:
-                    if not ledger.affords(CALLS):
-                        raise ValueError(f"budget={budget!r}: the look at the model alone takes {CALLS}")
+                    if not ledger.affords(CALLS * len(targets)):
+                        raise ValueError(f"budget={budget!r}: the look at the model alone takes {CALLS * len(targets)}")
                     cost = probe(draws, differentiated=not (isinstance(settings, TwoStage) and settings.rounds == 0))
-                    ledger.spend_once("probe", CALLS)
+                    ledger.spend_once("probe", CALLS * len(targets))
                     if isinstance(budget, str):
                         ledger.budget = _from_first(draws, lambda: evaluations_in(str(budget), cost))
                     if progress and draws.rank == 0:
                         print(planned(draws, settings, steps, ledger.budget, cost))
-                    if ledger.affords(PLAUSIBLE_CALLS / LOOK):
-                        ledger.spend_once("plausible", doubt(draws))
-                if target.key is None:
-                    config["outputs"] = draws.outputs_hash()
-                    ledger.spend_once("fingerprint", 4)
-                    draws = replace(draws, target=replace(draws.target, key=f"{config['model']} {config['outputs']}"))
+                    if ledger.affords(PLAUSIBLE_CALLS * len(targets) / LOOK):
+                        ledger.spend_once("plausible", sum(doubt(one) for one in draws.each))
+                unnamed = sum(one.target.key is None for one in draws.each)
+                if unnamed:
+                    models = [about["model"] for about in (config, *config.get("others", ()))]
+                    draws, config["outputs"] = draws.fingerprinted(models)
+                    ledger.spend_once("fingerprint", 4 * unnamed)
                 if out is not None:
                     _from_first(draws, lambda: folder.begin(config) if folder else None)
                 kept = None if cache is None else Path(cache)
                 state = checkpoint and checkpoint["state"]
                 events = settings.run(draws, ledger, steps, initial=initial, cache=own_cache or kept, state=state)
-                request = {"request": dict(target.request)} if target.request else {}
-                provenance = {**config, "name": target.name, **request}
+                first = targets[0]
+                request = {"request": dict(first.request)} if first.request and len(targets) == 1 else {}
+                provenance = {**config, "name": "+".join(one.name for one in targets), **request}
                 result = drive(
                     events,
                     ledger,
@@ -185,20 +190,25 @@ def _config(
     budget: int | str | None,
 ) -> dict[str, Any]:
     """What a run folder says of a search, and a resumed one must say too."""
-    target = draws.target
-    assert target.schedule is not None
+    about = [
+        {
+            "shape": one.target.shape,
+            "guidance_scale": one.target.guidance_scale,
+            "guided_channels": one.target.guided_channels,
+            "model": one.target.key or one.parameters_hash(),
+        }
+        for one in draws.each
+    ]
     return {
         "method": settings.name,
         "settings": described(settings),
         "num_steps": steps,
         "initial": initial.to_dict() if isinstance(initial, Solver) else initial,
-        "shape": target.shape,
-        "schedule": target.schedule.to_dict(),
-        "guidance_scale": target.guidance_scale,
-        "guided_channels": target.guided_channels,
-        "dtype": str(target.dtype),
+        "schedule": draws.schedule.to_dict(),
+        **about[0],
+        **({"others": about[1:]} if draws.others else {}),
+        "dtype": str(draws.target.dtype),
         "seed": draws.seed,
-        "model": target.key or draws.parameters_hash(),
         "budget": budget,
         "processes": draws.world,
         "versions": {"dss_fast": _version(), "torch": torch.__version__, "python": platform.python_version()},
@@ -257,6 +267,18 @@ def _method(method: str | TwoStage | Lion) -> TwoStage | Lion:
     return METHODS[method]()
 
 
+def _targets(target: Target | Model | Sequence[Target], description: dict[str, Any]) -> list[Target]:
+    """The targets of a search. Raises ValueError for a list of anything else, or with fields beside it."""
+    if not isinstance(target, list | tuple) or not any(isinstance(one, Target) for one in target):
+        return [Target.of(target, **description)]  # type: ignore[arg-type]
+    for one in target:
+        if not isinstance(one, Target):
+            raise ValueError(f"target={type(one).__name__} among several: each must be a Target, which says its shape")
+    if description:
+        raise ValueError(f"{', '.join(description)}: several targets say this themselves, with replace(target, ...)")
+    return list(target)
+
+
 def _steps(num_steps: int | Sequence[int]) -> tuple[int, ...]:
     steps = (num_steps,) if isinstance(num_steps, int) else tuple(num_steps)
     whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in steps)
@@ -266,9 +288,9 @@ def _steps(num_steps: int | Sequence[int]) -> tuple[int, ...]:
 
 
 @contextmanager
-def _frozen(model: Model) -> Iterator[None]:
-    """A model's modules in eval mode, their parameters out of autograd, for the search; then as they were."""
-    modules = [part for module in modules_of(model) for part in module.modules()]
+def _frozen(models: Sequence[Model]) -> Iterator[None]:
+    """The models' modules in eval mode, their parameters out of autograd, for the search; then as they were."""
+    modules = [part for model in models for module in modules_of(model) for part in module.modules()]
     parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)]
     before = [p.requires_grad for p in parameters], [m.training for m in modules]
     try:

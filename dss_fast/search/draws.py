@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,20 +21,40 @@ class Draws:
 
     seed: with a stream's name and a batch's number it settles that batch, whatever ran before.
     rank, world: this process and how many share the work.
+    others: further targets of the same schedule, for one table over all; their batches take turns.
     """
 
     target: Target
     seed: int = 0
     rank: int = 0
     world: int = 1
+    others: tuple[Target, ...] = ()
 
     @classmethod
-    def of(cls, target: Target, seed: int = 0) -> Draws:
-        """For the processes there are; a target without a schedule gets the paper's flow."""
-        target = target if target.schedule is not None else replace(target, schedule=Flow())
+    def of(cls, targets: Target | Sequence[Target], seed: int = 0) -> Draws:
+        """For the processes there are; a target without a schedule gets the paper's flow.
+
+        Raises ValueError for targets of several schedules, dtypes or devices.
+        """
+        given = [targets] if isinstance(targets, Target) else list(targets)
+        target, *others = [t if t.schedule is not None else replace(t, schedule=Flow()) for t in given]
+        for other in others:
+            for word in ("schedule", "dtype", "home"):
+                mine, found = getattr(target, word), getattr(other, word)
+                if mine != found:
+                    what = "device" if word == "home" else word
+                    raise ValueError(
+                        f"{what} of {target.name} is {mine!r}, of {other.name} {found!r}; one search needs the same"
+                    )
+        draws = cls(target, seed, others=tuple(others))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return cls(target, seed, torch.distributed.get_rank(), torch.distributed.get_world_size())
-        return cls(target, seed)
+            return replace(draws, rank=torch.distributed.get_rank(), world=torch.distributed.get_world_size())
+        return draws
+
+    @property
+    def each(self) -> list[Draws]:
+        """Of each target by itself."""
+        return [replace(self, target=target, others=()) for target in (self.target, *self.others)]
 
     @property
     def alone(self) -> Draws:
@@ -56,7 +77,8 @@ class Draws:
         if size < self.world:
             raise ValueError(f"a batch of {size} samples cannot be shared by {self.world} processes")
         generator = torch.Generator().manual_seed(mix(self.seed, stream, number))
-        return self.target.draw(size, generator, self.rank, self.world)
+        target = (self.target, *self.others)[number % (1 + len(self.others))]
+        return target.draw(size, generator, self.rank, self.world)
 
     def mine(self, start: int, size: int) -> slice:
         """Where this process's rows of a batch of ``size`` stand in a vector over samples that has it at ``start``."""
@@ -79,6 +101,18 @@ class Draws:
                     digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
                     digest.update(tensor_bytes(value))
         return digest.hexdigest()
+
+    def fingerprinted(self, models: Sequence[str]) -> tuple[Draws, str]:
+        """With a key for each target that has none, from the hash of its parameters in ``models`` and of its outputs;
+        and the latter hashes, 4 evaluations each.
+        """
+        keyed, outputs = [], []
+        for one, model in zip(self.each, models, strict=True):
+            if one.target.key is None:
+                outputs.append(one.outputs_hash())
+                one = replace(one, target=replace(one.target, key=f"{model} {outputs[-1]}"))
+            keyed.append(one.target)
+        return replace(self, target=keyed[0], others=tuple(keyed[1:])), " ".join(outputs)
 
     def outputs_hash(self) -> str:
         """A hash of what the model returns for two fixed samples at two times; 4 evaluations."""

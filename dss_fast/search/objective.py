@@ -29,6 +29,18 @@ class Residual:
     back: Callable[[Tensor], Tensor]
     moves: Moves | None = None
 
+    def over(self, unit: float) -> Residual:
+        """With squares counted in ``unit``."""
+        if unit == 1:
+            return self
+        back, moves, scale = self.back, self.moves, unit**-0.5
+        return Residual(
+            self.error / unit,
+            self.values * scale,
+            lambda c: back(c * scale),
+            None if moves is None else lambda c, trajectory: moves(c * scale, trajectory),
+        )
+
 
 def residual(loss: Loss, weight: float, states: Tensor, trajectory: Trajectory, targets: Tensor) -> Residual:
     """The residuals of states (B, N, *S) under a loss: ``"end"``, ``"trajectory"`` or a function of samples.

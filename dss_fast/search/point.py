@@ -25,12 +25,13 @@ class Point:
     theta: accepted; candidate: to be tried next. loss: the quadratic there. values, scale: |r|^2 of its samples and
     the robust scale. predicted: what the candidate should gain. round, tries: accepted ones, and refused ones since.
     small: rounds in a row whose gain was below the tolerance. best: theta with the smallest held-out loss.
-    share: evaluations it may spend. spent: those it has.
+    share: evaluations it may spend. spent: those it has. units: what each target's squares are counted in.
     """
 
     space: Space
     candidate: Tensor
     share: float
+    units: tuple[float, ...] = (1.0,)
     theta: Tensor | None = None
     loss: Quadratic | None = None
     values: Tensor | None = None
@@ -83,6 +84,7 @@ class Point:
     def save(self) -> dict[str, Any]:
         """As nested data for a checkpoint; infinities as None."""
         saved = {f.name: getattr(self, f.name) for f in fields(self)}
+        saved["units"] = list(self.units)
         saved = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in saved.items()}
         # Tensors of their own: a file of tensors refuses two names of one, as when the best table is the present one.
         saved = {k: v.clone() if isinstance(v, Tensor) else v for k, v in saved.items()}
@@ -96,4 +98,4 @@ class Point:
         best_loss = math.inf if saved["best_loss"] is None else saved["best_loss"]
         kind, num_steps = saved["space"]
         space = Space(kind, schedule, num_steps)
-        return cls(**{**saved, "loss": loss, "best_loss": best_loss, "space": space})
+        return cls(**{**saved, "loss": loss, "best_loss": best_loss, "space": space, "units": tuple(saved["units"])})

@@ -39,11 +39,15 @@ class Cost:
 
 
 def probe(draws: Draws, differentiated: bool) -> Cost:
-    """Two samples through the model at u = 0 and u = 1/2, and back from the second; what an evaluation costs.
+    """Two samples through the model at u = 0 and u = 1/2, and back from the second; what an evaluation costs. Of
+    several targets, the mean of the seconds and the largest graph.
 
     differentiated: whether the search goes back through the model. Raises ValueError when it then returns an output
     without a graph, and when it returns nothing but zeros.
     """
+    if draws.others:
+        costs = [probe(one, differentiated) for one in draws.each]
+        return Cost(sum(cost.seconds for cost in costs) / len(costs), max(cost.saved for cost in costs))
     batch = replace(draws.alone, seed=0).batch("probe", 0, SAMPLES)
     denoise, zero = batch.denoiser(), True
     kept: dict[int, int] = {}

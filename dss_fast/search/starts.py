@@ -56,39 +56,63 @@ def candidates(schedule: Schedule, num_steps: int, done: dict[int, Solver]) -> l
 def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solver], limit: int) -> list[Solver]:
     """The best of the tables, best first; at most ``limit`` evaluations, 0 for a single table.
 
-    Each is run on one sample, the better third of them on two more, and so on, as far as the first batch reaches.
-    With too small a limit for all, the first ones take part. Score: the robust mean of |x_N - teacher(1)|^2.
+    Each is run on one sample, the better third of them on two more, and so on, as far as the first batch of each
+    target reaches. With too small a limit for all, the first ones take part. Score: the robust mean of
+    |x_N - teacher(1)|^2, of several targets the geometric mean of theirs.
     """
     left, count = list(tables), 0
     errors: dict[Solver, Tensor] = {}
-    n, most, wanted = left[0].num_steps, teacher.sizes[0], draws.world
-    left = left[: max(1, limit // (2 * n * wanted))]
-    while len(left) > 1 and wanted <= most and n * (wanted - count) * len(left) <= limit:
-        batch, trajectory = teacher[0]
-        rows = slice(count // draws.world, wanted // draws.world)
-        found = torch.zeros(len(left), wanted - count, dtype=torch.float64)
-        part = _rows(batch, rows)
-        for k, solver in enumerate(left):
+    n, targets, wanted = left[0].num_steps, len(draws.each), draws.world
+    most = min(teacher.sizes[:targets]) // draws.world * draws.world
+    left = left[: max(1, limit // (2 * n * wanted * targets))]
+    while len(left) > 1 and count < wanted <= most and n * (wanted - count) * targets * len(left) <= limit:
+        cost = n * (wanted - count) * targets * len(left)
+        found = _errors(draws, teacher, left, slice(count, wanted))
+        ledger.spend(cost)
+        limit -= cost
+        for solver, rows in zip(left, found, strict=True):
+            errors[solver] = torch.cat([errors[solver], rows], 1) if solver in errors else rows
+        scales = [ROBUST * float(each.median()) for each in torch.stack([errors[s] for s in left], 1)]
+
+        def score(solver: Solver, scales: list[float] = scales) -> float:
+            pairs = zip(errors[solver], scales, strict=True)
+            return sum(math.log(max(robust(each, max(scale, 1e-300)), 1e-300)) for each, scale in pairs)
+
+        left.sort(key=score)
+        count, wanted = wanted, min(KEPT * wanted, most)
+        if count < wanted:
+            left = left[: max(2, math.ceil(len(left) / KEPT))]
+    return left
+
+
+@torch.no_grad()
+def units(draws: Draws, ledger: Ledger, teacher: Teacher, solver: Solver) -> tuple[float, ...]:
+    """What each target's squares are counted in, the table's median on its first batch; 1 for a single target."""
+    if not draws.others:
+        return (1.0,)
+    count = min(teacher.sizes[: len(draws.each)]) // draws.world * draws.world
+    found = _errors(draws, teacher, [solver], slice(0, count))
+    ledger.spend(solver.num_steps * count * len(draws.each))
+    return tuple(float(each.median().clamp_min(1e-300)) for each in found[0])
+
+
+def _errors(draws: Draws, teacher: Teacher, tables: Sequence[Solver], rows: slice) -> Tensor:
+    """(tables, targets, rows) |x_N - teacher(1)|^2 of those rows of each target's first batch, over all processes."""
+    found = torch.zeros(len(tables), len(draws.each), rows.stop - rows.start, dtype=torch.float64)
+    mine = slice(rows.start // draws.world, rows.stop // draws.world)
+    for t in range(found.shape[1]):
+        batch, trajectory = teacher[t]
+        part = _rows(batch, mine)
+        for k, solver in enumerate(tables):
             table = StepTable.of(solver, guidance=part.guidance, dtype=part.noise.dtype, device=part.noise.device)
             try:
                 end = Rollout(part.denoiser(), part.noise, table.weights, table.times, wrt=()).states[:, -1]
-                error = squares(end, trajectory.last[rows]).nan_to_num(nan=LOST, posinf=LOST).clamp_max(LOST)
+                error = squares(end, trajectory.last[mine]).nan_to_num(nan=LOST, posinf=LOST).clamp_max(LOST)
             except FloatingPointError:
                 error = torch.full((len(part),), LOST, dtype=torch.float64)
-            found[k, draws.rank :: draws.world] = error
-        draws.all_reduce(found)
-        cost = n * (wanted - count) * len(left)
-        ledger.spend(cost)
-        limit -= cost
-        for solver, row in zip(left, found, strict=True):
-            errors[solver] = torch.cat([errors[solver], row]) if solver in errors else row
-        scale = ROBUST * float(torch.cat([errors[solver] for solver in left]).median())
-        left.sort(key=lambda solver: robust(errors[solver], max(scale, 1e-300)))
-        count, wanted = wanted, min(KEPT * wanted, most // draws.world * draws.world)
-        if wanted == count:
-            break
-        left = left[: max(2, math.ceil(len(left) / KEPT))]
-    return left
+            found[k, t, draws.rank :: draws.world] = error
+    draws.all_reduce(found)
+    return found
 
 
 def respaced(timesteps: Tensor, num_steps: int) -> Tensor:

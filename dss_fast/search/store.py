@@ -47,16 +47,20 @@ class Store:
         self._folder: Path | None = None
         self._key = ""
         if cache is not None:
-            target = draws.target
-            assert target.schedule is not None
             described = {
                 "format": FORMAT,
                 **settings,
-                "model": target.key or [draws.parameters_hash(), draws.outputs_hash()],
-                "schedule": target.schedule.to_dict(),
-                "shape": target.shape,
-                "dtype": str(target.dtype),
-                "guidance": [target.guidance_scale, target.guided_channels],
+                "targets": [
+                    [
+                        one.target.key or [one.parameters_hash(), one.outputs_hash()],
+                        one.target.shape,
+                        one.target.guidance_scale,
+                        one.target.guided_channels,
+                    ]
+                    for one in draws.each
+                ],
+                "schedule": draws.schedule.to_dict(),
+                "dtype": str(draws.target.dtype),
                 "seed": draws.seed,
                 "process": [draws.rank, draws.world],
             }
@@ -104,7 +108,7 @@ class Store:
 
     def _inputs(self, batch: Samples) -> str:
         digest = hashlib.blake2b(digest_size=16)
-        values = {"noise": batch.noise, "scale": batch.scale, **batch.cond, **(self.draws.target.uncond or {})}
+        values = {"noise": batch.noise, "scale": batch.scale, **batch.cond, **(batch.target.uncond or {})}
         for name, value in values.items():
             digest.update(name.encode())
             if isinstance(value, Tensor):

@@ -34,7 +34,7 @@ from .objective import Loss, Residual, residual
 from .point import Point
 from .settings import check_counts, graph_memory
 from .space import SPACES, Space
-from .starts import candidates, ranked
+from .starts import candidates, ranked, units
 from .teacher import Teacher
 
 ANNEAL = (30, 10, 5, 3, 2, 1)  # times trajectory_weight, round by round
@@ -125,13 +125,14 @@ class TwoStage:
             {"sizes": self.sizes(draws, ledger.budget, steps), "first": {}, "points": {}} if state is None else state
         )
         samples, held_out_samples, calls = state["sizes"]
+        targets = len(draws.each)
         points = {n: Point.load(saved, schedule) for n, saved in state["points"].items()}
         first: dict[int, Solver] = {n: start[n] for n in steps if initial is not None} | dict(state["first"])
         train, held_out = (
             Teacher(draws, ledger, stream, count, size, budget=calls, cache=cache, memory=self.memory)
             for stream, count, size in (
-                ("train", samples, max(draws.world, min(self.batch_size, -(-samples // 2)))),
-                ("held_out", held_out_samples, max(1, min(self.batch_size, held_out_samples))),
+                ("train", samples, max(draws.world, min(self.batch_size, -(-samples // max(2, targets))))),
+                ("held_out", held_out_samples, max(1, min(self.batch_size, -(-held_out_samples // targets)))),
             )
         )
 
@@ -173,7 +174,10 @@ class TwoStage:
             if n not in points:
                 space = Space(self.space, schedule, n)
                 share = (ledger.budget - ledger.evaluations) * n / sum(steps[steps.index(n) :])
-                points[n] = Point(space, candidate=space.theta(first[n]), share=share)
+                before = ledger.evaluations
+                counted = units(draws, ledger, train, first[n])
+                spent = ledger.evaluations - before
+                points[n] = Point(space, space.theta(first[n]), share=share, units=counted, spent=spent)
             stage = Stage(self, draws, ledger, train, held_out)
             while not points[n].finished:
                 before, point = ledger.evaluations, points[n]
@@ -221,7 +225,7 @@ class TwoStage:
             looks = held_out(samples) * (calls(samples) + sum(steps) * LOOKS)
             return math.ceil(samples * each + looks + START_SHARE * budget)
 
-        least = max(2, draws.world)
+        least = max(2, draws.world) * len(draws.each)
         samples = self.samples
         if samples is None:
             samples = max(least, bisect_right(range(1, 1 << 20), budget, key=cost))
@@ -263,18 +267,20 @@ class Stage:
         """How many batches the next round takes; 0: none, the search for this N is over."""
         settings, sizes = self.settings, self.train.sizes
         growing = GROWTH[point.round] if point.round < len(GROWTH) else 1.0
-        batches = enough(sizes, max(LEAST, math.ceil(growing * sum(sizes))))
+        targets = len(point.units)  # which take turns: each has its part in every round
+        batches = enough(sizes, max(LEAST * targets, math.ceil(growing * sum(sizes))))
+        batches = min(-(-batches // targets) * targets, len(sizes))
         n = point.space.num_steps
         looks = n * sum(self.held_out.sizes)
 
         def cost(batches: int) -> int:
             """Of the candidate, and of its differentiation once accepted."""
             size = sum(sizes[:batches])
-            sketched = sum(sizes[k] for k in range(batches) if self._sketches(k, point.round, batches))
+            sketched = sum(sizes[k] for k in range(batches) if self._sketches(k, point, batches))
             return n * (size * (3 if self._keeps(n, size) else 4) + 2 * sketched)
 
-        while batches > 1 and not self._affords(point, cost(batches) + looks):
-            batches -= 1
+        while batches > targets and not self._affords(point, cost(batches) + looks):
+            batches -= targets
         size, known = sum(sizes[:batches]), 0 if point.values is None else len(point.values)
         over = point.round >= settings.rounds or size < 0.4 * known
         return 0 if over or not self._affords(point, cost(batches) + looks) else batches
@@ -296,9 +302,12 @@ class Stage:
                     memory_budget=self._graphs(batches if kept else 0), wrt=("weights", "times") if kept else (),
                 )  # fmt: skip
                 targets = point.space.targets(theta)
-                found = residual(self.settings.loss, new, rollout.states, trajectory, targets)
+                unit = point.units[k % len(point.units)]
+                found = residual(self.settings.loss, new, rollout.states, trajectory, targets).over(unit)
                 runs.append(Run(batch, rollout if kept else None, found))
-                past = found if old == new else residual(self.settings.loss, old, rollout.states, trajectory, targets)
+                past = found
+                if old != new:
+                    past = residual(self.settings.loss, old, rollout.states, trajectory, targets).over(unit)
                 before.append(past.values.double().square().mean(1).cpu())
             values = [run.residual.values.double().square().mean(1).cpu() for run in runs]
             errors = [run.residual.error.cpu() for run in runs]
@@ -340,13 +349,14 @@ class Stage:
     def check(self, point: Point, theta: Tensor) -> tuple[Point, float]:
         """The point after a look at theta on held-out samples, which choose the best; and the end point's RMSE."""
         space, n, total, select = point.space, point.space.num_steps, sum(self.held_out.sizes), self.settings.select
-        features = self.draws.target.features if select == "features" else None
         runs, ends, seen = [], [], []
         try:
-            for batch, trajectory in self.held_out:
+            for k, (batch, trajectory) in enumerate(self.held_out):
+                unit = point.units[k % len(point.units)]
                 rollout = Rollout(batch.denoiser(None), batch.noise, *self._table(space, theta, batch), wrt=())
                 runs.append(batch)
-                ends.append(squares(rollout.states[:, -1], trajectory.last))
+                ends.append(squares(rollout.states[:, -1], trajectory.last) / unit)
+                features = batch.target.features if select == "features" else None
                 if features is not None:
                     seen.append(squares(features(rollout.states[:, -1]), features(trajectory.last)))
             errors, *more = self._gathered(runs, total, ends, *([seen] if seen else []))
@@ -368,7 +378,7 @@ class Stage:
             batch, rollout, found = runs[k].batch, runs[k].rollout, runs[k].residual
             values = trial.values[self.draws.mine(start, batch.size), None]
             cotangents = [found.values]
-            if self._sketches(k, point.round, trial_count):
+            if self._sketches(k, point, trial_count):
                 cotangents.append(self._signs(found.values, n, point.round, k, batch.size))
             scale = found.values.shape[1] ** -0.5  # |r|^2 is averaged over its elements
             if rollout is None:  # all of them together did not fit
@@ -405,9 +415,10 @@ class Stage:
         table: StepTable = space.table(theta, batch.guidance).to(batch.noise.device, batch.noise.dtype)
         return table.weights, table.times
 
-    def _sketches(self, k: int, number: int, batches: int) -> bool:
+    def _sketches(self, k: int, point: Point, batches: int) -> bool:
         """Whether a batch of a round takes part in the sketch."""
-        return (k + number) % SKETCHED == 0 or batches < SKETCHED
+        targets = len(point.units)
+        return (k // targets + point.round) % SKETCHED == 0 or batches < SKETCHED * targets
 
     def _weight(self, number: int) -> float:
         """Of the inner states' squares in a round."""
@@ -446,10 +457,9 @@ class Stage:
 
     def _keeps(self, num_steps: int, samples: int) -> bool:
         """Whether the states and histories of so many samples may stay in memory together."""
-        target = self.draws.target
-        assert target.shape is not None
-        numbers = (2 * num_steps + 1) * math.prod(target.shape) * samples / self.draws.world
-        return numbers * target.dtype.itemsize <= self.settings.memory
+        largest = max(math.prod(one.target.shape or ()) for one in self.draws.each)
+        numbers = (2 * num_steps + 1) * largest * samples / self.draws.world
+        return numbers * self.draws.target.dtype.itemsize <= self.settings.memory
 
     def _graphs(self, shared_by: int) -> int | float | None:
         """The memory for graphs of one rollout of ``shared_by`` alive at a time; 0: none is differentiated."""
