@@ -159,9 +159,8 @@ def _sample(options: argparse.Namespace) -> None:
         write_tensors(path, {"samples": x.cpu()}, {"solver": solver.name, "seed": str(options.seed)})
     else:
         images = x if target.decode is None else target.decode(x)
-        # Blank titles: a number above a column reads as the class of its samples.
-        columns = min(8, len(images))
-        plot_samples({" " * c: images[c::columns] for c in range(columns)}, path, rows=-(-len(images) // columns))
+        # Blank titles: a number beside a row reads as the class of its samples.
+        plot_samples({" " * k: part for k, part in enumerate(images.split(8))}, path)
     print(f"{options.number} samples of {solver.name or options.solver} in {path}")
 
 

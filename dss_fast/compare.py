@@ -93,13 +93,13 @@ class Comparison:
         return plot_errors(self.rows, path, metric=metric)
 
     def plot_samples(
-        self, path: str | os.PathLike[str], solvers: Sequence[str] | None = None, *, rows: int = 8
+        self, path: str | os.PathLike[str], solvers: Sequence[str] | None = None, *, count: int = 8
     ) -> Path:
-        """Samples side by side from the same noise, the reference last; below them each solver's own worst, beside
-        the reference from the same noise. Needs matplotlib."""
+        """Samples above each other from the same noise, the reference last; at the end of each row the solver's own
+        worst, beside the reference from the same noise. Needs matplotlib."""
         titles = list(self.images) if solvers is None else [*solvers, "reference"]
         worst = {t: self.worst[t] for t in titles if t in self.worst}
-        return plot_samples({t: self.images[t] for t in titles}, path, rows=rows, worst=worst)
+        return plot_samples({t: self.images[t] for t in titles}, path, count=count, worst=worst)
 
 
 _OPTIONAL = {"median": "median", "p90": "90 %", "switched": "switched", "frechet": "Frechet", "energy": "energy"}

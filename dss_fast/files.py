@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
-SUFFIXES = ("safetensors", "json", "jsonl", "md", "png", "txt")
+SUFFIXES = ("safetensors", "json", "jsonl", "md", "html", "png", "txt")
 MAX_BYTES, MAX_DEPTH = 8 << 20, 24  # of JSON that is read: a solver of 600 steps, or 1000 alphas_cumprod, take less
 SEAL = re.compile(rb'"checksum": ?"([0-9a-f]{32})"')  # in JSON text, and in the header of a safetensors file
 UNSEALED = "0" * 32
@@ -58,14 +58,18 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], data: Any, *, sealed: bool = False) -> None:
-    """Writes JSON data, lists of numbers on one line; an object sealed, if so wanted. Raises ValueError for NaN."""
-    data = {"checksum": UNSEALED, **data} if sealed else data
-    text = json.dumps(data, indent=1, allow_nan=False)
-    flat = re.sub(r"\[\n\s*([^\[\]{}]+?)\n\s*\]", lambda found: "[" + re.sub(r",\n\s*", ", ", found[1]) + "]", text)
+    """Writes :func:`json_text`; an object sealed, if so wanted."""
+    text = json_text({"checksum": UNSEALED, **data} if sealed else data)
     with replacing(path) as temporary:
-        temporary.write_text(flat + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8")
         if sealed:
-            _seal(temporary, len(flat))
+            _seal(temporary, len(text))
+
+
+def json_text(data: Any) -> str:
+    """JSON data as text, lists of numbers on one line. Raises ValueError for NaN."""
+    text = json.dumps(data, indent=1, allow_nan=False)
+    return re.sub(r"\[\n\s*([^\[\]{}]+?)\n\s*\]", lambda found: "[" + re.sub(r",\n\s*", ", ", found[1]) + "]", text)
 
 
 def read_json(path: str | os.PathLike[str], *, sealed: bool = False) -> Any:

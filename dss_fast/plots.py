@@ -73,7 +73,7 @@ def draw_timesteps(axes: Any, solver: Solver) -> None:
     axes.plot(solver.timesteps, [0.0] * (n + 1), "o", color=SEARCHED, ms=6, label="timesteps")
     if solver.network_timesteps is not None:
         axes.plot(solver.network_timesteps, [0.0] * n, "x", color="black", ms=6, label="given to the network")
-    axes.set(yticks=[], xlabel="u: 0 noise, 1 data", ylim=(-1, 1.6), xlim=(-0.02, 1.02))
+    axes.set(yticks=[], xlabel="u: 0 noise, 1 data", ylim=(-1, 2.4), xlim=(-0.02, 1.02), box_aspect=0.22)
     axes.legend(loc="upper center", ncols=3, frameon=False, fontsize=8)
     axes.spines[["left", "top", "right"]].set_visible(False)
 
@@ -105,45 +105,50 @@ def plot_errors(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str],
     axes.minorticks_off()
     axes.grid(alpha=0.25, which="both")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return write_figure(figure, path)
 
 
 def plot_samples(
-    columns: Mapping[str, Tensor],
+    rows: Mapping[str, Tensor],
     path: str | os.PathLike[str],
     *,
-    rows: int = 8,
+    count: int = 8,
     worst: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Images of several solvers side by side, each row from the same noise.
+    """Images of several solvers, a row for each, those above each other from the same noise.
 
-    columns: title -> images (B, C, H, W) in [0, 1], C = 1 or 3, the same B everywhere.
-    worst: title -> pairs (B, C, H, 2 W) for some of the columns, drawn below them: a solver's own worst samples, the
+    rows: title -> images (B, C, H, W) in [0, 1], C = 1 or 3, of which the first ``count`` are drawn.
+    worst: title -> pairs (B, C, H, 2 W) for some of the rows, drawn at their end: a solver's own worst samples, the
         reference on their right.
     """
     worst = worst or {}
-    rows = min(rows, min(len(images) for images in columns.values()))
-    pairs = max((len(images) for images in worst.values()), default=0)
-    heights = [1.2] * rows + [0.75] * pairs
+    shown = {title: [*images[:count]] for title, images in rows.items()}
+    columns = max(map(len, shown.values()))
+    pairs = max((len(worst.get(title, ())) for title in rows), default=0)
+    ratio = max(image.shape[-1] / image.shape[-2] for images in shown.values() for image in images)
+    widths = [ratio] * columns + [0.15] * bool(pairs) + [2 * ratio + 0.1] * pairs
+    cell = min(1.1, 10.5 / sum(widths))  # inches; the whole is no wider than a page
     figure, grid = pyplot().subplots(
-        rows + pairs,
-        len(columns),
-        figsize=(1.35 * len(columns), 0.55 + sum(heights) + 0.3 * bool(pairs)),
-        height_ratios=heights,
+        len(rows),
+        len(widths),
+        figsize=(cell * sum(widths) + 1.2 * any(map(str.strip, rows)), cell * len(rows) + 0.25 * bool(pairs)),
+        width_ratios=widths,
         layout="constrained",
         squeeze=False,
     )
-    for j, (title, images) in enumerate(columns.items()):
-        below = worst.get(title, images[:0])
-        for i, image in enumerate([*images[:rows], *below]):
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.02, wspace=0, hspace=0)
+    for line, (title, images) in zip(grid, shown.items(), strict=True):
+        cells = [*zip(line, images, strict=False), *zip(line[columns + 1 :], worst.get(title, ()), strict=False)]
+        for axes, image in cells:
             pixels = image.detach().float().clamp(0, 1).cpu().permute(1, 2, 0).numpy()
-            grid[i][j].imshow(pixels, cmap="gray" if pixels.shape[-1] == 1 else None, vmin=0, vmax=1)
-        for axes in grid[:, j]:
+            axes.imshow(pixels, cmap="gray" if pixels.shape[-1] == 1 else None, vmin=0, vmax=1)
+        for axes in line:
             axes.axis("off")
-        grid[0][j].set_title(title, fontsize=9)
-        if len(below):
-            grid[rows][j].set_title("its worst | reference", fontsize=7)
+        if title.strip():
+            line[0].text(-0.08, 0.5, title, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
+    if pairs:
+        grid[0][columns + 1].set_title("its worst | reference", fontsize=8, loc="left")
     return write_figure(figure, path)
 
 

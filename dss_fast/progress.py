@@ -9,7 +9,7 @@ from typing import Any
 class Silent:
     """A bar that is not there: it takes what a tqdm bar takes and shows nothing."""
 
-    n, total, initial = 0, None, 0
+    n, total, initial, unit = 0, None, 0, ""
 
     def __enter__(self) -> Silent:
         return self

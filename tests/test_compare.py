@@ -79,7 +79,7 @@ def test_table_files_and_pictures(result, tmp_path):
     result.save(tmp_path / "c.json")
     assert json.loads((tmp_path / "c.json").read_text()) == result.rows
     result.plot(tmp_path / "c.png")
-    result.plot_samples(tmp_path / "s.png", ["euler/5", "ab3/10"], rows=4)
+    result.plot_samples(tmp_path / "s.png", ["euler/5", "ab3/10"], count=4)
     plot_solver(find_solver("dit-xl-2-256/7"), tmp_path / "t.png")
     for name in ("c.png", "s.png", "t.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG") and (tmp_path / name).stat().st_size > 5000

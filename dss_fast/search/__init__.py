@@ -6,7 +6,6 @@ import datetime
 import os
 import platform
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -70,7 +69,8 @@ def search(
     seed: settles all noise and conditions; a Generator gives one number. Global generators stay as they are.
     out: a run folder: config, log, checkpoints, solvers, a report. resume: continue the search in it, to
         the bit-identical table. cache: a folder for teacher trajectories; ``out/teacher`` by default.
-    progress: print the plan and show a bar. report: write report.md with pictures into ``out``.
+    progress: print the plan and show a bar. report: write report.html, and report.md with its
+        pictures, into ``out``.
 
     Under torchrun the samples are shared by the processes; rank 0 reports. Ctrl-C ends the search with the
     best solver so far. Raises ValueError for what does not fit, OSError for a folder that cannot be
@@ -170,16 +170,14 @@ def _name_the_first(error: Exception, rank: int) -> None:
 
 def _report(result: SearchResult, draws: Draws, config: dict[str, Any], again: bool) -> None:
     """Writes the report; Ctrl-C leaves it out. again: also where there is one."""
-    from .report import write_report
+    from .report import FILES, write_report
 
     assert result.out is not None
     try:
-        if again or not (result.out / "report.md").exists():
+        if again or not all((result.out / name).exists() for name in FILES):
             write_report(result, draws, config)
     except KeyboardInterrupt:
         print(f"interrupted: the search is finished and saved in {result.out}, without its report")
-    except ImportError as error:
-        warnings.warn(f"no report, the search is finished and saved in {result.out}: {error}", stacklevel=3)
 
 
 def _config(

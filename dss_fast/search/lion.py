@@ -99,6 +99,7 @@ class Lion:
                 "stage": "lion",
                 "done": done,
                 "total": total,
+                "unit": "batches",
                 "complete": done == total,
                 "solvers": {n: point.best() for n, point in points.items()},
                 "state": {"done": done, "points": {n: p.save() for n, p in points.items()}},

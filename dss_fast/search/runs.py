@@ -6,7 +6,8 @@ of work, which :func:`drive` logs, shows and saves. Its keys:
     solvers     {N: Solver}, the best so far
     state       everything the method needs to go on bit for bit: nested dicts and lists of tensors,
                 numbers and strings (tuples come back as lists); None: not yet worth saving
-    done, total units of work, for the progress bar
+    done, total units of work, for the progress bar; unit: their name in the plural,
+                ``COUNTED`` when left out
     complete    whether the method has nothing left to do, whatever the budget
     stage       a word
     loss        {N: number}, training error; held_out: {N: number}, error on noise never trained on
@@ -46,6 +47,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 FORMAT = "dss_fast.run/3"
+COUNTED = "evaluations"  # what a method's ``done`` counts when it does not say
 CHECKPOINT_SECONDS = 1.0  # a checkpoint is tens of kilobytes and two syncs, about 5 ms
 
 
@@ -81,7 +83,7 @@ class SearchResult:
         lines = []
         for n, solver in self.solvers.items():
             _, errors = self.curve("held_out", n)
-            gain = f": held-out error {min(errors):.4g}, {errors[0]:.4g} at the start" if errors else ""
+            gain = f": held-out RMSE {min(errors):.4g}, {errors[0]:.4g} at the start" if errors else ""
             lines.append(f"{solver.name}{gain}")
         where = f", in {self.out}" if self.out else ""
         return "\n".join([*lines, f"{self.evaluations:,} model evaluations{where}"])
@@ -100,7 +102,7 @@ class SearchResult:
 
 
 class RunFolder:
-    """config.json, log.jsonl, checkpoint.safetensors, solver-N.json, report.md and its pictures.
+    """config.json, log.jsonl, checkpoint.safetensors, solver-N.json, report.html, report.md and its pictures.
 
     Each but the report is checked against a hash of all its bytes: config, checkpoint and solvers say their own, the
     checkpoint that of the log. A solver is written again from the checkpoint, what else does not fit is refused.
@@ -324,7 +326,7 @@ def drive(
         result.solvers, result.evaluations = checkpoint["solvers"], checkpoint["evaluations"]
         ledger.restore(checkpoint["evaluations"], checkpoint["counted"])
     # No bar for a search that fails at once.
-    bar = progress_bar(progress and rank == 0, unit="step", dynamic_ncols=True, smoothing=0.1, delay=0.1)
+    bar = progress_bar(progress and rank == 0, unit=f" {COUNTED}", dynamic_ncols=True, smoothing=0.1, delay=0.1)
     shown: dict[str, str] = {}
     resumable: dict[str, Any] | None = None
     saved_at, unsaved = time.monotonic(), False
@@ -409,7 +411,7 @@ def _loggable(event: dict[str, Any]) -> dict[str, Any]:
     """What of an event goes to the log: all that JSON can hold but states and tables."""
     line: dict[str, Any] = {"time": round(time.time(), 3)}
     for key, value in event.items():
-        if key in ("state", "solvers", "counted", "events"):
+        if key in ("state", "solvers", "counted", "events", "unit"):
             continue
         try:
             line[key] = json.loads(json.dumps(value, allow_nan=True))
@@ -453,17 +455,18 @@ def unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _show(bar: Any, event: dict[str, Any], shown: dict[str, str]) -> None:
-    """Stage, losses and evaluations beside the bar; tqdm adds the time left."""
-    done, total = event.get("done"), event.get("total")
+    """Stage, losses and, where the bar counts something else, evaluations beside it; tqdm adds the time left."""
+    done, total, unit = event.get("done"), event.get("total"), event.get("unit", COUNTED)
     if done is not None:
         if bar.n == 0 and done > 1:
             bar.initial = done  # resumed: the rate counts from here
-        bar.n, bar.total = done, total
-    for key, label in (("loss", "loss"), ("held_out", "error")):
+        bar.n, bar.total, bar.unit = done, total, f" {unit}"
+    for key, label in (("loss", "loss"), ("held_out", "held-out RMSE")):
         values = {n: v for n, v in (event.get(key) or {}).items() if v is not None and math.isfinite(v)}
         if values:
             shown[label] = f"{label} " + " ".join(f"N={n} {v:.4g}" for n, v in values.items())
-    bar.set_postfix_str(", ".join([*shown.values(), f"{event['evaluations']:,} evaluations"]), refresh=False)
+    spent = [] if done is not None and unit == COUNTED else [f"{event['evaluations']:,} evaluations"]
+    bar.set_postfix_str(", ".join([*shown.values(), *spent]), refresh=False)
     bar.set_description(event.get("stage") or "search", refresh=False)
     bar.update(0)
     if done == total:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 from dataclasses import replace
 from functools import partial
@@ -190,6 +191,7 @@ def test_report_log_and_provenance(tmp_path):
     target = Target(model, (1, 4, 4), decode=lambda x: x.sigmoid(), name="bend", dtype=F64, key="bend")
     result = search(target, 3, out=tmp_path, method=replace(LION, samples=48, unique_samples=None), progress=False)
     text = (tmp_path / "report.md").read_text()
+    assert (tmp_path / "report.html").stat().st_size > 10_000
     for name in ("overview.png", "stages.png", "samples-3.png", "solver-3.json"):
         assert name in text and (tmp_path / name).stat().st_size > 300
     assert f"{result.evaluations:,} model evaluations" in text
@@ -210,8 +212,16 @@ def test_report_log_and_provenance(tmp_path):
 def test_the_bar_shows_loss_evaluations_and_time_left(capsys):
     find(progress=True)
     shown = capsys.readouterr().err
-    assert "loss N=3" in shown and "error N=3" in shown and "evaluations" in shown
+    assert "loss N=3" in shown and "held-out RMSE N=3" in shown and "evaluations" in shown
     assert "10/10" in shown and "<" in shown
+
+
+@pytest.mark.parametrize("method, unit", [("lion", "batches"), ("two_stage", "evaluations")])
+def test_the_bar_says_what_it_counts(capsys, method, unit):
+    """Evaluations passed for steps."""
+    find(progress=True, method=method)
+    shown = capsys.readouterr().err
+    assert re.search(rf"\d {unit}/s", shown) and "step/s" not in shown
 
 
 def test_any_generator_of_events_is_a_method(tmp_path):

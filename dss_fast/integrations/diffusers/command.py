@@ -75,7 +75,7 @@ def search_pipeline(
             columns = {f"own, {count} steps": images(pipe, rows, arguments, count, seed) for count in (SLOW, n)}
             pipe.scheduler = DSSScheduler.from_config(own.config, solver=solver)
             columns[f"searched, {n} steps"] = images(pipe, rows, arguments, n, seed)
-            print(f"picture in {plot_samples(columns, Path(out) / f'pipeline-{n}.png', rows=SHOWN)}")
+            print(f"picture in {plot_samples(columns, Path(out) / f'pipeline-{n}.png', count=SHOWN)}")
         pipe.scheduler = own
         files = [f"{Path(out) / f'solver-{n}.json'}" for n in result.solvers]
         print(
