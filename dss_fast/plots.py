@@ -100,13 +100,21 @@ def plot_errors(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str],
             low, high = [r["rmse_low"] for r in line], [r["rmse_high"] for r in line]
             axes.fill_between(steps, low, high, alpha=0.2 if searched else 0.05, color=style["color"], lw=0)
     label = {"rmse": "RMSE to the fine reference"}.get(metric, metric)
-    axes.set(yscale="log", xlabel="network evaluations per sample", ylabel=label)
+    axes.set(xlabel="network evaluations per sample", ylabel=label)
+    log_scale(axes)
     axes.set_xticks(sorted({r["num_steps"] for r in rows}), labels=map(str, sorted({r["num_steps"] for r in rows})))
-    axes.minorticks_off()
-    axes.grid(alpha=0.25, which="both")
+    axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return write_figure(figure, path)
+
+
+def log_scale(axes: Any) -> None:
+    """A logarithmic y axis with plain numbers at 1, 2, 3 and 5 of each decade; powers alone leave one or none."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(pyplot().matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
 
 
 def plot_samples(
@@ -132,12 +140,12 @@ def plot_samples(
     figure, grid = pyplot().subplots(
         len(rows),
         len(widths),
-        figsize=(cell * sum(widths) + 1.2 * any(map(str.strip, rows)), cell * len(rows) + 0.25 * bool(pairs)),
+        figsize=(cell * sum(widths) + 1.4 * any(map(str.strip, rows)), cell * len(rows) + 0.25 * bool(pairs)),
         width_ratios=widths,
         layout="constrained",
         squeeze=False,
     )
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.02, wspace=0, hspace=0)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03, wspace=0, hspace=0)
     for line, (title, images) in zip(grid, shown.items(), strict=True):
         cells = [*zip(line, images, strict=False), *zip(line[columns + 1 :], worst.get(title, ()), strict=False)]
         for axes, image in cells:

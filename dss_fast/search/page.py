@@ -33,12 +33,12 @@ pre code { padding: 0; font-size: 1em; }
 details { margin: .6rem 0; }
 summary { cursor: pointer; }
 .wide { overflow-x: auto; margin: .9rem 0; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .65rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .5rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
 th { vertical-align: bottom; white-space: normal; }
 th.number, td.number { text-align: right; }
 figure { margin: 1rem 0; }
-img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
+img { max-width: 100%; height: auto; box-sizing: border-box; padding: .5rem; background: #fff; border-radius: 4px; }
 @media print {
   :root { color-scheme: light; --ink: #000; --paper: #fff; --line: #bbb; --code: #f3f4f6; }
   main { max-width: none; padding: 0; }

@@ -17,7 +17,16 @@ from torch import Tensor
 from ..distance import Reference, squares, three_digits
 from ..files import json_text, write_text
 from ..methods import handmade
-from ..plots import SEARCHED, cells_height, draw_coefficients, draw_timesteps, plot_samples, pyplot, write_figure
+from ..plots import (
+    SEARCHED,
+    cells_height,
+    draw_coefficients,
+    draw_timesteps,
+    log_scale,
+    plot_samples,
+    pyplot,
+    write_figure,
+)
 from ..sampling import sample
 from ..solver import Solver
 from ..target import Samples, Target
@@ -37,6 +46,11 @@ RIVALS = tuple(
 )
 SHOWN, WORST = 8, 3  # samples drawn of each solver: the first, and those that err most
 HAND_MADE = "#2980b9"
+HELD_OUT = (
+    "Held-out RMSE: the same unit, on other samples, those by which the search chose its table. The two often differ "
+    "by a factor of two or three: a few samples carry most of a mean square (compare the median with the worst), and "
+    "each set of samples has its own few."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,14 +141,14 @@ def _answer(result: SearchResult, matches: Matches, reference: Reference) -> lis
     """Whether each solver is better than the best hand-made one, the figures, and what they are."""
     digits = lambda value: "-" if value is None else three_digits(value)  # noqa: E731
     rows = []
+    held_out = {n: min(values) for n in matches if (values := result.curve("held_out", n)[1])}
     for n, match in matches.items():
-        held_out = min(result.curve("held_out", n)[1], default=None)
-        for run, chosen_by in zip(match.runs, (None, held_out), strict=True):
+        for run, chosen_by in zip(match.runs, ("-", digits(held_out.get(n))), strict=True):
             f, worst = run.figures, math.sqrt(float(run.errors.max()))
             cells = [str(n), code(run.name), digits(f["rmse"]), f"{digits(f['rmse_low'])} to {digits(f['rmse_high'])}"]
             cells += [digits(value) for value in (f["median"], f["p90"], worst)]
             cells += ["-" if f["switched"] is None else f"{100 * f['switched']:.0f} %"]
-            rows.append([*cells, *(digits(value) for value in (f["frechet"], f["energy"], chosen_by))])
+            rows.append([*cells, digits(f["frechet"]), digits(f["energy"]), *([chosen_by] if held_out else [])])
     titles = ["N", "solver", "RMSE", "95 % interval", "median", "90 %", "worst", "switched", "Frechet", "energy"]
     few = [["searched", *(digits(float(m.mine.errors[:SCREENED].mean().sqrt())) for m in matches.values())]]
     few += [[code(name), *(digits(m.screened[name]) for m in matches.values())] for name in RIVALS]
@@ -148,16 +162,12 @@ def _answer(result: SearchResult, matches: Matches, reference: Reference) -> lis
     compared = "features" if reference.target.features is not None else "samples"
     return [
         *(Text(_verdict(n, match)) for n, match in matches.items()),
-        Table([*titles, "held-out RMSE"], rows),
+        Table([*titles, *(["held-out RMSE"] if held_out else [])], rows),
         Text(
             "RMSE: the root mean square difference per element from a fine trajectory that starts at the same noise, "
             f"over {SAMPLES} samples that the search has not seen. Median, 90 % and worst: of the samples' own."
         ),
-        Text(
-            "Held-out RMSE: the same unit, on other samples, those by which the search chose its table. The two often "
-            "differ by a factor of two or three: a few samples carry most of a mean square (compare the median with "
-            "the worst), and each set of samples has its own few."
-        ),
+        *([Text(HELD_OUT)] if held_out else []),
         Text(
             f"Switched: the share of samples that {switched}. Frechet and energy: distances between distributions, of "
             f"{compared}, to the reference from other noises; two draws of the reference of {SAMPLES // 2} noises each "
@@ -247,7 +257,8 @@ def _draw_stages(found: dict[int, list[tuple[Run, list[float]]]], path: Path) ->
             axis.plot(1, last, marker="o", ms=9, ls="", color=color, label=run.name)
             beside = {"xytext": (9, 0), "textcoords": "offset points", "va": "center", "color": color}
             axis.annotate(three_digits(last), (1, last), **beside)
-        axis.set(title=f"N = {n}", xlabel="u reached (0 noise, 1 data)", yscale="log", xlim=(0, 1.2))
+        axis.set(title=f"N = {n}", xlabel="u reached (0 noise, 1 data)", xlim=(0, 1.2))
+        log_scale(axis)
         axis.set_xticks([0, 0.25, 0.5, 0.75, 1])
         axis.grid(alpha=0.25)
         axis.legend(frameon=False, fontsize=8, title="at the end", title_fontsize=8)
@@ -261,21 +272,21 @@ def _tables(result: SearchResult, batch: Samples, picture: Draw) -> list[Block]:
         Text(
             "With the state x and the predictions y (velocities of a flow, clean samples for VP) a step is "
             "`x_{i+1} = a_i x_i + b_i (c_i0 y_0 + ... + c_ii y_i)`; a weight on the initial noise, where the table has "
-            f"one, adds to the sum. The scalars a and b follow from u and the schedule, {code(repr(batch.schedule))}."
+            "one, adds to the sum. The scalars a and b follow from u and the schedule, "
+            f"{code(repr(batch.schedule))}; the time is what the network is told."
         ),
         *picture("overview.png", "error, coefficients and timesteps", lambda path: overview(result, path)),
     ]
     for n, solver in result.solvers.items():
-        u, noise = solver.timesteps, solver.noise_coeffs
-        asked = torch.tensor(solver.network_timesteps or u[:-1], dtype=torch.float64)
+        u, noise, asked = solver.timesteps, solver.noise_coeffs, solver.network_timesteps
+        times = batch.schedule.time(torch.tensor(asked or u[:-1], dtype=torch.float64)).tolist()
         rows = []
-        for i, (at, time) in enumerate(zip(asked.tolist(), batch.schedule.time(asked).tolist(), strict=True)):
-            weights = [*([] if noise is None else [noise[i]]), *solver.coeffs[i][: i + 1]]
-            cells = [f"{value:.4f}".replace("-", "\N{MINUS SIGN}") for value in weights]
-            rows.append(
-                [str(i), f"{u[i]:.4f} to {u[i + 1]:.4f}", f"{at:.4f}", f"{time:.5g}", *cells, *[""] * (n - 1 - i)]
-            )
-        titles = ["step", "u", "network asked at", "its time", *([] if noise is None else ["noise"])]
+        for i, row in enumerate(solver.coeffs):
+            weights = [*([] if noise is None else [noise[i]]), *row[: i + 1]]
+            cells = [f"{value:.3f}".replace("-", "\N{MINUS SIGN}") for value in weights] + [""] * (n - 1 - i)
+            told = [*([] if asked is None else [f"{asked[i]:.4f}"]), f"{times[i]:.4g}"]
+            rows.append([str(i), f"{u[i]:.4f}", *told, *cells])
+        titles = ["step", "u", *([] if asked is None else ["asked at"]), "time", *([] if noise is None else ["noise"])]
         data = {key: value for key, value in solver.to_dict().items() if key != "provenance"}
         blocks += [
             Text(f"{code(solver.name)}:"),
@@ -339,14 +350,14 @@ def _again(result: SearchResult, config: dict[str, Any]) -> list[Block]:
     kind = {kind.name: kind for kind in (TwoStage, Lion)}[config["method"]]
     defaults = {f.name: f.default for f in fields(kind)}
     given = {key: value for key, value in config["settings"].items() if value != defaults[key]}
-    arguments = [f"target, {config['num_steps']!r}"]
+    python, arguments = ["from dss_fast import compare, search"], [f"target, {config['num_steps']!r}"]
     if given or kind is Lion:
+        python.append(f"from dss_fast.search import {kind.__name__}")
         arguments.append(f"method={kind.__name__}({', '.join(f'{key}={value!r}' for key, value in given.items())})")
     if config["initial"] is not None:
         arguments.append(f"initial={config['initial']!r}" if isinstance(config["initial"], str) else "initial=solver")
     arguments += [f"{key}={config[key]!r}" for key in ("budget", "seed")]
-    python = ["from dss_fast import compare, search", f"from dss_fast.search import {kind.__name__}", ""]
-    python += [f'result = search({", ".join(arguments)}, out="another-folder")', ""]
+    python += ["", f'result = search({", ".join(arguments)}, out="another-folder")', ""]
     python += ['compare(target, [*result.solvers.values(), "ab2", "unip3"], num_steps=list(result.solvers))']
     return [
         Code("\n".join(python), "python"),
@@ -380,7 +391,9 @@ def overview(result: SearchResult, path: str | os.PathLike[str]) -> None:
         for n, (at, values) in curves.items():
             axis.plot(at, values, marker="." if len(at) < 50 else None, lw=1, label=f"N = {n}")
         if curves:
-            axis.set(title=title, xlabel="model evaluations", yscale="log")
+            axis.set(title=title, xlabel="model evaluations")
+            axis.locator_params(axis="x", nbins=5)
+            log_scale(axis)
             axis.grid(alpha=0.3)
             axis.legend()
         else:
