@@ -21,7 +21,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e4e6e9; --paper: #16181b; --line: #3a3f46; --code: #23272c; }
 }
-body { margin: 0; color: var(--ink); background: var(--paper); font: 16px/1.55 system-ui, sans-serif; }
+body { margin: 0; color: var(--ink); background: var(--paper); font: 1rem/1.55 system-ui, sans-serif; }
 main { max-width: 64rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 1rem 0; }
 h2 { font-size: 1.25rem; margin: 2.4rem 0 .6rem; padding-top: .9rem; border-top: 1px solid var(--line); }
@@ -40,13 +40,12 @@ th.number, td.number { text-align: right; }
 figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; box-sizing: border-box; padding: .5rem; background: #fff; border-radius: 4px; }
 @media print {
-  :root { color-scheme: light; --ink: #000; --paper: #fff; --line: #bbb; --code: #f3f4f6; }
+  :root { font-size: 12px; color-scheme: light; --ink: #000; --paper: #fff; --line: #bbb; --code: #f3f4f6; }
   main { max-width: none; padding: 0; }
   h2 { break-after: avoid; }
-  figure, tr { break-inside: avoid; }
+  figure, tr, pre { break-inside: avoid; }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; }
-  table { font-size: .72rem; }
-  th, td { padding: .2rem .35rem; }
+  .wide { overflow: visible; }
 }
 """
 

@@ -86,6 +86,7 @@ class SearchResult:
             gain = f": held-out RMSE {min(errors):.4g}, {errors[0]:.4g} at the start" if errors else ""
             lines.append(f"{solver.name}{gain}")
         where = f", in {self.out}" if self.out else ""
+        where += "; report.html there says what was gained" if self.out and (self.out / "report.html").exists() else ""
         return "\n".join([*lines, f"{self.evaluations:,} model evaluations{where}"])
 
     def curve(self, key: str, num_steps: int) -> tuple[list[int], list[float]]:
