@@ -193,8 +193,8 @@ def _verdict(n: int, match: Match) -> str:
         for title, own, other in errors
     )
     return (
-        f"N = {n}: **{word}**. Against {code(best.name)}, the best of {len(RIVALS)} hand-made ones: {', '.join(times)}; "
-        f"nearer to the reference on {nearer} of {SAMPLES} samples."
+        f"N = {n}: **{word}**. Against {code(best.name)}, the best of {len(RIVALS)} hand-made ones: "
+        f"{', '.join(times)}; nearer to the reference on {nearer} of {SAMPLES} samples."
     )
 
 
