@@ -2,18 +2,20 @@
 
     python -m benchmarks.transfer run                            # all pairs of one family, N = 5 and 8, default space
     python -m benchmarks.transfer run --spaces plain --steps 10 --budget 20000
+    python -m benchmarks.transfer run --sources flow+mixture     # one table searched on both, run on all
     python -m benchmarks.transfer show                           # prints the tables
     python -m benchmarks.transfer show --write docs/transfer.md  # puts them between its marks
 
-A row's table is searched on its model and run on each column's, both of one family. Figures: its RMSE over that of
-the best hand-made solver on the column's model (all methods and spacings, see search_table.py), on noise that no
-search draws; below 1 it wins. What is in the rows already is not run again: delete the file to start over.
+A row's table is searched on its model, or on several, and run on each column's, all of one family. Figures: its RMSE
+over that of the best hand-made solver on the column's model (all methods and spacings, see search_table.py), on noise
+that no search draws; below 1 it wins. What is in the rows already is not run again: delete the file to start over.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +54,15 @@ def table(source: str, num_steps: int, space: str, budget: int, seed: int) -> So
     row = found(**key)
     if row is None:
         method = TwoStage(space=space)
-        result = search(target(source), num_steps, method=method, budget=budget, seed=seed, progress=False)
+        targets = [target(name) for name in source.split("+")]
+        result = search(targets, num_steps, method=method, budget=budget, seed=seed, progress=False)
         row = write(**key, evaluations=result.evaluations, solver=result.solver.to_dict())
     return Solver.from_dict(row["solver"])
 
 
-def run(models: list[str], steps: list[int], spaces: list[str], budget: int, seed: int) -> None:
+def run(models: list[str], sources: list[str], steps: list[int], spaces: list[str], budget: int, seed: int) -> None:
     searched = {
-        (name, n, space): table(name, n, space, budget, seed) for n in steps for space in spaces for name in models
+        (name, n, space): table(name, n, space, budget, seed) for n in steps for space in spaces for name in sources
     }
     for column in models:
         fresh: Fresh | None = None
@@ -69,7 +72,7 @@ def run(models: list[str], steps: list[int], spaces: list[str], budget: int, see
             wanted += [
                 ("pair", name, space, budget, seed)
                 for name, m, space in searched
-                if m == n and (name in VPS) == (column in VPS)
+                if m == n and (name.split("+")[0] in VPS) == (column in VPS)
             ]
             for kind, *settings in wanted:
                 key = {"kind": kind, **dict(zip(("source", "space", "budget", "seed"), settings, strict=True)), **about}
@@ -93,7 +96,8 @@ def show(measure: str = "rmse") -> str:
             group[r["source"], r["target"]] = r[measure] / hand[r["target"], r["num_steps"]][measure]
     parts = []
     for (n, space, budget, seed), cells in sorted(groups.items()):
-        sources = [name for name in MODELS if any(name == source for source, _ in cells)]
+        known = {source for source, _ in cells}
+        sources = [*(name for name in MODELS if name in known), *sorted(known - set(MODELS))]
         columns = [name for name in MODELS if any(name == column for _, column in cells)]
         command = f"python -m benchmarks.transfer run --steps {n} --spaces {space} --budget {budget} --seed {seed}"
         lines = [f"N = {n}, space `{space}`: `{command}`", "", f"| searched on | {' | '.join(columns)} |"]
@@ -101,21 +105,25 @@ def show(measure: str = "rmse") -> str:
         best = [f"{hand[name, n][measure]:.4f}" for name in columns]
         for source in sources:
             text = [f"{cells[source, name]:.2f}" if (source, name) in cells else "" for name in columns]
-            bold = [f"**{cell}**" if name == source else cell for cell, name in zip(text, columns, strict=True)]
+            own = source.split("+")
+            bold = [f"**{cell}**" if name in own else cell for cell, name in zip(text, columns, strict=True)]
             lines.append(f"| {source} | {' | '.join(bold)} |")
         lines.append(
             f"| *{measure.upper() if measure == 'rmse' else measure} of the best hand-made* | {' | '.join(best)} |"
         )
-        away = [ratio for (source, column), ratio in cells.items() if source != column]
-        if away:
-            lost = sum(ratio > 1 for ratio in away)
-            mean = 1.0
-            for ratio in away:
-                mean *= ratio ** (1 / len(away))
-            lines += [
-                "",
-                f"On other models: geometric mean {mean:.2f}, worst {max(away):.2f}, {lost} of {len(away)} above 1.",
+        for words, several in (("a table of one model", False), ("a table of several", True)):
+            away = [
+                ratio
+                for (source, column), ratio in cells.items()
+                if ("+" in source) == several and column not in source.split("+")
             ]
+            if away:
+                lost, mean = sum(ratio > 1 for ratio in away), math.exp(sum(map(math.log, away)) / len(away))
+                lines += [
+                    "",
+                    f"On other models, {words}: geometric mean {mean:.2f}, worst {max(away):.2f}, "
+                    f"{lost} of {len(away)} above 1.",
+                ]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -124,6 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "show"))
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--sources", nargs="+", help="searched on: models, or several joined by +; default: --models")
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 8])
     parser.add_argument("--spaces", nargs="*", default=[TwoStage().space], help="none: only the hand-made solvers")
     parser.add_argument("--budget", type=int, default=20_000, help="model evaluations of each search")
@@ -132,7 +141,14 @@ def main() -> None:
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the text between the marks in FILE")
     options = parser.parse_args()
     if options.what == "run":
-        return run(options.models, options.steps, options.spaces, options.budget, options.seed)
+        return run(
+            options.models,
+            options.sources or options.models,
+            options.steps,
+            options.spaces,
+            options.budget,
+            options.seed,
+        )
     text = show(options.measure)
     if options.write is None:
         return print(text)
