@@ -15,6 +15,7 @@ from .space import Space
 
 DAMPING = 0.1  # of Levenberg-Marquardt at the start, relative to J'J's diagonal
 LEAST_DAMPING, MOST_DAMPING = 1e-7, 1e6
+RACE = 3  # rounds after which the best of several points goes on
 MOST_TRIES = 6  # in a row that do not improve
 
 
@@ -50,6 +51,11 @@ class Point:
     def solver(self) -> Solver | None:
         """The best table so far."""
         return None if self.best is None else self.space.solver(self.best)
+
+    @property
+    def raced(self) -> bool:
+        """Whether it has run the rounds after which one of several goes on."""
+        return self.finished or self.round >= RACE
 
     def stepped(self) -> Point:
         """With the damped step from theta as the next candidate."""

@@ -46,7 +46,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-FORMAT = "dss_fast.run/3"
+FORMAT = "dss_fast.run/4"
 COUNTED = "evaluations"  # what a method's ``done`` counts when it does not say
 CHECKPOINT_SECONDS = 1.0  # a checkpoint is tens of kilobytes and two syncs, about 5 ms
 

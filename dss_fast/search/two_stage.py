@@ -31,7 +31,7 @@ from .draws import Draws, mix
 from .gauss_newton import Quadratic, Sums, robust, signs_beside
 from .ledger import Ledger
 from .objective import Loss, Residual, residual
-from .point import Point
+from .point import RACE, Point
 from .settings import check_counts, graph_memory
 from .space import SPACES, Space
 from .starts import candidates, ranked, units
@@ -44,6 +44,7 @@ FEW = 40  # samples of which none are held out: eight of them choose worse than 
 SLACK = 1.25  # of the rounds' cost, for those that are rejected
 START_SHARE = 0.1  # of the budget, to find where to start
 LOOKS = 4  # at the held-out samples, that the plan counts on
+RACERS = 3  # tables of different spacings to start from, of which the best goes on after RACE rounds (``Point.raced``)
 SKETCHED = 2  # every so many batches a sketch
 PAPER_SHARE = 1 / 50  # default budget, of the paper's 50,000 samples x (100 + 3 N)
 
@@ -126,7 +127,7 @@ class TwoStage:
         )
         samples, held_out_samples, calls = state["sizes"]
         targets = len(draws.each)
-        points = {n: Point.load(saved, schedule) for n, saved in state["points"].items()}
+        points = {n: [Point.load(saved, schedule) for saved in racers] for n, racers in state["points"].items()}
         first: dict[int, Solver] = {n: start[n] for n in steps if initial is not None} | dict(state["first"])
         train, held_out = (
             Teacher(draws, ledger, stream, count, size, budget=calls, cache=cache, memory=self.memory)
@@ -136,14 +137,17 @@ class TwoStage:
             )
         )
 
+        stage = Stage(self, draws, ledger, train, held_out)
+
         def event(stage: str, *, saved: bool = True, **values: Any) -> dict[str, Any]:
-            found = {n: point.solver() for n, point in points.items()}
-            kept = {"first": dict(first), "points": {n: point.save() for n, point in points.items()}}
+            found = {n: racers[0].solver() for n, racers in points.items()}
+            kept = {"first": dict(first), "points": {n: [point.save() for point in points[n]] for n in points}}
             return {
                 "stage": stage,
                 "done": ledger.evaluations,
                 "total": ledger.budget,
-                "complete": len(points) == len(steps) and all(point.finished for point in points.values()),
+                "complete": len(points) == len(steps)
+                and all(point.finished for racers in points.values() for point in racers),
                 "solvers": {n: found.get(n) or first.get(n, start[n]) for n in steps},
                 "state": {"sizes": state["sizes"], **kept} if saved else None,
                 "samples": samples,
@@ -166,45 +170,26 @@ class TwoStage:
                     yield event("teacher", saved=False)
 
         for n in steps:
-            if n not in first:
-                limit = min(ledger.budget * START_SHARE * n / sum(steps), ledger.budget - ledger.evaluations)
-                done = {k: points[k].solver() or first[k] for k in points}
-                first[n] = ranked(draws, ledger, train, candidates(schedule, n, done), int(limit))[0]
-                yield event("start", num_steps=n, start=first[n].name)
             if n not in points:
+                starts = [first[n]] if n in first else []
+                if not starts:
+                    limit = min(ledger.budget * START_SHARE * n / sum(steps), ledger.budget - ledger.evaluations)
+                    done = {k: points[k][0].solver() or first[k] for k in points}
+                    found = ranked(draws, ledger, train, candidates(schedule, n, done), int(limit))
+                    starts = of_different_spacings(found)[: racers_of(samples)]
                 space = Space(self.space, schedule, n)
                 share = (ledger.budget - ledger.evaluations) * n / sum(steps[steps.index(n) :])
-                before = ledger.evaluations
-                counted = units(draws, ledger, train, first[n])
-                spent = ledger.evaluations - before
-                points[n] = Point(space, space.theta(first[n]), share=share, units=counted, spent=spent)
-            stage = Stage(self, draws, ledger, train, held_out)
-            while not points[n].finished:
-                before, point = ledger.evaluations, points[n]
-                values: dict[str, Any] = {}
-                look = point.candidate if point.theta is None and stage.affords_look(point) else None
-                if look is not None and point.best is None:
-                    point, rmse = stage.check(point, look)
-                    values = {"held_out": {n: rmse}}
-                batches = stage.plan(point)
-                trial = stage.attempt(point, batches) if batches else None
-                look = None
-                if not batches:
-                    point = point.ended()
-                    look = point.theta if stage.affords_look(point) else None
-                elif trial is None or not stage.improves(point, trial):
-                    point = point.rejected()
-                    point = point.renewed() if point.finished and point.round < len(ANNEAL) else point
-                    values = {"accepted": False, "damping": point.damping}
-                else:
-                    point, told = stage.accept(point, trial, stage.differentiate(point, trial))
-                    values = {**values, **told}
-                    settled = len(ANNEAL) < point.round
-                    look = point.theta if settled and stage.affords_look(point) else None
-                if look is not None:
-                    point, rmse = stage.check(point, look)
-                    values = {**values, "held_out": {n: rmse}}
-                points[n] = replace(point, spent=point.spent + ledger.evaluations - before)
+                counted = units(draws, ledger, train, starts[0])
+                points[n] = [Point(space, space.theta(solver), share=share, units=counted) for solver in starts]
+                if n not in first:
+                    first[n] = starts[0]
+                    yield event("start", num_steps=n, start=first[n].name, starts=[solver.name for solver in starts])
+            while not all(point.finished for point in points[n]):
+                racing = len(points[n]) > 1
+                k = next(k for k, point in enumerate(points[n]) if not (point.raced if racing else point.finished))
+                points[n][k], values = stage.advance(points[n][k])
+                if racing and all(point.raced for point in points[n]):
+                    points[n] = [stage.winner(points[n])]
                 yield event("gauss-newton", num_steps=n, **values)
 
     def sizes(self, draws: Draws, budget: int, steps: tuple[int, ...]) -> list[int]:
@@ -220,7 +205,8 @@ class TwoStage:
 
         def cost(samples: int) -> int:
             planned = min(len(GROWTH), self.rounds, 6 + samples // 8)
-            rounds = SLACK * sum(max(share, min(1.0, LEAST / samples)) for share in GROWTH[:planned])
+            shares = GROWTH[:planned] + (racers_of(samples) - 1) * GROWTH[:RACE]
+            rounds = SLACK * sum(max(share, min(1.0, LEAST / samples)) for share in shares)
             each = calls(samples) + sum(steps) * (1 + 4 * rounds)
             looks = held_out(samples) * (calls(samples) + sum(steps) * LOOKS)
             return math.ceil(samples * each + looks + START_SHARE * budget)
@@ -284,6 +270,39 @@ class Stage:
         size, known = sum(sizes[:batches]), 0 if point.values is None else len(point.values)
         over = point.round >= settings.rounds or size < 0.4 * known
         return 0 if over or not self._affords(point, cost(batches) + looks) else batches
+
+    def advance(self, point: Point) -> tuple[Point, dict[str, Any]]:
+        """The point after its next round, accepted or not, and what to log."""
+        n, before = point.space.num_steps, self.ledger.evaluations
+        values: dict[str, Any] = {}
+        if point.theta is None and point.best is None and self.affords_look(point):
+            point, rmse = self.check(point, point.candidate)
+            values = {"held_out": {n: rmse}}
+        batches = self.plan(point)
+        trial = self.attempt(point, batches) if batches else None
+        look = False
+        if not batches:
+            point, look = point.ended(), True
+        elif trial is None or not self.improves(point, trial):
+            point = point.rejected()
+            point = point.renewed() if point.finished and point.round < len(ANNEAL) else point
+            values = {"accepted": False, "damping": point.damping}
+        else:
+            point, told = self.accept(point, trial, self.differentiate(point, trial))
+            values, look = {**values, **told}, len(ANNEAL) < point.round
+        if look and point.theta is not None and self.affords_look(point):
+            point, rmse = self.check(point, point.theta)
+            values = {**values, "held_out": {n: rmse}}
+        return replace(point, spent=point.spent + self.ledger.evaluations - before), values
+
+    def winner(self, racers: list[Point]) -> Point:
+        """The racer of least loss on the samples that all have seen, which goes on with what all have spent."""
+        known = [(point.values, point) for point in racers if point.values is not None]
+        common = min((len(values) for values, _ in known), default=0)
+        scale = min((point.scale for _, point in known), default=1.0)
+        losses = [(robust(values[:common], scale), k) for k, (values, _) in enumerate(known)]
+        best = known[min(losses)[1]][1] if known else racers[0]
+        return replace(best, spent=sum(point.spent for point in racers))
 
     def attempt(self, point: Point, batches: int) -> Trial | None:
         """The candidate's rollouts; None when they leave the numbers, a step too far.
@@ -465,6 +484,16 @@ class Stage:
         """The memory for graphs of one rollout of ``shared_by`` alive at a time; 0: none is differentiated."""
         budget = graph_memory(self.settings.memory_budget, self.draws.device)
         return type(budget)(budget / shared_by) if shared_by else None
+
+
+def racers_of(samples: int) -> int:
+    """From how many tables a search with so many samples starts."""
+    return RACERS if samples >= FEW else 1
+
+
+def of_different_spacings(tables: Sequence[Solver]) -> list[Solver]:
+    """The first table on each spacing."""
+    return list({table.timesteps: table for table in reversed(tables)}.values())[::-1]
 
 
 def enough(sizes: list[int], wanted: int) -> int:
