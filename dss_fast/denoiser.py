@@ -58,6 +58,11 @@ class Denoiser:
         _warn_of_train_mode(model)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """The output (B, *S) for x (B, *S) at t (B,), or the guided pair (2B, *S), unconditional rows first.
+
+        Raises ValueError for an output of another shape or kind, and for a model that writes into what it is given;
+        FloatingPointError, where the output is checked, for NaN and Inf.
+        """
         cond, channels = self._arguments(x), self.guided_channels
         if channels is not None and (x.ndim < 2 or not 0 < channels <= x.shape[1]):
             raise ValueError(
@@ -65,7 +70,8 @@ class Denoiser:
             )
         if self.guided:
             x, t = torch.cat([x, x]), torch.cat([t, t])
-        own = x.is_inference() and not self.guided  # such a tensor counts no versions: the model gets copies
+        # An inference tensor counts no versions, so that a write into it would pass unseen: the model gets copies.
+        own = x.is_inference() and not self.guided
         given = {"x": x.to(self._dtype or x.dtype, copy=own), "t": t.clone() if own else t, **cond}
         rows = {k: v for k, v in given.items() if isinstance(v, Tensor) and v.ndim and len(v) == len(x)}
         before = {} if torch.compiler.is_compiling() else versions(rows)

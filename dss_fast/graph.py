@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KEPT = 8  # loops a device keeps, least recently used dropped first: the largest's activations, all inputs and outputs
-CAPTURES = "cuda"  # the type of device that does
+KEPT = 8  # so many loops a device keeps, each with its inputs and output, and the largest one's activations
+CAPTURES = "cuda"  # the type of device that can capture
 
 _lock = threading.RLock()
 _devices: dict[torch.device, _Device] = {}
-_abandoned: list[Any] = []  # graphs whose captures failed: PyTorch's allocator of pinned memory may still ask them
+_abandoned: list[Any] = []  # graphs of failed captures live on: PyTorch's allocator of pinned memory may ask them
 
 
 class _Loop:
@@ -98,7 +98,8 @@ class _Device:
             loop = _Loop(tensors)
             self.stream.wait_stream(loop.home)
             with torch.cuda.stream(self.stream):
-                function(**loop.inputs)  # handles made lazily, autotuning and Triton's modules must exist beforehand
+                # What is made at the first call (handles, autotuning, Triton's modules) cannot be made in a capture.
+                function(**loop.inputs)
                 # What a model's own autocast keeps would be freed under the replays, or read before there was any.
                 torch.clear_autocast_cache()
                 try:
@@ -111,7 +112,7 @@ class _Device:
                         loop.inputs.clear()
                         self.pool = None  # PyTorch may think that it is still captured into
             loop.home.wait_stream(self.stream)
-        self.loops[key] = loop  # one that failed too, which is not tried again
+        self.loops[key] = loop  # a failed one is kept too, so that it is not tried again
         while len(self.loops) > KEPT:
             self.drop(next(iter(self.loops)))
         if reason:

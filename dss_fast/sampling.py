@@ -95,12 +95,12 @@ def sample(
     denoise = Denoiser(target.model, now, null, guided_channels=target.guided_channels, check_finite=check_finite)
     trajectory = [x] if return_trajectory else None
     run = steps(denoise, x, table, history_dtype, backend, reuse=not return_trajectory and callback is None)
-    for i, x, history in run:  # noqa: B007
+    for i, state, history in run:
         if trajectory is not None:
-            trajectory.append(x)
+            trajectory.append(state)
         if callback is not None:
-            callback(_report(i, found, target.schedule or found.schedule, x, history))
-    return x if trajectory is None else (x, torch.stack(trajectory))
+            callback(_report(i, found, target.schedule or found.schedule, state, history))
+    return state if trajectory is None else (state, torch.stack(trajectory))
 
 
 def steps(
@@ -111,16 +111,20 @@ def steps(
     backend: str | None = None,
     reuse: bool = True,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The sampling loop: yields (i, x_{i+1}, history) after each step.
+    """The sampling loop: yields (i, x_{i+1} (B, *S), history (B, K, *S)) after each step.
 
-    denoise: (x, t) -> output. table: on x's device. reuse: let a step overwrite the state of the one before.
+    denoise: called as denoise(x (B, *S), t (B,)), returns (B, *S), or the guided pair (2B, *S).
+    x: (B, *S), which the loop never writes into. table: lives on x's device.
+    history_dtype, backend: as in :func:`sample`. reuse: a step may overwrite the state that the step before yielded.
+
+    What ``denoise`` raises comes through with the step as a note.
     """
     num_steps, history = table.num_steps, table.new_history(x, history_dtype)
     index = torch.arange(num_steps, device=x.device)
     for i in range(num_steps):
         with naming_step(i, num_steps):
             output = denoise(x, table.times[i].expand(len(x)))
-        out = x if reuse and i else None  # never the caller's noise
+        out = x if reuse and i else None  # the first step must leave the caller's noise as it is
         x, history = multistep_step(x, output, history, table.weights, index[i : i + 1], out=out, backend=backend)
         yield i, x, history
 
@@ -230,6 +234,7 @@ def _finite(scale: float | tuple[float, ...] | Tensor) -> bool:
 
 
 def _report(i: int, solver: Solver, schedule: Schedule, x: Tensor, history: Tensor) -> dict[str, Any]:
+    """What a callback is told after step i: x0 = r x + s y, the clean sample that the newest prediction implies."""
     y, u = history[:, i].to(x.dtype), solver.timesteps[i + 1]
     of_x, of_y = schedule.x0(torch.tensor(u, dtype=torch.float64))
     x0 = float(of_x) * x + float(of_y) * y if float(of_x) else float(of_y) * y

@@ -19,28 +19,31 @@ from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "velocity", "v_prediction", "x0")
 CONVENTIONS = ("paper", "diffusers")
-# Of alpha and sigma. Float32 tables of alphas_cumprod are within 1e-6 and a clamped zero terminal SNR within 2.5e-4 of
-# the same path; DDPM's linear betas and the paper's continuous VP are 1e-2 apart.
+# By how much alpha and sigma of one path may differ. Float32 tables of alphas_cumprod are within 1e-6 of the exact ones
+# and a clamped zero terminal SNR within 2.5e-4; DDPM's linear betas and the paper's continuous VP are 1e-2 apart.
 SAME_PATH = 1e-3
-FLOOR = 2.0**-24  # of alphas_cumprod: a zero terminal SNR has no log, and this is what diffusers puts in its place
+FLOOR = 2.0**-24  # alphas_cumprod stay above this: zero has no log, and diffusers too puts this number in its place
 
 
 class Schedule(Protocol):
-    """What the package asks of a schedule. ``Flow``, ``VP``, ``DiscreteVP`` and ``Grid`` are the ones it has.
-
-    family: ``"flow"``, whose histories hold velocities x0 - epsilon, or ``"vp"``, whose histories hold x0.
-    """
+    """What the package asks of a schedule. ``Flow``, ``VP``, ``DiscreteVP`` and ``Grid`` are the ones it has."""
 
     def __hash__(self) -> int: ...
 
     @property
-    def family(self) -> str: ...
+    def family(self) -> str:
+        """``"flow"``, whose histories hold velocities x0 - epsilon, or ``"vp"``, whose histories hold x0."""
+        ...
 
     @property
-    def prediction_type(self) -> str: ...
+    def prediction_type(self) -> str:
+        """What the network returns, one of ``PREDICTION_TYPES``."""
+        ...
 
     @property
-    def convention(self) -> str: ...
+    def convention(self) -> str:
+        """The sign of velocities and the unit of time that the network speaks, one of ``CONVENTIONS``."""
+        ...
 
     def alpha_sigma(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma at u, float64, u's shape."""
@@ -257,7 +260,7 @@ class DiscreteVP:
         object.__setattr__(self, "_hash", hash((self.alphas_cumprod, self.prediction_type, self.final, self.name)))
 
     def __hash__(self) -> int:
-        return self._hash  # type: ignore[attr-defined]  # once: 1000 numbers take 15 us
+        return self._hash  # type: ignore[attr-defined]  # computed once, because 1000 numbers take 15 us
 
     @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float], **options: Any) -> DiscreteVP:
@@ -267,19 +270,19 @@ class DiscreteVP:
 
     @classmethod
     def linear(cls, num: int = 1000, start: float = 1e-4, end: float = 0.02, **options: Any) -> DiscreteVP:
-        """betas linear (DDPM, DiT)."""
+        """The schedule whose betas rise linearly, DDPM's and DiT's (arXiv 2006.11239)."""
         betas = torch.linspace(start, end, num, dtype=torch.float64)
         return cls.from_betas(betas, **{"name": "linear", **options})
 
     @classmethod
     def scaled_linear(cls, num: int = 1000, start: float = 0.00085, end: float = 0.012, **options: Any) -> DiscreteVP:
-        """square roots of betas linear (Stable Diffusion)."""
+        """The schedule whose betas have linearly rising square roots, Stable Diffusion's (arXiv 2112.10752)."""
         betas = torch.linspace(start**0.5, end**0.5, num, dtype=torch.float64) ** 2
         return cls.from_betas(betas, **{"name": "scaled_linear", **options})
 
     @classmethod
     def cosine(cls, num: int = 1000, max_beta: float = 0.999, **options: Any) -> DiscreteVP:
-        """alphas_cumprod a squared cosine (Nichol and Dhariwal 2021), betas capped at ``max_beta``."""
+        """The schedule whose alphas_cumprod are a squared cosine, betas capped at ``max_beta`` (arXiv 2102.09672)."""
         t = torch.arange(num + 1, dtype=torch.float64) / num
         bar = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
         return cls.from_betas((1 - bar[1:] / bar[:-1]).clamp_max(max_beta), **{"name": "cosine", **options})
@@ -296,7 +299,7 @@ class DiscreteVP:
         lower = n.detach().floor().clamp(-1, len(table) - 3).long()
         fraction = n - lower
         log_alpha = table[lower + 1] * (1 - fraction) + table[lower + 2] * fraction
-        # fraction is -1e-16 rather than 0 at some grid points, and sigma must not become NaN there
+        # The fraction is -1e-16 rather than 0 at some grid points, and sigma must not become NaN there.
         log_alpha = log_alpha.clamp_max(0)
         return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
 
@@ -342,7 +345,7 @@ class Grid:
                 f"{len(self.alphas)} and {len(self.times)}"
             )
         for i, ((a, s), (a_next, s_next)) in enumerate(pairwise(zip(self.alphas, self.sigmas, strict=True))):
-            # sigma / alpha, multiplied out because alpha is 0 where a flow starts
+            # The ratio sigma / alpha is compared multiplied out, because alpha is 0 where a flow starts.
             if not s * a_next > s_next * a or s_next < 0:
                 raise ValueError(
                     f"the noise must fall at every step; at step {i} sigma goes from {s:.6g} to {s_next:.6g}"
@@ -350,13 +353,13 @@ class Grid:
 
     @classmethod
     def flow(cls, sigmas: Sequence[float], times: Sequence[float], **options: Any) -> Grid:
-        """alpha = 1 - sigma; a network that speaks diffusers' convention unless told otherwise."""
+        """The grid of a flow, alpha = 1 - sigma. The network speaks diffusers' convention unless told otherwise."""
         options = {"prediction_type": "velocity", "convention": "diffusers", **options}
         return cls(tuple(1 - float(s) for s in sigmas), tuple(sigmas), tuple(times), family="flow", **options)
 
     @classmethod
     def ve(cls, sigmas: Sequence[float], **options: Any) -> Grid:
-        """alpha = 1: k-diffusion's variance-exploding variables, with a network that returns x0."""
+        """The grid of k-diffusion's variance-exploding variables, alpha = 1. The network returns x0."""
         options = {"prediction_type": "x0", **options}
         return cls((1.0,) * len(sigmas), tuple(sigmas), tuple(sigmas), **options)
 
@@ -377,7 +380,7 @@ class Grid:
         table = torch.tensor(values, dtype=torch.float64, device=u.device)
         place = u.double() * (len(self.sigmas) - 1)
         nearest = place.detach().round()
-        # u = i / N is not exact: a point itself must give the host's own number, to the bit
+        # In float64 u = i / N is not exact, and a point itself must give the host's own number, to the bit.
         place = torch.where((place - nearest).abs() < 1e-9, nearest, place).clamp(0, len(table) - 1)
         lower = place.detach().floor().clamp_max(max(len(table) - 2, 0)).long()
         upper = (lower + 1).clamp_max(len(table) - 1)

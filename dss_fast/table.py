@@ -17,8 +17,8 @@ from torch import Tensor
 from .schedule import Schedule
 from .solver import Solver
 
-A, P, Q, GUIDANCE, HISTORY = range(5)  # columns; the history's weights are the rest
-CACHED = 128  # tables kept, a few kilobytes each
+A, P, Q, GUIDANCE, HISTORY = range(5)  # the columns of a row; from HISTORY on they weigh the history
+CACHED = 128  # so many tables are kept, a few kilobytes each
 
 Guidance = float | Sequence[float] | Tensor
 
@@ -184,7 +184,8 @@ def _made(
     device: torch.device,
     strict: bool,
 ) -> StepTable:
-    with torch.inference_mode(False), torch.no_grad():  # a kept table may be used where gradients are wanted
+    """:meth:`StepTable.of`, kept. It is made outside inference mode, because it may be used where gradients are."""
+    with torch.inference_mode(False), torch.no_grad():
         table = StepTable.build(solver.on(schedule, strict=strict), **solver.tensors())
         table = table if guidance is None or guidance == 1 else table.guided(guidance)
         return table.to(device, real)

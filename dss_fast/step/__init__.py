@@ -141,6 +141,7 @@ def _(adjoints: Tensor, weights: Tensor, index: Tensor, pair: bool = False) -> t
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keeps the inputs of multistep_update for its gradient."""
     x, m, history, weights, ctx.step = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, m, weights, *history)
@@ -153,6 +154,10 @@ def _backward(
     op: Any = _ops.multistep_update_backward.default,
     needs: tuple[Any, ...] | None = None,
 ) -> tuple[Any, ...]:
+    """The gradients of multistep_update's five inputs, None where they are not wanted.
+
+    needs: of each input; None asks ``ctx``. The rows' gradients are summed where all samples share one row of weights.
+    """
     x, output, weights, *history = ctx.saved_tensors
     if grad_x_next is None and grad_y is None:
         return None, None, [None] * len(history), None, None

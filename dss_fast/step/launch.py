@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["Kind", "Launch", "kind_of", "launch"]
 
-KINDS = 4096  # launches kept, a kilobyte each
+KINDS = 4096  # so many launches are kept, a kilobyte each
 ALIGNED = 15  # Triton compiles wide accesses for pointers that are multiples of 16
 
 Kind = tuple[Any, ...]
@@ -37,12 +37,13 @@ class Launch:
     known: dict[Kind, "Launch"] = {}
 
     def __init__(self, compiled: Any, blocks: int, device: int, numbers: tuple[Any, ...]):
-        self.compiled = compiled  # which unloads its module when it goes
+        self.compiled = compiled  # it is kept because it unloads its module when it goes
         self.run, self.function, self.metadata = compiled.run, compiled.function, compiled.packed_metadata
         self.blocks, self.device, self.numbers = blocks, device, numbers
         self.driver = triton.runtime.driver.active
 
     def __call__(self, *pointers: Any) -> None:
+        """Launches on the current stream of the tensors' device. pointers: of tensors of this kind, in order."""
         driver, device = self.driver, self.device
         if driver.get_current_device() != device:
             with torch.cuda.device(device):

@@ -19,7 +19,7 @@ __all__ = [
     "multistep_step_",
 ]
 
-SCALARS = 4  # a, p, q, guidance stand before the history's weights in a row
+SCALARS = 4  # a row begins with a, p, q and the guidance; the history's weights follow
 
 
 def check(x: Tensor, output: Tensor, history: Tensor, weights: Tensor, index: Tensor) -> None:
@@ -83,12 +83,14 @@ def _check_output(x: Tensor, output: Tensor) -> None:
 
 
 def check_dtypes(x: Tensor, weights: Tensor) -> None:
+    """Raise ValueError unless the weights are float64 for a float64 state and float32 for any other."""
     wanted = torch.float64 if x.dtype is torch.float64 else torch.float32
     if weights.dtype is not wanted:
         raise ValueError(f"weights are {weights.dtype}; a {x.dtype} state needs {wanted}, use weights.to(...)")
 
 
 def check_index(index: Tensor, batch: int) -> None:
+    """Raise ValueError unless the index is int64 of shape (1,) or (batch,)."""
     if index.dtype is not torch.int64 or index.dim() != 1 or index.shape[0] not in (1, batch):
         raise ValueError(
             f"index is {index.dtype} {tuple(index.shape)}; needed is torch.int64 of shape (1,) or ({batch},)"
@@ -125,6 +127,7 @@ def _combine(output: Tensor, batch: int, g: Tensor, dtype: torch.dtype) -> tuple
 def multistep_step_(
     x: Tensor, output: Tensor, history: Tensor, weights: Tensor, index: Tensor, out: Tensor
 ) -> None:  # fmt: skip
+    """Writes y_i into slot i of the history and x_{i+1} into ``out``, see `dss_fast.step.multistep_step`."""
     check(x, output, history, weights, index)
     if x.numel() == 0:
         return
@@ -134,7 +137,7 @@ def multistep_step_(
     m, _ = _combine(output, batch, row.g, dtype)
     y = row.p * state + row.q * m
     total = row.a * state + row.w_now * y
-    read = row.past & (row.w != 0)  # an unread slot may hold anything, so mask it: zero times NaN is NaN
+    read = row.past & (row.w != 0)  # an unread slot may hold anything, and zero times NaN is NaN: it is masked
     for j in range(slots):
         total = total + torch.where(read[:, j, None], row.w[:, j, None] * past[:, j].to(dtype), 0)
     x_next = torch.where(row.active[:, None], total.to(x.dtype), x.reshape(batch, -1))
@@ -164,6 +167,7 @@ def list_columns(count: int, weights: Tensor, step: int) -> list[int]:
 def multistep_update(
     x: Tensor, output: Tensor, history: Sequence[Tensor], weights: Tensor, step: int
 ) -> tuple[Tensor, Tensor]:
+    """(x_{i+1}, y_i), both new, see `dss_fast.step.multistep_update`."""
     check_update(x, output, history, weights, step)
     kept = history[0].dtype if history else x.dtype
     if x.numel() == 0:
@@ -189,6 +193,15 @@ def multistep_update_backward(
     step: int,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    """The gradients of x, of the output, of each past tensor and of each sample's row of weights (B, 4 + K).
+
+    With G that of x_{i+1}, H that of y_i (None: zero) and Y = w_ii G + H:
+
+        grad x = a G + p Y      grad m = q Y      grad y_j = w_ij G
+        d/da = <x, G>   d/dp = <x, Y>   d/dq = <m, Y>   d/dg = q <m_cond - m_uncond, Y>   d/dw_ij = <y_j, G>
+
+    needs: which of the four are wanted; the others come back empty.
+    """
     batch, dtype = x.shape[0], weights.dtype
     needs_x, needs_output, needs_history, needs_row = needs
     if x.numel() == 0:
@@ -232,6 +245,7 @@ def multistep_update_backward(
 
 
 def multistep_pull(adjoints: Tensor, weights: Tensor, index: Tensor, pair: bool = False) -> tuple[Tensor, Tensor]:
+    """(grad_x, grad_output) of step j = index, see `dss_fast.step.multistep_pull`."""
     check_pull(adjoints, weights, index)
     batch, steps, dtype = adjoints.shape[0], adjoints.shape[1], weights.dtype
     rows = 2 * batch if pair else batch

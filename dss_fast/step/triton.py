@@ -23,19 +23,19 @@ __all__ = ["multistep_pull", "multistep_step_", "multistep_update", "multistep_u
 # 8 elements a thread make one 128-bit access of a 16-bit tensor and two of a 32-bit one. An H100 needs about 15 KB
 # under way on each multiprocessor (3.35 TB/s x 600 ns / 132); one block of 128 threads with 8 slots asks for 16 KB.
 BLOCK = 1024
-TRIP = 9  # slots whose loads are under way together: 72 registers of float32
+TRIP = 9  # so many slots are loaded together: in float32 they take 72 registers
 GROUP = 4  # a list of slots is padded to a multiple of this, so that not every length is compiled
 # Registers a thread, by bytes of the state's elements and of a slot's. Left alone, ptxas aims at 64 or fewer and takes
 # a trip's loads one after the other; with these, and no more, all of them are under way together (sm_90, sm_80).
 REGISTERS = {(4, 4): 128, (2, 4): 128, (4, 2): 96, (2, 2): 80}
-LONGEST = 16  # slots of a list that REGISTERS hold without spilling
+LONGEST = 16  # a list of so many slots still fits REGISTERS without spilling
 
-_BY_VALUE = ["batch", "blocks", "steps", "slots", "step", "count"]  # not compiled anew when one of these is 1 or 16
+_BY_VALUE = ["batch", "blocks", "steps", "slots", "step", "count"]  # a value of 1 or 16 of these is no other kernel
 _ANYWHERE = ["index_ptr"]  # index[i : i + 1] is aligned for even i only
 
 
 def options(state: torch.dtype | None = None, slots: torch.dtype | None = None) -> dict[str, Any]:
-    """Of the compiler, by the dtypes of the state and of the slots where loads of many slots are to be under way."""
+    """The compiler's options, by the dtypes of the state and of the slots where many slots are loaded together."""
     chosen: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
     if state is not None and slots is not None and (state.itemsize, slots.itemsize) in REGISTERS:
         chosen["maxnreg"] = REGISTERS[state.itemsize, slots.itemsize]
@@ -104,7 +104,7 @@ def _step_kernel(
     for j in range(0, used, UNROLL):
         for k in tl.static_range(UNROLL):
             total += _slot(past + (j + k) * stride, scalars + 4 + j + k, lane, left, j + k < used)
-    noise = tl.where(active, slots, 0) > steps  # the slot past the last step holds the initial noise
+    noise = tl.where(active, slots, 0) > steps  # the slot behind the last step's holds the initial noise
     total += _slot(past + steps * stride, scalars + 4 + steps, lane, left, noise)
 
     tl.store(_here(out_ptr, row, size, start) + lane, tl.where(active, _as(total, out_ptr), stored), mask=mask)
@@ -112,6 +112,7 @@ def _step_kernel(
 
 
 def multistep_step_(x: Tensor, output: Tensor, history: Tensor, weights: Tensor, index: Tensor, out: Tensor) -> None:
+    """One launch for all rows; strided tensors are copied first. See the reference of the same name."""
     tensors = x, output, history, weights, index, out
     kind, pointers = kind_of(tensors, "step")
     known = Launch.known.get(kind)
@@ -256,7 +257,7 @@ def _update_backward_kernel(
         if PAIR:
             tl.store(sums + 3, q * tl.sum(difference * total, axis=0))
         tl.store(sums + 4 + step, tl.sum((p * x + q * m) * g, axis=0))
-    for k in tl.static_range(0, len(history), 2):  # both loads stand before the stores, to be under way together
+    for k in tl.static_range(0, len(history), 2):  # both loads stand before the stores, so that neither waits
         here = _here(history[k], row, size, start) + lane
         there = _here(history[k + 1], row, size, start) + lane
         one, two = tl.where(k < step, k, steps), tl.where(k + 1 < step, k + 1, steps)
