@@ -85,7 +85,7 @@ def load_target(name: str, device: str | None = None) -> Target:
 
 def _search(options: argparse.Namespace) -> None:
     method = _method(options)
-    take_local_device()  # before the model is built there
+    take_local_device()  # the model is built on the current device, so this comes first
     if ":" not in options.model:
         _search_pipeline(options, method)
         return
@@ -212,7 +212,7 @@ def _show(options: argparse.Namespace) -> None:
         print(f"picture in {plot_solver(solver, options.plot)}")
 
 
-# What a user would otherwise run, each on the spacings it is used with.
+# These are what a user would otherwise run, each on the spacings it is used with.
 DEFAULT_SOLVERS = ("euler", "ab2", "ab2@shift3", "ab4", "dpmpp_2m", "dpmpp_2m@lambda", "unip3", "unip3@lambda", "deis")
 
 

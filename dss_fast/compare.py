@@ -25,8 +25,8 @@ from .search.teacher import dense_grid, integrate
 from .solver import Solver
 from .target import Model, Samples, Target
 
-REFERENCE_EVALUATIONS = 160  # of the fourth-order teacher; its own error is far below any few-step solver's
-PICTURES, WORST = 16, 4  # samples kept of each solver: the first, and those that err most
+REFERENCE_EVALUATIONS = 160  # with so many calls the fourth-order teacher errs far less than any few-step solver
+PICTURES, WORST = 16, 4  # of each solver the first samples are kept, and those that err most
 
 
 @dataclass(frozen=True)
@@ -198,6 +198,7 @@ def compare(
 
 
 def _run(target: Target, solver: Solver, batch: Samples) -> Tensor:
+    """The samples (B, *S) of a batch; FloatingPointError where the model returns NaN or Inf."""
     x = sample(target, batch.noise, solver, cond=batch.cond, check_finite=True)
     assert isinstance(x, Tensor)
     return x
@@ -240,6 +241,7 @@ def _open_steps(item: Solver | str | os.PathLike[str], num_steps: Sequence[int])
 
 
 def _cell(key: str, value: Any) -> str:
+    """A figure as the table prints it: shares in percent, errors in three digits."""
     if value is None:
         return "-"
     if key in ("accuracy", "switched"):

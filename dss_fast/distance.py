@@ -13,9 +13,9 @@ from torch import Tensor
 from .target import Target
 
 CRITERIA = ("rmse", "median", "features")
-SWITCH = 0.5  # of the median distance between two different reference samples: nearer to another than to its own
-CHUNK = 64  # samples seen by features and classify at a time
-SPLITS, WIDE = 16, 4096  # halvings of the noises that a distance is averaged over; one beyond so many features
+SWITCH = 0.5  # a sample that is off by this part of the median distance between two references may be another one
+CHUNK = 64  # features and classify see so many samples at a time
+SPLITS, WIDE = 16, 4096  # a distance is averaged over so many halvings of the noises, one beyond so many features
 
 
 def squares(x: Tensor, reference: Tensor) -> Tensor:

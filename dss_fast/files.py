@@ -24,8 +24,8 @@ from typing import Any
 from torch import Tensor
 
 SUFFIXES = ("safetensors", "json", "jsonl", "md", "html", "png", "txt")
-MAX_BYTES, MAX_DEPTH = 8 << 20, 24  # of JSON that is read: a solver of 600 steps, or 1000 alphas_cumprod, take less
-SEAL = re.compile(rb'"checksum": ?"([0-9a-f]{32})"')  # in JSON text, and in the header of a safetensors file
+MAX_BYTES, MAX_DEPTH = 8 << 20, 24  # JSON is read up to these; a solver of 600 steps or 1000 alphas_cumprod take less
+SEAL = re.compile(rb'"checksum": ?"([0-9a-f]{32})"')  # JSON text and the header of a safetensors file hold one
 UNSEALED = "0" * 32
 
 
@@ -108,7 +108,7 @@ def write_tensors(
         try:
             contiguous = {name: value.contiguous() for name, value in tensors.items()}
             save_file(contiguous, temporary, {**metadata, "checksum": UNSEALED})
-        except error as failed:  # a full disk, for one
+        except error as failed:  # a full disk comes as safetensors' own error
             raise OSError(f"{path}: {failed}") from failed
         _seal(temporary, _header(temporary))
 
@@ -182,7 +182,7 @@ def _seal(path: Path, end: int) -> None:
             place = SEAL.search(content, 0, end)
             assert place is not None
             digest, start = _hash(content, place), place.start(1)
-            del place  # it holds the map
+            del place  # the map cannot close while this holds it
         file.seek(start)
         file.write(digest.encode())
 

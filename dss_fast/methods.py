@@ -21,7 +21,7 @@ from .schedule import Flow, Schedule, inverse
 from .solver import Solver
 
 SPACINGS = ("uniform", "lambda", "karras")
-LAST_U = 1e-3  # where log-SNR spacings stop short of an infinite end, the last index of a 1000-step table
+LAST_U = 1e-3  # log-SNR spacings stop so far from an end that is infinite, as a table of 1000 steps does
 
 
 def handmade(
@@ -136,15 +136,19 @@ class _Line:
         self.states = [self.basis[0]]
 
     def y(self, j: int) -> Tensor:
+        """The prediction of call j: a velocity for flows, x0 for VP."""
         return self.basis[j + 1]
 
     def x0(self, j: int) -> Tensor:
+        """The clean sample that y_j implies at x_j."""
         return self.of_state[j] * self.states[j] + self.of_y[j] * self.y(j)
 
     def epsilon(self, j: int) -> Tensor:
+        """The noise that y_j implies at x_j: (x_j - alpha_j x0_j) / sigma_j."""
         return (self.states[j] - self.alpha[j] * self.x0(j)) / self.sigma[j]
 
     def ddim(self, i: int) -> Tensor:
+        """The state after step i when x0 and epsilon stay what they are: alpha_{i+1} x0_i + sigma_{i+1} epsilon_i."""
         return self.alpha[i + 1] * self.x0(i) + self.sigma[i + 1] * self.epsilon(i)
 
     def advance(self, i: int, row: list[float] | Tensor, first: int) -> Tensor:
@@ -157,12 +161,14 @@ _TEXTBOOK = {1: ((1,), 1), 2: ((-1, 3), 2), 3: ((5, -16, 23), 12), 4: ((-9, 37, 
 
 
 def _adams_uniform(line: _Line, i: int, order: int) -> Tensor:
+    """Adams-Bashforth with the textbook's row, which is exact for equal steps."""
     numerators, divisor = _TEXTBOOK[order]
     return line.advance(i, [c / divisor for c in numerators], i - order + 1)
 
 
 def _adams(line: _Line, i: int, order: int) -> Tensor:
-    if not line.clock[i + 1].isfinite():  # x0 held constant over an infinite interval
+    """Adams-Bashforth: the polynomial through the newest y, in the clock of the ODE, integrated over the step."""
+    if not line.clock[i + 1].isfinite():  # over an infinite interval only a constant x0 has an integral
         order = 1
     nodes = line.clock[i - order + 1 : i + 1]
     start, width = line.clock[i], line.clock[i + 1] - line.clock[i]
@@ -171,6 +177,7 @@ def _adams(line: _Line, i: int, order: int) -> Tensor:
 
 
 def _dpmpp(line: _Line, i: int, order: int) -> Tensor:
+    """DPM-Solver++: x0 as a polynomial in log-SNR, by divided differences (arXiv 2211.01095)."""
     h = line.log_snr[i + 1] - line.log_snr[i]
     order, base = min(order, _finite_order(line, i)), line.ddim(i)
     if order == 1 or not h.isfinite():
@@ -188,6 +195,7 @@ def _dpmpp(line: _Line, i: int, order: int) -> Tensor:
 
 
 def _unip(line: _Line, i: int, order: int) -> Tensor:
+    """UniPC's predictor on x0, B(h) = e^h - 1 (arXiv 2302.04867)."""
     h = line.log_snr[i + 1] - line.log_snr[i]
     order, base = min(order, _finite_order(line, i)), line.ddim(i)
     if order == 1 or not h.isfinite():
@@ -196,7 +204,7 @@ def _unip(line: _Line, i: int, order: int) -> Tensor:
     ratios = torch.stack([(line.log_snr[i - k] - line.log_snr[i]) / h for k in range(1, order)])
     slopes = [(line.x0(i - k) - line.x0(i)) / ratios[k - 1] for k in range(1, order)]
     if order == 2:
-        weights = [0.5]  # the choice of the authors' code; solving the 1x1 system would give phi_2 / B
+        weights = [0.5]  # the authors' code takes this; the 1x1 system would give phi_2 / B
     else:
         phi, factorial, moments = decay / -h - 1, 1, []
         for k in range(1, order):
@@ -209,13 +217,15 @@ def _unip(line: _Line, i: int, order: int) -> Tensor:
 
 
 def _deis(line: _Line, i: int, order: int) -> Tensor:
+    """DEIS: epsilon as a polynomial in log rho, rho = sigma / alpha, integrated over rho (arXiv 2204.13902)."""
     order = min(order, _finite_order(line, i))
     if order == 1:
         return line.ddim(i)
     rho = (line.sigma / line.alpha)[i - order + 1 : i + 2]
     nodes = rho[:-1].log()
 
-    def integral(k: int, r: Tensor) -> Tensor:  # int (log r)^k dr
+    def integral(k: int, r: Tensor) -> Tensor:
+        """int_0^r (log s)^k ds."""
         if r == 0:
             return r
         power = r * r.log() ** k

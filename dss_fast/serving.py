@@ -70,7 +70,7 @@ class Batch:
         idle = StepTable.idle(places, max_steps, dtype=real, device=device)
         self.weights, self._times = idle.weights, idle.times
         self.history = torch.zeros(places, idle.slots, *shape, device=device, dtype=history_dtype or dtype)
-        self.index = torch.full((places,), max_steps, device=device)  # max_steps and beyond: idle
+        self.index = torch.full((places,), max_steps, device=device)  # at max_steps and beyond a place is idle
         self.max_steps, self.schedule, self.backend = max_steps, schedule, backend
         self.cond = {key: value.to(self.x.device, copy=True) for key, value in (cond or {}).items()}
         for key, value in self.cond.items():
@@ -78,8 +78,8 @@ class Batch:
                 raise ValueError(
                     f"cond[{key!r}] has shape {tuple(value.shape)}; give a row for each of {places} places"
                 )
-        self._steps = torch.zeros(places, dtype=torch.long, device=device)  # of each place's solver
-        self._left: list[int | None] = [None] * places  # steps to go: None free, 0 finished
+        self._steps = torch.zeros(places, dtype=torch.long, device=device)  # each place's solver has so many
+        self._left: list[int | None] = [None] * places  # each place has so many to go; 0 is finished, None is free
         self._lock = threading.Lock()
 
     @property
@@ -170,8 +170,8 @@ class Batch:
         before, self._left = self._left, [left - 1 if left else left for left in self._left]
         return [place for place, left in enumerate(before) if left == 1]
 
-    # What changes at every tick would be a reason to compile again; read by torch.compile, as torch.compiler.disable
-    # sets it, without loading the compiler.
+    # What changes at every tick would make torch.compile compile again. This is the mark that torch.compiler.disable
+    # sets, without loading the compiler.
     count._torchdynamo_disable = True  # type: ignore[attr-defined]
 
     def retire(self, place: int) -> Tensor:

@@ -73,7 +73,7 @@ class Solver:
         self._check_times()
         self._check_coeffs()
         values = (self.timesteps, self.coeffs, self.schedule, self.noise_coeffs, self.network_timesteps, self.free_rows)
-        set_("_hash", hash(values))  # once: tables are looked up by solver at every call of ``sample``
+        set_("_hash", hash(values))  # computed once: every call of ``sample`` looks its table up by solver
 
     def __hash__(self) -> int:
         return self._hash  # type: ignore[attr-defined]  # set in __post_init__
@@ -266,7 +266,7 @@ def _first_version(data: Mapping[str, Any]) -> Schedule:
             options = {key: named[key] for key in ("final", "prediction_type") if key in named}
             found = getattr(DiscreteVP, named["name"])(num, **options)
             table = found.alphas_cumprod
-            # Pipelines' tables were made in float32, 1e-4 off at their noisy end.
+            # Pipelines made their tables in float32, which is 1e-4 off at the noisy end.
             pairs = zip(_numbers("provenance.schedule.ends", ends), (table[0], table[-1]), strict=True)
             if all(math.isclose(a, b, rel_tol=1e-3) for a, b in pairs):
                 return found

@@ -209,7 +209,7 @@ class Samples:
         def predict(x: Tensor, u: Tensor) -> Tensor:
             u = u.detach().reshape(1).cpu()
             real = torch.promote_types(x.dtype, torch.float32)
-            time = schedule.time(u).to(x.device, real, non_blocking=True)  # nobody waits for a number from the host
+            time = schedule.time(u).to(x.device, real, non_blocking=True)  # the host goes on without waiting
             output = denoise(x, time.expand(len(x))).to(x.dtype)
             if self.target.guided:
                 uncond, cond = output.chunk(2)

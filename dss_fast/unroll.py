@@ -171,7 +171,7 @@ class _Unroll(torch.autograd.Function):
         ctx.save_for_backward(x, weights, times)
         if wrt or chosen:
             ctx.rollout = rollout
-        # A tensor of its own: the engine must not hold the output that holds the engine.
+        # The output is a tensor of its own, because the engine must not hold what holds the engine.
         return rollout.states.to(x.device).detach()
 
     @staticmethod
@@ -192,7 +192,7 @@ class _Unroll(torch.autograd.Function):
         gt = None if gt is None else gt[0].sum_to_size(times.shape)
         found = dict(zip(ctx.wanted, gp, strict=True))
         gp = [None if found.get(i) is None else found[i][0] for i in range(len(ctx.needs_input_grad) - 6)]
-        return None, None, None, gx, gw, gt, *gp  # None: model, options, parameters
+        return None, None, None, gx, gw, gt, *gp  # model, options and the tuple of parameters have no gradient
 
 
 @functools.cache
@@ -208,12 +208,14 @@ def _extension() -> Any:
 
 
 def _reference() -> Callable:
+    """The plain engine, imported when it is needed."""
     from .unroll_reference import Rollout as engine
 
     return engine
 
 
 def _engine(backend: str | None) -> Callable:
+    """The engine of a name, or the first that loads. Raises where a named one cannot run."""
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend={backend!r}: choose None, {' or '.join(map(repr, BACKENDS))}")
     engine = None if backend == "reference" else _extension()
@@ -245,7 +247,7 @@ class _FirstCall:
             if tensor.device == x.device and tensor.layout == torch.strided:
                 storage = tensor.untyped_storage()
                 self.saved[storage.data_ptr()] = storage.nbytes()
-            return tensor.detach(), tensor._version  # with its history, it would hold the graph that holds it
+            return tensor.detach(), tensor._version  # undetached it would hold the graph that holds it
 
         return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
 
@@ -316,6 +318,7 @@ def _guard(model: Callable, x: Tensor, steps: int, first: _FirstCall | None) -> 
 
 
 def _budget_bytes(budget: int | float | None, device: torch.device) -> int | None:
+    """A memory budget in bytes; None: nothing is kept. Raises ValueError for what is no budget."""
     if budget is None:
         return None
     if isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0:
@@ -329,6 +332,7 @@ def _budget_bytes(budget: int | float | None, device: torch.device) -> int | Non
 
 
 def _free_bytes(device: torch.device) -> int:
+    """What is free on a device now, PyTorch's own idle blocks included."""
     if device.type == "cuda":
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + idle
@@ -342,6 +346,7 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def _check(x: Tensor, weights: Tensor, times: Tensor, parameters: Sequence[Tensor], wrt: Sequence[str]) -> None:
+    """Raises what :class:`Rollout` says, before the model is called."""
     if not x.is_floating_point() or x.ndim < 1:
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; give floats of shape (B, *S)")
     rows, steps = len(x), weights.shape[1] if weights.ndim == 3 else 0

@@ -31,7 +31,7 @@ class Rollout:
         needs: list[bool],
     ):
         B, N = len(x), weights.shape[1]
-        # Leaves with a row for each sample, so that their gradients come out per sample.
+        # Every leaf has a row for each sample, so that its gradient comes out per sample.
         inputs = x.detach(), weights.expand(B, -1, -1).clone(), times.clone()
         self._leaves = [t.requires_grad_(need) for t, need in zip(inputs, needs, strict=True)]
         self._parameters, self._differentiates = parameters, any(needs) or bool(parameters)

@@ -28,7 +28,7 @@ from .two_stage import TwoStage
 
 __all__ = ["METHODS", "Lion", "Plan", "SearchResult", "TwoStage", "plan", "search"]
 
-LOOK = 0.02  # of the budget at most goes into whether a right schedule is plausible
+LOOK = 0.02  # at most this part of the budget goes into whether the schedule is plausible
 
 FAILED = "dss_fast/failed"
 
@@ -79,7 +79,7 @@ def search(
     steps = _steps(num_steps)
     settings = _method(method)
     if isinstance(budget, str):
-        evaluations_in(budget, Cost(1.0, 0))  # refused before any work
+        evaluations_in(budget, Cost(1.0, 0))  # what is no time is refused before any work
     elif budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
         raise ValueError(f"budget={budget!r}: give a whole number from 1, or a time such as '20min'")
     joined = join_processes()
@@ -105,7 +105,7 @@ def search(
         finished = checkpoint is not None and _is_finished(checkpoint, ledger.budget)
         own_cache = Path(out) / "teacher" if out is not None and cache is None else None
         with _frozen([one.model for one in targets]):
-            if finished:  # without a call of the model, unless the report is missing
+            if finished:  # the model is not called, unless the report is missing
                 assert checkpoint is not None
                 result = SearchResult.of(checkpoint, folder)
             else:
@@ -145,7 +145,7 @@ def search(
             if folder is not None and report and not result.interrupted:
                 _report(result, draws, config, again=not finished)
         if own_cache is not None and not result.interrupted and draws.rank == 0:
-            shutil.rmtree(own_cache, ignore_errors=True)  # served resuming only
+            shutil.rmtree(own_cache, ignore_errors=True)  # trajectories there only serve resuming
     except Exception as error:
         if draws.world > 1:
             _name_the_first(error, draws.rank)
@@ -153,7 +153,7 @@ def search(
     finally:
         if folder is not None:
             folder.close()
-        if joined:  # also after an error: it frees those who wait for this process
+        if joined:  # after an error too: leaving the group frees those who wait for this process
             torch.distributed.destroy_process_group()
     return result
 

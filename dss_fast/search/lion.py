@@ -195,7 +195,7 @@ class _Point:
                 f"initial={start.name!r} uses more than the preceding output in its last two rows, which short_tail "
                 "leaves out; pass Lion(short_tail=False)"
             )
-        # 1 for equal steps, the paper's start
+        # Equal steps give raws of 1, the paper's start.
         self.raws = 1 + (timesteps.diff() * n).log()
         self.lower = coeffs[self.places]
         self.parameters = [self.raws.requires_grad_(), self.lower.requires_grad_()]
@@ -214,7 +214,7 @@ class _Point:
         return error
 
     def best(self) -> Solver:
-        """The chosen point, or the present one when nothing was ever chosen."""
+        """The table of the smallest held-out error, or the present one where none was ever measured."""
         values = self.parameters if math.isinf(self.best_error) else self.chosen
         raws, lower = (v.detach() for v in values)
         _, coeffs = point_table(raws, lower, self.places)
@@ -222,6 +222,7 @@ class _Point:
         return Solver.from_timedeltas(torch.softmax(raws, 0).tolist(), rows, self.schedule)
 
     def save(self) -> dict[str, Any]:
+        """The state that :meth:`load` continues from, bit for bit."""
         return {
             "raws": self.raws.detach().clone(),
             "lower": self.lower.detach().clone(),
@@ -231,6 +232,7 @@ class _Point:
         }
 
     def load(self, saved: dict[str, Any]) -> None:
+        """Goes on from what :meth:`save` returned."""
         with torch.no_grad():
             self.raws.copy_(saved["raws"])
             self.lower.copy_(saved["lower"])

@@ -18,10 +18,10 @@ Moves = Callable[[Tensor, Trajectory], Tensor]
 class Residual:
     """The residuals r of a batch.
 
-    error: (B,) float64, mean of squares at the end point. values: (B, R).
-    back: cotangents (C, B, R) -> cotangents of the states, (C, B, *S) at the end point or (C, B, N, *S) along.
-    moves: (cotangents, trajectory) -> (C, B, N - 1) float64, the gradients in the inner targets, at which u the
-        teacher is met; None where the targets stay.
+    error: (B,) float64, the mean square at the end point. values: (B, R), r itself.
+    back: cotangents of r (C, B, R) -> cotangents of the states, (C, B, *S) at the end point or (C, B, N, *S) at all.
+    moves: (cotangents of r, trajectory) -> (C, B, N - 1) float64, the gradients in the u at which the inner states
+        should meet the teacher; None where r does not depend on them.
     """
 
     error: Tensor

@@ -18,21 +18,23 @@ from .draws import Draws
 from .teacher import dense_grid, integrate
 
 SAMPLES = 2
-CALLS = 4 * SAMPLES  # evaluations of :func:`probe`, a backward among them
-FINE, COARSE = 24, 16  # evaluations of the two trajectories that must agree
+CALLS = 4 * SAMPLES  # :func:`probe` takes so many evaluations, its backward among them
+FINE, COARSE = 24, 16  # the two trajectories that must agree take so many calls
 PLAUSIBLE_CALLS = SAMPLES * (FINE + COARSE + 1)
-# Root mean square of what samples end at. Pixels in [-1, 1] and latents of unit variance have 0.2 to 1.5; the MNIST
-# flow has 0.96, run with the other sign 4, as another family 1.5 to 700.
+# Between these the root mean square of samples is plausible. Pixels in [-1, 1] and latents of unit variance have 0.2 to
+# 1.5; the MNIST flow has 0.96, with the sign of its velocity turned 4, run as another family 1.5 to 700.
 SCALES = 0.05, 3.0
-# Of the two end states, relative. 0.01 on the MNIST models; wrong units of time give 0.67, a wrong prediction 1.1.
+# The two end states may differ by this part. On the MNIST models they do by 0.01; wrong units of time give 0.67, a
+# wrong prediction type 1.1.
 AGREEMENT = 0.1
-# Of what the output at pure noise changes with the noise: epsilon by 1, a velocity by -1 or 1, x0 not at all.
+# At pure noise the output's slope in the noise may miss the one it should have, 1 for epsilon, -1 or 1 for a velocity,
+# 0 for x0, by this much.
 SLOPE = 0.5
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one model evaluation of one sample: seconds, and bytes that its graph saves for a backward."""
+    """What one model evaluation of one sample takes: seconds, and the bytes that its graph saves for a backward."""
 
     seconds: float
     saved: int
@@ -71,7 +73,7 @@ def probe(draws: Draws, differentiated: bool) -> Cost:
         raise ValueError("the model returns zero everywhere: it is not trained, or its weights were not loaded")
     if differentiated:
         output.sum().backward()
-    float(output.detach().sum())  # waits for the device
+    float(output.detach().sum())  # the clock must wait for the device
     seconds = (time.perf_counter() - start) / (SAMPLES * (3 if differentiated else 1))
     return Cost(seconds, sum(kept.values()) // (2 * SAMPLES))
 
@@ -125,7 +127,7 @@ def _measured(draws: Draws, schedule: Schedule) -> tuple[float, float, float]:
     scale = float(fine.square().mean().sqrt())
     apart = float((fine - coarse).square().mean().sqrt()) / max(scale, 1e-300)
     moved = float(((y - other) * (z - second)).sum() / (z - second).square().sum())
-    expected = -1.0 if schedule.family == "flow" else 0.0  # of y: x0 - epsilon, or x0
+    expected = -1.0 if schedule.family == "flow" else 0.0  # y is x0 - epsilon, or x0
     q = float(schedule.prediction(start)[1])
     return scale, apart, (moved - expected) / q
 

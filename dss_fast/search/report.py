@@ -38,13 +38,13 @@ from .teacher import Trajectory, dense_grid, evaluations, integrate
 from .two_stage import TwoStage
 
 FILES = ("report.html", "report.md")
-SAMPLES = 32  # a batch of its own, drawn for the report only
-REFERENCE_EVALUATIONS = 48  # of its fine trajectories: they err by 0.0006 on the MNIST flow
-SCREENED = 8  # of them choose the best hand-made solver
+SAMPLES = 32  # the report draws a batch of its own
+REFERENCE_EVALUATIONS = 48  # its fine trajectories take so many calls, and err by 0.0006 on the MNIST flow
+SCREENED = 8  # the first so many samples choose the best hand-made solver
 RIVALS = tuple(
     f"{method}@{spacing}" for spacing in ("uniform", "shift3") for method in ("euler", "ab2", "dpmpp_2m", "unip2")
 )
-SHOWN, WORST = 8, 3  # samples drawn of each solver: the first, and those that err most
+SHOWN, WORST = 8, 3  # of each solver the first samples are drawn, and those that err most
 HAND_MADE = "#2980b9"
 HELD_OUT = (
     "Held-out RMSE: the same unit, on other samples, those by which the search chose its table. The two often differ "

@@ -326,7 +326,7 @@ def drive(
     if checkpoint:
         result.solvers, result.evaluations = checkpoint["solvers"], checkpoint["evaluations"]
         ledger.restore(checkpoint["evaluations"], checkpoint["counted"])
-    # No bar for a search that fails at once.
+    # The delay spares a search that fails at once its bar.
     bar = progress_bar(progress and rank == 0, unit=f" {COUNTED}", dynamic_ncols=True, smoothing=0.1, delay=0.1)
     shown: dict[str, str] = {}
     resumable: dict[str, Any] | None = None
@@ -349,7 +349,7 @@ def drive(
                 if folder:
                     event["log"] = folder.log(line)
                 history.append(_whole_keys(line))
-                # After its line: Ctrl-C in between leaves a line too many, which resuming cuts off.
+                # This comes after the log's line: Ctrl-C in between leaves a line too many, which resuming cuts off.
                 resumable = event if event.get("state") is not None else resumable
                 _show(bar, event, shown)
                 if time.monotonic() - saved_at > CHECKPOINT_SECONDS or len(history) == 1:
@@ -431,7 +431,7 @@ def _whole_keys(value: Any) -> Any:
 def flatten(value: Any, tensors: dict[str, Tensor], path: str = "state") -> Any:
     """JSON data in which tensors are replaced by names, and the tensors by name."""
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().cpu().clone()  # two names may share one
+        tensors[path] = value.detach().cpu().clone()  # safetensors refuses two names for one storage
         return {"$tensor": path}
     if isinstance(value, dict):
         return {str(key): flatten(item, tensors, f"{path}.{key}") for key, item in value.items()}
@@ -460,7 +460,7 @@ def _show(bar: Any, event: dict[str, Any], shown: dict[str, str]) -> None:
     done, total, unit = event.get("done"), event.get("total"), event.get("unit", COUNTED)
     if done is not None:
         if bar.n == 0 and done > 1:
-            bar.initial = done  # resumed: the rate counts from here
+            bar.initial = done  # a resumed search counts its rate from here
         bar.n, bar.total, bar.unit = done, total, f" {unit}"
     for key, label in (("loss", "loss"), ("held_out", "held-out RMSE")):
         values = {n: v for n, v in (event.get(key) or {}).items() if v is not None and math.isfinite(v)}

@@ -67,7 +67,7 @@ class Store:
             self._key = hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=16).hexdigest()
             self._folder = Path(cache) / self._key
             check_writable(self._folder)
-            sweep(self._folder, older_than=3600)  # younger ones may be another search's
+            sweep(self._folder, older_than=3600)  # younger temporary files may be another search's
 
     def find(self, number: int, batch: Samples) -> dict[str, Tensor] | None:
         """The tensors of a batch, on the CPU, from memory or from disk; None when they are nowhere."""
@@ -107,6 +107,7 @@ class Store:
         return f"{number:06d}.safetensors"
 
     def _inputs(self, batch: Samples) -> str:
+        """A hash of all that a batch's trajectories start from: noise, guidance scales and conditions."""
         digest = hashlib.blake2b(digest_size=16)
         values = {"noise": batch.noise, "scale": batch.scale, **batch.cond, **(batch.target.uncond or {})}
         for name, value in values.items():
@@ -117,6 +118,7 @@ class Store:
         return digest.hexdigest()
 
     def _read(self, path: Path, inputs: str) -> dict[str, Tensor] | None:
+        """The tensors of a file; None, with a warning, where it is damaged, and where it is of other inputs."""
         if not path.exists():
             return None
         try:
@@ -127,7 +129,7 @@ class Store:
             warnings.warn(f"{error}; computing it again", stacklevel=4)
             return None
         if metadata.get("inputs") != inputs:
-            return None  # whole, but of other noise or conditions
+            return None  # the file is whole, but of other noise or conditions
         self._verified.add(path)
         return tensors
 

@@ -28,7 +28,7 @@ from .ledger import Ledger
 from .store import Store, sent
 
 EVALUATIONS = 64
-LOG_SHARE, SOFTENING = 0.5, 0.02  # of the grid variable s, see DenseGrid
+LOG_SHARE, SOFTENING = 0.5, 0.02  # they shape the grid variable s, see DenseGrid
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,16 +76,18 @@ class DenseGrid:
         inner = s[:-1, None] + nodes / m
         (scale, tau), (_, tau_inner) = schedule.clock(u), schedule.clock(self.inverse(inner.flatten()))
         tau_inner = tau_inner.reshape(inner.shape)
-        for name, first, highest in (("predict", -3, 3), ("correct", -2, 4)):
+        # The predictor's newest y stands at the start of its interval, 0, and the corrector's at the end, 1.
+        for name, newest, highest in (("predict", 0, 3), ("correct", 1, 4)):
             rows = torch.zeros(m, 4, dtype=torch.float64)
             for order in range(1, highest + 1):
-                value, slope = _lagrange(first + 4 - order, order)
+                oldest = newest + 1 - order
+                value, slope = _lagrange(oldest, order)
                 at_end = value(torch.ones(1, dtype=torch.float64)) * tau[1:, None]
                 at_start = value(torch.zeros(1, dtype=torch.float64)) * tau[:-1, None]
                 between = torch.einsum("mq,qj->mj", tau_inner * node_weights, slope(nodes))
-                known = max(0, order - first - 4)  # from this row on there are so many y
-                rows[known:] = 0
-                rows[known:, 4 - order :] = (at_end - at_start - between)[known:]
+                reached = max(0, -oldest)  # earlier intervals have no y so far back, and keep a lower order
+                rows[reached:] = 0
+                rows[reached:, 4 - order :] = (at_end - at_start - between)[reached:]
             set_(name, rows * scale[1:, None])
         set_("ratio", schedule.transition(u)[0])
 
@@ -107,7 +109,7 @@ class DenseGrid:
     def _slope(self, u: Tensor) -> Tensor:
         """dx/ds = first * x + second * y."""
         with torch.enable_grad():
-            # Just inside, where the clamp at the end still has a slope.
+            # The last point moves just inside, because the clamp has no slope at the end itself.
             u = u.clamp_max(self.end - 1e-9).requires_grad_()
             ds = torch.autograd.grad(self.s(u).sum(), u)[0]
             scale, tau = self.schedule.clock(u)
@@ -185,12 +187,13 @@ def integrate(predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, grid: Dens
         if n + 1 < m or grid.open:
             history.append(predict(x, grid.points[n + 1]))
             x = base + _mixed(grid.correct[n], history[-4:])
-            history[-5:-4] = [None] * (len(history) > 4)
+            if len(history) > 4:
+                history[-5] = None  # no formula reads it again
     if len(history) <= m:
         # A flow's network may be undefined at sigma = 0: its last y is extrapolated.
         history.append(_mixed(torch.tensor([-1.0, 4.0, -6.0, 4.0]), history[-4:]))
     elif grid.jump:
-        # y is the result itself here: 7e-4 off where the predictor stood.
+        # Here y is the sample itself, 7e-4 off at the predictor's state: the network is called again.
         history[m] = predict(x, grid.points[m])
     states[:, m], slopes[:, m] = x, slope(x, history[m], grid.slope[m])
     a, b = grid.schedule.transition(torch.tensor([grid.end, 1.0], dtype=torch.float64))
@@ -271,7 +274,7 @@ class Teacher:
             tensors = self.store.find(k, batch)
             if tensors is None:
                 made = integrate(batch.predictor(check_finite=None), batch.noise, self.grid)
-                if not bool(made.last.isfinite().all()):  # on a GPU nobody has looked at each call
+                if not bool(made.last.isfinite().all()):  # on a GPU no single call was checked
                     raise FloatingPointError(f"the model returned NaN or Inf on the teacher's way, batch {k}")
                 tensors = self.store.keep(k, batch, {"states": made.states, "slopes": made.slopes, "last": made.last})
             last = tensors["last"].to(batch.noise.device)
