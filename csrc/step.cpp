@@ -1,4 +1,4 @@
-// The step on the CPU: every tensor is streamed through once, the sums live in a block of accumulators.
+// The step on the CPU. Every tensor passes through once; the sums live in a block of accumulators.
 #include <Python.h>
 
 #include "step_rows.h"
@@ -10,8 +10,8 @@ namespace {
 
 // The slots that a row's step reads, and where its own y goes: a stacked history, or a list and a new tensor.
 struct Slots {
-  std::vector<Rows> past;        // one for all slots, or one each
-  std::vector<int64_t> columns;  // of a list's weights in a row
+  std::vector<Rows> past;        // a stacked history has one for all slots, a list one each
+  std::vector<int64_t> columns;  // where a list's weights stand in a row
   Rows own;
   bool stacked;
 
@@ -27,6 +27,7 @@ struct Slots {
   }
 };
 
+// m = m_uncond + g (m_cond - m_uncond), y = p x + q m, x_{i+1} = a x + sum_j w_ij y_j, a block at a time.
 template <class A>
 void forward(const Shape& s, int64_t bytes, const Rows& xs, const Rows& ms, const Slots& slots, const Rows& outs,
              const at::Tensor& weights, const int64_t* index) {

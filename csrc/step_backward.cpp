@@ -13,7 +13,7 @@ namespace {
 template <class A>
 alignas(64) constexpr A kZeros[kBlock] = {};
 
-// The output's gradient where m's is grad_m: itself, or for a guided pair (1 - g) and g times it.
+// Writes the output's gradient, which is that of m, or, for a guided pair, (1 - g) and g times that of m.
 template <class A>
 void write_output(const Rows& dms, const Shape& s, A guidance, const A* grad_m, int64_t b, int64_t e, int64_t n) {
   if (!s.pair) return dms.write(grad_m, b, e, n);
@@ -24,7 +24,8 @@ void write_output(const Rows& dms, const Shape& s, A guidance, const A* grad_m, 
   dms.write(half, b + s.batch, e, n);
 }
 
-// What the gradient reads and writes. Rows without data are a gradient that is zero, or one that is not wanted.
+// What the gradient reads and writes. Rows without data stand for a zero gradient where they are read, and for one that
+// nobody wants where they are written.
 struct Gradient {
   Rows next, own, xs, ms;  // the gradients of x_{i+1} and y_i, then x and the output
   std::vector<Rows> past;
@@ -34,6 +35,9 @@ struct Gradient {
   at::Tensor row;           // (B, columns), or empty
 };
 
+// One pass over all tensors. With G the gradient of x_{i+1}, H that of y_i and Y = w_ii G + H:
+//   grad x = a G + p Y    grad m = q Y    grad y_j = w_ij G
+//   d/da = <x, G>    d/dp = <x, Y>    d/dq = <m, Y>    d/dg = q <m_cond - m_uncond, Y>    d/dw_ij = <y_j, G>
 template <class A>
 void backward(const Shape& s, int64_t bytes, const Gradient& t, const at::Tensor& weights, int64_t index) {
   const bool wants_row = t.row.numel();
@@ -83,6 +87,7 @@ void backward(const Shape& s, int64_t bytes, const Gradient& t, const at::Tensor
   }
 }
 
+// gy = sum_{i>=j} w_ij g_{i+1}, grad x = a_j g_{j+1} + p_j gy, grad m = q_j gy. Slot i of the adjoints holds g_{i+1}.
 template <class A>
 void pull(const Shape& s, const at::Tensor& adjoints, const at::Tensor& weights, const at::Tensor& index,
           const at::Tensor& grad_x, const at::Tensor& grad_output) {

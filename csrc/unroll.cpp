@@ -1,6 +1,6 @@
 // Gradient checkpointing across the steps of an unrolled linear multistep loop. The forward keeps states and
 // predictions; the backward re-runs one model call at a time and pulls every cotangent through its graph.
-// Device-agnostic: one binary serves CPU and CUDA builds of torch. What the numbers mean is the caller's affair.
+// One binary serves CPU and CUDA builds of torch, because every operation goes through the dispatcher.
 #include <ATen/Context.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -75,7 +75,7 @@ class Rollout {
     Tensor x, t, output;
   };
 
-  // What a step asks of its prediction's neighbours: the guided output and the spread between the guided halves.
+  // The guided output m (B, D), and m_cond - m_uncond (B, D), which is undefined without guidance.
   struct Mixed {
     Tensor output, spread;
   };
@@ -86,7 +86,7 @@ class Rollout {
                 "Specify retain_graph=True in that one.");
   }
 
-  // A Python object that may be let go from a thread that does not hold the interpreter.
+  // A Python object that a thread without the interpreter may let go.
   static std::shared_ptr<py::object> held(py::object object) {
     return {new py::object(std::move(object)), [](py::object* held) {
               py::gil_scoped_acquire gil;
@@ -121,6 +121,7 @@ class Rollout {
     version_ = states_._version();
   }
 
+  // The output (B or 2B, *S) of a step's first call. The random state before it is kept when the call drew numbers.
   Tensor first_run(int64_t step, const Tensor& x, bool keep) {
     auto before = Random::now(x_.device());
     Tensor output = keep ? run_with_graph(step, x).output.detach() : run(step, x, times_.select(1, step).clone());
@@ -130,7 +131,7 @@ class Rollout {
 
   const Call& run_with_graph(int64_t step, const Tensor& x) {
     at::AutoGradMode grad(true);
-    // Not detach: the state would share its version with the states written later, and count as modified.
+    // A detached state would share its version with the states written later, and would count as modified.
     Call call{x.variable_data(), times_.select(1, step).detach().clone(), {}};
     call.x.set_requires_grad(step > 0 || needs_.x);
     call.t.set_requires_grad(needs_.times);
@@ -144,6 +145,7 @@ class Rollout {
     return py::cast<Tensor>((*call_)(step, x, t));
   }
 
+  // Whether any wanted gradient passes through the model's call at a step.
   bool differentiates(int64_t step) const { return step > 0 || needs_.x || needs_.times || !parameters_.empty(); }
 
   Pulled backward(const Tensor& cotangents, bool retain) {
@@ -202,6 +204,7 @@ class Rollout {
     return {defined(grad_x), defined(grad_weights), defined(grad_times), stack(grad_parameters)};
   }
 
+  // Step j's m = m_uncond + g (m_cond - m_uncond), from the network's output of B or 2B rows.
   Mixed mixed(int64_t j, const Tensor& output) const {
     const int64_t B = x_.size(0);
     Tensor rows = output.flatten(1).to(weights_.scalar_type());
@@ -224,7 +227,7 @@ class Rollout {
   // dw_ij = <g_{i+1}, y>. The products with gy are sums over those with the adjoints, so gy itself is not needed.
   void add_weight_gradients(const Tensor& gradient, int64_t j, const Tensor& adjoints, const Tensor& probes) const {
     const int64_t N = steps_;
-    at::NoTF32Guard full;  // whatever the model's products are allowed: these sums settle the search's step
+    at::NoTF32Guard full;  // these sums settle the search's step, whatever precision the model's products may have
     Tensor products = at::bmm(adjoints.slice(1, j), probes.transpose(1, 2));
     Tensor through = (weights_.slice(1, j).select(2, kScalars + j).unsqueeze(2) * products).sum(1);
     Tensor row = gradient.select(1, j);
@@ -249,6 +252,7 @@ class Rollout {
     std::vector<Tensor> parameters;
   };
 
+  // The products of a call's Jacobians with a cotangent (B or 2B, *S) of its output; undefined where nothing depends.
   Gradients vjp(const Call& call, const Tensor& grad_output, bool retain) const {
     std::vector<Tensor> inputs;
     if (call.x.requires_grad()) inputs.push_back(call.x);

@@ -47,7 +47,7 @@ class Random {
   std::vector<Tensor> states_;
 };
 
-// Replays a call's random numbers and puts the generators back afterwards. Nothing to do for a call that drew none.
+// Replays a call's random numbers and puts the generators back afterwards. For a call that drew none it does nothing.
 class Replay {
  public:
   Replay(const optional<Random>& state, c10::Device device) {
@@ -82,7 +82,7 @@ class Autocast {
     at::autocast::set_autocast_cache_enabled(cache_);
   }
 
-  // A cast cached without a graph would be reused where one is needed, or with one already freed.
+  // The cache would give a cast without a graph where one is needed, or one whose graph is already freed.
   Autocast without_cache() const {
     auto state = *this;
     state.cache_ = false;

@@ -72,7 +72,7 @@ def make_sampler(solver: Mapping[int, Solver] | str, strict: bool = True) -> Cal
         family = "flow" if is_flow(model.inner_model.inner_model.model_sampling) else "vp"
         if isinstance(solver, str):
             chosen: Solver | str = OURS.get(solver, solver)
-            family = "vp" if solver in HOSTS else family  # in -log sigma, as the host's own does
+            family = "vp" if solver in HOSTS else family  # the host's own extrapolates in -log sigma
         else:
             fitting = [table for table in solver.values() if place_of(table, sigmas) is not None]
             nearest = min(solver.values(), key=lambda table: abs(table.num_steps - (len(sigmas) - 1)))
@@ -118,7 +118,7 @@ def make_sigmas(
     sigmas = sigmas_of(table)
     top = float(model_sampling.sigma_max)
     if family == "vp" and abs(top / float(sigmas[0]) - 1) > 0.1:
-        # DiT's and PixArt's linear betas end at 157, Stable Diffusion's at 14.6: other noise, other coefficients
+        # DiT's and PixArt's linear betas end at 157, Stable Diffusion's at 14.6; coefficients belong to one of them.
         raise ValueError(
             f"{table.label} was searched for noise up to {float(sigmas[0]):.4g}, this model's "
             f"goes to {top:.4g}; take a hand-made method, or search a solver for the model"
@@ -155,7 +155,7 @@ def add_to_ksampler(samplers: Any, functions: Any, folder: Path | None = None) -
         setattr(functions, f"sample_{name}", sample)
         if name not in samplers.KSampler.SAMPLERS:
             samplers.KSampler.SAMPLERS.append(name)
-        if solver not in METHODS and solver not in OURS:  # learned: it has sigmas of its own
+        if solver not in METHODS and solver not in OURS:  # a learned table has sigmas of its own
             samplers.SCHEDULER_HANDLERS[name] = samplers.SchedulerHandler(sigmas)
             for offered in (samplers.SCHEDULER_NAMES, samplers.KSampler.SCHEDULERS):
                 if name not in offered:

@@ -68,7 +68,7 @@ def sample_dss(
         p, q, stretch, levels = _calls_elsewhere(table)
         steps, seen = steps.predicting(p, q), levels[first:].to(sigmas)
     steps = (steps.tail(first) if first else steps).to(x.device, x.dtype)
-    # the noise in the solver's own variables, where a VP state is alpha x
+    # The noise goes into the solver's own variables, in which a VP state is alpha x.
     noise = float(table.schedule.alpha_sigma(torch.zeros(1))[1] / given[0])
     history = steps.new_history(x * noise if steps.weighs_noise else x)
     index = torch.arange(steps.num_steps, device=x.device).split(1)
@@ -126,7 +126,7 @@ def _table(
         if name.spacing is not None:
             raise ValueError(f"solver {solver!r} brings a spacing, and sigmas are given; write {name.name!r}")
         grid = _grid(family or "vp", sigmas)
-        # to a sigma of 0 every method falls back to order 1 by itself; k-diffusion lowers it nowhere else
+        # Towards a sigma of 0 every method falls back to order 1 by itself; k-diffusion lowers it nowhere else.
         return handmade(name.name, None, grid, timesteps=grid.timesteps, lower_order_final=False), 0
     table = find_solver(solver, None, n)
     if family not in (None, table.family):

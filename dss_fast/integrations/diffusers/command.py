@@ -24,8 +24,8 @@ from ...search import Lion, SearchResult, TwoStage, search
 from .pipeline import from_pipeline
 from .scheduler import DSSScheduler
 
-SLOW = 28  # steps of the pipeline's own scheduler that the picture shows beside N
-SHOWN = 4  # prompts in it
+SLOW = 28  # beside N steps the picture shows so many of the pipeline's own scheduler
+SHOWN = 4  # the picture shows so many prompts
 
 
 def search_pipeline(

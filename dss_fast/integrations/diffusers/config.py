@@ -34,13 +34,13 @@ PREDICTIONS = {
 }
 
 
-# Whose grid a method walks, by the first part of its name; DPMSolverMultistepScheduler's for the rest.
+# A method walks the grid of this scheduler, by the first part of its name; the rest DPMSolverMultistepScheduler's.
 MULTISTEP = {
     "dpmpp": "DPMSolverMultistepScheduler",
     "unip": "UniPCMultistepScheduler",
     "deis": "DEISMultistepScheduler",
 }
-# Schedulers whose Euler is EulerDiscreteScheduler; that of the others is DDIM.
+# In place of these schedulers "euler" is EulerDiscreteScheduler; in place of the others it is DDIM.
 SIGMA_SPACE = (
     "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler",
@@ -56,14 +56,14 @@ STOCK = (
     "FlowMatchEulerDiscreteScheduler",
     "CogVideoXDDIMScheduler",
 )
-# Schedulers with a shift or betas that step something else than a state along one path.
+# These have a shift or betas as others do, and yet do not step one state along one path.
 OTHER = {
     "FlowMapEulerDiscreteScheduler": "its network jumps between two times that it is told",
     "HeliosDMDScheduler": "it changes the resolution between its stages",
     "HeliosScheduler": "it changes the resolution between its stages",
     "PiflowScheduler": "its network returns a policy for several steps",
 }
-STILL = 1e-9  # relative, of a last step that stands still in the stock scheduler
+STILL = 1e-9  # a last step that stands still in the stock scheduler falls by this part instead
 
 
 def adopt(config: Config) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def family_of(config: Config) -> str:
         return str(config["family"])
     if config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas"):
         return "flow"
-    if config.get("timestep_type", "discrete") != "continuous":  # Stable Video Diffusion tells its network log sigma
+    if config.get("timestep_type", "discrete") != "continuous":  # Stable Video Diffusion's network takes log sigma
         if "beta_schedule" in config or config.get("trained_betas") is not None:
             return "vp"
         if "shift" in config or str(config.get("_class_name")).startswith("FlowMatch"):
@@ -133,12 +133,12 @@ def stock_scheduler(name: str, config: Config) -> Any:
     """The scheduler of diffusers that its own ``from_config`` makes of the pipeline's config, as far as grids go."""
     stock = getattr(diffusers, name)
     known = inspect.signature(stock.__init__).parameters
-    takes = {key for key in known if key not in ("algorithm_type", "solver_type")}  # DEIS' and SASolver's are refused
+    takes = {key for key in known if key not in ("algorithm_type", "solver_type")}  # other classes refuse DEIS'
     fallen = () if name == config.get("stock_class") else config.get("stock_defaults") or ()
     given = {key: value for key, value in config.items() if key in takes and value is not None and key not in fallen}
     try:
         return stock(**given)
-    except NotImplementedError as error:  # betas or a spacing that the class does not have
+    except NotImplementedError as error:  # the class lacks the betas or the spacing
         raise ValueError(f"{name} cannot take the pipeline's config: {error}") from None
 
 
@@ -147,7 +147,7 @@ def _knows(name: str, key: str) -> bool:
 
 
 def settings() -> set[str]:
-    """What the schedulers asked for grids can be told."""
+    """The keywords that the schedulers in ``STOCK``, which are asked for grids, take."""
     return {key for name in STOCK for key in inspect.signature(getattr(diffusers, name).__init__).parameters} - {"self"}
 
 
@@ -156,7 +156,7 @@ def training_scheduler(config: Config) -> Any:
     own = str(config.get("stock_class"))
     if _knows(own, "beta_schedule"):
         return stock_scheduler(own, config)
-    config = {**config, "stock_defaults": ()}  # the model's, whoever runs them
+    config = {**config, "stock_defaults": ()}  # the noise is the model's, whichever class runs it
     if config.get("snr_shift_scale") is not None:
         return stock_scheduler("CogVideoXDDIMScheduler", config)
     return stock_scheduler("DDIMScheduler", config)
@@ -321,7 +321,7 @@ def _vp_grid(
 ) -> Grid:
     kind, name = prediction_of(config), stock_class(method, config)
     landing = name in ("DDIMScheduler", "CogVideoXDDIMScheduler")
-    # a zero terminal SNR has no log: next to nothing for DDIM, for the others what they themselves put in its place
+    # A zero terminal SNR has no log. For DDIM next to nothing stands in its place, for the others their own choice.
     table = alphas_cumprod(config).clamp_min(1e-30 if landing else FLOOR).numpy()
     if sigmas is not None:
         if timesteps is not None:

@@ -105,6 +105,7 @@ class PipelineModel(nn.Module):
             self.register_buffer(f"fixed_{i}", layout.fixed[key])
 
     def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        """The network's output (B, *S) in the schedule's sign, for x (B, *S) at t (B,)."""
         layout = self._layout
         tensors = {key: getattr(self, f"fixed_{i}") for i, key in enumerate(self._fixed)}
         arguments = layout.arguments({**tensors, **cond}, len(x))
@@ -225,11 +226,11 @@ class _Layout:
             )
         self.sign = 1.0 if total > 0 else -1.0
         if len(columns) == 2:
-            # m_u + g (m_c - m_u) with the names exchanged is guidance 1 - g, so the larger is the guided one
+            # With the branches exchanged m_u + g (m_c - m_u) has the guidance 1 - g, so the larger one is meant.
             self.cond = int(weights[1] / total > weights[0] / total)
             seen = float(weights[self.cond]) / total
-            # rounding blurs what is seen; one of the call's own numbers, where it fits, is the exact one
-            known = [*scales, *(s + 1 for s in scales)]  # m_c + s (m_c - m_u) is guidance 1 + s
+            # Rounding blurs what is seen; where one of the call's own numbers fits, it is the exact one.
+            known = [*scales, *(s + 1 for s in scales)]  # m_c + s (m_c - m_u) has the guidance 1 + s
             close = [s for s in known if abs(s - seen) <= self.tolerance * abs(seen)]
             if known and not close:
                 raise ValueError(
@@ -322,10 +323,8 @@ def _time_map(notes: Notes, key: str) -> tuple[float, float]:
     seen = [(s.t, float(s.calls[0].arguments[key].flatten()[0])) for s in notes.steps]
     for scale in (1.0, 1e-3, -1e-3, -1.0):
         for shift in (0.0, 1.0, 1000.0):
-            # 1 % because half precision rounds times, 2 for those who round them to whole numbers
-            if all(
-                abs(scale * t + shift - net) <= 0.01 * abs(net) + 2e-3 * max(abs(scale), 1e-3) * 1000 for t, net in seen
-            ):
+            # Half precision rounds times by up to 1 %; rounding to whole numbers moves them by up to 2 training steps.
+            if all(abs(scale * t + shift - net) <= 0.01 * abs(net) + 2 * abs(scale) for t, net in seen):
                 return scale, shift
     raise ValueError(f"network times {[n for _, n in seen]} do not follow scheduler times {[t for t, _ in seen]}")
 
@@ -390,6 +389,7 @@ class PipelineDecoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] of latents (B, *S); packed ones are unpacked first."""
         if latents.ndim == 3 and self._unpack is not None:
             latents = self._unpack(latents, *(n or self._side * self._factor for n in self._size), self._factor)
         config = self.vae.config

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .scheduler import DSSScheduler
 
-ASKED = 4  # steps a recorded run is asked for
+ASKED = 4  # a recorded run is asked for so many steps
 
 
 @dataclass
@@ -47,6 +47,7 @@ class Notes:
 
     @property
     def module(self) -> nn.Module:
+        """The network that the first step called first."""
         return self.steps[0].calls[0].module
 
 

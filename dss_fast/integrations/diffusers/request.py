@@ -10,7 +10,7 @@ from typing import Any
 from ...solver import Solver
 
 SIZES = ("height", "width", "num_frames")
-GUIDANCE = 0.05  # relative, how far another scale may be from the one searched with
+GUIDANCE = 0.05  # a guidance scale may differ from the one searched with by this part
 
 
 def request_of(pipe: Any, arguments: Mapping[str, Any], latents: Sequence[int], prompts: int) -> dict[str, Any]:

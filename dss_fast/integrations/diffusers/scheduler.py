@@ -77,7 +77,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
     _compatibles = [e.name for e in KarrasDiffusionSchedulers] + ["FlowMatchEulerDiscreteScheduler"]
     order = 1
 
-    # of one run: from set_timesteps, then from its first step
+    # These belong to one run: set_timesteps makes the first, the first step the rest.
     num_inference_steps: int | None
     solver: Solver | None
     schedule: Schedule | None
@@ -120,11 +120,11 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             flow = shift is not None or use_flow_sigmas or prediction_type == "flow_prediction"
             family = learned.family if learned else "flow" if flow else "vp"
         if embedded or solver != names:
-            # names stay readable in scheduler_config.json; diffusers never prints keys that start with "_"
+            # Names stay readable in scheduler_config.json; diffusers never prints keys that start with "_".
             self.register_to_config(solver=names[0] if len(names) == 1 else names, _solvers=embedded)
         self.register_to_config(family=family)
         if stock_defaults:
-            # a stock scheduler made of this config gives them back to its own defaults, as diffusers does
+            # A stock scheduler that is made of this config puts its own defaults there, as diffusers does.
             unset = [*self.config.get("_use_default_values", ()), *stock_defaults]
             self.register_to_config(_use_default_values=unset)
         if thresholding and strict:
@@ -151,17 +151,17 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             embedded = config.pop("_solvers", None)
             if "solver" not in config:
                 config = adopt(config)
-            if kwargs.keys() & {"use_flow_sigmas", "prediction_type"}:  # a flow is told, not read off the config
+            if kwargs.keys() & {"use_flow_sigmas", "prediction_type"}:  # what the caller says of the family counts
                 config["family"] = family_of({**config, "family": None, **kwargs})
             given_back = config.get("stock_defaults") or ()
             unset = config.pop("_use_default_values", None)
-            if unset is not None:  # by a stock scheduler made of a config of ours, or by ours
+            if unset is not None:  # a scheduler that was made of a config of ours wrote this one
                 given_back = [key for key in given_back if key in unset]
                 config["_use_default_values"] = [key for key in unset if key not in given_back]
             if embedded and "solver" not in kwargs:
                 names = config.get("solver", [])
                 kwargs["solver"] = [*([names] if isinstance(names, str) else names), *embedded]
-            # settings of the stock schedulers shape hand-made grids; ConfigMixin drops what __init__ does not name
+            # The stock schedulers' settings shape hand-made grids, and ConfigMixin drops what __init__ does not name.
             told = {key: kwargs.pop(key) for key in settings() - cls._get_init_keys(cls) if key in kwargs}
             if given_back:
                 config["stock_defaults"] = [key for key in given_back if key not in kwargs and key not in told]
@@ -186,6 +186,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
+        """Says at which step the run starts, as img2img pipelines do before their first step."""
         self._begin_index = begin_index
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
@@ -330,7 +331,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         if self._table is None:
             return None
         if self._begin_index is not None:
-            # pipelines that set the index ask for the start, or, once under way, for the level just reached
+            # Pipelines that set the index ask for the start, or, once under way, for the level just reached.
             return [self._begin_index if self._step_index is None else self._step_index]
         try:
             return [self.index_for_timestep(t) for t in timesteps.flatten().tolist()]
@@ -386,7 +387,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         """The step a time belongs to, without asking the device for its value."""
         own = self.timesteps
         if isinstance(timestep, Tensor) and timestep.dtype == own.dtype and timestep.device == own.device:
-            # an element of `timesteps` is a view: its address says which one
+            # An element of `timesteps` is a view, whose address says which one it is.
             if not torch.compiler.is_compiling():
                 i, odd = divmod(timestep.data_ptr() - own.data_ptr(), own.element_size())
                 if not odd and 0 <= i < len(own):
