@@ -115,6 +115,7 @@ def write_report(result: SearchResult, draws: Draws, config: dict[str, Any]) -> 
 
     blocks = [
         Heading("Better than the best hand-made solver?"),
+        *([Text(_several(draws))] if draws.others else []),
         *_answer(result, matches, reference),
         *missing,
         Heading("Before and after"),
@@ -128,7 +129,7 @@ def write_report(result: SearchResult, draws: Draws, config: dict[str, Any]) -> 
         Heading("Use a table"),
         *_use(result, batch),
         Heading("Search again"),
-        *_again(result, config),
+        *_again(config, "[target, *others]" if draws.others else "target"),
     ]
     named = "" if batch.target.name == Target.name else f" for {code(batch.target.name)}"
     title = f"Search{named}: {', '.join(f'N = {n}' for n in result.solvers)}"
@@ -179,8 +180,17 @@ def _answer(result: SearchResult, matches: Matches, reference: Reference) -> lis
     ]
 
 
+def _several(draws: Draws) -> str:
+    """Which of several targets the figures are of."""
+    others = ", ".join(code(other.name) for other in draws.others)
+    return (
+        f"The tables were searched for {1 + len(draws.others)} targets. All figures here but the held-out RMSE are of "
+        f"the first, {code(draws.target.name)}; `dss_fast.compare` measures the same tables on the others, {others}."
+    )
+
+
 def _verdict(n: int, match: Match) -> str:
-    """Yes: it errs less in mean and median, and on more samples than a fair coin would give but once in fifty."""
+    """Yes where it errs less in mean and median, and is nearer on more samples than chance gives one time in forty."""
     mine, best = match.mine, match.best
     errors = [(title, mine.figures[k], best.figures[k]) for k, title in (("rmse", "RMSE"), ("median", "median"))]
     less, nearer = [own < other for _, own, other in errors], int((mine.errors < best.errors).sum())
@@ -345,12 +355,12 @@ def _use(result: SearchResult, batch: Samples) -> list[Block]:
     ]
 
 
-def _again(result: SearchResult, config: dict[str, Any]) -> list[Block]:
-    """The call that was made, and what to change in it."""
+def _again(config: dict[str, Any], given_to: str) -> list[Block]:
+    """The call that was made, and what to change in it. given_to: its first argument."""
     kind = {kind.name: kind for kind in (TwoStage, Lion)}[config["method"]]
     defaults = {f.name: f.default for f in fields(kind)}
     given = {key: value for key, value in config["settings"].items() if value != defaults[key]}
-    python, arguments = ["from dss_fast import compare, search"], [f"target, {config['num_steps']!r}"]
+    python, arguments = ["from dss_fast import compare, search"], [f"{given_to}, {config['num_steps']!r}"]
     if given or kind is Lion:
         python.append(f"from dss_fast.search import {kind.__name__}")
         arguments.append(f"method={kind.__name__}({', '.join(f'{key}={value!r}' for key, value in given.items())})")

@@ -190,6 +190,16 @@ def test_the_lines_to_copy_run(tmp_path, monkeypatch):
     assert (tmp_path / "another-folder" / "report.html").exists()
 
 
+def test_several_targets_are_told_apart(tmp_path):
+    """The figures are of the first of them, and the page says so."""
+    targets = [replace(TARGET, name=name, decode=None, key=name) for name in ("first", "second")]
+    settings = TwoStage(samples=16, rounds=1, space="plain")
+    search(targets, 3, method=settings, budget=3_000, out=tmp_path, progress=False)
+    text = (tmp_path / "report.md").read_text()
+    assert "searched for 2 targets" in text and "first, `first`" in text and "the others, `second`" in text
+    assert "search([target, *others], " in text
+
+
 def test_without_matplotlib_the_report_has_no_pictures_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     target = Target(lambda x, t: torch.sin(3 * t[:, None]) - 0.7 * x, (3,), key="bend")
