@@ -17,7 +17,7 @@ def ran(tmp_path_factory):
         patch.setattr(transfer, "RESULTS", tmp_path_factory.mktemp("results") / "transfer.jsonl")
         patch.setattr(transfer, "MIXTURE_SAMPLES", 64)
         patch.setattr(transfer, "known_best", lambda name, n: find_solver(f"ab2/{n}"))
-        transfer.run(MODELS, [2], ["plain"], 900, 0)
+        transfer.run(MODELS, MODELS, [2], ["plain"], 900, 0)
         yield transfer.RESULTS
 
 
@@ -27,7 +27,7 @@ def test_every_pair_is_measured_once(ran, monkeypatch):
     assert {(r["source"], r["target"]) for r in rows if r["kind"] == "pair"} == {(a, b) for a in MODELS for b in MODELS}
     monkeypatch.setattr(transfer, "search", None)  # what is there is neither searched nor measured again
     monkeypatch.setattr(transfer, "Fresh", None)
-    transfer.run(MODELS, [2], ["plain"], 900, 0)
+    transfer.run(MODELS, MODELS, [2], ["plain"], 900, 0)
     assert transfer.rows() == rows
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,67 +52,60 @@ def candidates(schedule: Schedule, num_steps: int, done: dict[int, Solver]) -> l
     return list(dict.fromkeys(found))
 
 
+@dataclass(frozen=True)
+class Start:
+    """A table to start from. units: what each target's squares are counted in, the median of the table's there; 1 for
+    a single target."""
+
+    solver: Solver
+    units: tuple[float, ...]
+
+
 @torch.no_grad()
-def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solver], limit: int) -> list[Solver]:
-    """The best of the tables, best first; at most ``limit`` evaluations, 0 for a single table.
+def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solver], limit: int) -> list[Start]:
+    """The best of the tables, best first; at most ``limit`` evaluations, 0 for a single table and target.
 
     Each is run on one sample, the better third of them on two more, and so on, as far as the first batch of each
     target reaches. With too small a limit for all, the first ones take part. Score: the robust mean of
     |x_N - teacher(1)|^2, of several targets the geometric mean of theirs.
     """
     left, count = list(tables), 0
-    errors: dict[Solver, Tensor] = {}
-    n, targets, wanted = left[0].num_steps, len(draws.each), draws.world
+    errors: dict[Solver, Tensor] = {}  # (targets, samples so far)
+    n, targets, wanted = left[0].num_steps, 1 + len(draws.others), draws.world
     most = min(teacher.sizes[:targets]) // draws.world * draws.world
     left = left[: max(1, limit // (2 * n * wanted * targets))]
-    while len(left) > 1 and count < wanted <= most and n * (wanted - count) * targets * len(left) <= limit:
+    wanted = most if len(left) == 1 else wanted
+    while count < wanted <= most:
         cost = n * (wanted - count) * targets * len(left)
-        found = _errors(draws, teacher, left, slice(count, wanted))
+        if (len(left) == 1 or cost > limit) and (targets == 1 or errors):
+            break
+        mine = slice(count // draws.world, wanted // draws.world)
+        found = torch.zeros(len(left), targets, wanted - count, dtype=torch.float64)
+        for t in range(targets):
+            batch, trajectory = teacher[t]
+            part = _rows(batch, mine)
+            for k, solver in enumerate(left):
+                table = StepTable.of(solver, guidance=part.guidance, dtype=part.noise.dtype, device=part.noise.device)
+                try:
+                    end = Rollout(part.denoiser(), part.noise, table.weights, table.times, wrt=()).states[:, -1]
+                    error = squares(end, trajectory.last[mine]).nan_to_num(nan=LOST, posinf=LOST).clamp_max(LOST)
+                except FloatingPointError:
+                    error = torch.full((len(part),), LOST, dtype=torch.float64)
+                found[k, t, draws.rank :: draws.world] = error
+        draws.all_reduce(found)
         ledger.spend(cost)
         limit -= cost
         for solver, rows in zip(left, found, strict=True):
             errors[solver] = torch.cat([errors[solver], rows], 1) if solver in errors else rows
-        scales = [ROBUST * float(each.median()) for each in torch.stack([errors[s] for s in left], 1)]
-
-        def score(solver: Solver, scales: list[float] = scales) -> float:
-            pairs = zip(errors[solver], scales, strict=True)
-            return sum(math.log(max(robust(each, max(scale, 1e-300)), 1e-300)) for each, scale in pairs)
-
-        left.sort(key=score)
+        scales = ROBUST * torch.stack([errors[solver] for solver in left], 1).flatten(1).median(1).values
+        scores = {solver: _score(errors[solver], scales) for solver in left}
+        left.sort(key=scores.__getitem__)
         count, wanted = wanted, min(KEPT * wanted, most)
         if count < wanted:
             left = left[: max(2, math.ceil(len(left) / KEPT))]
-    return left
-
-
-@torch.no_grad()
-def units(draws: Draws, ledger: Ledger, teacher: Teacher, solver: Solver) -> tuple[float, ...]:
-    """What each target's squares are counted in, the table's median on its first batch; 1 for a single target."""
-    if not draws.others:
-        return (1.0,)
-    count = min(teacher.sizes[: len(draws.each)]) // draws.world * draws.world
-    found = _errors(draws, teacher, [solver], slice(0, count))
-    ledger.spend(solver.num_steps * count * len(draws.each))
-    return tuple(float(each.median().clamp_min(1e-300)) for each in found[0])
-
-
-def _errors(draws: Draws, teacher: Teacher, tables: Sequence[Solver], rows: slice) -> Tensor:
-    """(tables, targets, rows) |x_N - teacher(1)|^2 of those rows of each target's first batch, over all processes."""
-    found = torch.zeros(len(tables), len(draws.each), rows.stop - rows.start, dtype=torch.float64)
-    mine = slice(rows.start // draws.world, rows.stop // draws.world)
-    for t in range(found.shape[1]):
-        batch, trajectory = teacher[t]
-        part = _rows(batch, mine)
-        for k, solver in enumerate(tables):
-            table = StepTable.of(solver, guidance=part.guidance, dtype=part.noise.dtype, device=part.noise.device)
-            try:
-                end = Rollout(part.denoiser(), part.noise, table.weights, table.times, wrt=()).states[:, -1]
-                error = squares(end, trajectory.last[mine]).nan_to_num(nan=LOST, posinf=LOST).clamp_max(LOST)
-            except FloatingPointError:
-                error = torch.full((len(part),), LOST, dtype=torch.float64)
-            found[k, t, draws.rank :: draws.world] = error
-    draws.all_reduce(found)
-    return found
+    if targets == 1:
+        return [Start(solver, (1.0,)) for solver in left]
+    return [Start(solver, tuple(errors[solver].median(1).values.clamp_min(1e-300).tolist())) for solver in left]
 
 
 def respaced(timesteps: Tensor, num_steps: int) -> Tensor:
@@ -124,6 +117,12 @@ def respaced(timesteps: Tensor, num_steps: int) -> Tensor:
     u = timesteps[k] + fraction * (timesteps[k + 1] - timesteps[k])
     u[0], u[-1] = 0, 1
     return u
+
+
+def _score(errors: Tensor, scales: Tensor) -> float:
+    """The sum over targets of the logarithm of their robust mean; errors (targets, samples), scales (targets,)."""
+    pairs = zip(errors, scales.clamp_min(1e-300).tolist(), strict=True)
+    return sum(math.log(max(robust(values, scale), 1e-300)) for values, scale in pairs)
 
 
 def _rows(batch: Samples, rows: slice) -> Samples:

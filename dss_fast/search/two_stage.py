@@ -34,7 +34,7 @@ from .objective import Loss, Residual, residual
 from .point import RACE, Point
 from .settings import check_counts, graph_memory
 from .space import SPACES, Space
-from .starts import candidates, ranked, units
+from .starts import Start, candidates, ranked
 from .teacher import Teacher
 
 ANNEAL = (30, 10, 5, 3, 2, 1)  # times trajectory_weight, round by round
@@ -44,7 +44,7 @@ FEW = 40  # samples of which none are held out: eight of them choose worse than 
 SLACK = 1.25  # of the rounds' cost, for those that are rejected
 START_SHARE = 0.1  # of the budget, to find where to start
 LOOKS = 4  # at the held-out samples, that the plan counts on
-RACERS = 3  # tables of different spacings to start from, of which the best goes on after RACE rounds (``Point.raced``)
+RACERS = 3  # tables at most of different spacings to start from, of which the best goes on after RACE rounds (``Point.raced``)
 SKETCHED = 2  # every so many batches a sketch
 PAPER_SHARE = 1 / 50  # default budget, of the paper's 50,000 samples x (100 + 3 N)
 
@@ -71,7 +71,8 @@ class TwoStage:
 
     A round costs N evaluations per sample for the candidate, which is also its acceptance test, and, once
     accepted, 2 N per backward. All N share the teacher; each starts from the best of the hand-made and published
-    tables, those on the spacing found for the N before among them.
+    tables, those on the spacing found for the N before among them; from 40 samples on from up to three on different
+    spacings, of which the best goes on after three rounds (below 40 the race costs more than it brings).
     """
 
     space: str = "noise+start"
@@ -171,23 +172,41 @@ class TwoStage:
 
         for n in steps:
             if n not in points:
-                starts = [first[n]] if n in first else []
-                if not starts:
-                    limit = min(ledger.budget * START_SHARE * n / sum(steps), ledger.budget - ledger.evaluations)
-                    done = {k: points[k][0].solver() or first[k] for k in points}
-                    found = ranked(draws, ledger, train, candidates(schedule, n, done), int(limit))
-                    starts = of_different_spacings(found)[: racers_of(samples)]
-                space = Space(self.space, schedule, n)
+                limit = min(ledger.budget * START_SHARE * n / sum(steps), ledger.budget - ledger.evaluations)
+                done = {k: points[k][0].solver() or first[k] for k in points}
+                tables = [first[n]] if n in first else candidates(schedule, n, done)
+                starts = ranked(draws, ledger, train, tables, int(limit))
+                starts = of_different_spacings(starts)[: racers_of(samples)]
+                units, space = starts[0].units, Space(self.space, schedule, n)
                 share = (ledger.budget - ledger.evaluations) * n / sum(steps[steps.index(n) :])
-                counted = units(draws, ledger, train, starts[0])
-                points[n] = [Point(space, space.theta(solver), share=share, units=counted) for solver in starts]
+                points[n] = [Point(space, space.theta(s.solver), share=share, units=units) for s in starts]
                 if n not in first:
-                    first[n] = starts[0]
-                    yield event("start", num_steps=n, start=first[n].name, starts=[solver.name for solver in starts])
+                    first[n] = starts[0].solver
+                    yield event("start", num_steps=n, start=first[n].name, starts=[s.solver.name for s in starts])
             while not all(point.finished for point in points[n]):
                 racing = len(points[n]) > 1
                 k = next(k for k, point in enumerate(points[n]) if not (point.raced if racing else point.finished))
-                points[n][k], values = stage.advance(points[n][k])
+                before, point = ledger.evaluations, points[n][k]
+                values: dict[str, Any] = {}
+                if point.theta is None and point.best is None and stage.affords_look(point):
+                    point, rmse = stage.check(point, point.candidate)
+                    values = {"held_out": {n: rmse}}
+                batches = stage.plan(point)
+                trial = stage.attempt(point, batches) if batches else None
+                look = False
+                if not batches:
+                    point, look = point.ended(), True
+                elif trial is None or not stage.improves(point, trial):
+                    point = point.rejected()
+                    point = point.renewed() if point.finished and point.round < len(ANNEAL) else point
+                    values = {"accepted": False, "damping": point.damping}
+                else:
+                    point, told = stage.accept(point, trial, stage.differentiate(point, trial))
+                    values, look = {**values, **told}, len(ANNEAL) < point.round
+                if look and point.theta is not None and stage.affords_look(point):
+                    point, rmse = stage.check(point, point.theta)
+                    values = {**values, "held_out": {n: rmse}}
+                points[n][k] = replace(point, spent=point.spent + ledger.evaluations - before)
                 if racing and all(point.raced for point in points[n]):
                     points[n] = [stage.winner(points[n])]
                 yield event("gauss-newton", num_steps=n, **values)
@@ -270,30 +289,6 @@ class Stage:
         size, known = sum(sizes[:batches]), 0 if point.values is None else len(point.values)
         over = point.round >= settings.rounds or size < 0.4 * known
         return 0 if over or not self._affords(point, cost(batches) + looks) else batches
-
-    def advance(self, point: Point) -> tuple[Point, dict[str, Any]]:
-        """The point after its next round, accepted or not, and what to log."""
-        n, before = point.space.num_steps, self.ledger.evaluations
-        values: dict[str, Any] = {}
-        if point.theta is None and point.best is None and self.affords_look(point):
-            point, rmse = self.check(point, point.candidate)
-            values = {"held_out": {n: rmse}}
-        batches = self.plan(point)
-        trial = self.attempt(point, batches) if batches else None
-        look = False
-        if not batches:
-            point, look = point.ended(), True
-        elif trial is None or not self.improves(point, trial):
-            point = point.rejected()
-            point = point.renewed() if point.finished and point.round < len(ANNEAL) else point
-            values = {"accepted": False, "damping": point.damping}
-        else:
-            point, told = self.accept(point, trial, self.differentiate(point, trial))
-            values, look = {**values, **told}, len(ANNEAL) < point.round
-        if look and point.theta is not None and self.affords_look(point):
-            point, rmse = self.check(point, point.theta)
-            values = {**values, "held_out": {n: rmse}}
-        return replace(point, spent=point.spent + self.ledger.evaluations - before), values
 
     def winner(self, racers: list[Point]) -> Point:
         """The racer of least loss on the samples that all have seen, which goes on with what all have spent."""
@@ -487,13 +482,16 @@ class Stage:
 
 
 def racers_of(samples: int) -> int:
-    """From how many tables a search with so many samples starts."""
+    """From how many tables at most a search with so many samples starts."""
     return RACERS if samples >= FEW else 1
 
 
-def of_different_spacings(tables: Sequence[Solver]) -> list[Solver]:
-    """The first table on each spacing."""
-    return list({table.timesteps: table for table in reversed(tables)}.values())[::-1]
+def of_different_spacings(starts: Sequence[Start]) -> list[Start]:
+    """The first start on each spacing."""
+    known: dict[tuple[float, ...], Start] = {}
+    for start in starts:
+        known.setdefault(start.solver.timesteps, start)
+    return list(known.values())
 
 
 def enough(sizes: list[int], wanted: int) -> int:

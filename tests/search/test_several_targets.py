@@ -12,7 +12,7 @@ from dss_fast.search.draws import Draws
 from dss_fast.search.ledger import Ledger
 from dss_fast.search.objective import residual
 from dss_fast.search.runs import flatten, unflatten
-from dss_fast.search.starts import candidates, ranked, units
+from dss_fast.search.starts import candidates, ranked
 from dss_fast.search.teacher import Teacher, dense_grid, integrate
 from examples.mixture import Mixture
 
@@ -53,23 +53,23 @@ def test_batches_take_turns_and_units_make_scales_equal():
     teacher = Teacher(draws, ledger, "train", 64, 16, budget=24)
     assert [batch.target.name for batch, _ in teacher] == ["wide", "narrow", "wide", "narrow"]
     before, start = ledger.evaluations, handmade("ab2", 4, Flow())
-    counted = units(draws, ledger, teacher, start)
+    (found,) = ranked(draws, ledger, teacher, [start], 10**6)
     assert ledger.evaluations == before + 2 * 16 * 4
-    for (batch, trajectory), unit in zip(list(teacher)[:2], counted, strict=True):
+    for (batch, trajectory), unit in zip(list(teacher)[:2], found.units, strict=True):
         end = sample(batch.target, batch.noise, start)
         found = residual("end", 0.0, end[:, None], trajectory, torch.ones(1)).over(unit)
         torch.testing.assert_close(float(found.error.median()), 1.0, rtol=1e-9, atol=0)
         torch.testing.assert_close(found.values.square().mean(1), found.error)
         cotangents = torch.randn(2, *found.values.shape, dtype=F64)
         torch.testing.assert_close(found.back(cotangents).flatten(2), cotangents * unit**-0.5)
-    assert units(Draws.of(WIDE), ledger, teacher, start) == (1.0,)
+    assert ranked(Draws.of(WIDE), ledger, teacher, [start], 10**6)[0].units == (1.0,)
 
 
 def test_the_start_is_chosen_by_all_of_them():
     draws, ledger = Draws.of([WIDE, NARROW], 3), Ledger()
     teacher = Teacher(draws, ledger, "train", 64, 32, budget=24)
     tables = candidates(Flow(), 4, {})
-    best = ranked(draws, ledger, teacher, tables, 10**6)[0]
+    best = ranked(draws, ledger, teacher, tables, 10**6)[0].solver
     product = lambda solver: error(WIDE, solver) * error(NARROW, solver)  # noqa: E731
     assert product(best) < 1.1 * min(product(solver) for solver in tables)
 

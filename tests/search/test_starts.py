@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from dss_fast import VP, DiscreteVP, Flow, Target, handmade
+from dss_fast import VP, DiscreteVP, Flow, Target, find_solver, handmade
+from dss_fast.search import TwoStage
 from dss_fast.search.draws import Draws
+from dss_fast.search.gauss_newton import robust
 from dss_fast.search.ledger import Ledger
 from dss_fast.search.starts import candidates, ranked, respaced
 from dss_fast.search.teacher import Teacher
@@ -50,12 +52,12 @@ def test_a_large_limit_finds_the_best_of_all_and_a_small_one_keeps_to_it():
 
     best = min(map(error, tables))
     before = ledger.evaluations
-    assert error(ranked(draws, ledger, teacher, tables, 100_000)[0]) < 1.2 * best
+    assert error(ranked(draws, ledger, teacher, tables, 100_000)[0].solver) < 1.2 * best
     before, limit = ledger.evaluations, 6 * 20
     few = ranked(draws, ledger, teacher, tables, limit)
     assert 0 < ledger.evaluations - before <= limit and len(few) >= 2
     before = ledger.evaluations
-    assert ranked(draws, ledger, teacher, tables, 0) == tables[:1] and ledger.evaluations == before
+    assert [s.solver for s in ranked(draws, ledger, teacher, tables, 0)] == tables[:1] and ledger.evaluations == before
 
 
 def test_a_table_that_leaves_the_numbers_comes_last():
@@ -69,7 +71,7 @@ def test_a_table_that_leaves_the_numbers_comes_last():
     teacher._kept.clear()
     batch, trajectory = teacher_of(MODEL)[2][0]
     teacher._kept[0] = broken.batch("train", 0, 32), trajectory
-    assert ranked(broken, ledger, teacher, [late, early], 1_000)[0] == early
+    assert ranked(broken, ledger, teacher, [late, early], 1_000)[0].solver == early
 
 
 def test_a_spacing_carried_over_keeps_its_shape():
@@ -78,3 +80,25 @@ def test_a_spacing_carried_over_keeps_its_shape():
     torch.testing.assert_close(respaced(u, 5), u[::2])
     finer = respaced(u, 13)
     assert finer[0] == 0 and finer[-1] == 1 and bool((finer.diff() > 0).all())
+
+
+def test_the_best_of_several_starts_goes_on():
+    """Each runs three rounds on the same samples; the one of least loss then spends the rest, alone."""
+    draws, ledger, _ = teacher_of(MODEL)
+    method = TwoStage(samples=48, batch_size=16, held_out_samples=0, teacher_evaluations=20)
+    ledger = Ledger(20_000)
+    events = list(method.run(draws, ledger, (4,)))
+    (start,) = [event for event in events if event["stage"] == "start"]
+    count = len(start["starts"])
+    assert count == len({find_solver(name, Flow(), 4).timesteps for name in start["starts"]}) and 1 < count <= 3
+    raced = [event["state"]["points"][4] for event in events if event["state"] and 4 in event["state"]["points"]]
+    rivals = [points for points in raced if len(points) == count]
+    assert len(raced[-1]) == 1 and all(point["round"] <= 3 for points in rivals for point in points)
+    (winner,), last = raced[len(rivals)], rivals[-1]
+    losses = [robust(p["values"], winner["scale"]) if p["round"] == 3 else None for p in last]
+    known = [loss for loss in losses if loss is not None]
+    assert robust(winner["values"], winner["scale"]) <= min(known)
+    assert winner["round"] == 3 and raced[-1][0]["spent"] > sum(point["spent"] for point in last)
+    assert ledger.evaluations <= 20_000 and events[-1]["complete"]
+    alone = list(TwoStage(samples=24, teacher_evaluations=20).run(draws, Ledger(20_000), (4,)))
+    assert [len(event["starts"]) for event in alone if "starts" in event] == [1]  # too few samples for a race
