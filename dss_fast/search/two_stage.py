@@ -44,7 +44,7 @@ FEW = 40  # samples of which none are held out: eight of them choose worse than 
 SLACK = 1.25  # of the rounds' cost, for those that are rejected
 START_SHARE = 0.1  # of the budget, to find where to start
 LOOKS = 4  # at the held-out samples, that the plan counts on
-RACERS = 3  # tables at most of different spacings to start from, of which the best goes on after RACE rounds (``Point.raced``)
+RACERS = 3  # tables of different spacings at most to start from; after RACE rounds the best goes on (``Point.raced``)
 SKETCHED = 2  # every so many batches a sketch
 PAPER_SHARE = 1 / 50  # default budget, of the paper's 50,000 samples x (100 + 3 N)
 
