@@ -39,6 +39,7 @@ from .teacher import Teacher
 
 ANNEAL = (30, 10, 5, 3, 2, 1)  # times trajectory_weight, round by round
 GROWTH = (0.12, 0.12, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.0)  # share of the samples in each round; then all of them
+BATCHES = 8  # of each target's samples at least, of LEAST or more: a round of few samples must be one of few calls
 LEAST = 12  # samples of a round, of a set that has so many
 FEW = 40  # samples of which none are held out: eight of them choose worse than the loss does
 SLACK = 1.25  # of the rounds' cost, for those that are rejected
@@ -62,7 +63,7 @@ class TwoStage:
     select: what the choice among accepted tables makes small on held-out samples: ``"robust"``, rho of the end
         point's squares, or a criterion of ``distance``: ``"rmse"``, ``"median"``, ``"features"``.
     samples: of the training set; by default what the budget allows. held_out_samples: a fifth of them, none below 40.
-    batch_size: samples run at a time.
+    batch_size: samples run at a time, at most; an eighth of the set, so that early rounds can be small.
     teacher_evaluations: model calls of each reference trajectory; by default 16 for fewer than 64 samples, or 24, and
         at least 2 N. rounds: of Gauss-Newton at most. tolerance: stop a solver whose predicted relative gain is below.
     memory: bytes of trajectories kept, and of rollouts between a round's acceptance test and its backward
@@ -130,10 +131,12 @@ class TwoStage:
         targets = len(draws.each)
         points = {n: [Point.load(saved, schedule) for saved in racers] for n, racers in state["points"].items()}
         first: dict[int, Solver] = {n: start[n] for n in steps if initial is not None} | dict(state["first"])
+        each = -(-samples // targets)
+        batch = max(-(-each // BATCHES), min(LEAST, -(-each // 2)))
         train, held_out = (
             Teacher(draws, ledger, stream, count, size, budget=calls, cache=cache, memory=self.memory)
             for stream, count, size in (
-                ("train", samples, max(draws.world, min(self.batch_size, -(-samples // max(2, targets))))),
+                ("train", samples, max(draws.world, min(self.batch_size, batch))),
                 ("held_out", held_out_samples, max(1, min(self.batch_size, -(-held_out_samples // targets)))),
             )
         )
