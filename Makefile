@@ -1,6 +1,8 @@
 # make demo   search, sample and compare on the shipped MNIST model; results in out/
 # make test   the test suite
 # make lint   style and types
+# make docs   the site of docs/ in out/site; every link checked
+# make venv   only .venv, with the package and what the demo and the tutorial import
 # make bench  the benchmarks, rows appended under benchmarks/results/
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # A thread that waits sleeps instead of spinning: on two shared cores spinning made the demo ten times slower.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint docs venv clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.mnist.demo --out out
@@ -25,6 +27,11 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --exclude "*.md" .
 	$(BIN)/mypy
+
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+venv: $(VENV)/.demo
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
