@@ -116,8 +116,14 @@ TORCH_LIBRARY_IMPL(dss_fast, CPU, m) {
 
 }  // namespace dss_fast
 
-PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+// The build names the module after the version of torch (setup.py).
+#define NAME_OF_INIT(name) PyInit_##name
+#define INIT(name) NAME_OF_INIT(name)
+#define NAME_AS_TEXT(name) #name
+#define TEXT(name) NAME_AS_TEXT(name)
+
+PyMODINIT_FUNC INIT(TORCH_EXTENSION_NAME)() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, TEXT(TORCH_EXTENSION_NAME), nullptr, -1, nullptr};
   PyObject* module = PyModule_Create(&definition);
   for (auto fill : dss_fast::ModulePart::parts()) fill(module);
   return module;

@@ -34,7 +34,7 @@ inline std::tuple<at::Tensor, at::Tensor> multistep_pull(const at::Tensor& adjoi
   return op.call(adjoints, weights, index, pair);
 }
 
-// A file with something to put into dss_fast._C keeps one of these at namespace scope; PyInit__C (step.cpp) calls it.
+// A file with something to put into the module keeps one of these at namespace scope; step.cpp's init calls it.
 struct ModulePart {
   using Fill = void (*)(_object* module);
   explicit ModulePart(Fill fill) {

@@ -198,13 +198,8 @@ class _Unroll(torch.autograd.Function):
 @functools.cache
 def _extension() -> Any:
     """The compiled engine, or the error that says why there is none."""
-    try:
-        step = importlib.import_module("dss_fast.step")  # registers the ops that the engine calls
-        if step._no_extension is not None:
-            raise ImportError(step._no_extension)
-        return importlib.import_module("dss_fast._C").Rollout
-    except (ImportError, AttributeError) as error:
-        return error
+    step = importlib.import_module("dss_fast.step")  # registers the ops that the engine calls
+    return ImportError(step._no_extension) if step._extension is None else step._extension.Rollout
 
 
 def _reference() -> Callable:
@@ -220,10 +215,7 @@ def _engine(backend: str | None) -> Callable:
         raise ValueError(f"backend={backend!r}: choose None, {' or '.join(map(repr, BACKENDS))}")
     engine = None if backend == "reference" else _extension()
     if backend == "cpp" and isinstance(engine, Exception):
-        raise RuntimeError(
-            f"backend='cpp': the extension does not load ({engine}); build it with `pip install -e .`, "
-            "or use backend='reference'"
-        )
+        raise RuntimeError(f"backend='cpp' cannot run here: {engine}; or use backend='reference'")
     return _reference() if engine is None or isinstance(engine, Exception) else engine
 
 

@@ -82,7 +82,7 @@ fi
 
 # 1. The extension, and beside it every compilation that later stages would wait for.
 if [ -n "$DRY" ]; then
-  stage build 60 "$PYTHON" -c 'import torch, dss_fast._C; print(dss_fast._C.__file__, "is there and not built again")'
+  stage build 60 "$PYTHON" -c 'from dss_fast.step import extension; print(extension.load().__file__, "is there and not built again")'
 else
   begin build 110 "$PYTHON" setup.py build_ext --inplace
   for k in 0 1 2 3 4 5 6 7; do begin "warm-$k" 110 env DSS_FAST_NO_EXTENSION=1 "$PYTHON" scripts/every_kernel.py --share $k 8; done

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import extension
 from . import reference as step_reference
 
 __all__ = ["backends", "multistep_pull", "multistep_step", "multistep_update"]
@@ -38,12 +39,10 @@ _SCHEMAS = {
     "multistep_pull": "(Tensor adjoints, Tensor weights, Tensor index, bool pair=False) -> (Tensor, Tensor)",
 }
 
+_extension: ModuleType | None = None
+_no_extension: str | None = None
 try:
-    if os.environ.get("DSS_FAST_NO_EXTENSION"):
-        raise ImportError("DSS_FAST_NO_EXTENSION is set")
-    import dss_fast._C  # noqa: F401  registers the ops' CPU kernels
-
-    _no_extension = None
+    _extension = extension.load()
 except ImportError as error:
     _no_extension = str(error)
 
@@ -54,8 +53,7 @@ _library = torch.library.Library("dss_fast", "DEF")
 def _on_cpu() -> ModuleType:
     """Where the extension is missing: the reference, with one warning."""
     warnings.warn(
-        f"dss_fast runs its CPU step in plain PyTorch, several times slower: {_no_extension}. "
-        "Install a C++ compiler and reinstall to build the extension.",
+        f"dss_fast runs its CPU step in plain PyTorch, several times slower: {_no_extension}.",
         RuntimeWarning,
         stacklevel=5,
     )

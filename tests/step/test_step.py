@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import os
 import subprocess
 import sys
 
@@ -468,35 +467,6 @@ def test_errors_name_what_is_wrong(named):
 def test_a_backend_that_does_not_exist():
     with pytest.raises(ValueError, match="'cuda_graph' cannot run on cpu.*reference"):
         multistep_step(*draw((3,)), backend="cuda_graph")
-
-
-WITHOUT_EXTENSION = """
-import sys, warnings
-import torch
-from dss_fast import step
-assert not {"triton", "dss_fast.step.triton", "dss_fast._C"} & set(sys.modules), "importing should load neither"
-assert step.backends(torch.device("cpu")) == ["reference"]
-arguments = torch.randn(2, 3), torch.randn(2, 3), torch.randn(2, 1, 3), torch.ones(1, 1, 5), torch.zeros(1).long()
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    for _ in range(3):
-        x, history = step.multistep_step(*arguments)
-assert [str(w.message).split(",")[0] for w in caught if "dss_fast" in str(w.message)] == [
-    "dss_fast runs its CPU step in plain PyTorch"], caught
-assert torch.equal(history[:, 0], arguments[0] + arguments[1])
-try:
-    step.multistep_step(*arguments, backend="cpp")
-except ValueError as error:
-    assert "DSS_FAST_NO_EXTENSION" in str(error)
-else:
-    raise AssertionError("a named backend that cannot run must not fall back")
-"""
-
-
-def test_without_the_extension_it_runs_and_says_so_once():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"DSS_FAST_NO_EXTENSION": "1"}
-    run = subprocess.run([sys.executable, "-c", WITHOUT_EXTENSION], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
 
 
 WITHOUT_TRITON = """

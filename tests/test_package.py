@@ -1,0 +1,84 @@
+"""What a build puts into the sdist and the wheel: all that is needed, nothing of the tests, with no torch in reach."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+import dss_fast
+
+ROOT = Path(__file__).parent.parent
+FILES = "setup.py pyproject.toml MANIFEST.in README.md CHANGELOG.md LICENSE".split()
+BUILD = "import sys; from setuptools.build_meta import build_{0} as build; build(sys.argv[1])"
+
+
+def build(what, source, out):
+    """Builds as pip's isolated build does, where torch cannot be imported; gives the file and what was said."""
+    (out / "torch.py").write_text("raise ImportError('no torch in this environment')\n")
+    command = [sys.executable, "-c", BUILD.format(what), str(out)]
+    done = subprocess.run(command, cwd=source, env={"PYTHONPATH": str(out)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (file,) = out.glob("*.whl" if what == "wheel" else "*.tar.gz")
+    return file, done.stderr
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The sdist of a checkout, and the wheel of that sdist."""
+    pytest.importorskip("setuptools", minversion="77", reason="the build tool, in requirements.txt")
+    checkout, out = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("out")
+    for name in FILES:
+        if not (ROOT / name).exists():
+            pytest.skip(f"no {name}: these are not the tests of a checkout")
+        shutil.copy(ROOT / name, checkout)
+    for name in ("csrc", "dss_fast", "tests", "examples"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    sdist, _ = build("sdist", checkout, out)
+    with tarfile.open(sdist) as packed:
+        packed.extractall(out, filter="data")
+        inside = sorted(name.partition("/")[2] for name in packed.getnames() if packed.getmember(name).isfile())
+    wheel, said = build("wheel", out / sdist.name.removesuffix(".tar.gz"), out)
+    return inside, zipfile.ZipFile(wheel), wheel.name, said
+
+
+def test_the_sdist_holds_what_the_build_needs_and_no_tests(built):
+    inside = set(built[0])
+    assert inside >= set(FILES) | {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "dss_fast").rglob("*.py")}
+    assert inside >= sources and len(sources) > 40
+    assert not [name for name in inside if name.startswith(("tests", "examples")) or name.endswith((".so", ".pyc"))]
+
+
+def test_the_wheel_holds_the_package_with_its_tables_and_types_alone(built):
+    names = set(built[1].namelist())
+    package = {name for name in names if ".dist-info/" not in name}
+    wanted = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "dss_fast").rglob("*")
+        if path.suffix in (".py", ".json") or path.name == "py.typed"
+    }
+    assert package == wanted and "dss_fast/py.typed" in package and "dss_fast/solvers/sit-xl-2-256.json" in package
+
+
+def test_without_torch_the_build_says_how_to_add_the_extension_and_runs_everywhere(built):
+    _, _, name, said = built
+    assert name == f"dss_fast-{dss_fast.__version__}-py3-none-any.whl"
+    assert "no torch in this environment" in said and "pip install --no-build-isolation --no-deps ." in said
+
+
+def test_one_version_everywhere_and_extras_that_do_not_move_torch(built):
+    (name,) = [name for name in built[1].namelist() if name.endswith(".dist-info/METADATA")]
+    about = Parser().parsestr(built[1].read(name).decode())
+    assert about["Version"] == dss_fast.__version__ and about["Requires-Python"] == ">=3.11"
+    assert f"\n## {dss_fast.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    needed = about.get_all("Requires-Dist")
+    assert [line for line in needed if "extra ==" not in line] == ["torch>=2.11"]
+    assert not [line for line in needed if line.startswith("torch") and "extra ==" in line]
+    (everything,) = [line for line in needed if 'extra == "all"' in line]
+    assert set(re.search(r"\[(.*)\]", everything)[1].split(",")) == {"search", "plots", "triton", "diffusers"}
