@@ -1,5 +1,5 @@
 # make demo   search, sample and compare on the shipped MNIST model; results in out/
-# make test   the test suite
+# make test   the tests; make test-all those marked slow as well
 # make lint   style and types
 # make docs   the site of docs/ in out/site; every link checked
 # make venv   only .venv, with the package and what the demo and the tutorial import
@@ -12,13 +12,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # A thread that waits sleeps instead of spinning: on two shared cores spinning made the demo ten times slower.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test bench lint docs venv clean
+.PHONY: demo test test-all bench lint docs venv clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.mnist.demo --out out
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.test
+	$(BIN)/python -m pytest -m "slow or not slow"
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks --benchmark

@@ -2,6 +2,9 @@
 
 import os
 
+# One thread for each process, these and their children: results do not depend on the machine, and processes that share
+# its cores do not wait for each other's threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A cached graph of another version of the ops would be run as it was.
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 
@@ -12,6 +15,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from dss_fast.unroll import BACKENDS, _extension  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Before each test, whatever the one before it set."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(params=BACKENDS)

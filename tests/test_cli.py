@@ -170,4 +170,4 @@ def test_module_entry_point(folder):
     run = subprocess.run([sys.executable, "-m", "dss_fast", "--version"], capture_output=True, text=True, check=True)
     import dss_fast
 
-    assert run.stdout.strip() == dss_fast.__version__ and torch.__version__
+    assert run.stdout == f"{dss_fast.__version__}\n" and run.stderr == ""

@@ -44,8 +44,8 @@ def test_scheduler():
     assert isinstance(pipe.scheduler, DSSScheduler) and pipe(**call, num_inference_steps=5)
 
 
-def test_pipeline(monkeypatch):
-    """The search itself has its own tests; here it is asked for what the docstring asks."""
+def test_pipeline():
+    """A search of few evaluations, asked for what the docstring asks."""
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
     from dss_fast import search
@@ -53,7 +53,7 @@ def test_pipeline(monkeypatch):
     from dss_fast.search import TwoStage
     from examples.tiny_pipelines import build
 
-    small = TwoStage(samples=16, batch_size=8, held_out_samples=8, teacher_evaluations=16, rounds=1)
+    small = TwoStage(samples=4, batch_size=4, held_out_samples=4, teacher_evaluations=16, rounds=1)
     pipe, call = build("flux", batch=2)
     rows = {k: call.pop(k) for k in list(call) if "prompt_" in k}
 
@@ -64,7 +64,7 @@ def test_pipeline(monkeypatch):
         "from_pipeline": of_these,
         "pipe": pipe,
         "prompts": ["a cat"],
-        "search": lambda target, num_steps: search(target, num_steps, method=small, progress=False),
+        "search": lambda target, num_steps: search(target, num_steps, method=small, budget=500, progress=False),
     }
     exec(code_of(from_pipeline), found)
     assert found["solver"].num_steps == 8

@@ -36,6 +36,7 @@ def what_the_stages_need():
         pytest.skip("the extension is not built")
 
 
+@pytest.mark.slow
 def test_every_stage_runs_and_everything_is_packed(tmp_path):
     done = dry_run(tmp_path)
     logs = {path.stem: path.read_text()[-2000:] for path in (tmp_path / "logs").iterdir()}

@@ -9,7 +9,7 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from dss_fast import DiscreteVP, Flow, find_solver, handmade, sample  # noqa: E402
+from dss_fast import VP, DiscreteVP, Flow, find_solver, handmade, sample  # noqa: E402
 from dss_fast.integrations.diffusers import DSSScheduler, from_pipeline  # noqa: E402
 from examples.tiny_pipelines import FLOW, NAMES, build  # noqa: E402
 
@@ -184,7 +184,7 @@ def test_targets_do_what_the_pipeline_does(name):
     scheduler = pipe.scheduler
     target = from_pipeline(pipe, rows, **arguments, batch_size=2)
     assert pipe.scheduler is scheduler
-    assert isinstance(target.schedule, Flow if name in FLOW else DiscreteVP) or name in ("dit", "pixart")
+    assert type(target.schedule) is (Flow if name in FLOW else VP if name in ("dit", "pixart") else DiscreteVP)
     expected = {"dit": 4.0, "sd": 7.5, "sdxl": 5.0, "pixart": 4.5, "sd3": 7.0, "wan": 5.0, "sana": 4.5}
     assert target.guidance_scale == expected.get(name, 1.0)
     assert (target.uncond is None) == (name in ("flux", "qwen"))

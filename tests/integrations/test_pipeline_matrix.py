@@ -35,7 +35,11 @@ def test_the_page_has_the_commands_rows_and_no_failure():
     assert sum(not any(cell.startswith("open") for cell in cells) for cells in page.values()) >= 26
 
 
-@pytest.mark.parametrize("name", ["ltx_condition", "z_image", "animatediff"])
+# Times of each token, a list of samples, a VP model; frames, whose network is the largest.
+FRAMES = pytest.param("animatediff", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["ltx_condition", "z_image", "sd", FRAMES])
 def test_rows_are_made_anew(name):
     row = pipeline_matrix.Row(name)
     page = rows()[type(row.pipe).__name__]

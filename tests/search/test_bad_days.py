@@ -4,15 +4,13 @@ import errno
 import gc
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
+from importlib import import_module
 
+import processes
 import pytest
 import torch
 
@@ -160,69 +158,40 @@ def test_one_search_a_folder(tmp_path):
     assert find(tmp_path, resume=True).solver == find().solver
 
 
-RANK = """
-    import os, sys, time, torch, warnings
-    from importlib import import_module
-    from pathlib import Path
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    from dss_fast import Target, search
-    from dss_fast.search import Lion
-    from dss_fast.search import runs, store
-    runs.CHECKPOINT_SECONDS = 0.0
+def rank_of_two(rank, out, how):
+    """A search of which the second process has a bad day at its fiftieth model call."""
+    running.CHECKPOINT_SECONDS = 0.0
     import_module("dss_fast.search").doubt = lambda draws: 0
-    rank, how, calls = int(os.environ["RANK"]), sys.argv[2], [0]
+    calls = []
 
-    def model(x, t):
-        calls[0] += 1
-        if rank == 1 and calls[0] == 50:
+    def unwell(x, t):
+        calls.append(1)
+        if rank == 1 and len(calls) == 50:
             if how == "killed":
-                os.kill(os.getpid(), 9)
+                os.kill(os.getpid(), signal.SIGKILL)
             if how == "raises":
                 raise RuntimeError("the second process is unwell")
             if how == "slow":
                 time.sleep(3)
-        return torch.tanh(2 * x) * (1 - t[:, None]) + 0.5 * torch.sin(3 * t[:, None]) - 0.7 * x
-
-    def full(*arguments, **options):
-        raise OSError(28, "No space left on device")
+        return model(x, t)
 
     if rank == 1 and how == "full":
-        store.write_tensors = full
-    method = Lion(samples=96, batch_size=16, unique_samples=48, check_samples=16, check_every=2, teacher_steps=10)
-    target = Target(model, (3,), dtype=torch.float64, key="bend")
-    search(target, 3, method=method, out=sys.argv[1], resume=True, progress=False, report=False)
-"""
+        storing.write_tensors = full
+    find(out, function=unwell, resume=True)
 
 
 @pytest.mark.parametrize("how", ["killed", "raises", "slow", "full"])
 def test_two_processes_of_which_one_fails(tmp_path, how):
-    """All are out within seconds with the cause, and one process goes on; a slow one is waited for."""
-    script = tmp_path / "rank.py"
-    script.write_text(textwrap.dedent(RANK))
-    port = 29500 + os.getpid() % 1000
-    base = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    base["PYTHONPATH"] = str(Path(__file__).parents[2])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script, tmp_path / "run", how],
-            env={**base, "RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True,
-        )
-        for r in range(2)
-    ]  # fmt: skip
-    codes, left = [None, None], []
-    while None in codes:
-        codes = [r.poll() for r in ranks]
-        left += [time.monotonic()] if any(c is not None for c in codes) else []
-        time.sleep(0.02)
-        assert not left or left[-1] - left[0] < 30  # without a limit they would wait half an hour
-    errors = [r.stderr.read() for r in ranks]
+    """All are out soon and with the cause, where they could wait half an hour, and one process goes on; a slow one is
+    waited for."""
+    codes = processes.group(rank_of_two, tmp_path / "run", how, stderr=tmp_path)
+    error = (tmp_path / "0").read_text()
     if how in ("slow", "full"):
-        assert codes == [0, 0], errors
+        assert codes == [0, 0], error
     else:
-        assert codes[0] == 1 and codes[1] != 0
-        assert "Connection" in errors[0], errors[0]
-        assert how != "raises" or "first to fail was process 1: RuntimeError: the second" in errors[0], errors[0]
+        assert codes == [1, -signal.SIGKILL if how == "killed" else 1]
+        assert "Connection" in error, error
+        assert how != "raises" or "first to fail was process 1: RuntimeError: the second" in error, error
     alone, whole = find(tmp_path / "run", resume=True).solver, find().solver  # sums over processes round otherwise
     assert alone.timesteps == pytest.approx(whole.timesteps, abs=1e-6)
     assert Solver.load(tmp_path / "run" / "solver-3.json") == alone

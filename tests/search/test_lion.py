@@ -1,12 +1,12 @@
 """The paper's recipe: its updates against an independent writing of Algorithms 1 and 2, its costs, its errors."""
 
 import math
-import socket
 from importlib import import_module
 
+import processes
 import pytest
 import torch
-from torch import multiprocessing, nn
+from torch import nn
 
 from dss_fast import VP, Flow, Solver, Target, sample, search
 from dss_fast.search import Lion
@@ -292,28 +292,15 @@ def test_bad_arguments_are_named(changes, message):
 SHARED = dict(method=Lion(samples=150, batch_size=15, check_samples=24, check_every=5), **QUICK)
 
 
-def shared(rank, world, port, folder):
-    torch.set_num_threads(1)
+def shared(rank, folder):
     import_module("dss_fast.search").doubt = lambda draws: 0
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=world)
     result = search(flow_model, [3, 5], cond=draw, out=folder, report=False, **SHARED)
     assert (result.out is not None) == (rank == 0)
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_find_what_one_finds(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dss_fast", "lion_pytorch", "safetensors"])
-    workers = [context.Process(target=shared, args=(r, 2, port, tmp_path / "two")) for r in range(2)]
-    for worker in workers:
-        worker.start()
+    assert processes.group(shared, tmp_path / "two") == [0, 0]
     alone = search(flow_model, [3, 5], cond=draw, **SHARED)
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
     for n in (3, 5):
         together = Solver.load(tmp_path / "two" / f"solver-{n}.json")
         for key in ("timesteps", "coeffs"):
@@ -322,9 +309,8 @@ def test_two_processes_find_what_one_finds(tmp_path):
         assert together.provenance["evaluations"] == alone.solvers[n].provenance["evaluations"]
 
 
-def refused(rank, world, port, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=world)
+def refused(rank, folder):
+    torch.distributed.init_process_group("gloo")  # one group for two searches
     search(flow_model, 3, cond=draw, out=folder, report=False, budget=4_000, **SHARED)
     with pytest.raises(ValueError, match="outputs was"):
         search(lambda x, t, shift: x, 3, cond=draw, out=folder, resume=True, report=False, **SHARED)
@@ -333,13 +319,4 @@ def refused(rank, world, port, folder):
 
 def test_what_the_first_process_refuses_all_refuse(tmp_path):
     """Another model may not go on with a search, and no process waits for one that has left."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    workers = [context.Process(target=refused, args=(r, 2, port, tmp_path / "two")) for r in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
+    assert processes.group(refused, tmp_path / "two") == [0, 0]

@@ -9,12 +9,11 @@ from dataclasses import replace
 from functools import partial
 from importlib import import_module
 
+import processes
 import pytest
 import torch
-from torch import multiprocessing
 
 from dss_fast import Flow, Solver, Target, search
-from dss_fast.files import check_writable
 from dss_fast.search import Lion, TwoStage
 from dss_fast.search import runs as running
 from dss_fast.search.ledger import Ledger
@@ -58,7 +57,6 @@ def checkpoint_after_every_event(monkeypatch):
 
 def killed_at(moment, out, every=0.0, method="lion"):
     """Runs the search and sends itself SIGKILL at the n-th write, sync or rename."""
-    torch.set_num_threads(1)
     running.CHECKPOINT_SECONDS = every
     import_module("dss_fast.search").doubt = lambda draws: 0
     left = [moment]
@@ -78,15 +76,12 @@ def killed_at(moment, out, every=0.0, method="lion"):
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_at_any_moment_it_resumes_to_the_same_bits(tmp_path, method):
     expected = find(method=method)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dss_fast", "lion_pytorch", "safetensors.torch"])
     generator = random.Random(0)
     for trial in range(2):
         out, kills = tmp_path / str(trial), 0
         for _ in range(3):
             arguments = (generator.randint(1, 50), out, generator.choice([0.0, 0.0, 1e9]), method)
-            worker = context.Process(target=killed_at, args=arguments)
-            worker.start()
+            worker = processes.start(killed_at, *arguments)
             worker.join(120)
             assert worker.exitcode in (0, -signal.SIGKILL)
             kills += worker.exitcode != 0
@@ -264,4 +259,3 @@ def test_state_comes_back_as_it_was():
     again = unflatten(data, tensors)
     assert torch.equal(again["a"], state["a"]) and torch.equal(again["b"][2]["c"], state["b"][2]["c"])
     assert again["b"][:2] == [1.5, None] and again["b"][2]["d"] == float("inf") and again["e"] == "x"
-    check_writable(running.Path("/tmp"))

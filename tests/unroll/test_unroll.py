@@ -6,7 +6,6 @@ from torch import nn
 
 from dss_fast.unroll import Rollout, unroll
 
-torch.set_num_threads(1)
 SHAPE = (3, 4, 4)
 
 

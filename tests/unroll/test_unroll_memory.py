@@ -9,7 +9,6 @@ from torch.profiler import ProfilerActivity, profile
 from dss_fast import unroll as module
 from dss_fast.unroll import Rollout, unroll
 
-torch.set_num_threads(1)
 pytestmark = pytest.mark.skipif(isinstance(module._extension(), Exception), reason="the reference keeps every state")
 WIDE = 512
 
