@@ -1,5 +1,5 @@
 # make demo   search, sample and compare on the shipped MNIST model; results in out/
-# make test   the tests; make test-all those marked slow as well
+# make test   the tests; test-all: those marked slow as well; test-fast: no search, pipeline, compiler or other program
 # make lint   style and types
 # make docs   the site of docs/ in out/site; every link checked
 # make venv   only .venv, with the package and what the demo and the tutorial import
@@ -12,16 +12,26 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # A thread that waits sleeps instead of spinning: on two shared cores spinning made the demo ten times slower.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-all bench lint docs venv clean
+.PHONY: demo test test-all test-fast bench lint docs venv clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.mnist.demo --out out
 
+# A process a core; each runs on one thread, which tests/conftest.py sets.
+JOBS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(JOBS)
+
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
+
+FAST = --ignore=tests/search --ignore=tests/integrations --ignore=tests/examples
+FAST += $(foreach name,cli docstrings gpu_script package readme target torchrun transfer,--ignore=tests/test_$(name).py)
+
+test-fast: $(VENV)/.test
+	$(PYTEST) $(FAST) -k "not triton and not installed and not inductor and not import_needs"
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks --benchmark
