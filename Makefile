@@ -19,7 +19,7 @@ demo: $(VENV)/.demo
 
 # A process a core; each runs on one thread, which tests/conftest.py sets.
 JOBS ?= 2
-PYTEST = $(BIN)/python -m pytest -n $(JOBS)
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 test: $(VENV)/.test
 	$(PYTEST)

@@ -35,11 +35,11 @@ def test_the_page_has_the_commands_rows_and_no_failure():
     assert sum(not any(cell.startswith("open") for cell in cells) for cells in page.values()) >= 26
 
 
-# Times of each token, a list of samples, a VP model; frames, whose network is the largest.
-FRAMES = pytest.param("animatediff", marks=pytest.mark.slow)
+# Times of each token, a VP model; a list of samples, and frames, which test_diffusers_targets.py has in each run.
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("z_image", "animatediff")]
 
 
-@pytest.mark.parametrize("name", ["ltx_condition", "z_image", "sd", FRAMES])
+@pytest.mark.parametrize("name", ["ltx_condition", "sd", *SLOW])
 def test_rows_are_made_anew(name):
     row = pipeline_matrix.Row(name)
     page = rows()[type(row.pipe).__name__]

@@ -9,6 +9,7 @@ from pathlib import Path
 import cuda_stub
 import pytest
 
+pytestmark = pytest.mark.xdist_group("launches")  # one process compiles
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 OTHER = os.environ.get("DSS_FAST_TRITON_PYTHON")  # see test_sass.py

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("sass")  # one process compiles the kernels, which takes half a minute
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 # A Python that has another version of Triton, 3.6 say, and any torch that goes with it.
