@@ -27,7 +27,7 @@ test: $(VENV)/.test
 test-all: $(VENV)/.test
 	$(PYTEST) -m "slow or not slow"
 
-FAST = --ignore=tests/search --ignore=tests/integrations --ignore=tests/examples
+FAST = --ignore=tests/docs --ignore=tests/search --ignore=tests/integrations --ignore=tests/examples
 FAST += $(foreach name,cli docstrings gpu_script package readme target torchrun transfer,--ignore=tests/test_$(name).py)
 
 test-fast: $(VENV)/.test
