@@ -175,6 +175,15 @@ class Samples:
     def __len__(self) -> int:
         return len(self.noise)
 
+    def rows(self, part: slice) -> Samples:
+        """Some of these rows, as a batch of their own."""
+
+        def own(value: Any) -> Any:
+            return value[part] if isinstance(value, Tensor) and value.ndim and len(value) == len(self) else value
+
+        noise, cond = self.noise[part], {key: own(value) for key, value in self.cond.items()}
+        return replace(self, noise=noise, cond=cond, scale=own(self.scale), size=len(noise))
+
     @property
     def schedule(self) -> Schedule:
         """The target's, which whoever draws batches has settled."""

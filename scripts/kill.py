@@ -32,7 +32,7 @@ from dss_fast.search.runs import RunFolder
 
 METHODS = {
     "lion": Lion(samples=96, batch_size=16, unique_samples=48, check_samples=16, check_every=2, teacher_steps=10),
-    "two_stage": TwoStage(samples=32, batch_size=16, held_out_samples=16, trials=2, trial_samples=16),
+    "two_stage": TwoStage(samples=32, batch_size=16, held_out_samples=16),
 }
 
 

@@ -2,7 +2,9 @@
 
 import os
 import socket
+import time
 import traceback
+from multiprocessing import connection
 
 from torch import multiprocessing
 
@@ -17,7 +19,8 @@ def start(function, *arguments):
 
 
 def group(function, *arguments, world=2, stderr=None):
-    """``function(rank, *arguments)`` as the processes of one torchrun; gives their exit codes, None for one that hangs.
+    """``function(rank, *arguments)`` as the processes of one torchrun; gives their exit codes, None for one that hangs:
+    for 120 s, or for 30 s once another has ended.
 
     With a folder for `stderr`, what each process wrote there when it ended is in the files 0, 1, ...
     """
@@ -25,11 +28,15 @@ def group(function, *arguments, world=2, stderr=None):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [start(_member, function, arguments, rank, world, port, stderr) for rank in range(world)]
+    end, left = time.monotonic() + 120, [process.sentinel for process in processes]
+    while left and time.monotonic() < end:
+        ended = connection.wait(left, end - time.monotonic())
+        left = [sentinel for sentinel in left if sentinel not in ended]
+        end = min(end, time.monotonic() + 30) if ended else end
+    codes = [process.exitcode for process in processes]
     for process in processes:
-        process.join(120)
-        if process.exitcode is None:
-            process.kill()
-    return [process.exitcode for process in processes]
+        process.kill()
+    return codes
 
 
 def _member(function, arguments, rank, world, port, stderr):

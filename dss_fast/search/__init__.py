@@ -17,7 +17,7 @@ from ..denoiser import modules_of
 from ..files import check_writable
 from ..solver import Solver
 from ..target import Model, Target
-from .draws import Draws, join_processes
+from .draws import Draws, join_processes, targets_of
 from .ledger import Ledger
 from .lion import Lion
 from .plan import Plan, evaluations_in, plan, planned
@@ -83,11 +83,14 @@ def search(
     elif budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
         raise ValueError(f"budget={budget!r}: give a whole number from 1, or a time such as '20min'")
     joined = join_processes()
-    targets = _targets(target, description)
+    targets = targets_of(target, **description)
     if any(one.shape is None for one in targets):
         raise ValueError("the shape of one sample is not known: give it, as in search(Target(model, (4, 32, 32)), 10)")
     if len(targets) > 1 and not isinstance(settings, TwoStage):
         raise ValueError(f"method={settings.name!r} takes one target, not {len(targets)}; use 'two_stage'")
+    by_features = isinstance(settings, TwoStage) and settings.select == "features"
+    if by_features and len({one.features is None for one in targets}) > 1:
+        raise ValueError("select='features': some of the targets have features and some have none; give all of them")
     if isinstance(seed, torch.Generator):
         seed = int(torch.randint(2**62, (1,), generator=seed, device=seed.device))
     if isinstance(seed, bool) or not isinstance(seed, int):
@@ -110,17 +113,18 @@ def search(
                 result = SearchResult.of(checkpoint, folder)
             else:
                 if checkpoint is None:
-                    if not ledger.affords(CALLS * len(targets)):
-                        raise ValueError(f"budget={budget!r}: the look at the model alone takes {CALLS * len(targets)}")
+                    looks = CALLS * len(targets)
+                    if not ledger.affords(looks):
+                        raise ValueError(f"budget={budget!r}: the look at the model alone takes {looks}")
                     cost = probe(draws, differentiated=not (isinstance(settings, TwoStage) and settings.rounds == 0))
-                    ledger.spend_once("probe", CALLS * len(targets))
+                    ledger.spend_once("probe", looks)
                     if isinstance(budget, str):
                         ledger.budget = _from_first(draws, lambda: evaluations_in(str(budget), cost))
                     if progress and draws.rank == 0:
                         print(planned(draws, settings, steps, ledger.budget, cost))
                     if ledger.affords(PLAUSIBLE_CALLS * len(targets) / LOOK):
                         ledger.spend_once("plausible", sum(doubt(one) for one in draws.each))
-                unnamed = sum(one.target.key is None for one in draws.each)
+                unnamed = sum(one.key is None for one in targets)
                 if unnamed:
                     models = [about["model"] for about in (config, *config.get("others", ()))]
                     draws, config["outputs"] = draws.fingerprinted(models)
@@ -130,8 +134,8 @@ def search(
                 kept = None if cache is None else Path(cache)
                 state = checkpoint and checkpoint["state"]
                 events = settings.run(draws, ledger, steps, initial=initial, cache=own_cache or kept, state=state)
-                first = targets[0]
-                request = {"request": dict(first.request)} if first.request and len(targets) == 1 else {}
+                asked = draws.target.request if len(targets) == 1 else None
+                request = {"request": dict(asked)} if asked else {}
                 provenance = {**config, "name": "+".join(one.name for one in targets), **request}
                 result = drive(
                     events,
@@ -263,18 +267,6 @@ def _method(method: str | TwoStage | Lion) -> TwoStage | Lion:
             f"method={method!r}: choose {' or '.join(map(repr, METHODS))}, or give TwoStage or Lion settings"
         )
     return METHODS[method]()
-
-
-def _targets(target: Target | Model | Sequence[Target], description: dict[str, Any]) -> list[Target]:
-    """The targets of a search. Raises ValueError for a list of anything else, or with fields beside it."""
-    if not isinstance(target, list | tuple) or not any(isinstance(one, Target) for one in target):
-        return [Target.of(target, **description)]  # type: ignore[arg-type]
-    for one in target:
-        if not isinstance(one, Target):
-            raise ValueError(f"target={type(one).__name__} among several: each must be a Target, which says its shape")
-    if description:
-        raise ValueError(f"{', '.join(description)}: several targets say this themselves, with replace(target, ...)")
-    return list(target)
 
 
 def _steps(num_steps: int | Sequence[int]) -> tuple[int, ...]:

@@ -6,13 +6,14 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..files import tensor_bytes
 from ..schedule import Flow, Schedule
-from ..target import Samples, Target
+from ..target import Model, Samples, Target
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,14 @@ class Draws:
         return draws
 
     @property
+    def targets(self) -> tuple[Target, ...]:
+        """All of them."""
+        return (self.target, *self.others)
+
+    @property
     def each(self) -> list[Draws]:
         """Of each target by itself."""
-        return [replace(self, target=target, others=()) for target in (self.target, *self.others)]
+        return [replace(self, target=target, others=()) for target in self.targets]
 
     @property
     def alone(self) -> Draws:
@@ -77,7 +83,7 @@ class Draws:
         if size < self.world:
             raise ValueError(f"a batch of {size} samples cannot be shared by {self.world} processes")
         generator = torch.Generator().manual_seed(mix(self.seed, stream, number))
-        target = (self.target, *self.others)[number % (1 + len(self.others))]
+        target = self.targets[number % len(self.targets)]
         return target.draw(size, generator, self.rank, self.world)
 
     def mine(self, start: int, size: int) -> slice:
@@ -128,6 +134,18 @@ class Draws:
             text = repr(value) if plain else type(value).__name__  # a repr may hold an address
             digest.update(tensor_bytes(value) if isinstance(value, Tensor) else text.encode())
         return digest.hexdigest()
+
+
+def targets_of(target: Target | Model | Sequence[Target], **description: Any) -> list[Target]:
+    """The targets of a search. Raises ValueError for a list of anything else, or with fields beside it."""
+    if not isinstance(target, list | tuple) or not any(isinstance(one, Target) for one in target):
+        return [Target.of(target, **description)]  # type: ignore[arg-type]
+    for one in target:
+        if not isinstance(one, Target):
+            raise ValueError(f"target={type(one).__name__} among several: each must be a Target, which says its shape")
+    if description:
+        raise ValueError(f"{', '.join(description)}: several targets say this themselves, with replace(target, ...)")
+    return list(target)
 
 
 def mix(*parts: int | str) -> int:

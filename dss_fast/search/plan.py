@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..target import Model, Target
-from .draws import Draws
+from .draws import Draws, targets_of
 from .lion import Lion
 from .probe import Cost, probe
 from .two_stage import TwoStage
@@ -61,25 +61,26 @@ class Plan:
 
 
 def plan(
-    target: Target | Model,
+    target: Target | Model | Sequence[Target],
     num_steps: int | Sequence[int],
     *,
     method: TwoStage | Lion | None = None,
     budget: int | None = None,
 ) -> Plan:
-    """What ``search`` with the same arguments will take. Costs 8 model evaluations."""
+    """What ``search`` with the same arguments will take. Costs 8 model evaluations for
+    each target."""
     steps = (num_steps,) if isinstance(num_steps, int) else tuple(num_steps)
-    draws = Draws.of(Target.of(target))
+    draws = Draws.of(targets_of(target))
     return planned(draws, TwoStage() if method is None else method, steps, budget, probe(draws, True))
 
 
 def planned(draws: Draws, settings: TwoStage | Lion, steps: tuple[int, ...], budget: int | None, cost: Cost) -> Plan:
     """The plan of a search whose model was measured."""
     budget = settings.budget(steps) if budget is None else budget
-    samples = settings.samples
+    samples, size = settings.samples, settings.batch_size
     if isinstance(settings, TwoStage) and budget is not None:
-        samples, _, _ = settings.sizes(draws, budget, steps)
-    size = settings.batch_size if samples is None else min(settings.batch_size, -(-samples // 2))
+        samples, held_out, _ = settings.sizes(draws, budget, steps)
+        size, _ = settings.batches(draws, samples, held_out)
     return Plan(steps, budget, samples, cost, size)
 
 

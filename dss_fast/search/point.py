@@ -57,6 +57,10 @@ class Point:
         """Whether it has run the rounds after which one of several goes on."""
         return self.finished or self.round >= RACE
 
+    def unit(self, batch: int) -> float:
+        """What the squares of a batch are counted in: its target's."""
+        return self.units[batch % len(self.units)]
+
     def stepped(self) -> Point:
         """With the damped step from theta as the next candidate."""
         assert self.loss is not None and self.theta is not None
@@ -90,7 +94,6 @@ class Point:
     def save(self) -> dict[str, Any]:
         """As nested data for a checkpoint; infinities as None."""
         saved = {f.name: getattr(self, f.name) for f in fields(self)}
-        saved["units"] = list(self.units)
         saved = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in saved.items()}
         # Tensors of their own: a file of tensors refuses two names of one, as when the best table is the present one.
         saved = {k: v.clone() if isinstance(v, Tensor) else v for k, v in saved.items()}

@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,7 @@ def _several(draws: Draws) -> str:
     """Which of several targets the figures are of."""
     others = ", ".join(code(other.name) for other in draws.others)
     return (
-        f"The tables were searched for {1 + len(draws.others)} targets. All figures here but the held-out RMSE are of "
+        f"The tables were searched for {len(draws.targets)} targets. All figures here but the held-out RMSE are of "
         f"the first, {code(draws.target.name)}; `dss_fast.compare` measures the same tables on the others, {others}."
     )
 
@@ -417,7 +417,7 @@ def overview(result: SearchResult, path: str | os.PathLike[str]) -> None:
 
 def _match(batch: Samples, solver: Solver, reference: Reference) -> Match:
     """A searched solver and the one of ``RIVALS`` that errs least on a few of the samples."""
-    few, errors, tables = _first(batch, SCREENED), {}, {}
+    few, errors, tables = batch.rows(slice(SCREENED)), {}, {}
     for name in RIVALS:
         method, _, spacing = name.partition("@")
         tables[name] = handmade(method, solver.num_steps, batch.schedule, spacing=spacing)
@@ -425,13 +425,6 @@ def _match(batch: Samples, solver: Solver, reference: Reference) -> Match:
         errors[name] = float(error.sqrt())
     best = tables[min(errors, key=lambda name: errors[name])]
     return Match(_run(batch, best, reference, best.name), _run(batch, solver, reference, solver.name), errors)
-
-
-def _first(batch: Samples, count: int) -> Samples:
-    """The first samples of a batch."""
-    rows = lambda v: v[:count] if isinstance(v, Tensor) and v.ndim and len(v) == len(batch) else v  # noqa: E731
-    cond = {key: rows(value) for key, value in batch.cond.items()}
-    return replace(batch, noise=batch.noise[:count], cond=cond, scale=rows(batch.scale), size=count)
 
 
 def _run(batch: Samples, solver: Solver, reference: Reference, name: str) -> Run:

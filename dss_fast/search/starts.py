@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +15,6 @@ from ..names import find_solver
 from ..schedule import Schedule
 from ..solver import Solver
 from ..table import StepTable
-from ..target import Samples
 from ..unroll import Rollout
 from .draws import Draws
 from .gauss_newton import robust
@@ -71,7 +69,7 @@ def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solv
     """
     left, count = list(tables), 0
     errors: dict[Solver, Tensor] = {}  # (targets, samples so far)
-    n, targets, wanted = left[0].num_steps, 1 + len(draws.others), draws.world
+    n, targets, wanted = left[0].num_steps, len(draws.targets), draws.world
     most = min(teacher.sizes[:targets]) // draws.world * draws.world
     left = left[: max(1, limit // (2 * n * wanted * targets))]
     wanted = most if len(left) == 1 else wanted
@@ -83,7 +81,7 @@ def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solv
         found = torch.zeros(len(left), targets, wanted - count, dtype=torch.float64)
         for t in range(targets):
             batch, trajectory = teacher[t]
-            part = _rows(batch, mine)
+            part = batch.rows(mine)
             for k, solver in enumerate(left):
                 table = StepTable.of(solver, guidance=part.guidance, dtype=part.noise.dtype, device=part.noise.device)
                 try:
@@ -108,6 +106,14 @@ def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solv
     return [Start(solver, tuple(errors[solver].median(1).values.clamp_min(1e-300).tolist())) for solver in left]
 
 
+def of_different_spacings(starts: Sequence[Start]) -> list[Start]:
+    """The first start on each spacing."""
+    known: dict[tuple[float, ...], Start] = {}
+    for start in starts:
+        known.setdefault(start.solver.timesteps, start)
+    return list(known.values())
+
+
 def respaced(timesteps: Tensor, num_steps: int) -> Tensor:
     """The spacing of one table carried over to another number of steps: linear in the step's fraction. float64."""
     old = torch.linspace(0, 1, len(timesteps), dtype=torch.float64)
@@ -123,13 +129,3 @@ def _score(errors: Tensor, scales: Tensor) -> float:
     """The sum over targets of the logarithm of their robust mean; errors (targets, samples), scales (targets,)."""
     pairs = zip(errors, scales.clamp_min(1e-300).tolist(), strict=True)
     return sum(math.log(max(robust(values, scale), 1e-300)) for values, scale in pairs)
-
-
-def _rows(batch: Samples, rows: slice) -> Samples:
-    """Some rows of a batch."""
-
-    def own(value: Any) -> Any:
-        return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == len(batch) else value
-
-    cond = {key: own(value) for key, value in batch.cond.items()}
-    return replace(batch, noise=batch.noise[rows], cond=cond, scale=own(batch.scale))

@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
 
 from dss_fast import VP, Flow, Target, handmade, sample, search
-from dss_fast.search import Lion, TwoStage
+from dss_fast.search import Lion, TwoStage, plan
 from dss_fast.search.draws import Draws
 from dss_fast.search.ledger import Ledger
 from dss_fast.search.objective import residual
@@ -16,6 +17,7 @@ from dss_fast.search.starts import candidates, ranked
 from dss_fast.search.teacher import Teacher, dense_grid, integrate
 from examples.mixture import Mixture
 
+two_stage = import_module("dss_fast.search.two_stage")  # dss_fast.search itself is a function
 F64 = torch.float64
 SMALL = dict(samples=48, batch_size=16, held_out_samples=16, teacher_evaluations=20)
 
@@ -74,6 +76,22 @@ def test_the_start_is_chosen_by_all_of_them():
     assert product(best) < 1.1 * min(product(solver) for solver in tables)
 
 
+def test_a_plan_of_several_is_what_the_search_does(monkeypatch):
+    """Samples, and the batch whose graphs are alive at once, of which the teacher's files are made."""
+    said = plan([WIDE, NARROW], 4, budget=20_000)
+    teachers = []
+
+    class Watched(Teacher):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            teachers.append(self)
+
+    monkeypatch.setattr(two_stage, "Teacher", Watched)
+    found = search([WIDE, NARROW], 4, budget=20_000, progress=False)
+    assert found.history[0]["samples"] == said.samples == sum(teachers[0].sizes)
+    assert said.batch_size == max(teachers[0].sizes) < said.samples / 2 and said.cost.saved > 0
+
+
 def test_resumed_it_ends_with_the_same_bits(tmp_path):
     options = dict(method=TwoStage(**SMALL), budget=12_000, seed=3, progress=False)
     whole = search([WIDE, NARROW], 3, **options)
@@ -108,6 +126,7 @@ def test_what_does_not_fit_is_named():
         ([WIDE, NARROW], {"method": Lion(samples=8)}, "'lion' takes one target, not 2"),
         ([WIDE, NARROW], {"guidance_scale": 2.0}, "guidance_scale: several targets say this themselves"),
         ([WIDE, NARROW.model], {}, "target=Mixture among several: each must be a Target"),
+        ([WIDE, replace(NARROW, features=torch.tanh)], {"method": TwoStage(select="features")}, "give all of them"),
         ([WIDE, replace(NARROW, shape=None)], {}, "the shape of one sample is not known"),
         ([WIDE, NARROW], {"budget": 10}, "the look at the model alone takes 16"),
     ):

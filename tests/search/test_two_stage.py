@@ -18,8 +18,8 @@ from dss_fast.search.point import Point
 from dss_fast.search.runs import flatten, unflatten
 from dss_fast.search.settings import graph_memory
 from dss_fast.search.space import Space
+from dss_fast.search.stage import Stage
 from dss_fast.search.teacher import Teacher, dense_grid, integrate
-from dss_fast.search.two_stage import Stage
 from examples.mixture import Mixture
 
 F64 = torch.float64
@@ -219,14 +219,14 @@ def test_two_processes_find_the_table_of_one(tmp_path):
 
 def test_initial_is_the_table_it_starts_from():
     """Coefficients included; what the search cannot hold is refused by its name."""
-    target, options = Target(FLOW, SHAPE, dtype=F64), dict(method=TwoStage(**SMALL), budget=12_000, progress=False)
+    method = TwoStage(**{**SMALL, "held_out_samples": 64})  # so many choose as well as 256 fresh ones would
+    target, options = Target(FLOW, SHAPE, dtype=F64), dict(method=method, budget=20_000, progress=False)
     start = search(target, 4, **options).solver
     further = search(target, 4, initial=start, **options)
     assert start.noise_coeffs is not None and further.history[0]["stage"] == "teacher"
     assert not [e for e in further.history if e["stage"] == "start"]  # nothing to look for: the table is given
     _, errors = further.curve("held_out", 4)
-    # What is no worse on the 16 held-out samples that choose may err a little more on 256 fresh ones.
-    assert fresh_error(further.solver) <= 1.15 * fresh_error(start) and min(errors) <= errors[0]
+    assert fresh_error(further.solver) <= 1.05 * fresh_error(start) and min(errors) <= errors[0]
     for initial, space, message in (
         (start, "plain", "searched/4 has weights on the noise, which space 'plain' has not"),
         (replace(start, free_rows=True), "noise", "searched/4 has rows that do not sum to 1"),

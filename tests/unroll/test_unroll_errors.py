@@ -19,7 +19,8 @@ class Breaks(Exception):
         self.code = code
 
 
-@pytest.mark.parametrize("fails_at, budget", [(2, None), (2, 10**9), (6, None)])
+@pytest.mark.parametrize("budget", [None, 10**9])
+@pytest.mark.parametrize("fails_at", [2, 6])
 def test_model_exceptions_come_through_with_the_step(fails_at, budget, backend):
     net, x, weights, times = problem()
     error, held, calls = Breaks(7), [], itertools.count()
@@ -30,6 +31,8 @@ def test_model_exceptions_come_through_with_the_step(fails_at, budget, backend):
             raise error
         return net(x, t)
 
+    if fails_at == 6 and budget and backend == "cpp":
+        pytest.skip("every graph is kept: nothing runs twice")
     with pytest.raises(Breaks) as caught:
         inputs = leaves(x, weights, times)
         unroll(model, *inputs, backend=backend, memory_budget=budget).sum().backward()

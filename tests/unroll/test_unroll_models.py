@@ -315,7 +315,7 @@ def test_budget_saves_calls(backend):
 
 
 def test_no_leak(backend):
-    """Live tensors after 40 rollouts, backward or not, are those of before."""
+    """Live tensors after 200 rollouts, backward or not, are those of before."""
     model, *tensors = problem(steps=2, rows=1)
     parameters = list(model.parameters())
 
@@ -332,6 +332,6 @@ def test_no_leak(backend):
     for i in range(4):
         once(i)
     before = alive()
-    for i in range(40):
+    for i in range(200):
         once(i)
     assert alive() <= before
