@@ -1,5 +1,5 @@
 # make demo   search, sample and compare on the shipped MNIST model; results in out/
-# make test   the tests; test-all: those marked slow as well; test-fast: no search, pipeline, compiler or other program
+# make test   the tests; test-slow: those marked slow; test-fast: no search, pipeline, compiler or other program
 # make lint   style and types
 # make docs   the site of docs/ in out/site; every link checked
 # make venv   only .venv, with the package and what the demo and the tutorial import
@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # A thread that waits sleeps instead of spinning: on two shared cores spinning made the demo ten times slower.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-all test-fast bench lint docs venv clean
+.PHONY: demo test test-slow test-fast bench lint docs venv clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.mnist.demo --out out
@@ -24,8 +24,8 @@ PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 test: $(VENV)/.test
 	$(PYTEST)
 
-test-all: $(VENV)/.test
-	$(PYTEST) -m "slow or not slow"
+test-slow: $(VENV)/.test
+	$(PYTEST) -m slow
 
 FAST = --ignore=tests/docs --ignore=tests/search --ignore=tests/integrations --ignore=tests/examples
 FAST += $(foreach name,cli docstrings gpu_script package readme target torchrun transfer,--ignore=tests/test_$(name).py)
