@@ -1,10 +1,11 @@
 """The command line: ``python -m dss_fast {search,sample,compare,show}``.
 
 A model is named ``module:attribute``. The attribute is a :class:`dss_fast.Target`, or a function without arguments
-that returns one; a dict of a Target's fields is taken too. ``search`` also takes a pipeline of diffusers, a folder or a
-hub id, with a file of prompts:
+that returns one; a dict of a Target's fields is taken too. ``search`` takes several, for one table over all, and a
+pipeline of diffusers, a folder or a hub id, with a file of prompts:
 
     python -m dss_fast search examples.mnist:flow --steps 5,8 -o out
+    python -m dss_fast search examples.mnist:flow examples.mixture:digits --steps 5 -o out
     python -m dss_fast search stabilityai/stable-diffusion-3.5-medium --prompts prompts.txt --steps 6,8 -o out
 """
 
@@ -86,16 +87,23 @@ def load_target(name: str, device: str | None = None) -> Target:
 def _search(options: argparse.Namespace) -> None:
     method = _method(options)
     take_local_device()  # the model is built on the current device, so this comes first
-    if ":" not in options.model:
-        _search_pipeline(options, method)
+    pipelines = [name for name in options.models if ":" not in name]
+    if pipelines and len(options.models) > 1:
+        raise ValueError(
+            f"model {pipelines[0]!r}: a pipeline of diffusers is searched alone; of several models each is "
+            "module:attribute, as in examples.mnist:flow"
+        )
+    if pipelines:
+        _search_pipeline(pipelines[0], options, method)
         return
     for key in ("prompts", "call", "dtype"):
         if getattr(options, key):
             raise ValueError(
-                f"--{key} goes with a pipeline of diffusers, and {options.model!r} is a module's attribute"
+                f"--{key} goes with a pipeline of diffusers, and {options.models[0]!r} is a module's attribute"
             )
+    targets = [load_target(name, options.device) for name in options.models]
     result = search(
-        load_target(options.model, options.device),
+        targets if len(targets) > 1 else targets[0],
         options.steps,
         method=method,
         budget=options.budget,
@@ -107,18 +115,18 @@ def _search(options: argparse.Namespace) -> None:
         print(result)
 
 
-def _search_pipeline(options: argparse.Namespace, method: TwoStage | Lion) -> None:
-    if not (Path(options.model) / "model_index.json").is_file() and options.model.count("/") != 1:
+def _search_pipeline(name: str, options: argparse.Namespace, method: TwoStage | Lion) -> None:
+    if not (Path(name) / "model_index.json").is_file() and name.count("/") != 1:
         raise ValueError(
-            f"model {options.model!r}: write module:attribute, as in examples.mnist:flow, or a pipeline of diffusers: "
+            f"model {name!r}: write module:attribute, as in examples.mnist:flow, or a pipeline of diffusers: "
             "a folder with a model_index.json or a hub id, as in owner/name"
         )
     if not options.prompts:
-        raise ValueError(f"the pipeline {options.model!r} needs --prompts, a file with one prompt a line")
+        raise ValueError(f"the pipeline {name!r} needs --prompts, a file with one prompt a line")
     from .integrations.diffusers.command import search_pipeline
 
     search_pipeline(
-        options.model,
+        name,
         options.prompts,
         options.steps,
         options.out,
@@ -258,8 +266,12 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         if out:
-            also = "; or a pipeline of diffusers, its folder or hub id" if name == "search" else ""
-            sub.add_argument("model", help=f"module:attribute, for example examples.mnist:flow{also}")
+            model = "module:attribute, for example examples.mnist:flow"
+            if name == "search":
+                also = "several for one table over all; or a pipeline of diffusers, its folder or hub id"
+                sub.add_argument("models", nargs="+", metavar="model", help=f"{model}; {also}")
+            else:
+                sub.add_argument("model", help=model)
             sub.add_argument("-o", "--out", default=out, help=f"where results go (default {out})")
             sub.add_argument("--seed", type=int, default=0, help="of noise and conditions, a whole number")
             sub.add_argument("--device", type=_device, default=None, help="cpu, cuda, ... (default: the model's)")

@@ -14,7 +14,7 @@ from dss_fast.files import read_tensors
 
 TARGET = """
 import torch
-from dss_fast import Target
+from dss_fast import VP, Target
 
 def velocity(x, t, y):
     return torch.tanh(y[:, None] - x * (1 + t[:, None]))
@@ -26,6 +26,12 @@ constant = Target(velocity, (6,), cond=draw)
 
 def target():
     return constant
+
+def twin():
+    return Target(lambda x, t, y: velocity(1.2 * x, t, y), (6,), cond=draw)
+
+def noisy():
+    return Target(velocity, (6,), VP(), cond=draw)
 
 def pictures():
     return {"model": velocity, "shape": (6,), "cond": draw, "decode": lambda x: x.sigmoid().reshape(-1, 1, 2, 3)}
@@ -76,6 +82,12 @@ def test_search_sample_compare_show(folder, capsys):
     assert main(["show"]) == 0 and "sit-xl-2-256/10" in capsys.readouterr().out
 
 
+def test_one_table_for_several_models(folder, capsys):
+    assert main("search mymodel:constant mymodel:twin --steps 3 --budget 6000 --samples 32 -o both".split()) == 0
+    provenance = Solver.load(folder / "both" / "solver-3.json").provenance
+    assert [one["shape"] for one in provenance["others"]] == [[6]] and "searched+searched/3" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -83,6 +95,12 @@ def test_search_sample_compare_show(folder, capsys):
         ("search nothere:x --steps 3", ("nothere", "No module")),
         ("search mymodel:gone --steps 3", ("gone", "target", "draw")),
         ("search mymodel:empty --steps 3", ("shape",)),
+        ("search mymodel:target mymodel:gone --steps 3", ("gone", "target", "draw")),
+        ("search mymodel:target mymodel:noisy --steps 3", ("schedule", "Flow", "VP", "needs the same")),
+        ("search mymodel:target owner/name --prompts p.txt", ("'owner/name'", "pipeline", "alone")),
+        ("search owner/a owner/b --prompts p.txt", ("'owner/a'", "pipeline", "alone")),
+        ("search mymodel:target mymodel:target --prompts p.txt", ("--prompts", "pipeline", "'mymodel:target'")),
+        ("search mymodel:target mymodel:twin --method lion", ("lion", "one target", "two_stage")),
         ("search mymodel:number --steps 3", ("int", "not a Target")),
         ("search mymodel:target --steps 3 --space wide", ("wide", "noise+times")),
         ("search mymodel:target --steps 3 --method lion --space full", ("--space", "lion", "samples")),
