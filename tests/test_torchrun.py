@@ -1,9 +1,12 @@
 """Under torchrun: each process takes its GPU before it builds a model there, and two processes search as one does."""
 
+import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -27,6 +30,32 @@ class Net(torch.nn.Module):
 
 def target():
     return Target(Net().requires_grad_(False), (6,), Flow())
+"""
+
+SEARCHES = """
+import faulthandler, os, toy
+from dss_fast import search
+from dss_fast.search import TwoStage
+
+faulthandler.dump_traceback_later(100, exit=True)  # a process that hangs ends, and fails the test
+rank, tables = int(os.environ["RANK"]), []
+for unwell in (None, 1, 0, None):
+    calls = []
+
+    def model(x, t, net=toy.Net().requires_grad_(False)):
+        calls.append(1)
+        if rank == unwell and len(calls) == 200:
+            raise RuntimeError("unwell")
+        return net(x, t)
+
+    method = TwoStage(samples=16, batch_size=8, held_out_samples=8)
+    try:
+        run = search(model, 3, shape=(6,), method=method, budget=2500, progress=False, out=f"run{len(tables)}")
+        tables.append(run.solver.coeffs)  # while the first process writes a report, the other is here already
+    except RuntimeError as error:
+        assert rank == unwell or f"first to fail was process {unwell}: RuntimeError: unwell" in error.__notes__[-1]
+        tables.append(None)
+assert tables == [tables[0], None, None, tables[0]] and tables[0], tables
 """
 
 
@@ -74,14 +103,37 @@ def test_more_processes_than_gpus_are_no_error_before_a_model_asks_for_one(order
     assert order == []
 
 
+def torchrun(folder, *arguments):
+    """Two processes beside toy.py, which end well."""
+    (folder / "toy.py").write_text(MODEL)
+    shared = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(folder)}
+    done = subprocess.run(shared, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def searches(rank, folder):
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    runpy.run_path(str(folder / "searches.py"))
+
+
+@pytest.mark.parametrize("store", ["of the launcher", "of the first process"])
+def test_a_script_may_search_again_also_after_an_error(tmp_path, store):
+    """Each search has a group of its own, and finds no address and no error that an earlier one left in the store."""
+    (tmp_path / "searches.py").write_text(SEARCHES)
+    if store == "of the launcher":
+        torchrun(tmp_path, "searches.py")
+    else:
+        (tmp_path / "toy.py").write_text(MODEL)
+        codes = processes.group(searches, tmp_path, stderr=tmp_path)
+        assert codes == [0, 0], "".join((tmp_path / name).read_text() for name in "01")
+
+
 def test_two_processes_write_what_one_does(tmp_path, monkeypatch):
     """The backend is PyTorch's choice: gloo for a model on the CPU."""
-    (tmp_path / "toy.py").write_text(MODEL)
     search = ["dss_fast", "search", "toy:target", "--steps", "3", "--budget", "6000", "--samples", "32", "-o"]
-    shared = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", *search, "two"]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    done = subprocess.run(shared, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(tmp_path, "-m", *search, "two")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert main([*search[1:], "one"]) == 0

@@ -6,6 +6,8 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import count
 from typing import Any
 
 import torch
@@ -161,8 +163,24 @@ def join_processes() -> bool:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or torch.distributed.is_initialized():
         return False
     take_local_device()
-    torch.distributed.init_process_group()
+    store, rank, world = _rendezvous()
+    # In the store lie the addresses of the searches before, where nobody answers, and their errors: hence a prefix.
+    own = torch.distributed.PrefixStore(f"dss_fast/{next(_groups)}", store)
+    torch.distributed.init_process_group(store=own, rank=rank, world_size=world)
     return True
+
+
+_groups = count()  # alike on every process, because all make the same searches in one order
+
+
+@cache
+def _rendezvous() -> tuple[Any, int, int]:
+    """The store that the processes meet at, this one's rank and how many they are.
+
+    Kept until the process ends: if each search made its own, a process that is early could meet the one before, just
+    before the first process closes it.
+    """
+    return next(torch.distributed.rendezvous("env://"))
 
 
 def take_local_device() -> None:
