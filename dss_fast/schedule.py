@@ -301,7 +301,8 @@ class DiscreteVP:
         log_alpha = table[lower + 1] * (1 - fraction) + table[lower + 2] * fraction
         # The fraction is -1e-16 rather than 0 at some grid points, and sigma must not become NaN there.
         log_alpha = log_alpha.clamp_max(0)
-        return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+        # At clean data a minus sign alone would give sigma = -0, and alpha / sigma = -inf.
+        return log_alpha.exp(), (0 - torch.expm1(2 * log_alpha)).sqrt()
 
     def time(self, u: Tensor) -> Tensor:
         """The time the network is called with at u, float64, u's shape."""

@@ -29,6 +29,7 @@ from .store import Store, sent
 
 EVALUATIONS = 64
 LOG_SHARE, SOFTENING = 0.5, 0.02  # they shape the grid variable s, see DenseGrid
+LATEST = 500.0  # VP's clock alpha / sigma is infinite at sigma = 0; one step goes there from here and errs by 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +40,10 @@ class DenseGrid:
         L(u) = log((alpha + soft) / (sigma + soft))
 
     half linear in time and half in a log-SNR that stays finite where alpha or sigma vanish. ``end`` is
-    where the network's time stops (0.998 for VP's t = 0.999 - u with t >= 0.001, 1 for a flow).
+    where the network's time stops (0.998 for VP's t = 0.999 - u with t >= 0.001, 1 for a flow), or before, where the
+    clock is ``LATEST``.
 
-    jump: whether a last step from there to u = 1 remains (a discrete table's, to clean data).
+    jump: whether a last step from there to u = 1 remains (to clean data, where sigma is 0).
     open: whether the network is called at ``end``: a flow's may be undefined at sigma = 0.
 
     points: (M + 1,) u. slope: (M + 1, 2), dx/ds = slope_0 x + slope_1 y. predict, correct: (M, 4) weights on
@@ -63,7 +65,7 @@ class DenseGrid:
     def __post_init__(self) -> None:
         set_ = lambda key, value: object.__setattr__(self, key, value)  # noqa: E731
         schedule, m = self.schedule, self.intervals
-        set_("end", _last_moving_u(schedule))
+        set_("end", _last_u(schedule))
         _, (end, final) = schedule.alpha_sigma(torch.tensor([self.end, 1.0], dtype=torch.float64))
         set_("jump", self.end < 1 and bool((end - final).abs() > 1e-9))
         set_("open", bool(end > 0))
@@ -252,7 +254,7 @@ class Teacher:
             "count": count,
             "batch_size": batch_size,
             "budget": budget,
-            "grid": ["ab3 am4", LOG_SHARE, SOFTENING],
+            "grid": ["ab3 am4", LOG_SHARE, SOFTENING, LATEST],
         }
         self.store = Store(draws, settings, cache=cache, memory=memory)
         self._kept: dict[int, tuple[Samples, Trajectory]] = {}
@@ -291,14 +293,15 @@ class Teacher:
         return sum(self.sizes) * evaluations(self.grid)
 
 
-def _last_moving_u(schedule: Schedule) -> float:
-    """Where the network's time reaches its last value: 1, unless the schedule clamps it before."""
-    at = lambda u: float(schedule.time(torch.tensor([u], dtype=torch.float64)))  # noqa: E731
-    final = at(1.0)
-    if at(1 - 1e-7) != final:
-        return 1.0
-    arrived = lambda u: (schedule.time(u) == final).double()  # noqa: E731
-    return float(inverse(arrived, torch.tensor([0.5], dtype=torch.float64)))
+def _last_u(schedule: Schedule) -> float:
+    """Where the network's time reaches its last value, or the clock ``LATEST`` if that is before; 1 for a flow."""
+    one, end = torch.ones(1, dtype=torch.float64), 1.0
+    final = schedule.time(one)
+    if bool(schedule.time(one - 1e-7) == final):
+        end = float(inverse(lambda u: (schedule.time(u) == final).double(), one / 2))
+    if bool(schedule.clock(one * end)[1] > LATEST):
+        end = float(inverse(lambda u: schedule.clock(u)[1], one * LATEST, 0.0, end))
+    return end
 
 
 def _mixed(row: Tensor, history: list[Any]) -> Any:

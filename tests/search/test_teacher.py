@@ -3,12 +3,13 @@
 import math
 import os
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
 
-from dss_fast import VP, DiscreteVP, Flow, Target, handmade, sample
+from dss_fast import VP, DiscreteVP, Flow, Grid, Target, handmade, sample, search
 from dss_fast.denoiser import Denoiser
 from dss_fast.search.draws import Draws
 from dss_fast.search.ledger import Ledger
@@ -115,6 +116,64 @@ def test_the_end_beyond_the_networks_last_time():
     y = predict_normal(schedule)(made.states[:, -1], made.grid.points[-1])
     assert torch.allclose(final, y, atol=1e-12)  # sigma = 0: the last x0
     assert evaluations(made.grid) == 64
+
+
+@dataclass(frozen=True)
+class Trigonometric:
+    """A schedule of a user's, whose time runs to clean data."""
+
+    prediction_type: str = "x0"
+    kind: ClassVar = "trigonometric"
+    family: ClassVar = "vp"
+    convention: ClassVar = "paper"
+
+    def time(self, u):
+        return 1 - u.double()
+
+    def alpha_sigma(self, u):
+        angle = math.pi / 2 * self.time(u)
+        return angle.cos(), angle.sin()
+
+    prediction, transition, clock, x0, to_dict = VP.prediction, VP.transition, VP.clock, VP.x0, VP.to_dict
+
+
+CLEAN = (1.0, *DiscreteVP.linear().alphas_cumprod)
+NOISELESS = [
+    Trigonometric(),
+    VP(t_end=0.0),
+    VP(t_start=1.0, t_end=0.0),
+    DiscreteVP(CLEAN, final="sigma_min"),
+    DiscreteVP(CLEAN, final="zero"),
+    Grid.ve([*((2.2 - 0.06 * k) ** 7 for k in range(32)), 0.0]),
+]
+
+
+@pytest.mark.parametrize("schedule", NOISELESS, ids=repr)
+def test_sigma_0_at_the_end(schedule):
+    """There VP's clock, alpha / sigma, is infinite."""
+    alpha, sigma = schedule.alpha_sigma(torch.tensor([0.0, 1.0], dtype=F64))
+    assert float(sigma[1]) == 0 and math.copysign(1, float(sigma[1])) > 0
+    x, u = noise() * sigma[0], torch.linspace(0.9, 1, 401, dtype=F64)
+    made = integrate(predict_normal(schedule), x, dense_grid(schedule, 64))
+    truth = torch.stack([exact(schedule, float(at), x) for at in u], 1)
+    assert float((made.at(u) - truth).abs().max()) < 5e-4  # of data whose deviation is 0.3
+    assert torch.equal(made.at(u[-1:])[:, 0], made.last) and evaluations(made.grid) == 64
+    assert made.slopes.isfinite().all() and made.velocity(u).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+def test_a_search_to_sigma_0(dtype):
+    schedule = Trigonometric()
+
+    def model(x, t):
+        return predict_normal(schedule)(x.double(), 1 - t[:, None]).to(x.dtype)
+
+    target = Target(model, (2,), schedule, dtype=dtype)
+    solver = search(target, 4, budget=3_000, progress=False).solver
+    x = noise(256).to(dtype)
+    error = {name: float((sample(target, x, table) - exact(schedule, 1.0, x)).square().mean())
+             for name, table in {"mine": solver, "theirs": handmade("dpmpp_2m", 4, schedule)}.items()}  # fmt: skip
+    assert error["mine"] < 0.5 * error["theirs"]
 
 
 def test_the_papers_teachers_are_euler_and_ddim():
