@@ -8,7 +8,8 @@ The extension belongs to one version of torch, so it is built against the torch 
 pip's isolated build sees no torch. Naming torch in [build-system] would download another one of gigabytes and build for
 that; failing would leave those without a compiler, and those who need only the GPU's kernels, with nothing. So the
 isolated build makes a wheel of pure Python, which runs everywhere, and the first step on a CPU says how to add the
-extension. Without a compiler, and with DSS_FAST_NO_EXTENSION=1, the same.
+extension. Without a compiler, and with DSS_FAST_NO_EXTENSION=1, the same. With DSS_FAST_REQUIRE_EXTENSION=1, as
+`make` sets it where there is a compiler, a build without the extension fails.
 """
 
 import os
@@ -19,9 +20,12 @@ from glob import glob
 from setuptools import setup
 
 COMMAND = "pip install torch 'setuptools>=77' && pip install --no-build-isolation --no-deps ."
+REQUIRED = bool(os.environ.get("DSS_FAST_REQUIRE_EXTENSION"))
 
 
 def without(reason):
+    if REQUIRED:
+        sys.exit(f"dss_fast: no C++ extension: {reason}. DSS_FAST_NO_EXTENSION=1 goes without it")
     print(f"dss_fast: building without the C++ extension: {reason}", file=sys.stderr)
 
 
@@ -50,7 +54,7 @@ def extension():
         sorted(glob("csrc/*.cpp")),
         depends=glob("csrc/*.h"),
         extra_compile_args={"cxx": flags},
-        optional=True,
+        optional=not REQUIRED,
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": Optional}}
 

@@ -72,6 +72,29 @@ def test_without_torch_the_build_says_how_to_add_the_extension_and_runs_everywhe
     assert "no torch in this environment" in said and "pip install --no-build-isolation --no-deps ." in said
 
 
+@pytest.mark.parametrize("why", ["no torch in this environment", "nowhere.h"])
+def test_a_build_that_must_have_the_extension_fails_without_it(tmp_path, monkeypatch, why):
+    """As make's must, where there is a compiler: quietly without, every test of the C++ code would be skipped."""
+    for name in FILES:
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "dss_fast").mkdir()
+    (tmp_path / "dss_fast" / "__init__.py").write_text('__version__ = "1"\n')
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "step.cpp").write_text('#include "nowhere.h"\n')
+    if why.startswith("no torch"):
+        (tmp_path / "torch.py").write_text(f"raise ImportError({why!r})\n")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    elif shutil.which("c++") is None:
+        pytest.skip("no compiler")
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    monkeypatch.delenv("DSS_FAST_NO_EXTENSION", raising=False)
+    for required, code in (("", 0), ("1", 1)):
+        monkeypatch.setenv("DSS_FAST_REQUIRE_EXTENSION", required)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code and why in done.stdout + done.stderr, done.stderr
+    assert "DSS_FAST_NO_EXTENSION=1" in done.stderr
+
+
 def test_one_version_everywhere_and_extras_that_do_not_move_torch(built):
     (name,) = [name for name in built[1].namelist() if name.endswith(".dist-info/METADATA")]
     about = Parser().parsestr(built[1].read(name).decode())

@@ -2,9 +2,11 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,14 @@ def package(monkeypatch, tmp_path):
     monkeypatch.setattr(dss_fast, "__path__", [str(tmp_path)])
     monkeypatch.setattr(extension, "__file__", str(tmp_path / "step" / "extension.py"))
     return tmp_path
+
+
+def test_a_checkout_has_it():
+    """Where it could be built: without it the tests of the kernels are skipped, and the others run the reference."""
+    source = Path(dss_fast.__file__).parents[1]
+    if os.environ.get("DSS_FAST_NO_EXTENSION") or not (source / "csrc").is_dir() or shutil.which("c++") is None:
+        pytest.skip("switched off, or nothing to build it from or with")
+    assert step._no_extension is None, "DSS_FAST_NO_EXTENSION=1 runs the tests without it"
 
 
 def test_never_built(package):
