@@ -1,8 +1,9 @@
 """Does a table serve a model that it was not searched on? Rows in benchmarks/results/transfer.jsonl.
 
     python -m benchmarks.transfer run                            # all pairs of one family, N = 5 and 8, default space
-    python -m benchmarks.transfer run --spaces plain --steps 10 --budget 20000
+    python -m benchmarks.transfer run --space plain --steps 10 --budget 20000
     python -m benchmarks.transfer run --sources flow+mixture     # one table searched on both, run on all
+    python -m benchmarks.transfer run --generality 0.1           # weights on the noise charged for
     python -m benchmarks.transfer show                           # prints the tables
     python -m benchmarks.transfer show --write docs/transfer.md  # puts them between its marks
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,9 @@ SAMPLES, MIXTURE_SAMPLES = 256, 2048  # the mixture's error is in few samples, a
 
 
 def rows() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    """Those of the file; the first of them are of searches that had no generality."""
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    return [{"generality": 0.0, **json.loads(line)} for line in lines]
 
 
 def found(**key: Any) -> dict[str, Any] | None:
@@ -48,40 +52,42 @@ def write(**row: Any) -> dict[str, Any]:
     return row
 
 
-def table(source: str, num_steps: int, space: str, budget: int, seed: int) -> Solver:
+@dataclass(frozen=True)
+class Settings:
+    """Of the searches of a matrix."""
+
+    space: str
+    budget: int
+    seed: int = 0
+    generality: float = 0.0
+
+
+def table(source: str, num_steps: int, settings: Settings) -> Solver:
     """The table of a search on a model."""
-    key = {"kind": "search", "source": source, "num_steps": num_steps, "space": space, "budget": budget, "seed": seed}
+    key = {"kind": "search", "source": source, "num_steps": num_steps, **asdict(settings)}
     row = found(**key)
     if row is None:
-        method = TwoStage(space=space)
-        targets = [target(name) for name in source.split("+")]
-        result = search(targets, num_steps, method=method, budget=budget, seed=seed, progress=False)
+        method = TwoStage(space=settings.space, generality=settings.generality)
+        options = {"method": method, "budget": settings.budget, "seed": settings.seed, "progress": False}
+        result = search([target(name) for name in source.split("+")], num_steps, **options)
         row = write(**key, evaluations=result.evaluations, solver=result.solver.to_dict())
     return Solver.from_dict(row["solver"])
 
 
-def run(models: list[str], sources: list[str], steps: list[int], spaces: list[str], budget: int, seed: int) -> None:
-    searched = {
-        (name, n, space): table(name, n, space, budget, seed) for n in steps for space in spaces for name in sources
-    }
+def run(models: list[str], sources: list[str], steps: list[int], settings: Settings) -> None:
+    searched = {(name, n): table(name, n, settings) for n in steps for name in sources}
     for column in models:
         fresh: Fresh | None = None
         for n in steps:
             about = {"target": column, "num_steps": n}
-            wanted = [("handmade", None, None, None, None)]
-            wanted += [
-                ("pair", name, space, budget, seed)
-                for name, m, space in searched
-                if m == n and (name.split("+")[0] in VPS) == (column in VPS)
-            ]
-            for kind, *settings in wanted:
-                key = {"kind": kind, **dict(zip(("source", "space", "budget", "seed"), settings, strict=True)), **about}
+            mine = [name for name in sources if (name.split("+")[0] in VPS) == (column in VPS)]
+            pairs = [{"kind": "pair", "source": name, **asdict(settings), **about} for name in mine]
+            for key in ({"kind": "handmade", **about}, *pairs):
                 if found(**key) is not None:
                     continue
                 if fresh is None:
                     fresh = Fresh(column, MIXTURE_SAMPLES if column.startswith("mixture") else SAMPLES)
-                best = kind == "handmade"
-                solver = known_best(column, n) if best else searched[settings[0], n, settings[1]]
+                solver = known_best(column, n) if key["kind"] == "handmade" else searched[key["source"], n]
                 write(**key, name=solver.name, samples=fresh.count, **fresh.row(solver))
 
 
@@ -92,15 +98,18 @@ def show(measure: str = "rmse") -> str:
     groups: dict[tuple, dict[tuple[str, str], float]] = {}
     for r in every:
         if r["kind"] == "pair":
-            group = groups.setdefault((r["num_steps"], r["space"], r["budget"], r["seed"]), {})
+            settings = Settings(**{f.name: r[f.name] for f in fields(Settings)})
+            group = groups.setdefault((r["num_steps"], *astuple(settings)), {})
             group[r["source"], r["target"]] = r[measure] / hand[r["target"], r["num_steps"]][measure]
     parts = []
-    for (n, space, budget, seed), cells in sorted(groups.items()):
+    for (n, space, budget, seed, generality), cells in sorted(groups.items()):
         known = {source for source, _ in cells}
         sources = [*(name for name in MODELS if name in known), *sorted(known - set(MODELS))]
         columns = [name for name in MODELS if any(name == column for _, column in cells)]
-        command = f"python -m benchmarks.transfer run --steps {n} --spaces {space} --budget {budget} --seed {seed}"
-        lines = [f"N = {n}, space `{space}`: `{command}`", "", f"| searched on | {' | '.join(columns)} |"]
+        command = f"python -m benchmarks.transfer run --steps {n} --space {space} --budget {budget} --seed {seed}"
+        command += f" --generality {generality}" if generality else ""
+        title = f"N = {n}, space `{space}`" + (f", generality {generality}" if generality else "")
+        lines = [f"{title}: `{command}`", "", f"| searched on | {' | '.join(columns)} |"]
         lines.append("| --- " * (len(columns) + 1) + "|")
         best = [f"{hand[name, n][measure]:.4f}" for name in columns]
         for source in sources:
@@ -134,21 +143,16 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--sources", nargs="+", help="searched on: models, or several joined by +; default: --models")
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 8])
-    parser.add_argument("--spaces", nargs="*", default=[TwoStage().space], help="none: only the hand-made solvers")
+    parser.add_argument("--space", default=TwoStage().space)
+    parser.add_argument("--generality", type=float, default=0.0)
     parser.add_argument("--budget", type=int, default=20_000, help="model evaluations of each search")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure", default="rmse", choices=("rmse", "median"))
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the text between the marks in FILE")
     options = parser.parse_args()
     if options.what == "run":
-        return run(
-            options.models,
-            options.sources or options.models,
-            options.steps,
-            options.spaces,
-            options.budget,
-            options.seed,
-        )
+        settings = Settings(options.space, options.budget, options.seed, options.generality)
+        return run(options.models, options.sources or options.models, options.steps, settings)
     text = show(options.measure)
     if options.write is None:
         return print(text)

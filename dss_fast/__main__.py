@@ -33,6 +33,7 @@ from .sampling import sample
 from .schedule import default_schedule
 from .search import METHODS, Lion, TwoStage, search
 from .search.draws import take_local_device
+from .search.space import SPACES
 from .target import Target
 
 
@@ -143,7 +144,9 @@ def _search_pipeline(name: str, options: argparse.Namespace, method: TwoStage | 
 def _method(options: argparse.Namespace) -> TwoStage | Lion:
     """The settings of the method, those given on the command line put in."""
     kind = METHODS[options.method]
-    given = {key: getattr(options, key) for key in ("space", "samples") if getattr(options, key) is not None}
+    given = {
+        key: getattr(options, key) for key in ("space", "generality", "samples") if getattr(options, key) is not None
+    }
     known = [f.name for f in fields(kind)]
     for key in given:
         if key not in known:
@@ -281,8 +284,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=_steps, default=[10], help="numbers of steps, as in 5,8,10")
     sub.add_argument("--method", choices=METHODS, default="two_stage", help="two_stage (default) or lion, the paper's")
     sub.add_argument(
-        "--space", default=None, help="plain, rows, rows+noise, rows+times or full (default); two_stage only"
+        "--space", default=None, help=f"{', '.join(SPACES)}; {TwoStage().space} by default; two_stage only"
     )
+    sub.add_argument("--generality", type=float, default=None, help="0.1 for a table to use on other models too")
     sub.add_argument("--samples", type=_count, default=None, help="samples to search on")
     sub.add_argument("--budget", type=_budget, default=None, help="most model evaluations, or a time: 20min")
     sub.add_argument("--resume", action="store_true", help="go on with the run in the output folder")

@@ -17,7 +17,7 @@ def ran(tmp_path_factory):
         patch.setattr(transfer, "RESULTS", tmp_path_factory.mktemp("results") / "transfer.jsonl")
         patch.setattr(transfer, "MIXTURE_SAMPLES", 64)
         patch.setattr(transfer, "known_best", lambda name, n: find_solver(f"ab2/{n}"))
-        transfer.run(MODELS, MODELS, [2], ["plain"], 900, 0)
+        transfer.run(MODELS, MODELS, [2], transfer.Settings("plain", 900))
         yield transfer.RESULTS
 
 
@@ -27,7 +27,7 @@ def test_every_pair_is_measured_once(ran, monkeypatch):
     assert {(r["source"], r["target"]) for r in rows if r["kind"] == "pair"} == {(a, b) for a in MODELS for b in MODELS}
     monkeypatch.setattr(transfer, "search", None)  # what is there is neither searched nor measured again
     monkeypatch.setattr(transfer, "Fresh", None)
-    transfer.run(MODELS, MODELS, [2], ["plain"], 900, 0)
+    transfer.run(MODELS, MODELS, [2], transfer.Settings("plain", 900))
     assert transfer.rows() == rows
 
 
@@ -38,7 +38,7 @@ def test_a_figure_is_the_tables_error_over_hand_made_on_the_column(ran):
     ratio = fresh.row(solver)["rmse"] / fresh.row(find_solver("ab2/2"))["rmse"]
     (line,) = [line for line in transfer.show().splitlines() if line.startswith("| mixture |")]
     assert line.split(" | ")[2].rstrip(" |") == f"{ratio:.2f}"
-    assert line.split(" | ")[1].startswith("**") and "--steps 2 --spaces plain --budget 900 --seed 0" in transfer.show()
+    assert line.split(" | ")[1].startswith("**") and "--steps 2 --space plain --budget 900 --seed 0" in transfer.show()
 
 
 def test_the_summary_leaves_the_diagonal_out(ran):

@@ -34,6 +34,11 @@ class Quadratic:
         matrix = (kept * before.matrix + self.mass * self.matrix) / (kept + self.mass)
         return replace(self, matrix=matrix, mass=kept + self.mass)
 
+    def with_ridge(self, ridge: Tensor, theta: Tensor) -> Quadratic:
+        """Plus sum_k ridge_k (theta_k + d_k)^2, ridge (P,), in this one and so in every one that remembers it."""
+        gradient, matrix = self.gradient + 2 * ridge * theta, self.matrix + torch.diag(2 * ridge)
+        return replace(self, gradient=gradient, matrix=matrix)
+
     def step(self, damping: float) -> Tensor:
         """Levenberg-Marquardt's step, damping scaled by H's diagonal."""
         scale = self.matrix.diagonal().clamp_min(1e-12 * float(self.matrix.diagonal().max())).sqrt()

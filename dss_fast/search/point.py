@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..schedule import Schedule
@@ -26,13 +27,15 @@ class Point:
     theta: accepted; candidate: to be tried next. loss: the quadratic there. values, scale: |r|^2 of its samples and
     the robust scale. predicted: what the candidate should gain. round, tries: accepted ones, and refused ones since.
     small: rounds in a row whose gain was below the tolerance. best: theta with the smallest held-out loss.
-    share: evaluations it may spend. spent: those it has. units: what each target's squares are counted in.
+    share: evaluations it may spend. spent: those it has. units: what each target's squares are counted in. price: what
+    the loss is charged for a square of a weight on the noise.
     """
 
     space: Space
     candidate: Tensor
     share: float
     units: tuple[float, ...] = (1.0,)
+    price: float = 0.0
     theta: Tensor | None = None
     loss: Quadratic | None = None
     values: Tensor | None = None
@@ -60,6 +63,16 @@ class Point:
     def unit(self, batch: int) -> float:
         """What the squares of a batch are counted in: its target's."""
         return self.units[batch % len(self.units)]
+
+    def charge(self, theta: Tensor) -> float:
+        """What theta's weights on the noise add to its loss."""
+        return self.price * float(self.space.noise(theta).square().sum())
+
+    def charged(self, loss: Quadratic) -> Quadratic:
+        """A quadratic around the candidate, with the charge."""
+        ridge = torch.zeros_like(self.candidate)
+        self.space.noise(ridge).fill_(self.price)
+        return loss.with_ridge(ridge, self.candidate)
 
     def stepped(self) -> Point:
         """With the damped step from theta as the next candidate."""

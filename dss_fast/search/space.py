@@ -92,6 +92,10 @@ class Space:
             "network_timesteps": _called(u[:-1], times) if len(times) else None,
         }
 
+    def noise(self, theta: Tensor) -> Tensor:
+        """The weights on the noise, a view of theta; empty where the space has none."""
+        return theta.split(self.sizes())[2]
+
     def table(self, theta: Tensor, guidance: Guidance = 1.0) -> StepTable:
         """The table that steps read, float64, differentiable."""
         return StepTable.build(self.schedule, **self.numbers(theta), guidance=guidance)

@@ -91,11 +91,11 @@ class Stage:
 
     def winner(self, racers: list[Point]) -> Point:
         """The racer of least loss on the samples that all have seen, which goes on with what all have spent."""
-        known = [(point.values, point) for point in racers if point.values is not None]
-        common = min((len(values) for values, _ in known), default=0)
-        scale = min((point.scale for _, point in known), default=1.0)
-        losses = [(robust(values[:common], scale), k) for k, (values, _) in enumerate(known)]
-        best = known[min(losses)[1]][1] if known else racers[0]
+        known = [(p, p.values, p.charge(p.theta)) for p in racers if p.values is not None and p.theta is not None]
+        common = min((len(values) for _, values, _ in known), default=0)
+        scale = min((p.scale for p, _, _ in known), default=1.0)
+        losses = [(robust(values[:common], scale) + charge, k) for k, (_, values, charge) in enumerate(known)]
+        best = known[min(losses)[1]][0] if known else racers[0]
         return replace(best, spent=sum(point.spent for point in racers))
 
     def attempt(self, point: Point, batches: int) -> Trial | None:
@@ -146,7 +146,10 @@ class Stage:
         if point.values is not None:
             old, new = self._losses(point, trial)
             point = point.damped_less() if old - new > 0.5 * point.predicted else point
-        scale, loss = self._scale(trial), loss.remembering(point.loss)
+        scale = self._scale(trial)
+        if point.theta is None:
+            point = replace(point, price=settings.generality * robust(trial.values, scale))
+        loss = point.charged(loss).remembering(point.loss)
         point = replace(point, tries=0, theta=point.candidate, values=trial.values, scale=scale, loss=loss)
         point = replace(point, round=point.round + 1).stepped()
         gain = point.predicted / max(robust(trial.values, scale), 1e-300)
@@ -178,7 +181,9 @@ class Stage:
         scale = point.held_out_scale or self.settings.robust * float(errors.median())
         loss = math.inf
         if bool(errors.isfinite().all()):
-            loss = robust(errors, scale) if select == "robust" else criterion(select, errors, *more)
+            loss = (
+                robust(errors, scale) + point.charge(theta) if select == "robust" else criterion(select, errors, *more)
+            )
         return point.checked(theta, loss, scale), math.sqrt(float(errors.mean()))
 
     def differentiate(self, point: Point, trial: Trial) -> Quadratic:
@@ -259,10 +264,11 @@ class Stage:
         return list(whole)
 
     def _losses(self, point: Point, trial: Trial) -> tuple[float, float]:
-        """The robust loss of the accepted table and of the trial, on the samples they share."""
-        assert point.values is not None
+        """The loss of the accepted table and of the trial: robust on the samples they share, and the charge."""
+        assert point.values is not None and point.theta is not None
         common = min(len(point.values), len(trial.values))
-        return robust(point.values[:common], point.scale), robust(trial.before[:common], point.scale)
+        old, new = robust(point.values[:common], point.scale), robust(trial.before[:common], point.scale)
+        return old + point.charge(point.theta), new + point.charge(point.candidate)
 
     def _affords(self, point: Point, cost: int) -> bool:
         return self.ledger.affords(cost) and point.spent + cost <= point.share

@@ -116,6 +116,49 @@ def test_gradient_and_matrix_are_those_of_dense_autograd(kind, loss):
     assert float(difference.diagonal().mean().abs()) < 0.1
 
 
+def test_generality_charges_for_the_weights_on_the_noise():
+    """Loss, gradient and matrix of a stage with it are those of one without plus generality L sum d^2."""
+    space, start = Space("noise+start", Flow(), 3), handmade("ab2", 3, Flow())
+    first = space.theta(start)
+    theta = first.clone()
+    space.noise(theta).copy_(torch.tensor([0.02, -0.01, 0.03]))
+    points = []
+    for generality in (0.0, 2.0):
+        teacher = Teacher(draws_of(), Ledger(), "train", 60, 60, budget=24)
+        stage = Stage(TwoStage(generality=generality), teacher.draws, teacher.ledger, teacher, teacher)
+        point = Point(space, candidate=first, share=math.inf)
+        for candidate in (first, theta):
+            point = replace(point, candidate=candidate)
+            trial = stage.attempt(point, 1)
+            if candidate is theta:
+                losses = stage._losses(point, trial)
+            point, _ = stage.accept(point, trial, stage.differentiate(point, trial))
+        points.append((point, losses))
+    (free, (_, new)), (charged, (old, dear)) = points
+    price = charged.price
+    assert free.price == 0 and price == pytest.approx(2 * old)  # L: the loss at the start, whose weights are none
+    assert dear - new == pytest.approx(price * (0.02**2 + 0.01**2 + 0.03**2))
+
+    def loss(theta):
+        return price * theta.split(space.sizes())[2].square().sum()
+
+    gradient = torch.autograd.functional.jacobian(loss, theta)
+    matrix = torch.autograd.functional.hessian(loss, theta)
+    torch.testing.assert_close(charged.loss.gradient - free.loss.gradient, gradient, rtol=1e-6, atol=1e-9 * price)
+    torch.testing.assert_close(charged.loss.matrix - free.loss.matrix, matrix, rtol=1e-6, atol=1e-9 * price)
+
+
+def test_generality_leads_from_its_space_to_the_papers():
+    def found(generality, space="noise"):
+        method = TwoStage(**SMALL, space=space, generality=generality)
+        solver = search(Target(FLOW, SHAPE, dtype=F64), 4, method=method, budget=20_000, progress=False).solver
+        return math.hypot(*solver.noise_coeffs or (0.0,)), fresh_error(solver)
+
+    (free, own), (less, general), (none, most), (_, plain) = found(0.0), found(0.1), found(1e4), found(0.0, "plain")
+    assert none < 1e-3 < less < free
+    assert general < 1.15 * own and most == pytest.approx(plain, rel=0.25)
+
+
 @pytest.mark.parametrize("family", MODELS)
 def test_it_halves_the_best_hand_made_error_within_its_budget(family):
     model, schedule = MODELS[family]
@@ -195,6 +238,9 @@ def test_what_does_not_fit_is_named():
         ({"samples": 0}, "samples=0"),
         ({"robust": 0}, "robust=0"),
         ({"teacher_evaluations": 8}, "teacher_evaluations=8.*16"),
+        ({"generality": -1}, "generality=-1"),
+        ({"generality": math.nan}, "generality=nan"),
+        ({"generality": 0.1, "space": "plain"}, "generality=0.1: space 'plain' has no weights"),
     ):
         with pytest.raises(ValueError, match=text):
             TwoStage(**settings)
