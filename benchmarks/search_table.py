@@ -26,6 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dss_fast import Solver, Target, find_solver, handmade, sample, search  # noqa: E402
+from dss_fast.distance import squares  # noqa: E402
 from dss_fast.files import replacing  # noqa: E402
 from dss_fast.methods import METHODS  # noqa: E402
 from dss_fast.search import Lion, TwoStage  # noqa: E402
@@ -73,13 +74,16 @@ class Fresh:
         with replacing(path) as part:  # several tables may be under way
             torch.save(known, part)
 
+    def samples(self, solver: Solver, count: int | None = None) -> torch.Tensor:
+        """Where the solver takes the first ``count`` noises, whole batches of them, (n, *S)."""
+        batches = self.batches[: count and -(-count // SIZE)]
+        return torch.cat([sample(self.target, batch.noise, solver, cond=batch.cond) for batch, _ in batches])
+
     def errors(self, solver: Solver, count: int | None = None) -> torch.Tensor:
-        """(count,) mean of squares of each sample."""
-        found = []
-        for batch, last in self.batches[: count and -(-count // SIZE)]:
-            x = sample(self.target, batch.noise, solver, cond=batch.cond)
-            found.append((x - last).double().square().flatten(1).mean(1))
-        return torch.cat(found)
+        """(n,) mean of squares of each sample."""
+        x = self.samples(solver, count)
+        last = torch.cat([last for _, last in self.batches])[: len(x)]
+        return squares(x, last)
 
     def row(self, solver: Solver, count: int | None = None) -> dict[str, float]:
         errors = self.errors(solver, count)

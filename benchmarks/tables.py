@@ -8,6 +8,7 @@ import argparse
 import csv
 import json
 import statistics
+import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "step.csv"
@@ -165,6 +166,14 @@ def _ratios(rows, best):
     return "; ".join(parts)
 
 
+def few():
+    """Three to five searched calls against hand-made ones, from results/few.jsonl."""
+    sys.path.insert(0, str(RESULTS.parents[2]))
+    from benchmarks import few_steps
+
+    return "`python -m benchmarks.few_steps run`\n\n" + few_steps.show()
+
+
 def read(name):
     with (RESULTS.parent / name).open(newline="") as file:
         return list(csv.DictReader(file))
@@ -175,6 +184,7 @@ SECTIONS = {
     "recipe.csv": recipe,
     "unroll.csv": unroll,
     "search.jsonl": search,
+    "few.jsonl": few,
 }
 
 

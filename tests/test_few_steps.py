@@ -1,0 +1,34 @@
+"""The rows of benchmarks/few_steps.py, on the exact mixture."""
+
+import pytest
+
+from benchmarks import few_steps
+from dss_fast import compare, find_solver
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """The rows of one small search and the two hand-made solvers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(few_steps, "RESULTS", tmp_path_factory.mktemp("results") / "few.jsonl")
+        patch.setattr(few_steps, "known_best", lambda name, n: find_solver(f"ab2/{n}"))
+        few_steps.run(["mixture"], [3], 2000, 0, 128)
+        yield {(r["searched"], r["num_steps"]): r for r in few_steps.rows()}
+        few_steps.run(["mixture"], [3], 2000, 0, 128)
+        assert len(few_steps.rows()) == 3  # what is there is not measured again
+
+
+def test_a_searched_and_two_hand_made_solvers_are_measured(ran):
+    assert set(ran) == {(True, 3), (False, 3), (False, 10)}
+    assert ran[True, 3]["rmse"] < ran[False, 3]["rmse"]
+    (line,) = [line for line in few_steps.show().splitlines() if "**searched**" in line]
+    assert f"{ran[True, 3]['rmse']:.4f}"[:5] in line and f"{ran[True, 3]['energy']:.1e}" in line
+
+
+def test_the_figures_are_those_of_compare(ran):
+    """On the same noises, which ``compare`` draws from another stream: within what 128 of them say."""
+    (row,) = compare(few_steps.Fresh("mixture", 128).target, ["ab2/3"], samples=128, progress=False).rows
+    mine = ran[False, 3]
+    assert set(row) & set(mine) >= {"rmse", "median", "switched", "frechet", "energy"}
+    assert mine["rmse_low"] < row["rmse_high"] and row["rmse_low"] < mine["rmse_high"]
+    assert mine["floor"] == pytest.approx(row["frechet_floor"], rel=0.1)
