@@ -48,9 +48,9 @@ class TwoStage:
         network sees them, w from 30 to 1 times trajectory_weight in the first six rounds. ``"end"``: w = 0. A
         function: feature(x_N) - feature(teacher(1)).
     generality: adds generality * L * sum_i d_i^2 to the loss, d the weights on the noise and L the loss at the start.
-        Those weights are what a table gains on its own model and what breaks it on others: they alone make it inexact
-        where trajectories are straight. At 0.1 a table errs up to 1.15 times as much on its own model, and
-        less on others (docs/transfer.md); from about 10 on the search is in the paper's space.
+        They alone make a table inexact where trajectories are straight, and break it on other models: 0.1 takes the
+        error there from 1.05 to .89 of the best hand-made at N = 8, for about the same on its own
+        (docs/transfer.md). From about 10 on the search is in the paper's space.
     select: what the choice among accepted tables makes small on held-out samples: ``"robust"``, rho of the end
         point's squares, or a criterion of ``distance``: ``"rmse"``, ``"median"``, ``"features"``.
     samples: of the training set; by default what the budget allows. held_out_samples: a fifth of them, none below 40.
