@@ -144,15 +144,15 @@ def search():
 
 
 def spaces(found):
-    """What each freedom brings over the paper's space, at the default budget."""
+    """What each freedom brings over the paper's space, at each budget."""
     names = ("plain", "noise", DEFAULT, "noise+times")
-    lines = ["| model | N | " + " | ".join(names) + " |", "| --- " * (2 + len(names)) + "|"]
-    for cell in sorted({tuple(cell) for space, budget, *cell in found if space == "plain" and budget is None}):
-        rows = [found.get((name, None, *cell), {}).get(0) for name in names]
-        lines.append(
-            "| " + " | ".join(map(str, cell)) + " | " + " | ".join(f"{r['rmse']:.4f}" if r else "" for r in rows) + " |"
-        )
-    return "RMSE by what a search may move, seed 0, the default budget.\n\n" + "\n".join(lines)
+    lines = ["| model | N | evaluations | " + " | ".join(names) + " |", "| --- " * (3 + len(names)) + "|"]
+    cells = {(model, n, budget) for space, budget, model, n in found if space == "plain"}
+    for model, n, budget in sorted(cells, key=lambda c: (*c[:2], c[2] or float("inf"))):
+        groups = [list(found.get((name, budget, model, n), {}).values()) for name in names]
+        text = [f"{statistics.mean(r['rmse'] for r in rows):.4f} ({len(rows)})" if rows else "" for rows in groups]
+        lines.append(f"| {model} | {n} | {f'{budget:,}' if budget else 'default'} | {' | '.join(text)} |")
+    return "RMSE by what a search may move, the mean over seeds, in brackets how many.\n\n" + "\n".join(lines)
 
 
 def _ratios(rows, best):
