@@ -17,7 +17,6 @@ median: per element to the fine reference, on noise that no search draws.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +32,7 @@ from dss_fast.search.draws import Draws
 from dss_fast.target import Samples
 from examples.mnist.model import DiT
 
+from . import rows
 from .search_table import Fresh, known_best
 
 RESULTS = Path(__file__).parent / "results" / "caching.jsonl"
@@ -202,7 +202,7 @@ def measure(model: str, steps: list[int], count: int, budget: int, parts: list[s
     tasks = [(LONG, "whole")] * ("whole" in parts)
     for n, part in tasks + [(n, part) for n in steps for part in parts if part != "whole"]:
         for row in PARTS[part](judge, n, budget):
-            write(model=model, num_steps=n, samples=judge.fresh.count, **row)
+            rows.append(RESULTS, model=model, num_steps=n, samples=judge.fresh.count, **row)
 
 
 def whole(judge: Judge, n: int, budget: int) -> Iterator[dict[str, Any]]:
@@ -266,24 +266,14 @@ def run_table(target: Target, batch: Samples, solver: Solver) -> Tensor:
     return x
 
 
-def write(**row: Any) -> None:
-    RESULTS.parent.mkdir(exist_ok=True)
-    with open(RESULTS, "a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(row, flush=True)
-
-
 def show() -> str:
     """The newest row of each kind as a table, by number of calls."""
-    rows = {}
-    for line in RESULTS.read_text().splitlines():
-        row = json.loads(line)
-        rows[row["model"], row["num_steps"], row["kind"], row["name"]] = row
+    newest = {(row["model"], row["num_steps"], row["kind"], row["name"]): row for row in rows.read(RESULTS)}
     lines = [
         "| model | calls | solver | PSNR to 50 steps | PSNR to the reference | RMSE | median |",
         "| --- " * 7 + "|",
     ]
-    for (model, _, kind, name), row in sorted(rows.items(), key=lambda item: (item[0][:2], item[1]["rmse"])):
+    for (model, _, kind, name), row in sorted(newest.items(), key=lambda item: (item[0][:2], item[1]["rmse"])):
         about = f"{name} ({kind})" if kind in ("best hand-made",) else name
         about += f", order {row['order']}" if "order" in row else ""
         figures = f"{row['psnr']:.1f} | {row['psnr_fine']:.1f} | {row['rmse']:.4f} | {row['median']:.4f}"

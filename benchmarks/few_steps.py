@@ -12,15 +12,14 @@ solver is that of least RMSE over all methods and spacings (search_table.py).
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from dss_fast import Solver, search
+from dss_fast import search
 from dss_fast.distance import Reference, three_digits
 
+from . import rows
 from .search_table import Fresh, known_best
 
 RESULTS = Path(__file__).parent / "results" / "few.jsonl"
@@ -30,50 +29,39 @@ MANY = (3, 10)  # calls of the hand-made solvers
 
 def run(models: list[str], steps: list[int], budget: int | None, seed: int, samples: int | None = None) -> None:
     """Appends a row for each solver; those that are there are not measured again."""
-    known = {(r["model"], r["num_steps"], r["searched"]) for r in rows()}
+    searches = {"searched": True, "budget": budget, "seed": seed}
     for name in models:
-        wanted = [(n, searched) for of, searched in ((MANY, False), (steps, True)) for n in of]
-        wanted = [key for key in wanted if (name, *key) not in known]
+        solvers = [{"model": name, "num_steps": n, "searched": False} for n in MANY]
+        solvers += [{"model": name, "num_steps": n, **searches} for n in steps]
+        wanted = [key for key in solvers if not any(key.items() <= row.items() for row in rows.read(RESULTS))]
         if not wanted:
             continue
         fresh = Fresh(name, samples)
         reference = Reference(fresh.target, torch.cat([last for _, last in fresh.batches]))
-        for n, searched in wanted:
-            solver = known_best(name, n)
-            if searched:
+        floor = reference.distances()["frechet"]
+        for key in wanted:
+            n = key["num_steps"]
+            if key["searched"]:
                 solver = search(fresh.target, n, budget=budget, seed=seed, progress=False).solver
-            write(model=name, num_steps=n, searched=searched, solver=solver.name, **measured(fresh, reference, solver))
-
-
-def measured(fresh: Fresh, reference: Reference, solver: Solver) -> dict[str, Any]:
-    """The figures of a solver, and Frechet's floor."""
-    figures = reference.measure(fresh.samples(solver))
-    return {**figures, "floor": reference.distances()["frechet"]}
-
-
-def rows() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-
-
-def write(**row: Any) -> None:
-    RESULTS.parent.mkdir(exist_ok=True)
-    with open(RESULTS, "a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(row, flush=True)
+            else:
+                solver = known_best(name, n)
+            figures = reference.measure(fresh.samples(solver))
+            rows.append(RESULTS, **key, solver=solver.name, **figures, floor=floor)
 
 
 def show() -> str:
-    """A line for each solver."""
+    """A line for each solver, the newest row of each."""
     head = ("model", "N", "solver", "RMSE", "median", "switched", "Frechet above its floor", "energy")
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
-    found = {(r["model"], r["searched"], r["num_steps"]): r for r in rows()}
-    for name in MODELS:
-        for (_, searched, n), r in sorted((item for item in found.items() if item[0][0] == name), key=lambda i: i[0]):
-            above = max(0.0, r["frechet"] - r["floor"])
-            figures = [three_digits(v) for v in (r["rmse"], r["median"])]
-            figures += [f"{100 * r['switched']:.1f} %", three_digits(above), f"{r['energy']:.1e}"]
-            solver = "**searched**" if searched else r["solver"].replace(f"/{n}", "")
-            lines.append(f"| {name} | {n} | {solver} | {' | '.join(figures)} |")
+    found = {
+        (MODELS.index(r["model"]), r["searched"], r["num_steps"], r.get("budget") or 0): r for r in rows.read(RESULTS)
+    }
+    for (_, searched, n, budget), r in sorted(found.items()):
+        solver = "**searched**" if searched else r["solver"].replace(f"/{n}", "")
+        solver += f", {budget:,} evaluations" if budget else ""
+        figures = [three_digits(v) for v in (r["rmse"], r["median"])]
+        figures += [f"{100 * r['switched']:.1f} %", three_digits(max(0.0, r["frechet"] - r["floor"]))]
+        lines.append(f"| {r['model']} | {n} | {solver} | {' | '.join(figures)} | {r['energy']:.1e} |")
     return "\n".join(lines)
 
 

@@ -13,7 +13,6 @@ evaluations, forward 1, backward 2, guidance once, everything counted.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -25,6 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks import rows  # noqa: E402
 from dss_fast import Solver, Target, find_solver, handmade, sample, search  # noqa: E402
 from dss_fast.distance import squares  # noqa: E402
 from dss_fast.files import replacing  # noqa: E402
@@ -90,13 +90,6 @@ class Fresh:
         return {"rmse": math.sqrt(float(errors.mean())), "median": math.sqrt(float(errors.median()))}
 
 
-def write(**row: Any) -> None:
-    RESULTS.parent.mkdir(exist_ok=True)
-    with open(RESULTS, "a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(row, flush=True)
-
-
 def best_of(fresh: Fresh, num_steps: int) -> tuple[dict[str, float], Solver]:
     """The hand-made solver of least RMSE over all methods and spacings, and its errors."""
     found = []
@@ -115,13 +108,12 @@ def best_handmade(name: str, steps: list[int]) -> None:
     fresh = Fresh(name)
     for n in steps:
         row, solver = best_of(fresh, n)
-        write(kind="handmade", model=name, num_steps=n, solver=solver.name, samples=fresh.count, **row)
+        rows.append(RESULTS, kind="handmade", model=name, num_steps=n, solver=solver.name, samples=fresh.count, **row)
 
 
 def known_best(name: str, num_steps: int) -> Solver:
     """The best hand-made solver that the rows name; where they name none it is found, and its row written."""
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    for row in reversed(rows):
+    for row in reversed(rows.read(RESULTS)):
         if (row["kind"], row["model"], row["num_steps"]) == ("handmade", name, num_steps):
             return find_solver(row["solver"], target(name).schedule)
     best_handmade(name, [num_steps])
@@ -154,7 +146,7 @@ def run(
                         cost = method.samples * (100 + 3 * n)
                     _, losses = result.curve("loss", n)
                     _, held_out = result.curve("held_out", n)
-                    write(
+                    rows.append(RESULTS, 
                         kind=kind, model=name, num_steps=n, seed=seed, space=space, budget=budget, searched=group,
                         evaluations=cost, **took,
                         train=losses[-1] if losses else None, held_out=held_out[-1] if held_out else None,
@@ -163,10 +155,10 @@ def run(
 
 
 def show() -> None:
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    hand = {(row["model"], row["num_steps"]): row["rmse"] for row in rows if row["kind"] == "handmade"}
+    every = rows.read(RESULTS)
+    hand = {(row["model"], row["num_steps"]): row["rmse"] for row in every if row["kind"] == "handmade"}
     kinds = {}
-    for row in rows:
+    for row in every:
         key = row["model"], row["num_steps"], row["kind"], row.get("space") or "", row.get("budget") or 0
         kinds.setdefault(key, []).append(row)
     for key, found in sorted(kinds.items()):

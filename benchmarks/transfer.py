@@ -15,7 +15,6 @@ that no search draws; below 1 it wins. What is in the rows already is not run ag
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 from dss_fast import Solver, search
 from dss_fast.search import TwoStage
 
+from . import rows
 from .search_table import Fresh, known_best, target
 
 RESULTS = Path(__file__).parent / "results" / "transfer.jsonl"
@@ -33,23 +33,14 @@ MODELS = (*FLOWS, *VPS)
 SAMPLES, MIXTURE_SAMPLES = 256, 2048  # the mixture's error is in few samples, and it is cheap
 
 
-def rows() -> list[dict[str, Any]]:
-    """Those of the file; the first of them are of searches that had no generality."""
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    return [{"generality": 0.0, **json.loads(line)} for line in lines]
+def measured() -> list[dict[str, Any]]:
+    """The rows; the first of them are of searches that had no generality."""
+    return [{"generality": 0.0, **row} for row in rows.read(RESULTS)]
 
 
 def found(**key: Any) -> dict[str, Any] | None:
     """The row that says this already."""
-    return next((row for row in reversed(rows()) if all(row.get(k) == v for k, v in key.items())), None)
-
-
-def write(**row: Any) -> dict[str, Any]:
-    RESULTS.parent.mkdir(exist_ok=True)
-    with open(RESULTS, "a") as file:
-        file.write(json.dumps(row) + "\n")
-    print({k: v for k, v in row.items() if k != "solver"}, flush=True)
-    return row
+    return next((row for row in reversed(measured()) if all(row.get(k) == v for k, v in key.items())), None)
 
 
 @dataclass(frozen=True)
@@ -70,7 +61,7 @@ def table(source: str, num_steps: int, settings: Settings) -> Solver:
         method = TwoStage(space=settings.space, generality=settings.generality)
         options = {"method": method, "budget": settings.budget, "seed": settings.seed, "progress": False}
         result = search([target(name) for name in source.split("+")], num_steps, **options)
-        row = write(**key, evaluations=result.evaluations, solver=result.solver.to_dict())
+        row = rows.append(RESULTS, **key, evaluations=result.evaluations, solver=result.solver.to_dict())
     return Solver.from_dict(row["solver"])
 
 
@@ -88,12 +79,12 @@ def run(models: list[str], sources: list[str], steps: list[int], settings: Setti
                 if fresh is None:
                     fresh = Fresh(column, MIXTURE_SAMPLES if column.startswith("mixture") else SAMPLES)
                 solver = known_best(column, n) if key["kind"] == "handmade" else searched[key["source"], n]
-                write(**key, name=solver.name, samples=fresh.count, **fresh.row(solver))
+                rows.append(RESULTS, **key, name=solver.name, samples=fresh.count, **fresh.row(solver))
 
 
 def show(measure: str = "rmse") -> str:
     """A matrix for each N, space and budget, the newest rows; worst and geometric mean off the diagonal."""
-    every = rows()
+    every = measured()
     hand = {(r["target"], r["num_steps"]): r for r in every if r["kind"] == "handmade"}
     groups: dict[tuple, dict[tuple[str, str], float]] = {}
     for r in every:

@@ -104,7 +104,7 @@ def _search(options: argparse.Namespace) -> None:
             )
     targets = [load_target(name, options.device) for name in options.models]
     result = search(
-        targets if len(targets) > 1 else targets[0],
+        targets,
         options.steps,
         method=method,
         budget=options.budget,
@@ -144,9 +144,8 @@ def _search_pipeline(name: str, options: argparse.Namespace, method: TwoStage | 
 def _method(options: argparse.Namespace) -> TwoStage | Lion:
     """The settings of the method, those given on the command line put in."""
     kind = METHODS[options.method]
-    given = {
-        key: getattr(options, key) for key in ("space", "generality", "samples") if getattr(options, key) is not None
-    }
+    asked = {key: getattr(options, key) for key in ("space", "generality", "samples")}
+    given = {key: value for key, value in asked.items() if value is not None}
     known = [f.name for f in fields(kind)]
     for key in given:
         if key not in known:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import few_steps
+from benchmarks import few_steps, rows
 from dss_fast import compare, find_solver
 
 
@@ -13,9 +13,14 @@ def ran(tmp_path_factory):
         patch.setattr(few_steps, "RESULTS", tmp_path_factory.mktemp("results") / "few.jsonl")
         patch.setattr(few_steps, "known_best", lambda name, n: find_solver(f"ab2/{n}"))
         few_steps.run(["mixture"], [3], 2000, 0, 128)
-        yield {(r["searched"], r["num_steps"]): r for r in few_steps.rows()}
-        few_steps.run(["mixture"], [3], 2000, 0, 128)
-        assert len(few_steps.rows()) == 3  # what is there is not measured again
+        yield {(r["searched"], r["num_steps"]): r for r in rows.read(few_steps.RESULTS)}
+
+
+def test_what_is_there_is_not_measured_again(ran, monkeypatch):
+    monkeypatch.setattr(few_steps, "Fresh", None)
+    few_steps.run(["mixture"], [3], 2000, 0, 128)
+    with pytest.raises(TypeError):  # another seed is another search
+        few_steps.run(["mixture"], [3], 2000, 1, 128)
 
 
 def test_a_searched_and_two_hand_made_solvers_are_measured(ran):

@@ -22,17 +22,17 @@ def ran(tmp_path_factory):
 
 
 def test_every_pair_is_measured_once(ran, monkeypatch):
-    rows = transfer.rows()
+    rows = transfer.measured()
     assert [row["kind"] for row in rows].count("search") == 2
     assert {(r["source"], r["target"]) for r in rows if r["kind"] == "pair"} == {(a, b) for a in MODELS for b in MODELS}
     monkeypatch.setattr(transfer, "search", None)  # what is there is neither searched nor measured again
     monkeypatch.setattr(transfer, "Fresh", None)
     transfer.run(MODELS, MODELS, [2], transfer.Settings("plain", 900))
-    assert transfer.rows() == rows
+    assert transfer.measured() == rows
 
 
 def test_a_figure_is_the_tables_error_over_hand_made_on_the_column(ran):
-    rows = transfer.rows()
+    rows = transfer.measured()
     solver = next(Solver.from_dict(r["solver"]) for r in rows if r["kind"] == "search" and r["source"] == "mixture")
     fresh = transfer.Fresh("mixture0.5", 64)
     ratio = fresh.row(solver)["rmse"] / fresh.row(find_solver("ab2/2"))["rmse"]

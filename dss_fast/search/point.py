@@ -99,10 +99,15 @@ class Point:
         last = self.candidate if self.theta is None else self.theta
         return replace(self, finished=True, best=last.clone() if self.best is None else self.best)
 
-    def checked(self, theta: Tensor, loss: float, scale: float) -> Point:
-        """After a look at the held-out loss of theta: the best if it is the smallest."""
-        found = replace(self, held_out_scale=scale)
-        return replace(found, best=theta.clone(), best_loss=loss) if loss < self.best_loss else found
+    def checked(self, theta: Tensor, loss: float, scale: float, charged: bool) -> Point:
+        """After a look at the held-out loss of theta: the best if it is the smallest, ``charged`` or as it is.
+
+        Losses are kept as they are, because the start is looked at before there is a price.
+        """
+        found, known, new = replace(self, held_out_scale=scale), self.best_loss, loss
+        if charged and self.best is not None:
+            known, new = known + self.charge(self.best), new + self.charge(theta)
+        return replace(found, best=theta.clone(), best_loss=loss) if new < known else found
 
     def save(self) -> dict[str, Any]:
         """As nested data for a checkpoint; infinities as None."""

@@ -181,10 +181,8 @@ class Stage:
         scale = point.held_out_scale or self.settings.robust * float(errors.median())
         loss = math.inf
         if bool(errors.isfinite().all()):
-            loss = (
-                robust(errors, scale) + point.charge(theta) if select == "robust" else criterion(select, errors, *more)
-            )
-        return point.checked(theta, loss, scale), math.sqrt(float(errors.mean()))
+            loss = robust(errors, scale) if select == "robust" else criterion(select, errors, *more)
+        return point.checked(theta, loss, scale, charged=select == "robust"), math.sqrt(float(errors.mean()))
 
     def differentiate(self, point: Point, trial: Trial) -> Quadratic:
         """Gradient and J'J at the candidate. Lets each rollout go as soon as it was pulled back."""

@@ -29,7 +29,7 @@ from .store import Store, sent
 
 EVALUATIONS = 64
 LOG_SHARE, SOFTENING = 0.5, 0.02  # they shape the grid variable s, see DenseGrid
-LATEST = 500.0  # VP's clock alpha / sigma is infinite at sigma = 0; one step goes there from here and errs by 1e-5
+LATEST = 500.0  # VP's clock alpha / sigma is infinite at sigma = 0; one step from here goes there
 
 
 @dataclass(frozen=True, eq=False)

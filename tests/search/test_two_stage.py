@@ -148,6 +148,18 @@ def test_generality_charges_for_the_weights_on_the_noise():
     torch.testing.assert_close(charged.loss.matrix - free.loss.matrix, matrix, rtol=1e-6, atol=1e-9 * price)
 
 
+def test_the_start_is_charged_too_though_it_was_looked_at_before_there_was_a_price():
+    space = Space("noise", Flow(), 3)
+    dear = space.theta(handmade("ab2", 3, Flow()))
+    cheap = dear.clone()
+    space.noise(dear).fill_(0.1)
+    point = Point(space, candidate=dear, share=math.inf).checked(dear, 1.0, 1.0, charged=True)
+    point = replace(point, price=10.0)  # of .3 for the start
+    assert torch.equal(point.checked(cheap, 1.2, 1.0, charged=True).best, cheap)
+    assert torch.equal(point.checked(cheap, 1.4, 1.0, charged=True).best, dear)
+    assert torch.equal(point.checked(cheap, 1.2, 1.0, charged=False).best, dear)
+
+
 def test_generality_leads_from_its_space_to_the_papers():
     def found(generality, space="noise"):
         method = TwoStage(**SMALL, space=space, generality=generality)
