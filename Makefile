@@ -29,7 +29,7 @@ test: $(VENV)/.test
 test-slow: $(VENV)/.test
 	$(PYTEST) -m slow
 
-FAST = --ignore=tests/docs --ignore=tests/search --ignore=tests/integrations --ignore=tests/examples
+FAST = --ignore=tests/docs --ignore=tests/searching --ignore=tests/integrations --ignore=tests/examples
 FAST += $(foreach name,cli docstrings gpu_script package readme target torchrun transfer,--ignore=tests/test_$(name).py)
 
 test-fast: $(VENV)/.test

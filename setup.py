@@ -50,7 +50,7 @@ def extension():
     # The OpenMP calls bind to the runtime that torch has loaded: linking a second one would start a second pool.
     flags = ["-O3", "-g0", "-Wall", "-fvisibility=hidden"] + (["-fopenmp"] if sys.platform == "linux" else [])
     module = CppExtension(
-        "dss_fast._C_" + re.sub(r"\W", "_", torch.__version__),  # as step/extension.py looks for it
+        "dss_fast._C_" + re.sub(r"\W", "_", torch.__version__),  # as dss_fast/extension.py looks for it
         sorted(glob("csrc/*.cpp")),
         depends=glob("csrc/*.h"),
         extra_compile_args={"cxx": flags},

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dss_fast import Solver, Target, find_solver, sample, search
 from dss_fast.distance import squares
-from dss_fast.search.draws import Draws
+from dss_fast.draws import Draws
 from dss_fast.target import Samples
 from examples.mnist.model import DiT
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dss_fast import compare, search
-from dss_fast.search import Lion
+from dss_fast.searching import Lion
 from examples import mnist
 
 STEPS = (5, 10)

@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import rows  # noqa: E402
 from dss_fast import Solver, Target, find_solver, handmade, sample, search  # noqa: E402
 from dss_fast.distance import squares  # noqa: E402
+from dss_fast.draws import Draws  # noqa: E402
 from dss_fast.files import replacing  # noqa: E402
 from dss_fast.methods import METHODS  # noqa: E402
-from dss_fast.search import Lion, TwoStage  # noqa: E402
-from dss_fast.search.draws import Draws  # noqa: E402
-from dss_fast.search.teacher import dense_grid, integrate  # noqa: E402
+from dss_fast.searching import GaussNewton, Lion  # noqa: E402
+from dss_fast.trajectory import dense_grid, integrate  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "search.jsonl"
 SPACINGS = ("uniform", "lambda", "karras", "shift0.5", "shift1.5", "shift2", "shift3")
@@ -136,7 +136,7 @@ def run(
     for seed in seeds:
         for group in groups:
             for space in spaces if kind == "search" else [None]:
-                method = TwoStage(space=space, **settings) if kind == "search" else Lion(**settings)
+                method = GaussNewton(space=space, **settings) if kind == "search" else Lion(**settings)
                 start, cpu = time.perf_counter(), time.process_time()
                 result = search(fresh.target, group, method=method, seed=seed, budget=budget, progress=False)
                 took = {"seconds": round(time.perf_counter() - start, 1), "cpu": round(time.process_time() - cpu, 1)}

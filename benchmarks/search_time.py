@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from machine import DEVICE, conditions  # noqa: E402
 
 from dss_fast import search  # noqa: E402
-from dss_fast.search import TwoStage  # noqa: E402
+from dss_fast.searching import GaussNewton  # noqa: E402
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
         steps, options.budget = [2], 2500
         settings = {"samples": 16, "held_out_samples": 16, "teacher_evaluations": 16, "rounds": 1}
     begin = time.perf_counter()
-    result = search(target, steps, method=TwoStage(**settings), budget=options.budget, progress=False)
+    result = search(target, steps, method=GaussNewton(**settings), budget=options.budget, progress=False)
     seconds = time.perf_counter() - begin
     for n in steps:
         _, held_out = result.curve("held_out", n)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dss_fast import Solver, search
-from dss_fast.search import TwoStage
+from dss_fast.searching import GaussNewton
 
 from . import rows
 from .search_table import Fresh, known_best, target
@@ -58,7 +58,7 @@ def table(source: str, num_steps: int, settings: Settings) -> Solver:
     key = {"kind": "search", "source": source, "num_steps": num_steps, **asdict(settings)}
     row = found(**key)
     if row is None:
-        method = TwoStage(space=settings.space, generality=settings.generality)
+        method = GaussNewton(space=settings.space, generality=settings.generality)
         options = {"method": method, "budget": settings.budget, "seed": settings.seed, "progress": False}
         result = search([target(name) for name in source.split("+")], num_steps, **options)
         row = rows.append(RESULTS, **key, evaluations=result.evaluations, solver=result.solver.to_dict())
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--sources", nargs="+", help="searched on: models, or several joined by +; default: --models")
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 8])
-    parser.add_argument("--space", default=TwoStage().space)
+    parser.add_argument("--space", default=GaussNewton().space)
     parser.add_argument("--generality", type=float, default=0.0)
     parser.add_argument("--budget", type=int, default=20_000, help="model evaluations of each search")
     parser.add_argument("--seed", type=int, default=0)

@@ -5,7 +5,7 @@ from .methods import handmade
 from .names import find_solver, solver_names
 from .sampling import sample
 from .schedule import VP, DiscreteVP, Flow, Grid
-from .search import search
+from .searching import GaussNewton, Lion, SearchResult, plan, search
 from .solver import Solver
 from .target import Target
 
@@ -13,12 +13,16 @@ __all__ = [
     "VP",
     "DiscreteVP",
     "Flow",
+    "GaussNewton",
     "Grid",
+    "Lion",
+    "SearchResult",
     "Solver",
     "Target",
     "compare",
     "find_solver",
     "handmade",
+    "plan",
     "sample",
     "search",
     "solver_names",

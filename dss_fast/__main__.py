@@ -31,9 +31,9 @@ from .names import find_solver, solver_names
 from .plots import plot_samples, plot_solver
 from .sampling import sample
 from .schedule import default_schedule
-from .search import METHODS, Lion, TwoStage, search
-from .search.draws import take_local_device
-from .search.space import SPACES
+from .searching import METHODS, GaussNewton, Lion, search
+from .searching.processes import take_local_device
+from .searching.space import SPACES
 from .target import Target
 
 
@@ -116,7 +116,7 @@ def _search(options: argparse.Namespace) -> None:
         print(result)
 
 
-def _search_pipeline(name: str, options: argparse.Namespace, method: TwoStage | Lion) -> None:
+def _search_pipeline(name: str, options: argparse.Namespace, method: GaussNewton | Lion) -> None:
     if not (Path(name) / "model_index.json").is_file() and name.count("/") != 1:
         raise ValueError(
             f"model {name!r}: write module:attribute, as in examples.mnist:flow, or a pipeline of diffusers: "
@@ -141,7 +141,7 @@ def _search_pipeline(name: str, options: argparse.Namespace, method: TwoStage | 
     )
 
 
-def _method(options: argparse.Namespace) -> TwoStage | Lion:
+def _method(options: argparse.Namespace) -> GaussNewton | Lion:
     """The settings of the method, those given on the command line put in."""
     kind = METHODS[options.method]
     asked = {key: getattr(options, key) for key in ("space", "generality", "samples")}
@@ -281,9 +281,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("search", _search, "search a solver for a model", "out")
     sub.add_argument("--steps", type=_steps, default=[10], help="numbers of steps, as in 5,8,10")
-    sub.add_argument("--method", choices=METHODS, default="two_stage", help="two_stage (default) or lion, the paper's")
+    sub.add_argument("--method", choices=METHODS, default="gauss_newton", help="how to search; lion is the paper's")
     sub.add_argument(
-        "--space", default=None, help=f"{', '.join(SPACES)}; {TwoStage().space} by default; two_stage only"
+        "--space", default=None, help=f"{', '.join(SPACES)}; {GaussNewton().space} by default; gauss_newton only"
     )
     sub.add_argument("--generality", type=float, default=None, help="0.1 for a table to use on other models too")
     sub.add_argument("--samples", type=_count, default=None, help="samples to search on")

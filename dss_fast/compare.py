@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from .distance import Reference, three_digits
+from .draws import Draws
 from .files import write_json
 from .names import Name, families, find_solver, is_file, known, published_steps
 from .plots import plot_errors, plot_samples
 from .progress import bar
 from .sampling import sample
 from .schedule import Schedule
-from .search.draws import Draws
-from .search.teacher import dense_grid, integrate
 from .solver import Solver
 from .target import Model, Samples, Target
+from .trajectory import dense_grid, integrate
 
 REFERENCE_EVALUATIONS = 160  # with so many calls the fourth-order teacher errs far less than any few-step solver
 PICTURES, WORST = 16, 4  # of each solver the first samples are kept, and those that err most

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dss_fast import VP, Flow, Solver, Target, find_solver, sample, search
-from dss_fast.search.draws import take_local_device
+from dss_fast.searching.processes import take_local_device
 
 from .imagenet import images
 from .imagenet.model import Transformer, load

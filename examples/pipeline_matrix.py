@@ -28,7 +28,7 @@ from torch import Tensor
 from dss_fast import handmade, sample, search
 from dss_fast.integrations.diffusers import DSSScheduler, from_pipeline
 from dss_fast.integrations.diffusers.config import adopt, alphas_cumprod, model_schedule, stock_class
-from dss_fast.search import TwoStage
+from dss_fast.searching import GaussNewton
 
 from .tiny_pipelines import ALL, build
 
@@ -36,7 +36,7 @@ STEPS = 5
 BOUND = 1e-5
 BEGIN, END = "<!-- pipelines -->", "<!-- end of pipelines -->"
 COLUMNS = ("euler = stock", "dpmpp_2m = stock", "learned table", "from_pipeline", "search", "save and load")
-SMALL = TwoStage(samples=8, batch_size=4, held_out_samples=4, teacher_evaluations=16, rounds=1)
+SMALL = GaussNewton(samples=8, batch_size=4, held_out_samples=4, teacher_evaluations=16, rounds=1)
 
 
 class PlainDPM(diffusers.DPMSolverMultistepScheduler):

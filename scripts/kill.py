@@ -26,13 +26,13 @@ from pathlib import Path
 import torch
 
 from dss_fast import Target, search
-from dss_fast.search import Lion, TwoStage
-from dss_fast.search import runs as running
-from dss_fast.search.runs import RunFolder
+from dss_fast.searching import GaussNewton, Lion
+from dss_fast.searching import runs as running
+from dss_fast.searching.runs import RunFolder
 
 METHODS = {
     "lion": Lion(samples=96, batch_size=16, unique_samples=48, check_samples=16, check_every=2, teacher_steps=10),
-    "two_stage": TwoStage(samples=32, batch_size=16, held_out_samples=16),
+    "gauss_newton": GaussNewton(samples=32, batch_size=16, held_out_samples=16),
 }
 
 
@@ -46,7 +46,7 @@ def run(rank: int, world: int, port: int, out: Path, method: str, moment: int | 
     warnings.simplefilter("ignore")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     running.CHECKPOINT_SECONDS = 0.0
-    import_module("dss_fast.search").doubt = lambda draws: 0  # no schedule is plausible for this field
+    import_module("dss_fast.searching").doubt = lambda draws: 0  # no schedule is plausible for this field
     passed = [0]
 
     def lethal(original, *arguments, **options):
@@ -99,7 +99,7 @@ def main() -> int:
     context = get_context("forkserver")
     context.set_forkserver_preload(["dss_fast", "lion_pytorch", "safetensors.torch"])
     with tempfile.TemporaryDirectory() as folder:
-        for world, method in ((1, "lion"), (1, "two_stage"), (2, "lion"), (2, "two_stage")):
+        for world, method in ((1, "lion"), (1, "gauss_newton"), (2, "lion"), (2, "gauss_newton")):
             where = Path(folder) / "found.json"
             attempt(context, world, Path(folder) / f"{world}{method}", method, None, 0, where)
             *expected, moments = json.loads(where.read_text())

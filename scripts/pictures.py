@@ -20,11 +20,11 @@ import torch
 
 from dss_fast import VP, DiscreteVP, Flow, Target, find_solver, sample, search
 from dss_fast.distance import squares
+from dss_fast.draws import Draws
 from dss_fast.plots import OTHERS, SEARCHED, draw_coefficients, draw_timesteps, pyplot
-from dss_fast.search.draws import Draws
-from dss_fast.search.ledger import Ledger
-from dss_fast.search.starts import candidates, ranked
-from dss_fast.search.teacher import Teacher
+from dss_fast.searching.ledger import Ledger
+from dss_fast.searching.starts import candidates, ranked
+from dss_fast.searching.teacher import Teacher
 from examples.mixture import Mixture, digits
 
 ROOT = Path(__file__).parent.parent

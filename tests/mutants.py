@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 
 from dss_fast import VP, DiscreteVP, Flow, Solver, Target, handmade, search
-from dss_fast.search import TwoStage
-from dss_fast.search import runs as running
-from dss_fast.search.draws import Draws
-from dss_fast.search.runs import RunFolder
-from dss_fast.search.store import Store
+from dss_fast.draws import Draws
+from dss_fast.searching import GaussNewton
+from dss_fast.searching import runs as running
+from dss_fast.searching.runs import RunFolder
+from dss_fast.searching.store import Store
 
 KINDS = ("solver", "edited", "checkpoint", "config", "log", "teacher")
 SLOW = 5.0  # seconds of CPU time for one file: a hang
@@ -98,7 +98,7 @@ class Bench:
     def __init__(self, folder: Path):
         self.run = folder / "run"
         before, running.CHECKPOINT_SECONDS = running.CHECKPOINT_SECONDS, 0.0
-        searching = import_module("dss_fast.search")  # for a field that is no model of data no schedule is plausible
+        searching = import_module("dss_fast.searching")  # for a field that is no model of data no schedule is plausible
         doubt, searching.doubt = searching.doubt, lambda draws: 0
         left = [5]  # calls after the first checkpoint
 
@@ -108,7 +108,7 @@ class Bench:
                 raise RuntimeError("stop")
             return model(x, t)
 
-        method = TwoStage(samples=16, batch_size=16, held_out_samples=16)
+        method = GaussNewton(samples=16, batch_size=16, held_out_samples=16)
         try:
             search(Target(failing, (3,), key="m"), 3, method=method, out=self.run, progress=False)
         except RuntimeError:

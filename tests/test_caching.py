@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import caching
 from dss_fast import Target, find_solver, sample
-from dss_fast.search.draws import Draws
+from dss_fast.draws import Draws
 from examples.mixture import Mixture
 
 CENTRES = torch.tensor([[1.0, -1.0, 0.5], [-0.5, 1.0, 1.0], [0.0, 0.3, -1.0]])

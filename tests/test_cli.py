@@ -100,7 +100,7 @@ def test_one_table_for_several_models(folder, capsys):
         ("search mymodel:target owner/name --prompts p.txt", ("'owner/name'", "pipeline", "alone")),
         ("search owner/a owner/b --prompts p.txt", ("'owner/a'", "pipeline", "alone")),
         ("search mymodel:target mymodel:target --prompts p.txt", ("--prompts", "pipeline", "'mymodel:target'")),
-        ("search mymodel:target mymodel:twin --method lion", ("lion", "one target", "two_stage")),
+        ("search mymodel:target mymodel:twin --method lion", ("lion", "one target", "gauss_newton")),
         ("search mymodel:number --steps 3", ("int", "not a Target")),
         ("search mymodel:target --steps 3 --space wide", ("wide", "noise+times")),
         ("search mymodel:target --steps 3 --method lion --space full", ("--space", "lion", "samples")),

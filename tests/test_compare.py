@@ -10,8 +10,8 @@ import torch
 from dss_fast import Flow, Target, find_solver, handmade, sample
 from dss_fast.compare import compare
 from dss_fast.distance import frechet_distance
+from dss_fast.draws import Draws
 from dss_fast.plots import plot_solver
-from dss_fast.search.draws import Draws
 
 SHIFT = torch.linspace(-1, 1, 4)[:, None, None]
 

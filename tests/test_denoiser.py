@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dss_fast import VP, Flow, Target, sample, search
-from dss_fast.search import Lion, TwoStage
+from dss_fast.searching import GaussNewton, Lion
 from dss_fast.step import multistep_step
 from dss_fast.unroll import unroll
 
@@ -42,7 +42,7 @@ def detached(x, t):
 
 
 @pytest.mark.parametrize("model", [under_no_grad, under_inference_mode, detached, torch.no_grad()(Net())])
-@pytest.mark.parametrize("method", ["two_stage", "lion"])
+@pytest.mark.parametrize("method", ["gauss_newton", "lion"])
 def test_a_search_of_a_model_without_gradients_is_refused_before_the_work(tmp_path, model, method):
     calls = []
 
@@ -58,7 +58,7 @@ def test_a_search_of_a_model_without_gradients_is_refused_before_the_work(tmp_pa
 
 @pytest.mark.parametrize("key", [None, "named"])
 def test_a_search_that_differentiates_nothing_takes_such_a_model(key):
-    method = TwoStage(rounds=0, samples=16, held_out_samples=16)
+    method = GaussNewton(rounds=0, samples=16, held_out_samples=16)
     assert search(Target(detached, (3,), key=key), 3, method=method, progress=False).solver.num_steps == 3
 
 

@@ -50,10 +50,10 @@ def test_pipeline():
     pytest.importorskip("transformers")
     from dss_fast import search
     from dss_fast.integrations.diffusers import from_pipeline
-    from dss_fast.search import TwoStage
+    from dss_fast.searching import GaussNewton
     from examples.tiny_pipelines import build
 
-    small = TwoStage(samples=4, batch_size=4, held_out_samples=4, teacher_evaluations=16, rounds=1)
+    small = GaussNewton(samples=4, batch_size=4, held_out_samples=4, teacher_evaluations=16, rounds=1)
     pipe, call = build("flux", batch=2)
     rows = {k: call.pop(k) for k in list(call) if "prompt_" in k}
 

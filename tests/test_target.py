@@ -13,11 +13,11 @@ from torch import nn
 
 import dss_fast
 from dss_fast import VP, Flow, Target, find_solver, sample, search
+from dss_fast.draws import Draws
 from dss_fast.names import Name, solver_names
-from dss_fast.search import TwoStage
-from dss_fast.search.draws import Draws
-from dss_fast.search.teacher import dense_grid, integrate
+from dss_fast.searching import GaussNewton
 from dss_fast.table import StepTable
+from dss_fast.trajectory import dense_grid, integrate
 
 F64 = torch.float64
 PACKAGE = str(Path(dss_fast.__file__).parent)
@@ -49,7 +49,7 @@ def test_sample_takes_all_from_the_target():
 
 
 def test_a_bare_callable_with_fields_is_a_target():
-    options = dict(method=TwoStage(samples=32, batch_size=16, space="plain"), budget=4_000, progress=False)
+    options = dict(method=GaussNewton(samples=32, batch_size=16, space="plain"), budget=4_000, progress=False)
     given = search(Target(model, (4,), dtype=F64), 3, **options)
     assert search(model, 3, shape=(4,), dtype=F64, **options).solver == given.solver
     with pytest.raises(ValueError, match="shape of one sample is not known.*Target"):
@@ -137,7 +137,7 @@ def source(n, generator):
 def test_a_search_from_eight_gaussians_to_two_moons():
     """With normal noise it would learn a region that no sample visits, and end behind Euler."""
     target = Target(velocity, (2,), noise=source, dtype=F64)
-    options = dict(method=TwoStage(samples=192, batch_size=64), budget=30_000, progress=False)
+    options = dict(method=GaussNewton(samples=192, batch_size=64), budget=30_000, progress=False)
     solvers = {
         "searched": search(target, 5, **options).solver,
         "on normal noise": search(replace(target, noise=None), 5, **options).solver,
@@ -204,7 +204,7 @@ def test_a_search_is_six_frames_from_its_model():
         return model(x, t)
 
     target = Target(watching, (4,), dtype=F64)
-    search(target, [2, 3], method=TwoStage(samples=32, batch_size=16), budget=8_000, progress=False)
+    search(target, [2, 3], method=GaussNewton(samples=32, batch_size=16), budget=8_000, progress=False)
     longest = max(seen, key=len)
     assert 3 < len(longest) <= 6, longest
 
@@ -258,7 +258,7 @@ def test_sample_and_search_need_torch_alone():
 def test_a_table_of_a_shifted_pipeline_needs_no_schedule():
     schedule = Flow(convention="diffusers", shift=3.0)
     target = Target(lambda x, t: -model(x, 1 - t / 1000), (4,), schedule, dtype=F64)
-    method = TwoStage(samples=32, batch_size=16)
+    method = GaussNewton(samples=32, batch_size=16)
     solver = search(target, 4, method=method, budget=6_000, progress=False).solver
     x = torch.randn(3, 4, dtype=F64)
     assert torch.equal(sample(target.model, x, solver), sample(target.model, x, solver, schedule=schedule))

@@ -12,7 +12,7 @@ import torch
 
 from dss_fast import Solver
 from dss_fast.__main__ import main
-from dss_fast.search.draws import take_local_device
+from dss_fast.searching.processes import take_local_device
 from examples import imagenet256
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +35,7 @@ def target():
 SEARCHES = """
 import faulthandler, os, toy
 from dss_fast import search
-from dss_fast.search import TwoStage
+from dss_fast.searching import GaussNewton
 
 faulthandler.dump_traceback_later(100, exit=True)  # a process that hangs ends, and fails the test
 rank, tables = int(os.environ["RANK"]), []
@@ -48,7 +48,7 @@ for unwell in (None, 1, 0, None):
             raise RuntimeError("unwell")
         return net(x, t)
 
-    method = TwoStage(samples=16, batch_size=8, held_out_samples=8)
+    method = GaussNewton(samples=16, batch_size=8, held_out_samples=8)
     try:
         run = search(model, 3, shape=(6,), method=method, budget=2500, progress=False, out=f"run{len(tables)}")
         tables.append(run.solver.coeffs)  # while the first process writes a report, the other is here already

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import extension
+from .. import extension
 from . import reference as step_reference
 
 __all__ = ["backends", "multistep_pull", "multistep_step", "multistep_update"]

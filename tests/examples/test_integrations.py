@@ -31,10 +31,10 @@ def test_diffusers_search(tmp_path):
     """A pipeline's own network, a small search, and the saved table in the pipeline."""
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
-    from dss_fast.search import TwoStage
+    from dss_fast.searching import GaussNewton
     from examples import diffusers_search
 
-    small = TwoStage(samples=16, batch_size=8, held_out_samples=8, teacher_evaluations=16, rounds=2)
+    small = GaussNewton(samples=16, batch_size=8, held_out_samples=8, teacher_evaluations=16, rounds=2)
     for name in ("flux", "sd3"):
         out = tmp_path / f"{name}.json"
         result = diffusers_search.main(["--pipeline", name, "--out", str(out)], method=small, progress=False)

@@ -12,11 +12,11 @@ from dss_fast import Solver, handmade, search  # noqa: E402
 from dss_fast.__main__ import main  # noqa: E402
 from dss_fast.integrations.diffusers import DSSScheduler, check_request, from_pipeline  # noqa: E402
 from dss_fast.integrations.diffusers.recording import ASKED, record  # noqa: E402
-from dss_fast.search import TwoStage  # noqa: E402
+from dss_fast.searching import GaussNewton  # noqa: E402
 from examples.tiny_pipelines import build  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-SMALL = TwoStage(samples=8, batch_size=4, held_out_samples=4, teacher_evaluations=16, rounds=1)
+SMALL = GaussNewton(samples=8, batch_size=4, held_out_samples=4, teacher_evaluations=16, rounds=1)
 
 
 def split(name, batch=3):

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 import dss_fast
-from dss_fast import step, unroll
-from dss_fast.step import extension
+from dss_fast import extension, step, unroll
 
 COMMAND = "pip install --no-build-isolation --no-deps ."
 
@@ -24,7 +23,7 @@ def package(monkeypatch, tmp_path):
     monkeypatch.delenv("DSS_FAST_NO_EXTENSION", raising=False)
     monkeypatch.setattr(torch, "__version__", "9.9.1+cpu")
     monkeypatch.setattr(dss_fast, "__path__", [str(tmp_path)])
-    monkeypatch.setattr(extension, "__file__", str(tmp_path / "step" / "extension.py"))
+    monkeypatch.setattr(extension, "__file__", str(tmp_path / "extension.py"))
     return tmp_path
 
 

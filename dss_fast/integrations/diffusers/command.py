@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...files import check_writable
 from ...plots import plot_samples
-from ...search import Lion, SearchResult, TwoStage, search
+from ...searching import GaussNewton, Lion, SearchResult, search
 from .pipeline import from_pipeline
 from .scheduler import DSSScheduler
 
@@ -34,7 +34,7 @@ def search_pipeline(
     steps: Sequence[int],
     out: str | os.PathLike[str],
     *,
-    method: TwoStage | Lion,
+    method: GaussNewton | Lion,
     call: Sequence[str] = (),
     dtype: str | None = None,
     device: str | None = None,

@@ -1,0 +1,144 @@
+"""Probe: what a model must show before a search spends anything on it."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, fields, is_dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from ..denoiser import NO_GRAPH
+from ..draws import Draws
+from ..schedule import PREDICTION_TYPES, VP, Flow, Schedule
+from ..trajectory import dense_grid, integrate
+
+SAMPLES = 2
+CALLS = 4 * SAMPLES  # :func:`probe` takes so many evaluations, its backward among them
+FINE, COARSE = 24, 16  # the two trajectories that must agree take so many calls
+PLAUSIBLE_CALLS = SAMPLES * (FINE + COARSE + 1)
+# Between these the root mean square of samples is plausible. Pixels in [-1, 1] and latents of unit variance have 0.2 to
+# 1.5; the MNIST flow has 0.96, with the sign of its velocity turned 4, run as another family 1.5 to 700.
+SCALES = 0.05, 3.0
+# The two end states may differ by this part. On the MNIST models they do by 0.01; wrong units of time give 0.67, a
+# wrong prediction type 1.1.
+AGREEMENT = 0.1
+# At pure noise the output's slope in the noise may miss the one it should have, 1 for epsilon, -1 or 1 for a velocity,
+# 0 for x0, by this much.
+SLOPE = 0.5
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one model evaluation of one sample takes: seconds, and the bytes that its graph saves for a backward."""
+
+    seconds: float
+    saved: int
+
+
+def probe(draws: Draws, differentiated: bool) -> Cost:
+    """Two samples through the model at u = 0 and u = 1/2, and back from the second; what an evaluation costs. Of
+    several targets, the mean of the seconds and the largest graph.
+
+    differentiated: whether the search goes back through the model. Raises ValueError when it then returns an output
+    without a graph, and when it returns nothing but zeros.
+    """
+    if draws.others:
+        costs = [probe(one, differentiated) for one in draws.each]
+        return Cost(sum(cost.seconds for cost in costs) / len(costs), max(cost.saved for cost in costs))
+    batch = replace(draws.alone, seed=0).batch("probe", 0, SAMPLES)
+    denoise, zero = batch.denoiser(), True
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    for u in (0.0, 0.5):
+        now = batch.schedule.time(torch.tensor([u], dtype=torch.float64))
+        now = now.to(batch.noise.device, torch.promote_types(batch.noise.dtype, torch.float32))
+        start = time.perf_counter()
+        with torch.set_grad_enabled(differentiated), saved_tensors_hooks(pack, lambda tensor: tensor):
+            x = batch.noise.detach().requires_grad_(differentiated).clone()
+            output = denoise(x, now.repeat(len(x)))
+        if differentiated and not output.requires_grad:
+            raise ValueError(NO_GRAPH)
+        zero = zero and not bool(output.any())
+    if zero:
+        raise ValueError("the model returns zero everywhere: it is not trained, or its weights were not loaded")
+    if differentiated:
+        output.sum().backward()
+    float(output.detach().sum())  # the clock must wait for the device
+    seconds = (time.perf_counter() - start) / (SAMPLES * (3 if differentiated else 1))
+    return Cost(seconds, sum(kept.values()) // (2 * SAMPLES))
+
+
+def doubt(draws: Draws) -> int:
+    """Warns when the trajectory that a search would imitate is not plausible, as it is with a wrong schedule.
+
+    Its end states must have the scale of data and agree at two resolutions, and the output at pure noise must change
+    with the noise as its prediction type says. The schedule near it with which all hold, and best, is named. Returns
+    the evaluations spent, the same on every process.
+    """
+    schedule = draws.schedule
+    scale, apart, slope = _measured(draws, schedule)
+    spent = PLAUSIBLE_CALLS
+    if _plausible(scale, apart, slope):
+        return spent
+    found = []
+    for other in _neighbours(schedule):
+        spent += PLAUSIBLE_CALLS
+        with suppress(FloatingPointError, ValueError):
+            measured = _measured(draws, other)
+            if _plausible(*measured):
+                found.append((measured[1], repr(other)))
+    cause = f"with {min(found)[1]} all would be in order" if found else "no schedule near it does better"
+    warnings.warn(
+        f"the model and its schedule do not seem to belong together: fine trajectories end at a root mean square of "
+        f"{scale:.3g} ({SCALES[0]} to {SCALES[1]} is usual), differ by {100 * apart:.0f} % between {FINE} and {COARSE} "
+        f"evaluations (1 % is usual), and the output at pure noise moves {slope:+.2g} times the noise more than it "
+        f"should. The schedule is {schedule!r}; {cause}",
+        stacklevel=3,
+    )
+    return spent
+
+
+def _plausible(scale: float, apart: float, slope: float) -> bool:
+    return SCALES[0] <= scale <= SCALES[1] and apart <= AGREEMENT and abs(slope) <= SLOPE
+
+
+def _measured(draws: Draws, schedule: Schedule) -> tuple[float, float, float]:
+    """Root mean square of a fine trajectory's end states, how far a coarser one's are, and the slope's excess.
+
+    slope = <m_1 - m_2, z_1 - z_2> / |z_1 - z_2|^2 of the outputs m for noises z at u = 0, where x0 says nothing of z.
+    """
+    alone = replace(draws.alone, seed=0, target=replace(draws.target, schedule=schedule))
+    batch = alone.batch("probe", 0, SAMPLES)
+    predict, start = batch.predictor(), torch.zeros(1, dtype=torch.float64)
+    with torch.no_grad():
+        fine = integrate(predict, batch.noise, dense_grid(schedule, FINE)).last.double()
+        coarse = integrate(predict, batch.noise, dense_grid(schedule, COARSE)).last.double()
+        (y, other), (z, second) = predict(batch.noise, start[0]).double(), batch.noise.double()
+    scale = float(fine.square().mean().sqrt())
+    apart = float((fine - coarse).square().mean().sqrt()) / max(scale, 1e-300)
+    moved = float(((y - other) * (z - second)).sum() / (z - second).square().sum())
+    expected = -1.0 if schedule.family == "flow" else 0.0  # y is x0 - epsilon, or x0
+    q = float(schedule.prediction(start)[1])
+    return scale, apart, (moved - expected) / q
+
+
+def _neighbours(schedule: Schedule) -> Iterator[Schedule]:
+    """What is mistaken for a schedule: another sign, prediction or unit of time, the other family's."""
+    known: set[str] = {f.name for f in fields(schedule)} if is_dataclass(schedule) else set()
+    changes: list[tuple[str, str | float]] = [("prediction_type", kind) for kind in PREDICTION_TYPES]
+    changes += [("convention", "paper"), ("convention", "diffusers"), ("time_scale", 1.0), ("time_scale", 1000.0)]
+    for name, value in changes:
+        if name in known and getattr(schedule, name) != value:
+            with suppress(ValueError):
+                yield replace(schedule, **{name: value})  # type: ignore[type-var]  # a dataclass, as just seen
+    yield from (Flow(), Flow(convention="diffusers"), VP())

@@ -1,0 +1,131 @@
+"""Where a search starts: the best table there is already, found by successive halving on a few samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..distance import squares
+from ..draws import Draws
+from ..methods import METHODS, grid, handmade
+from ..names import find_solver
+from ..schedule import Schedule
+from ..solver import Solver
+from ..table import StepTable
+from ..unroll import Rollout
+from .gauss_newton import robust
+from .ledger import Ledger
+from .teacher import Teacher
+
+SPACINGS = ("uniform", "shift2", "shift3", "shift1.5", "lambda", "shift0.5", "karras")
+# A small budget tries only the first few: those that came first or second of all on the shipped models, N = 3 to 10.
+LIKELY = {
+    "flow": ("ab3", "ab2", "ab3_uniform@shift2", "ab2@shift2", "ab2@shift3", "ab3@shift1.5", "ab2@shift1.5"),
+    "vp": ("ab3_uniform", "ab2_uniform", "dpmpp_2m", "unip3", "ab2_uniform@shift0.5", "dpmpp_2m@shift0.5", "unip2"),
+}
+LOST = 1e30  # the error of a table that leaves the numbers
+ROBUST = 10.0  # medians of |e|^2 at which a sample counts half
+KEPT = 3  # one of so many goes on, on so many times the samples
+
+
+def candidates(schedule: Schedule, num_steps: int, done: dict[int, Solver]) -> list[Solver]:
+    """Every table that may be the best there is, likely ones first, none twice.
+
+    Hand-made methods on all spacings, and on the timesteps that were found for the nearest N of ``done``.
+    """
+    found = []
+    if done:
+        near = min(done, key=lambda n: abs(n - num_steps))
+        u = respaced(torch.tensor(done[near].timesteps, dtype=torch.float64), num_steps)
+        methods = ("ab2", "ab3") if schedule.family == "flow" else ("dpmpp_2m", "ab2")
+        found += [handmade(method, schedule=schedule, timesteps=u) for method in methods]
+    found += [find_solver(name, schedule, num_steps) for name in LIKELY[schedule.family]]
+    for spacing in SPACINGS:
+        if bool((grid(num_steps, schedule, spacing).diff() > 0).all()):
+            found += [find_solver(f"{method}@{spacing}", schedule, num_steps) for method in METHODS]
+    return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class Start:
+    """A table to start from. units: what each target's squares are counted in, the median of the table's there; 1 for
+    a single target."""
+
+    solver: Solver
+    units: tuple[float, ...]
+
+
+@torch.no_grad()
+def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solver], limit: int) -> list[Start]:
+    """The best of the tables, best first; at most ``limit`` evaluations, 0 for a single table and target.
+
+    Each is run on one sample, the better third of them on two more, and so on, as far as the first batch of each
+    target reaches. With too small a limit for all, the first ones take part. Score: the robust mean of
+    |x_N - teacher(1)|^2, of several targets the geometric mean of theirs.
+    """
+    left, count = list(tables), 0
+    errors: dict[Solver, Tensor] = {}  # (targets, samples so far)
+    n, targets, wanted = left[0].num_steps, len(draws.targets), draws.world
+    most = min(teacher.sizes[:targets]) // draws.world * draws.world
+    left = left[: max(1, limit // (2 * n * wanted * targets))]
+    wanted = most if len(left) == 1 else wanted
+    while count < wanted <= most:
+        cost = n * (wanted - count) * targets * len(left)
+        if (len(left) == 1 or cost > limit) and (targets == 1 or errors):
+            break
+        mine = slice(count // draws.world, wanted // draws.world)
+        found = torch.zeros(len(left), targets, wanted - count, dtype=torch.float64)
+        for t in range(targets):
+            batch, trajectory = teacher[t]
+            part = batch.rows(mine)
+            for k, solver in enumerate(left):
+                table = StepTable.of(solver, guidance=part.guidance, dtype=part.noise.dtype, device=part.noise.device)
+                try:
+                    end = Rollout(part.denoiser(), part.noise, table.weights, table.times, wrt=()).states[:, -1]
+                    error = squares(end, trajectory.last[mine]).nan_to_num(nan=LOST, posinf=LOST).clamp_max(LOST)
+                except FloatingPointError:
+                    error = torch.full((len(part),), LOST, dtype=torch.float64)
+                found[k, t, draws.rank :: draws.world] = error
+        draws.all_reduce(found)
+        ledger.spend(cost)
+        limit -= cost
+        for solver, rows in zip(left, found, strict=True):
+            errors[solver] = torch.cat([errors[solver], rows], 1) if solver in errors else rows
+        scales = ROBUST * torch.stack([errors[solver] for solver in left], 1).flatten(1).median(1).values
+        scores = {solver: _score(errors[solver], scales) for solver in left}
+        left.sort(key=scores.__getitem__)
+        count, wanted = wanted, min(KEPT * wanted, most)
+        if count < wanted:
+            left = left[: max(2, math.ceil(len(left) / KEPT))]
+    if targets == 1:
+        return [Start(solver, (1.0,)) for solver in left]
+    return [Start(solver, tuple(errors[solver].median(1).values.clamp_min(1e-300).tolist())) for solver in left]
+
+
+def of_different_spacings(starts: Sequence[Start]) -> list[Start]:
+    """The first start on each spacing."""
+    known: dict[tuple[float, ...], Start] = {}
+    for start in starts:
+        known.setdefault(start.solver.timesteps, start)
+    return list(known.values())
+
+
+def respaced(timesteps: Tensor, num_steps: int) -> Tensor:
+    """The spacing of one table carried over to another number of steps: linear in the step's fraction. float64."""
+    old = torch.linspace(0, 1, len(timesteps), dtype=torch.float64)
+    new = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+    k = torch.searchsorted(old, new, right=True).sub(1).clamp(0, len(old) - 2)
+    fraction = (new - old[k]) / (old[k + 1] - old[k])
+    u = timesteps[k] + fraction * (timesteps[k + 1] - timesteps[k])
+    u[0], u[-1] = 0, 1
+    return u
+
+
+def _score(errors: Tensor, scales: Tensor) -> float:
+    """The sum over targets of the logarithm of their robust mean; errors (targets, samples), scales (targets,)."""
+    pairs = zip(errors, scales.clamp_min(1e-300).tolist(), strict=True)
+    return sum(math.log(max(robust(values, scale), 1e-300)) for values, scale in pairs)

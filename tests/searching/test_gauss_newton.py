@@ -1,0 +1,350 @@
+"""The default search: its matrices against dense autograd, its costs, its resumption, its gains."""
+
+import json
+import math
+from dataclasses import replace
+from importlib import import_module
+
+import processes
+import pytest
+import torch
+
+from dss_fast import VP, Flow, Solver, Target, handmade, sample, search
+from dss_fast.denoiser import Denoiser
+from dss_fast.draws import Draws
+from dss_fast.searching import GaussNewton
+from dss_fast.searching.ledger import Ledger
+from dss_fast.searching.point import Point
+from dss_fast.searching.runs import flatten, unflatten
+from dss_fast.searching.settings import graph_memory
+from dss_fast.searching.space import Space
+from dss_fast.searching.stage import Stage
+from dss_fast.searching.teacher import Teacher
+from dss_fast.trajectory import dense_grid, integrate
+from examples.mixture import Mixture
+
+F64 = torch.float64
+SHAPE = (1, 2, 3)
+CENTRES = torch.randn(12, 6, generator=torch.Generator().manual_seed(5), dtype=F64)
+FLOW = Mixture(CENTRES, 0.35)
+
+
+def vp_model(x, t):
+    """epsilon of the same mixture under the VP schedule, from the flow's velocity at equal signal to noise."""
+    t = t / 1000
+    log_alpha = -0.5 * (0.1 * t + 9.95 * t * t)
+    alpha, sigma = log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+    total = (alpha + sigma).reshape(-1, 1, 1, 1)
+    u = alpha / (alpha + sigma)
+    scaled = x / total
+    return scaled - u.reshape(-1, 1, 1, 1) * FLOW(scaled, u)
+
+
+MODELS = {"flow": (FLOW, Flow()), "vp": (vp_model, VP())}
+SMALL = dict(samples=48, batch_size=16, held_out_samples=16, teacher_evaluations=20)
+
+
+def draws_of(family="flow", seed=3):
+    model, schedule = MODELS[family]
+    return Draws.of(Target(model, SHAPE, schedule, dtype=F64), seed)
+
+
+def events(budget=None, steps=(4,), state=None, **settings):
+    """The ledger and the events of a search."""
+    method = GaussNewton(**settings)
+    ledger = Ledger(method.budget(steps) if budget is None else budget)
+    return ledger, method.run(draws_of(), ledger, steps, state=state)
+
+
+def fresh_error(solver, family="flow", count=256):
+    batch = draws_of(family, seed=77).batch("fresh", 0, count)
+    with torch.no_grad():
+        last = integrate(batch.predictor(), batch.noise, dense_grid(batch.schedule, 100)).last
+    x = sample(batch.target, batch.noise, solver)
+    return float((x - last).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("loss", ["end", "trajectory", "features"])
+@pytest.mark.parametrize("kind", ["plain", "noise+times"])
+def test_gradient_and_matrix_are_those_of_dense_autograd(kind, loss):
+    draws, ledger = draws_of(), Ledger()
+    mixing = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=F64)
+    feature = lambda x: (x.flatten(1) @ mixing).tanh()  # noqa: E731
+    teacher = Teacher(draws, ledger, "train", 500, 500, budget=24)
+    settings = GaussNewton(loss=feature if loss == "features" else loss, memory_budget=None)
+    start = handmade("ab2", 3, Flow())
+    space = Space(kind, Flow(), 3)
+    theta = space.theta(start)
+    if kind == "noise+times":
+        theta[-3:] += 0.02
+    stage = Stage(settings, draws, ledger, teacher, teacher)
+    point = Point(space, candidate=theta, share=math.inf)
+    trial = stage.attempt(point, 1)
+    point, _ = stage.accept(point, trial, stage.differentiate(point, trial))
+    batch, trajectory = teacher[0]
+
+    def residual(theta):
+        table = space.table(theta)
+        weights, times = table.weights, table.times
+        x, ys, states = batch.noise, [], []
+        for i in range(3):
+            ys.append(FLOW(x, times[i].expand(len(x))))
+            x = x + sum(weights[0, i, 4 + j] * y for j, y in enumerate(ys))
+            x = x + weights[0, i, -1] * batch.noise if kind == "noise+times" else x
+            states.append(x)
+        if loss == "features":
+            return feature(x) - feature(trajectory.last)
+        if loss == "end":
+            return (x - trajectory.last).flatten(1)
+        wanted = torch.cat([trajectory.at(space.targets(theta)[:-1]), trajectory.last[:, None]], 1)
+        scale = torch.tensor([3**0.5, 3**0.5, 1.0], dtype=F64).reshape(1, 3, 1, 1, 1)  # the first round's
+        return ((torch.stack(states, 1) - wanted) * scale).flatten(1)
+
+    r = residual(theta)
+    values = r.square().mean(1).detach()
+    torch.testing.assert_close(values, point.values)
+    weights = point.scale / (point.scale + values)
+    steps = 1e-5 * torch.eye(len(theta), dtype=F64)
+    jacobian = torch.stack([(residual(theta + h) - residual(theta - h)).detach() / 2e-5 for h in steps], -1)
+    r = r.detach()
+    gradient = 2 * torch.einsum("b,br,brp->p", weights, r, jacobian) / r.shape[1] / 500
+    matrix = 2 * torch.einsum("b,brp,brq->pq", weights, jacobian, jacobian) / r.shape[1] / 500
+
+    torch.testing.assert_close(point.loss.gradient, gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()))
+    unit = matrix.diagonal().sqrt()
+    difference = (point.loss.matrix - matrix) / unit[:, None] / unit
+    assert float(difference.abs().max()) < 0.35  # 500 rows of a sketch: 1 / sqrt(500) and heavy tails
+    assert float(difference.diagonal().mean().abs()) < 0.1
+
+
+def test_generality_charges_for_the_weights_on_the_noise():
+    """Loss, gradient and matrix of a stage with it are those of one without plus generality L sum d^2."""
+    space, start = Space("noise+start", Flow(), 3), handmade("ab2", 3, Flow())
+    first = space.theta(start)
+    theta = first.clone()
+    space.noise(theta).copy_(torch.tensor([0.02, -0.01, 0.03]))
+    points = []
+    for generality in (0.0, 2.0):
+        teacher = Teacher(draws_of(), Ledger(), "train", 60, 60, budget=24)
+        stage = Stage(GaussNewton(generality=generality), teacher.draws, teacher.ledger, teacher, teacher)
+        point = Point(space, candidate=first, share=math.inf)
+        for candidate in (first, theta):
+            point = replace(point, candidate=candidate)
+            trial = stage.attempt(point, 1)
+            if candidate is theta:
+                losses = stage._losses(point, trial)
+            point, _ = stage.accept(point, trial, stage.differentiate(point, trial))
+        points.append((point, losses))
+    (free, (_, new)), (charged, (old, dear)) = points
+    price = charged.price
+    assert free.price == 0 and price == pytest.approx(2 * old)  # L: the loss at the start, whose weights are none
+    assert dear - new == pytest.approx(price * (0.02**2 + 0.01**2 + 0.03**2))
+
+    def loss(theta):
+        return price * theta.split(space.sizes())[2].square().sum()
+
+    gradient = torch.autograd.functional.jacobian(loss, theta)
+    matrix = torch.autograd.functional.hessian(loss, theta)
+    torch.testing.assert_close(charged.loss.gradient - free.loss.gradient, gradient, rtol=1e-6, atol=1e-9 * price)
+    torch.testing.assert_close(charged.loss.matrix - free.loss.matrix, matrix, rtol=1e-6, atol=1e-9 * price)
+
+
+def test_the_start_is_charged_too_though_it_was_looked_at_before_there_was_a_price():
+    space = Space("noise", Flow(), 3)
+    dear = space.theta(handmade("ab2", 3, Flow()))
+    cheap = dear.clone()
+    space.noise(dear).fill_(0.1)
+    point = Point(space, candidate=dear, share=math.inf).checked(dear, 1.0, 1.0, charged=True)
+    point = replace(point, price=10.0)  # of .3 for the start
+    assert torch.equal(point.checked(cheap, 1.2, 1.0, charged=True).best, cheap)
+    assert torch.equal(point.checked(cheap, 1.4, 1.0, charged=True).best, dear)
+    assert torch.equal(point.checked(cheap, 1.2, 1.0, charged=False).best, dear)
+
+
+def test_generality_leads_from_its_space_to_the_papers():
+    def found(generality, space="noise"):
+        method = GaussNewton(**SMALL, space=space, generality=generality)
+        solver = search(Target(FLOW, SHAPE, dtype=F64), 4, method=method, budget=20_000, progress=False).solver
+        return math.hypot(*solver.noise_coeffs or (0.0,)), fresh_error(solver)
+
+    (free, own), (less, general), (none, most), (_, plain) = found(0.0), found(0.1), found(1e4), found(0.0, "plain")
+    assert none < 1e-3 < less < free
+    assert general < 1.15 * own and most == pytest.approx(plain, rel=0.25)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_it_halves_the_best_hand_made_error_within_its_budget(family):
+    model, schedule = MODELS[family]
+    method = GaussNewton(samples=192, held_out_samples=32, batch_size=64)
+    target = Target(model, SHAPE, schedule, dtype=F64)
+    result = search(target, [4, 6], method=method, budget=60_000, progress=False)
+    assert result.evaluations <= 60_000
+    for n, solver in result.solvers.items():
+        names = [f"{m}/{n}@{s}" for m in ("ab2", "ab3", "dpmpp_2m", "unip3") for s in ("shift1", "lambda", "shift2")]
+        assert fresh_error(solver, family) < 0.5 * min(fresh_error(name, family) for name in names), n
+
+
+def test_the_default_budget_is_a_fiftieth_of_the_papers_and_kept_to():
+    ledger, found = events(steps=(3,), teacher_evaluations=20)
+    *_, last = found
+    assert ledger.budget == 50_000 * 109 // 50
+    assert 0.8 * ledger.budget < ledger.evaluations <= ledger.budget
+    assert last["total"] == ledger.budget and last["complete"]
+
+
+@pytest.mark.parametrize("budget", [3_000, 5_000, 9_000, 20_000])
+def test_any_budget_is_respected(budget):
+    ledger, found = events(budget, **SMALL)
+    *_, event = found
+    assert ledger.evaluations <= budget
+    assert event["solvers"][4].num_steps == 4
+
+
+def test_a_budget_below_the_teachers_cost_is_refused():
+    with pytest.raises(ValueError, match="budget=500: the teacher's 64 trajectories alone take 1280"):
+        list(events(500, **SMALL)[1])
+
+
+def test_resumed_at_any_event_it_ends_with_the_same_bits():
+    settings, budget = {**SMALL, "rounds": 3}, 30_000
+    whole, found = events(budget, (3, 4), **settings)
+    seen = [(e, whole.evaluations, set(whole.counted)) for e in _kept(found)]
+    final = seen[-1][0]["solvers"]
+    saved = [e for e in seen if e[0]["state"] is not None and not e[0]["complete"]]
+    for event, evaluations, counted in saved[::3]:
+        tensors = {}
+        data = json.loads(json.dumps(flatten(event["state"], tensors)))
+        # Another budget does not change the samples that were planned.
+        again, found = events(budget, (3, 4), state=unflatten(data, tensors), **settings)
+        again.restore(evaluations, counted)
+        *_, last = found
+        assert last["solvers"] == final
+        assert again.evaluations == whole.evaluations
+
+
+def _kept(found):
+    """Events whose state is copied, as writing it to disk would."""
+    for event in found:
+        tensors = {}
+        data = flatten(event["state"], tensors)
+        yield {**event, "state": unflatten(data, {k: v.clone() for k, v in tensors.items()})}
+
+
+def guided_model(x, t, y):
+    return FLOW(x, t) + 0.2 * y.reshape(-1, 1, 1, 1).to(x) * x.tanh()
+
+
+def test_a_range_of_guidance_scales():
+    target = Target(
+        guided_model, SHAPE, cond=lambda n, g: {"y": torch.randint(1, 3, (n,), generator=g)}, uncond={"y": 0},
+        guidance_scale=(1.0, 3.0), dtype=F64,
+    )  # fmt: skip
+    result = search(target, 4, method=GaussNewton(**SMALL), budget=20_000, progress=False)
+    first, *_, last = [e["held_out"][4] for e in result.history if "held_out" in e]
+    assert last < first
+
+
+def test_what_does_not_fit_is_named():
+    for settings, text in (
+        ({"space": "half"}, "space='half'"),
+        ({"loss": "ends"}, "loss='ends'"),
+        ({"samples": 0}, "samples=0"),
+        ({"robust": 0}, "robust=0"),
+        ({"teacher_evaluations": 8}, "teacher_evaluations=8.*16"),
+        ({"generality": -1}, "generality=-1"),
+        ({"generality": math.nan}, "generality=nan"),
+        ({"generality": 0.1, "space": "plain"}, "generality=0.1: space 'plain' has no weights"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            GaussNewton(**settings)
+
+
+SHARED = dict(method=GaussNewton(**SMALL), budget=20_000, seed=3, progress=False)
+
+
+def shared(rank, folder):
+    import_module("dss_fast.searching").doubt = lambda draws: 0  # as conftest.py does here; it counts as evaluations
+    search(Target(FLOW, SHAPE, dtype=F64), 4, **SHARED).solver.save(folder / f"{rank}.json")
+
+
+def test_two_processes_find_the_table_of_one(tmp_path):
+    assert processes.group(shared, tmp_path) == [0, 0]
+    alone = search(Target(FLOW, SHAPE, dtype=F64), 4, **SHARED).solver
+    for rank in range(2):
+        found = Solver.load(tmp_path / f"{rank}.json")
+        for key, value in alone.tensors().items():
+            torch.testing.assert_close(found.tensors()[key], value, rtol=1e-6, atol=1e-6)
+
+
+def test_initial_is_the_table_it_starts_from():
+    """Coefficients included; what the search cannot hold is refused by its name."""
+    method = GaussNewton(**{**SMALL, "held_out_samples": 64})  # so many choose as well as 256 fresh ones would
+    target, options = Target(FLOW, SHAPE, dtype=F64), dict(method=method, budget=20_000, progress=False)
+    start = search(target, 4, **options).solver
+    further = search(target, 4, initial=start, **options)
+    assert start.noise_coeffs is not None and further.history[0]["stage"] == "teacher"
+    assert not [e for e in further.history if e["stage"] == "start"]  # nothing to look for: the table is given
+    _, errors = further.curve("held_out", 4)
+    assert fresh_error(further.solver) <= 1.05 * fresh_error(start) and min(errors) <= errors[0]
+    for initial, space, message in (
+        (start, "plain", "searched/4 has weights on the noise, which space 'plain' has not"),
+        (replace(start, free_rows=True), "noise", "searched/4 has rows that do not sum to 1"),
+        (handmade("ab2", 3), "noise", "ab2/3 has 3 steps; the search is for 4"),
+        (handmade("ab2", 4, Flow(shift=3.0)), "noise", "ab2/4 belongs to another noise schedule"),
+        ("dit-xl-2-256", "noise", "no published solver is called dit-xl-2-256/4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            search(target, 4, initial=initial, method=GaussNewton(**{**SMALL, "space": space}), progress=False)
+
+
+def test_a_finished_search_calls_no_model_whatever_the_budget(tmp_path):
+    target = Target(Counting(), SHAPE, dtype=F64)
+    options = dict(method=GaussNewton(**SMALL), out=tmp_path, progress=False, report=False)
+    first = search(target, 3, budget=9_000, **options)
+    target.model.calls = 0
+    for budget in (9_000, 20_000, 100, None):
+        again = search(target, 3, budget=budget, resume=True, **options)
+        assert again.solvers == first.solvers and again.evaluations == first.evaluations
+        assert again.history == first.history
+    assert target.model.calls == 0
+
+
+class Counting(torch.nn.Module):
+    calls = 0
+
+    def forward(self, x, t):
+        self.calls += 1
+        return FLOW(x, t)
+
+
+@pytest.mark.parametrize("calls, words", [((1,), "along a rollout"), ((2,), None)])
+def test_nan_is_noticed_once_a_round_where_no_call_is_looked_at(monkeypatch, calls, words):
+    """As on a GPU. The first rollout must be numbers; a later one that is none is a step too far."""
+    check, broken, seen = Denoiser._check, [], []
+    monkeypatch.setattr(Denoiser, "_check", lambda self, *rest: self.check_finite and check(self, *rest))
+    whole = Stage.attempt
+
+    def breaking(*arguments, **options):
+        seen.append(1)
+        broken[:] = [1] * (len(seen) in calls)
+        try:
+            return whole(*arguments, **options)
+        finally:
+            broken.clear()
+
+    monkeypatch.setattr(Stage, "attempt", breaking)
+    method = GaussNewton(samples=32, batch_size=16, held_out_samples=16, teacher_evaluations=20)
+    target = Target(lambda x, t: x + math.nan if broken else FLOW(x, t), SHAPE, Flow(), dtype=F64, key="moody")
+    if words is not None:
+        with pytest.raises(FloatingPointError, match=words):
+            search(target, 4, method=method, progress=False)
+        return
+    result = search(target, 4, method=method, progress=False)
+    rounds = [event for event in result.history if event["stage"] == "gauss-newton"]
+    assert [event.get("accepted", True) for event in rounds][:3] == [True, False, True]
+    assert torch.tensor(result.solver.timesteps).isfinite().all()
+
+
+def test_graphs_get_half_of_a_gpus_free_memory():
+    assert graph_memory(None, torch.device("cpu")) == 1 << 29 and graph_memory(None, torch.device("cuda", 0)) == 0.5
+    assert graph_memory(0, torch.device("cuda", 0)) == 0 and GaussNewton().memory_budget is None

@@ -1,0 +1,79 @@
+"""The plan of a search: counts that are kept to, times and memory measured on the model, a budget given as a time."""
+
+import importlib
+import math
+
+import pytest
+import torch
+
+from dss_fast import Target, search
+from dss_fast.searching import GaussNewton, Lion, plan
+from dss_fast.searching.plan import EXPECTED, evaluations_in, expected
+from dss_fast.searching.probe import CALLS, Cost
+
+F64 = torch.float64
+
+
+def model(x, t):
+    return torch.tanh(2 * x) * (1 - t[:, None]) + 0.5 * torch.sin(3 * t[:, None]) - 0.7 * x
+
+
+TARGET = Target(model, (64,), dtype=F64, key="bend")
+
+
+def test_a_search_spends_what_its_plan_says():
+    said = plan(TARGET, [3, 4], budget=6_000)
+    result = search(TARGET, [3, 4], budget=6_000, progress=False)
+    assert said.evaluations == 6_000 and 0.8 * 6_000 < result.evaluations <= 6_000
+    assert result.history[0]["samples"] == said.samples
+    assert math.isclose(said.minutes, 6_000 * said.cost.seconds / 60) and said.cost.seconds > 0
+
+
+def test_memory_is_what_one_call_saves_for_its_backward():
+    """tanh keeps its output and the product its factors, of which one is that output: the state once or twice."""
+    said = plan(TARGET, 4, budget=100_000)
+    assert 64 * 8 <= said.cost.saved <= 2.5 * 64 * 8 and said.memory == said.cost.saved * said.batch_size
+
+
+def test_it_prints_three_budgets_and_what_each_leaves():
+    text = str(plan(TARGET, [3, 4], budget=20_000))
+    assert [line.split(":")[0].strip() for line in text.splitlines()[1:]] == ["a quarter", "this budget", "four times"]
+    assert "5,000 evaluations" in text and "80,000 evaluations" in text and text.count("hand-made error") == 3
+    assert "less than any search was measured with" in str(plan(TARGET, 4, budget=2_000))
+    assert len(str(plan(TARGET, 4, method=Lion())).splitlines()) == 1  # its samples settle what it takes
+
+
+def test_a_search_prints_its_plan_first(capsys):
+    search(TARGET, 3, method=GaussNewton(samples=16, rounds=1), budget=3_000)
+    assert "this budget:     3,000 evaluations" in capsys.readouterr().out
+    search(TARGET, 3, method=GaussNewton(samples=16, rounds=1), budget=3_000, progress=False)
+    assert not capsys.readouterr().out
+
+
+def test_a_time_is_a_budget_and_a_resumed_search_keeps_to_what_it_came_to(tmp_path, monkeypatch):
+    searching = importlib.import_module("dss_fast.searching")
+    measured = searching.probe
+    monkeypatch.setattr(searching, "probe", lambda *a, **k: measured(*a, **k) and Cost(0.5, 1))
+    options = dict(method=GaussNewton(samples=16, rounds=2), out=tmp_path, progress=False, report=False)
+    first = search(TARGET, 3, budget="20min", **options)
+    assert CALLS < first.evaluations <= 20 * 60 / 0.5
+    monkeypatch.setattr(searching, "probe", None)  # finished: the model is not called
+    again = search(TARGET, 3, budget="20min", resume=True, **options)
+    assert again.solvers == first.solvers
+
+
+@pytest.mark.parametrize("limit", ["20", "min", "20 parsecs", "-3min", "nan min", "infh", "0s"])
+def test_what_is_no_time_is_refused_before_any_work(limit):
+    with pytest.raises(ValueError, match="give evaluations, or a time such as '20min'"):
+        search(TARGET, 3, budget=limit, progress=False)
+
+
+def test_times_in_all_units():
+    cost = Cost(0.5, 0)
+    assert [evaluations_in(t, cost) for t in ("30s", "1.5 min", "2h", "10 sec")] == [60, 180, 14_400, 20]
+
+
+def test_the_error_to_expect_is_the_table_and_falls():
+    assert all(math.isclose(expected(at), share) for at, share in EXPECTED)
+    values = [expected(10**k) for k in (3, 3.3, 4, 4.5, 5, 6)]
+    assert values == sorted(values, reverse=True) and expected(999) is None

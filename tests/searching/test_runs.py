@@ -1,0 +1,261 @@
+"""A search as long work: kill -9 at any moment, Ctrl-C, bad folders, resume, log and report."""
+
+import json
+import os
+import random
+import re
+import signal
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+
+import processes
+import pytest
+import torch
+
+from dss_fast import Flow, Solver, Target, search
+from dss_fast.searching import GaussNewton, Lion
+from dss_fast.searching import runs as running
+from dss_fast.searching.ledger import Ledger
+from dss_fast.searching.runs import RunFolder, drive, flatten, unflatten
+
+F64 = torch.float64
+
+
+def model(x, t):
+    """A smooth velocity with a bend."""
+    t = t.reshape(-1, *[1] * (x.ndim - 1))
+    return torch.tanh(2 * x) * (1 - t) + 0.5 * torch.sin(3 * t) - 0.7 * x
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x, t):
+        return self.scale * model(x, t)
+
+
+LION = Lion(samples=160, batch_size=16, unique_samples=80, check_samples=16, check_every=2, teacher_steps=20)
+METHODS = {
+    "lion": LION,
+    "gauss_newton": GaussNewton(samples=64, batch_size=16, held_out_samples=16),
+}
+
+
+def find(out=None, resume=False, function=model, method="lion", key="bend", **options):
+    target = Target(function, (3,), dtype=F64, key=key)
+    options = {"progress": False, "report": False, **options}
+    return search(target, [3, 4], out=out, resume=resume, method=METHODS[method], **options)
+
+
+@pytest.fixture(autouse=True)
+def checkpoint_after_every_event(monkeypatch):
+    monkeypatch.setattr(running, "CHECKPOINT_SECONDS", 0.0)
+
+
+def killed_at(moment, out, every=0.0, method="lion"):
+    """Runs the search and sends itself SIGKILL at the n-th write, sync or rename."""
+    running.CHECKPOINT_SECONDS = every
+    import_module("dss_fast.searching").doubt = lambda draws: 0
+    left = [moment]
+
+    def lethal(original, *arguments, **options):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    os.replace, os.fsync = partial(lethal, os.replace), partial(lethal, os.fsync)
+    log = RunFolder.log
+    RunFolder.log = lambda self, event: lethal(log, self, event)
+    find(out, resume=True, method=method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_at_any_moment_it_resumes_to_the_same_bits(tmp_path, method):
+    expected = find(method=method)
+    generator = random.Random(0)
+    for trial in range(2):
+        out, kills = tmp_path / str(trial), 0
+        for _ in range(3):
+            arguments = (generator.randint(1, 50), out, generator.choice([0.0, 0.0, 1e9]), method)
+            worker = processes.start(killed_at, *arguments)
+            worker.join(120)
+            assert worker.exitcode in (0, -signal.SIGKILL)
+            kills += worker.exitcode != 0
+            if worker.exitcode == 0:
+                break
+        result = find(out, resume=True, method=method)
+        assert kills
+        assert result.solvers == expected.solvers and result.evaluations == expected.evaluations
+        assert result.curve("loss", 4) == expected.curve("loss", 4)
+        assert result.curve("held_out", 3) == expected.curve("held_out", 3)
+        for n in (3, 4):
+            assert Solver.load(out / f"solver-{n}.json") == expected.solvers[n]
+        assert not [p for p in out.iterdir() if p.name.startswith(".")]
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        assert len(lines) == len(expected.history) == len(result.history)
+
+
+def test_a_finished_search_resumes_without_a_model_call(tmp_path):
+    first = find(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.glob("*.json")}
+    again = find(tmp_path, resume=True, function=lambda x, t: 1 / 0)
+    assert again.solvers == first.solvers and len(again.history) == len(first.history)
+    assert before["solver-3.json"] == (tmp_path / "solver-3.json").read_bytes()
+    more = find(tmp_path, resume=True, budget=10**9)  # nothing left to do, whatever the budget
+    assert more.solvers == first.solvers
+    with pytest.raises(FileExistsError, match="resume=True"):
+        find(tmp_path)
+    with pytest.raises(ValueError, match="seed was 0, now 1"):
+        find(tmp_path, resume=True, seed=1)
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="damaged"):
+        find(tmp_path, resume=True)
+
+
+def test_another_model_is_not_resumed(tmp_path):
+    """A function by its outputs, as soon as it would be called; a module by its parameters, even a finished search."""
+    find(tmp_path / "function", key=None, budget=3_000)
+    with pytest.raises(ValueError, match="cannot be resumed: outputs was"):
+        find(tmp_path / "function", resume=True, key=None, function=lambda x, t: model(x, t) + 0.01)
+    module = Scaled()
+    find(tmp_path / "module", key=None, function=module)
+    with torch.no_grad():
+        module.scale += 0.01
+    with pytest.raises(ValueError, match="cannot be resumed: model was"):
+        find(tmp_path / "module", resume=True, key=None, function=module)
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal; a job started with nohup or & is born deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_keeps_the_best_and_the_search_goes_on_later(tmp_path, capsys, interruptible):
+    expected = find()
+    calls = []
+
+    def interrupted(x, t):
+        calls.append(len(x))
+        if len(calls) == 120:
+            signal.raise_signal(signal.SIGINT)
+        return model(x, t)
+
+    result = find(tmp_path, function=interrupted)
+    assert result.interrupted and 0 < len(result.history) < len(expected.history)
+    assert "best solver so far kept" in capsys.readouterr().out
+    for n in (3, 4):
+        assert Solver.load(tmp_path / f"solver-{n}.json") == result.solvers[n]
+    final = find(tmp_path, resume=True)
+    assert final.solvers == expected.solvers and not final.interrupted
+    calls.clear()
+    assert find(function=interrupted).interrupted  # no folder: returned all the same
+
+
+@pytest.mark.parametrize("name", ["file/run", "/proc/nowhere"])
+def test_a_folder_that_cannot_be_written_is_an_error_before_any_work(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    calls = []
+    with pytest.raises(OSError, match="file|nowhere"):
+        find(tmp_path / name, function=lambda x, t: calls.append(1), key=None)
+    assert not calls
+
+
+def test_what_fails_later_leaves_the_solver_and_says_so(tmp_path):
+    calls = []
+
+    def breaks(x, t):
+        calls.append(len(x))
+        return model(x, t) * (float("nan") if len(calls) > 120 else 1)
+
+    with pytest.raises(FloatingPointError) as caught:
+        find(tmp_path, function=breaks)
+    assert caught.value.result.solvers[3] == Solver.load(tmp_path / "solver-3.json")
+    assert str(tmp_path) in caught.value.__notes__[-1]
+    assert find(tmp_path, resume=True).solvers == find().solvers  # the model mended
+
+
+def test_report_log_and_provenance(tmp_path):
+    pytest.importorskip("matplotlib")
+    target = Target(model, (1, 4, 4), decode=lambda x: x.sigmoid(), name="bend", dtype=F64, key="bend")
+    result = search(target, 3, out=tmp_path, method=replace(LION, samples=48, unique_samples=None), progress=False)
+    text = (tmp_path / "report.md").read_text()
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    for name in ("overview.png", "stages.png", "samples-3.png", "solver-3.json"):
+        assert name in text and (tmp_path / name).stat().st_size > 300
+    assert f"{result.evaluations:,} model evaluations" in text
+    config = json.loads((tmp_path / "config.json").read_text())
+    solver = Solver.load(tmp_path / "solver-3.json")
+    assert solver.name == "bend/3" and solver == result.solver
+    for key in ("method", "seed", "schedule", "model", "settings", "versions", "date"):
+        assert solver.provenance[key] == config[key]
+    assert solver.provenance["held_out"] == min(result.curve("held_out", 3)[1])
+    assert 0 < solver.provenance["evaluations"] <= result.evaluations
+    assert not (tmp_path / "teacher").exists()
+    result.plot(tmp_path / "again.png")
+    assert (tmp_path / "again.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="choose"):
+        _ = find().solver
+
+
+def test_the_bar_shows_loss_evaluations_and_time_left(capsys):
+    find(progress=True)
+    shown = capsys.readouterr().err
+    assert "loss N=3" in shown and "held-out RMSE N=3" in shown and "evaluations" in shown
+    assert "10/10" in shown and "<" in shown
+
+
+@pytest.mark.parametrize("method, unit", [("lion", "batches"), ("gauss_newton", "evaluations")])
+def test_the_bar_says_what_it_counts(capsys, method, unit):
+    """Evaluations passed for steps."""
+    find(progress=True, method=method)
+    shown = capsys.readouterr().err
+    assert re.search(rf"\d {unit}/s", shown) and "step/s" not in shown
+
+
+def test_any_generator_of_events_is_a_method(tmp_path):
+    """What another method has to do: yield its solvers and all it needs to go on."""
+    euler = Solver((0.0, 0.5, 1.0), ((1.0, 0.0), (0.0, 1.0)), Flow())
+
+    def method(ledger, state=None):
+        state = state or {"at": 0, "parts": [], "solver": euler}
+        for at in range(state["at"], 6):
+            ledger.spend(10)
+            state = {**state, "at": at + 1, "parts": [*state["parts"], torch.tensor([at / 3], dtype=F64)]}
+            lower = [[], [0.1 * float(state["parts"][-1])]]
+            solver = Solver.from_timedeltas((1, 1), lower, Flow())
+            yield {"solvers": {2: solver}, "state": state, "done": at + 1, "total": 6, "note": "hello"}
+            if at == 2 and stop:
+                raise KeyboardInterrupt
+
+    stop = True
+    for resume in (False, True):
+        ledger, folder = Ledger(), RunFolder(tmp_path, {"method": "mine"}, resume)
+        folder.begin({"method": "mine"})
+        events = method(ledger, folder.checkpoint and folder.checkpoint["state"])
+        result = drive(events, ledger, folder=folder, checkpoint=folder.checkpoint, progress=False)
+        assert result.interrupted is stop
+        folder.close()
+        stop = False
+    assert result.evaluations == 60 and [e["note"] for e in result.history] == ["hello"] * 6
+    assert result.solver.coeffs[1][0] == pytest.approx(0.1 * 5 / 3)
+    assert result.solver.name == "searched/2"
+
+
+def test_state_comes_back_as_it_was():
+    state = {
+        "a": torch.arange(3),
+        "b": [1.5, None, {"c": torch.ones(2, dtype=F64), "d": float("inf")}],
+        "e": "x",
+    }
+    tensors = {}
+    data = json.loads(json.dumps(flatten(state, tensors)))
+    again = unflatten(data, tensors)
+    assert torch.equal(again["a"], state["a"]) and torch.equal(again["b"][2]["c"], state["b"][2]["c"])
+    assert again["b"][:2] == [1.5, None] and again["b"][2]["d"] == float("inf") and again["e"] == "x"

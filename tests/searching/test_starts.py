@@ -1,0 +1,104 @@
+"""Where a search starts: every table there is, none twice; the best of them for few evaluations."""
+
+import pytest
+import torch
+
+from dss_fast import VP, DiscreteVP, Flow, Target, find_solver, handmade
+from dss_fast.draws import Draws
+from dss_fast.searching import GaussNewton
+from dss_fast.searching.gauss_newton import robust
+from dss_fast.searching.ledger import Ledger
+from dss_fast.searching.starts import candidates, ranked, respaced
+from dss_fast.searching.teacher import Teacher
+from examples.mixture import Mixture
+
+F64 = torch.float64
+MODEL = Mixture(torch.randn(12, 6, generator=torch.Generator().manual_seed(5), dtype=F64), 0.35)
+
+
+def teacher_of(model, seed=3, count=32):
+    draws, ledger = Draws.of(Target(model, (6,), dtype=F64), seed), Ledger()
+    return draws, ledger, Teacher(draws, ledger, "train", count, count, budget=24)
+
+
+@pytest.mark.parametrize("schedule", [Flow(), Flow(convention="diffusers", shift=3.0), VP(), DiscreteVP.linear()])
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 16])
+def test_every_table_runs_on_the_targets_schedule_and_stands_once(schedule, num_steps):
+    found = candidates(schedule, num_steps, {})
+    assert len(found) == len(set(found))
+    assert all(table.num_steps == num_steps and table.schedule == schedule for table in found)
+    if num_steps > 2:
+        assert len(found) > 50
+        names = {"ab2", "ab2@shift3"} if schedule.family == "flow" else {"dpmpp_2m", "unip3"}
+        assert names <= {table.name.replace(f"/{num_steps}", "") for table in found}
+
+
+def test_the_spacing_found_for_a_neighbour_is_tried_first():
+    near = handmade("ab2", 8, Flow(), spacing="shift2")
+    first = candidates(Flow(), 10, {5: handmade("ab2", 5), 8: near})[0]
+    expected = respaced(torch.tensor(near.timesteps, dtype=F64), 10)
+    torch.testing.assert_close(torch.tensor(first.timesteps, dtype=F64), expected)
+
+
+def test_a_large_limit_finds_the_best_of_all_and_a_small_one_keeps_to_it():
+    draws, ledger, teacher = teacher_of(MODEL)
+    batch, trajectory = teacher[0]
+    tables = candidates(Flow(), 6, {})
+
+    def error(table):
+        from dss_fast import sample
+
+        return float((sample(batch.target, batch.noise, table) - trajectory.last).square().mean())
+
+    best = min(map(error, tables))
+    before = ledger.evaluations
+    assert error(ranked(draws, ledger, teacher, tables, 100_000)[0].solver) < 1.2 * best
+    before, limit = ledger.evaluations, 6 * 20
+    few = ranked(draws, ledger, teacher, tables, limit)
+    assert 0 < ledger.evaluations - before <= limit and len(few) >= 2
+    before = ledger.evaluations
+    assert [s.solver for s in ranked(draws, ledger, teacher, tables, 0)] == tables[:1] and ledger.evaluations == before
+
+
+def test_a_table_that_leaves_the_numbers_comes_last():
+    def model(x, t):
+        return torch.where(t[:, None] > 0.9, x / 0, MODEL(x, t))
+
+    draws, ledger, teacher = teacher_of(MODEL)
+    broken = Draws.of(Target(model, (6,), dtype=F64), 3)
+    teacher.draws = broken
+    late, early = handmade("ab2", 4, timesteps=torch.tensor([0, 0.3, 0.6, 0.95, 1.0])), handmade("ab2", 4)
+    teacher._kept.clear()
+    batch, trajectory = teacher_of(MODEL)[2][0]
+    teacher._kept[0] = broken.batch("train", 0, 32), trajectory
+    assert ranked(broken, ledger, teacher, [late, early], 1_000)[0].solver == early
+
+
+def test_a_spacing_carried_over_keeps_its_shape():
+    u = torch.linspace(0, 1, 11, dtype=F64) ** 2
+    torch.testing.assert_close(respaced(u, 10), u)
+    torch.testing.assert_close(respaced(u, 5), u[::2])
+    finer = respaced(u, 13)
+    assert finer[0] == 0 and finer[-1] == 1 and bool((finer.diff() > 0).all())
+
+
+def test_the_best_of_several_starts_goes_on():
+    """Each runs three rounds on the same samples; the one of least loss then spends the rest, alone."""
+    draws, ledger, _ = teacher_of(MODEL)
+    method = GaussNewton(samples=48, batch_size=16, held_out_samples=0, teacher_evaluations=20)
+    ledger = Ledger(20_000)
+    events = list(method.run(draws, ledger, (4,)))
+    (start,) = [event for event in events if event["stage"] == "start"]
+    count = len(start["starts"])
+    assert count == len({find_solver(name, Flow(), 4).timesteps for name in start["starts"]}) and 1 < count <= 3
+    raced = [event["state"]["points"][4] for event in events if event["state"] and 4 in event["state"]["points"]]
+    rivals = [points for points in raced if len(points) == count]
+    assert len(raced[-1]) == 1 and all(point["round"] <= 3 for points in rivals for point in points)
+    (winner,), last = raced[len(rivals)], rivals[-1]
+    losses = [robust(p["values"], winner["scale"]) if p["round"] == 3 else None for p in last]
+    known = [loss for loss in losses if loss is not None]
+    assert robust(winner["values"], winner["scale"]) <= min(known)
+    assert winner["round"] == 3 and raced[-1][0]["spent"] > sum(point["spent"] for point in last)
+    assert ledger.evaluations <= 20_000 and events[-1]["complete"]
+    alone = list(GaussNewton(samples=24, teacher_evaluations=20).run(draws, Ledger(20_000), (4,)))
+    assert [len(event["starts"]) for event in alone if "starts" in event] == [1]  # too few samples for a race

@@ -1,0 +1,357 @@
+"""The dense teacher: order of the trajectory and of its interpolation, the paper's teachers, the cache."""
+
+import math
+import os
+import warnings
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+
+from dss_fast import VP, DiscreteVP, Flow, Grid, Target, handmade, sample, search
+from dss_fast.denoiser import Denoiser
+from dss_fast.draws import Draws
+from dss_fast.searching.ledger import Ledger
+from dss_fast.searching.lion import paper_trajectory
+from dss_fast.searching.objective import residual
+from dss_fast.searching.teacher import Teacher
+from dss_fast.trajectory import DenseGrid, Trajectory, dense_grid, evaluations, integrate
+
+F64 = torch.float64
+SPREAD, CENTER = 0.3, torch.tensor([0.7, -0.4], dtype=F64)
+SCHEDULES = {
+    "flow": Flow(),
+    "flow shifted": Flow(shift=3.0, convention="diffusers"),
+    "vp": VP(),
+    "vp v": VP(prediction_type="v_prediction"),
+}
+
+
+def exact(schedule, u, x, start=0.0):
+    """Where the sampling ODE of a normal distribution N(CENTER, SPREAD^2) carries x from ``start`` to u."""
+
+    def moments(at):
+        alpha, sigma = schedule.alpha_sigma(torch.as_tensor(at, dtype=F64))
+        return alpha * CENTER, (alpha**2 * SPREAD**2 + sigma**2).sqrt()
+
+    (m0, s0), (m1, s1) = moments(start), moments(u)
+    return m1 + (x - m0) * (s1 / s0)
+
+
+def predict_normal(schedule):
+    """(x, u) -> y for that distribution: its velocity or its x0."""
+
+    def predict(x, u):
+        alpha, sigma = schedule.alpha_sigma(u)
+        whitened = (x - alpha * CENTER) / (alpha**2 * SPREAD**2 + sigma**2)
+        x0 = CENTER + alpha * SPREAD**2 * whitened
+        return x0 - sigma * whitened if schedule.family == "flow" else x0
+
+    return predict
+
+
+def noise(rows=8):
+    return torch.randn(rows, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
+
+
+def slope(errors, sizes):
+    return math.log(errors[0] / errors[-1]) / math.log(sizes[-1] / sizes[0])
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_trajectory_has_order_four(name):
+    schedule, sizes = SCHEDULES[name], (80, 160, 320)
+    errors = []
+    for m in sizes:
+        made = integrate(predict_normal(schedule), noise(), DenseGrid(schedule, m))
+        errors.append(float((made.last - exact(schedule, 1.0, noise())).abs().max()))
+    assert slope(errors, sizes) > 3.7, errors
+
+
+@pytest.mark.parametrize("schedule", [Flow(), VP(), DiscreteVP.linear(final="sigma_min")], ids=repr)
+def test_64_evaluations_beat_a_thousand_steps_of_first_order(schedule):
+    predict, truth = predict_normal(schedule), exact(schedule, 1.0, noise())
+    made = integrate(predict, noise(), dense_grid(schedule, 64))
+    coarse = paper_trajectory(predict, noise(), schedule, 1000)[:, -1]
+    assert float((made.last - truth).abs().max()) < 0.1 * float((coarse - truth).abs().max())
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_interpolation_has_order_four(name):
+    schedule, sizes = SCHEDULES[name], (40, 80, 160)
+    u = torch.rand(400, generator=torch.Generator().manual_seed(1), dtype=F64)
+    errors = []
+    for m in sizes:
+        grid = DenseGrid(schedule, m)
+        states = torch.stack([exact(schedule, float(at), noise()) for at in grid.points], 1)
+        y = torch.stack([predict_normal(schedule)(states[:, k], at) for k, at in enumerate(grid.points)], 1)
+        slopes = grid.slope[:, :1] * states + grid.slope[:, 1:] * y
+        made = Trajectory(grid, states, slopes, states[:, -1])
+        truth = torch.stack([exact(schedule, float(at), noise()) for at in u], 1)
+        errors.append(float((made.at(u) - truth).abs().max()))
+    assert slope(errors, sizes) > 3.6, errors
+
+
+@pytest.mark.parametrize("schedule", [Flow(), VP()], ids=repr)
+def test_interpolation_is_differentiable_in_u(schedule):
+    made = integrate(predict_normal(schedule), noise(2), dense_grid(schedule, 24))
+    u = torch.tensor([0.0312, 0.417, 0.903], dtype=F64, requires_grad=True)
+    assert torch.autograd.gradcheck(made.at, u)
+    jacobian = torch.autograd.functional.jacobian(made.at, u)
+    velocity = made.velocity(u)
+    assert torch.allclose(torch.einsum("bnsn->bns", jacobian), velocity, rtol=1e-9, atol=1e-12)
+    points = made.grid.points
+    assert torch.allclose(made.at(points), made.states, rtol=1e-9, atol=1e-12)
+
+
+def test_the_end_beyond_the_networks_last_time():
+    grid = dense_grid(VP(), 32)
+    assert grid.end == pytest.approx(0.998, abs=1e-12)
+    made = integrate(predict_normal(VP()), noise(), grid)
+    assert torch.equal(made.at(torch.tensor([0.999, 1.0], dtype=F64))[:, 1], made.last)
+    schedule = DiscreteVP.linear()
+    made = integrate(predict_normal(schedule), noise(), dense_grid(schedule, 64))
+    final = made.at(torch.ones(1, dtype=F64))[:, 0]
+    assert torch.equal(final, made.last)
+    y = predict_normal(schedule)(made.states[:, -1], made.grid.points[-1])
+    assert torch.allclose(final, y, atol=1e-12)  # sigma = 0: the last x0
+    assert evaluations(made.grid) == 64
+
+
+@dataclass(frozen=True)
+class Trigonometric:
+    """A schedule of a user's, whose time runs to clean data."""
+
+    prediction_type: str = "x0"
+    kind: ClassVar = "trigonometric"
+    family: ClassVar = "vp"
+    convention: ClassVar = "paper"
+
+    def time(self, u):
+        return 1 - u.double()
+
+    def alpha_sigma(self, u):
+        angle = math.pi / 2 * self.time(u)
+        return angle.cos(), angle.sin()
+
+    prediction, transition, clock, x0, to_dict = VP.prediction, VP.transition, VP.clock, VP.x0, VP.to_dict
+
+
+CLEAN = (1.0, *DiscreteVP.linear().alphas_cumprod)
+NOISELESS = [
+    Trigonometric(),
+    VP(t_end=0.0),
+    VP(t_start=1.0, t_end=0.0),
+    DiscreteVP(CLEAN, final="sigma_min"),
+    DiscreteVP(CLEAN, final="zero"),
+    Grid.ve([*((2.2 - 0.06 * k) ** 7 for k in range(32)), 0.0]),
+]
+
+
+@pytest.mark.parametrize("schedule", NOISELESS, ids=repr)
+def test_sigma_0_at_the_end(schedule):
+    """There VP's clock, alpha / sigma, is infinite."""
+    alpha, sigma = schedule.alpha_sigma(torch.tensor([0.0, 1.0], dtype=F64))
+    assert float(sigma[1]) == 0 and math.copysign(1, float(sigma[1])) > 0
+    x, u = noise() * sigma[0], torch.linspace(0.9, 1, 401, dtype=F64)
+    made = integrate(predict_normal(schedule), x, dense_grid(schedule, 64))
+    truth = torch.stack([exact(schedule, float(at), x) for at in u], 1)
+    assert float((made.at(u) - truth).abs().max()) < 5e-4  # of data whose deviation is 0.3
+    assert torch.equal(made.at(u[-1:])[:, 0], made.last) and evaluations(made.grid) == 64
+    assert made.slopes.isfinite().all() and made.velocity(u).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+def test_a_search_to_sigma_0(dtype):
+    schedule = Trigonometric()
+
+    def model(x, t):
+        return predict_normal(schedule)(x.double(), 1 - t[:, None]).to(x.dtype)
+
+    target = Target(model, (2,), schedule, dtype=dtype)
+    solver = search(target, 4, budget=3_000, progress=False).solver
+    x = noise(256).to(dtype)
+    error = {name: float((sample(target, x, table) - exact(schedule, 1.0, x)).square().mean())
+             for name, table in {"mine": solver, "theirs": handmade("dpmpp_2m", 4, schedule)}.items()}  # fmt: skip
+    assert error["mine"] < 0.5 * error["theirs"]
+
+
+def test_the_papers_teachers_are_euler_and_ddim():
+    flow = paper_trajectory(predict_normal(Flow()), noise(), Flow(), 100)
+    model = lambda x, t: predict_normal(Flow())(x, t[:1])  # noqa: E731
+    _, states = sample(model, noise(), handmade("euler", 100), return_trajectory=True)
+    assert torch.allclose(flow, states.transpose(0, 1), rtol=1e-12)
+    calls = []
+    predict = lambda x, u: (calls.append(float(u)), predict_normal(VP())(x, u))[1]  # noqa: E731
+    vp = paper_trajectory(predict, noise(), VP(), 100)
+    assert vp.shape[1] == 100 and len(calls) == 99
+    assert calls[-1] == pytest.approx(0.999 * 98 / 99)
+    alpha, sigma = VP().alpha_sigma(torch.tensor([calls[0], calls[1]], dtype=F64))
+    y = predict_normal(VP())(noise(), torch.tensor(0.0, dtype=F64))
+    step = sigma[1] / sigma[0] * noise() + sigma[1] * (alpha[1] / sigma[1] - alpha[0] / sigma[0]) * y
+    assert torch.allclose(vp[:, 1], step, rtol=1e-12)
+
+
+class Counting:
+    """A normal distribution's velocity, counting its rows."""
+
+    def __init__(self, center=0.5):
+        self.center, self.rows = center, 0
+
+    def __call__(self, x, t, shift=None):
+        self.rows += len(x)
+        t = t.reshape(-1, *[1] * (x.ndim - 1))
+        center = self.center if shift is None else shift.reshape(-1, 1)
+        return (center * t - x) * (1 - 0.91 * t) / (0.09 * t**2 + (1 - t) ** 2) + center
+
+
+def drawn(model=None, seed=0, **options):
+    return Draws.of(Target(model or Counting(), (3,), Flow(), **options), seed)
+
+
+def stream(teacher):
+    return [trajectory.at(torch.tensor([0.3, 1.0])) for _, trajectory in teacher]
+
+
+def test_teacher_counts_streams_and_keeps():
+    draws, ledger = drawn(), Ledger()
+    teacher = Teacher(draws, ledger, "train", 10, 4, budget=24)
+    assert teacher.sizes == [4, 4, 2] and teacher.cost() == 240 and ledger.evaluations == 0
+    first = stream(teacher)
+    assert draws.target.model.rows == ledger.evaluations == 240 == 10 * evaluations(teacher.grid)
+    again = stream(teacher)
+    assert draws.target.model.rows == ledger.evaluations == 240
+    assert all(map(torch.equal, first, again))
+    small = drawn()
+    from_disk = Teacher(small, Ledger(), "train", 10, 4, budget=24, memory=2000)  # one of three batches fits
+    assert all(map(torch.equal, first, stream(from_disk)))
+    assert all(map(torch.equal, first, stream(from_disk)))
+    assert small.target.model.rows == 240 and 0 < from_disk.store._bytes <= 2000
+
+
+def test_cache_is_found_again_and_keyed_by_what_determines_it(tmp_path):
+    def run(**options):
+        size = options.pop("size", 4)
+        draws, ledger = drawn(**options), Ledger()
+        got = stream(Teacher(draws, ledger, "train", 8, size, budget=20, cache=tmp_path))
+        calls = draws.target.model.rows - 4 * (1 + draws.target.guided)  # 4: the hash of its outputs
+        return got, calls, ledger.evaluations
+
+    first, rows, count = run()
+    assert rows == 160 and count == 160
+    again, rows, count = run()
+    assert rows == 0 and count == 160 and all(map(torch.equal, first, again))
+    draw = lambda n, generator: {"shift": torch.rand(n, generator=generator)}  # noqa: E731
+    assert run(model=Counting(0.6))[1] == 160
+    assert run(seed=1)[1] == 160
+    assert run(dtype=F64)[1] == 160
+    assert run(size=8)[1] == 160
+    assert run(cond=draw)[1] == 160
+    assert run(cond=lambda n, generator: {"shift": 1 + torch.rand(n, generator=generator)})[1] == 160
+    assert run(cond=draw)[1] == 0
+    guided = dict(uncond={"shift": torch.zeros(1)}, guidance_scale=1.5)
+    assert run(cond=draw, **guided)[1] == 320
+    assert run(cond=draw, **{**guided, "guidance_scale": 2.0})[1] == 320
+    assert run()[1] == 0
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "empty", "foreign"])
+def test_damaged_entry_is_noticed_and_built_again(tmp_path, harm):
+    first = stream(Teacher(drawn(key="model"), Ledger(), "train", 8, 4, budget=20, cache=tmp_path))
+    path = sorted(tmp_path.glob("*/*.safetensors"))[1]
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    foreign = b"\x02\x00\x00\x00\x00\x00\x00\x00{}"
+    path.write_bytes({"flip": data, "truncate": data[:-50], "empty": b"", "foreign": foreign}[harm])
+    other = drawn(key="model")
+    with pytest.warns(UserWarning, match="damaged"):
+        again = stream(Teacher(other, Ledger(), "train", 8, 4, budget=20, cache=tmp_path))
+    assert other.target.model.rows == 80 and all(map(torch.equal, first, again))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        once_more = Teacher(drawn(key="model"), Ledger(), "train", 8, 4, budget=20, cache=tmp_path)
+        assert all(map(torch.equal, first, stream(once_more)))
+
+
+def test_a_crash_in_the_middle_of_a_write_leaves_nothing_behind_that_is_read(tmp_path, monkeypatch):
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(MemoryError("killed")))
+    with pytest.raises(MemoryError):
+        stream(Teacher(drawn(key="model"), Ledger(), "train", 4, 4, budget=20, cache=tmp_path))
+    assert not list(tmp_path.glob("*/[0-9]*"))
+    monkeypatch.setattr(os, "replace", replace)
+    draws = drawn(key="model")
+    stream(Teacher(draws, Ledger(), "train", 4, 4, budget=20, cache=tmp_path))
+    assert draws.target.model.rows == 80
+
+
+def test_range_of_guidance_and_processes_share_one_draw():
+    draw = lambda n, generator: {"shift": torch.rand(n, generator=generator)}  # noqa: E731
+    options = dict(cond=draw, uncond={"shift": torch.zeros(1)}, guidance_scale=(1.0, 4.0))
+    whole = drawn(**options)
+    batch = whole.batch("train", 3, 6)
+    assert batch.scale.min() >= 1 and batch.scale.max() <= 4 and len(set(batch.scale.tolist())) == 6
+    parts = []
+    for rank in (0, 1):
+        part = replace(whole, rank=rank, world=2)
+        parts.append(part.batch("train", 3, 6))
+    for rank, part in enumerate(parts):
+        assert torch.equal(part.noise, batch.noise[rank::2]) and part.size == 6
+        assert torch.equal(part.scale, batch.scale[rank::2])
+        assert torch.equal(part.cond["shift"], batch.cond["shift"][rank::2])
+    assert not torch.equal(batch.noise, whole.batch("held_out", 3, 6).noise)
+    y = batch.predictor()(batch.noise, torch.tensor(0.5, dtype=F64))
+    t = torch.full((6,), 0.5)
+    low, high = Counting()(batch.noise, t, torch.zeros(6)), Counting()(batch.noise, t, batch.cond["shift"])
+    assert torch.allclose(y, low + batch.scale[:, None].float() * (high - low), atol=1e-5)
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="at least 16"):
+        dense_grid(Flow(), 10)
+    with pytest.raises(ValueError, match="needs uncond"):
+        drawn(guidance_scale=2.0)
+    with pytest.raises(ValueError, match="count=-1"):
+        Teacher(drawn(), Ledger(), "train", -1, 4)
+
+
+def test_samples_are_drawn_once_and_the_end_needs_no_states(monkeypatch):
+    """What does not fit a quarter of the memory is drawn again, the same; the loss at the end reads ``last`` alone."""
+    drawn, draw = [], Draws.batch
+
+    def counted(self, stream, number, size):
+        drawn.append(number)
+        return draw(self, stream, number, size)
+
+    monkeypatch.setattr(Draws, "batch", counted)
+    draws = Draws.of(Target(lambda x, t: -x, (2,), Flow(), dtype=F64), 1)
+    size = 8 * 2 * 8  # of a batch's noise, and again of its end points
+    teacher = Teacher(draws, Ledger(), "train", 32, 8, budget=16, memory=4 * (2 * 2 * size))
+    first = [pair for _ in range(3) for pair in teacher]
+    assert drawn == [0, 1, 2, 3, 2, 3, 2, 3]
+    for k, (batch, trajectory) in enumerate(first):
+        assert torch.equal(batch.noise, first[k % 4][0].noise) and torch.equal(trajectory.last, first[k % 4][1].last)
+    batch, trajectory = teacher[0]
+    trajectory.states.fill_(math.nan), trajectory.slopes.fill_(math.nan)
+    found = residual("end", 0.1, batch.noise[:, None], trajectory, torch.ones(1))
+    assert found.values.isfinite().all() and not trajectory.at(torch.tensor([0.5])).isfinite().all()
+
+
+def test_states_on_another_device_than_the_end_are_sent_in_parts():
+    """As beside a GPU; the meta device stands in for one here, it refuses what would mix the two."""
+    grid = dense_grid(Flow(), 16)
+    states, slopes = torch.randn(2, 3, grid.intervals + 1, 5)
+    trajectory = Trajectory(grid, states, slopes, states[:, -1].to("meta"))
+    u = torch.tensor([0.1, 0.5, 1.0], dtype=F64)
+    assert trajectory.at(u).device.type == trajectory.velocity(u).device.type == "meta"
+    assert trajectory.at(u).shape == (3, 3, 5)
+
+
+def test_nan_is_noticed_where_no_call_is_looked_at(monkeypatch):
+    """On a GPU a call's output is not looked at; the whole way is, once."""
+    check = Denoiser._check
+    monkeypatch.setattr(Denoiser, "_check", lambda self, *rest: self.check_finite and check(self, *rest))
+    broken = Target(lambda x, t: torch.where(t[:, None] > 0.5, math.nan, -x), (2,), Flow(), dtype=F64)
+    with pytest.raises(FloatingPointError, match="on the teacher's way, batch 0"):
+        Teacher(Draws.of(broken, 1), Ledger(), "train", 8, 8, budget=16)[0]
