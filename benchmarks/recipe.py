@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from dss_fast import compare, search
-from dss_fast.searching import Lion
+from dss_fast import Lion, compare, search
 from examples import mnist
 
 STEPS = (5, 10)

@@ -25,12 +25,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import rows  # noqa: E402
-from dss_fast import Solver, Target, find_solver, handmade, sample, search  # noqa: E402
+from dss_fast import GaussNewton, Lion, Solver, Target, find_solver, handmade, sample, search  # noqa: E402  # noqa: E402
 from dss_fast.distance import squares  # noqa: E402
 from dss_fast.draws import Draws  # noqa: E402
 from dss_fast.files import replacing  # noqa: E402
 from dss_fast.methods import METHODS  # noqa: E402
-from dss_fast.searching import GaussNewton, Lion  # noqa: E402
 from dss_fast.trajectory import dense_grid, integrate  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "search.jsonl"

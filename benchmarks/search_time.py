@@ -15,8 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from machine import DEVICE, conditions  # noqa: E402
 
-from dss_fast import search  # noqa: E402
-from dss_fast.searching import GaussNewton  # noqa: E402
+from dss_fast import (
+    GaussNewton,  # noqa: E402
+    search,  # noqa: E402
+)
 
 
 def main() -> None:

@@ -20,8 +20,7 @@ from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dss_fast import Solver, search
-from dss_fast.searching import GaussNewton
+from dss_fast import GaussNewton, Solver, search
 
 from . import rows
 from .search_table import Fresh, known_best, target

@@ -25,10 +25,9 @@ import diffusers
 import torch
 from torch import Tensor
 
-from dss_fast import handmade, sample, search
+from dss_fast import GaussNewton, handmade, sample, search
 from dss_fast.integrations.diffusers import DSSScheduler, from_pipeline
 from dss_fast.integrations.diffusers.config import adopt, alphas_cumprod, model_schedule, stock_class
-from dss_fast.searching import GaussNewton
 
 from .tiny_pipelines import ALL, build
 

@@ -25,8 +25,7 @@ from pathlib import Path
 
 import torch
 
-from dss_fast import Target, search
-from dss_fast.searching import GaussNewton, Lion
+from dss_fast import GaussNewton, Lion, Target, search
 from dss_fast.searching import runs as running
 from dss_fast.searching.runs import RunFolder
 

@@ -19,9 +19,8 @@ from pathlib import Path
 
 import torch
 
-from dss_fast import VP, DiscreteVP, Flow, Solver, Target, handmade, search
+from dss_fast import VP, DiscreteVP, Flow, GaussNewton, Solver, Target, handmade, search
 from dss_fast.draws import Draws
-from dss_fast.searching import GaussNewton
 from dss_fast.searching import runs as running
 from dss_fast.searching.runs import RunFolder
 from dss_fast.searching.store import Store

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dss_fast import VP, Flow, Target, sample, search
-from dss_fast.searching import GaussNewton, Lion
+from dss_fast import VP, Flow, GaussNewton, Lion, Target, sample, search
 from dss_fast.step import multistep_step
 from dss_fast.unroll import unroll
 

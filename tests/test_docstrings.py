@@ -48,9 +48,8 @@ def test_pipeline():
     """A search of few evaluations, asked for what the docstring asks."""
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
-    from dss_fast import search
+    from dss_fast import GaussNewton, search
     from dss_fast.integrations.diffusers import from_pipeline
-    from dss_fast.searching import GaussNewton
     from examples.tiny_pipelines import build
 
     small = GaussNewton(samples=4, batch_size=4, held_out_samples=4, teacher_evaluations=16, rounds=1)

@@ -12,10 +12,9 @@ import torch
 from torch import nn
 
 import dss_fast
-from dss_fast import VP, Flow, Target, find_solver, sample, search
+from dss_fast import VP, Flow, GaussNewton, Target, find_solver, sample, search
 from dss_fast.draws import Draws
 from dss_fast.names import Name, solver_names
-from dss_fast.searching import GaussNewton
 from dss_fast.table import StepTable
 from dss_fast.trajectory import dense_grid, integrate
 

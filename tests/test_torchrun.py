@@ -35,7 +35,7 @@ def target():
 SEARCHES = """
 import faulthandler, os, toy
 from dss_fast import search
-from dss_fast.searching import GaussNewton
+from dss_fast import GaussNewton
 
 faulthandler.dump_traceback_later(100, exit=True)  # a process that hangs ends, and fails the test
 rank, tables = int(os.environ["RANK"]), []

@@ -31,7 +31,7 @@ def test_diffusers_search(tmp_path):
     """A pipeline's own network, a small search, and the saved table in the pipeline."""
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
-    from dss_fast.searching import GaussNewton
+    from dss_fast import GaussNewton
     from examples import diffusers_search
 
     small = GaussNewton(samples=16, batch_size=8, held_out_samples=8, teacher_evaluations=16, rounds=2)

@@ -8,11 +8,15 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from dss_fast import Solver, handmade, search  # noqa: E402
+from dss_fast import (  # noqa: E402
+    GaussNewton,  # noqa: E402
+    Solver,
+    handmade,
+    search,
+)
 from dss_fast.__main__ import main  # noqa: E402
 from dss_fast.integrations.diffusers import DSSScheduler, check_request, from_pipeline  # noqa: E402
 from dss_fast.integrations.diffusers.recording import ASKED, record  # noqa: E402
-from dss_fast.searching import GaussNewton  # noqa: E402
 from examples.tiny_pipelines import build  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -14,10 +14,9 @@ import processes
 import pytest
 import torch
 
-from dss_fast import Solver, Target, search
+from dss_fast import GaussNewton, Lion, Solver, Target, search
 from dss_fast import report as reporting
 from dss_fast.files import write_tensors
-from dss_fast.searching import GaussNewton, Lion
 from dss_fast.searching import runs as running
 from dss_fast.searching import store as storing
 

@@ -8,8 +8,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from dss_fast import Flow, Solver, Target, search
-from dss_fast.searching import GaussNewton, Lion
+from dss_fast import Flow, GaussNewton, Lion, Solver, Target, search
 from dss_fast.searching import runs as running
 
 F64 = torch.float64

@@ -9,10 +9,9 @@ import processes
 import pytest
 import torch
 
-from dss_fast import VP, Flow, Solver, Target, handmade, sample, search
+from dss_fast import VP, Flow, GaussNewton, Solver, Target, handmade, sample, search
 from dss_fast.denoiser import Denoiser
 from dss_fast.draws import Draws
-from dss_fast.searching import GaussNewton
 from dss_fast.searching.ledger import Ledger
 from dss_fast.searching.point import Point
 from dss_fast.searching.runs import flatten, unflatten

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from dss_fast import VP, Flow, Solver, Target, sample, search
+from dss_fast import VP, Flow, Lion, Solver, Target, sample, search
 from dss_fast.draws import Draws
-from dss_fast.searching import Lion
 from dss_fast.searching.ledger import Ledger
 from dss_fast.searching.lion import point_table
 from dss_fast.table import StepTable

@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 
-from dss_fast import Target, search
-from dss_fast.searching import GaussNewton, Lion, plan
+from dss_fast import GaussNewton, Lion, Target, plan, search
 from dss_fast.searching.plan import EXPECTED, evaluations_in, expected
 from dss_fast.searching.probe import CALLS, Cost
 

@@ -13,8 +13,7 @@ import processes
 import pytest
 import torch
 
-from dss_fast import Flow, Solver, Target, search
-from dss_fast.searching import GaussNewton, Lion
+from dss_fast import Flow, GaussNewton, Lion, Solver, Target, search
 from dss_fast.searching import runs as running
 from dss_fast.searching.ledger import Ledger
 from dss_fast.searching.runs import RunFolder, drive, flatten, unflatten

@@ -7,9 +7,8 @@ from importlib import import_module
 import pytest
 import torch
 
-from dss_fast import VP, Flow, Target, handmade, sample, search
+from dss_fast import VP, Flow, GaussNewton, Lion, Target, handmade, plan, sample, search
 from dss_fast.draws import Draws
-from dss_fast.searching import GaussNewton, Lion, plan
 from dss_fast.searching.ledger import Ledger
 from dss_fast.searching.objective import residual
 from dss_fast.searching.runs import flatten, unflatten

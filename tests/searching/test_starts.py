@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from dss_fast import VP, DiscreteVP, Flow, Target, find_solver, handmade
+from dss_fast import VP, DiscreteVP, Flow, GaussNewton, Target, find_solver, handmade
 from dss_fast.draws import Draws
-from dss_fast.searching import GaussNewton
 from dss_fast.searching.gauss_newton import robust
 from dss_fast.searching.ledger import Ledger
 from dss_fast.searching.starts import candidates, ranked, respaced
