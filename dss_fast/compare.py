@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .distance import Reference, three_digits
 from .draws import Draws
 from .files import write_json
 from .names import Name, families, find_solver, is_file, known, published_steps
 from .plots import plot_errors, plot_samples
-from .progress import bar
 from .sampling import sample
 from .schedule import Schedule
 from .solver import Solver
@@ -160,7 +160,7 @@ def compare(
     batches = [draws.batch("compare", number, size) for number, size in enumerate(sizes)]
     decode = target.decode or (lambda x: x)
     rows, images, worst = [], {}, {}
-    with bar(progress, total=len(sizes) * (len(table) + 1), leave=False) as shown:
+    with tqdm(disable=not progress, total=len(sizes) * (len(table) + 1), leave=False) as shown:
 
         def run(title: str, one: Callable[[Samples], Tensor]) -> tuple[Tensor, float]:
             """Samples of all batches, and the median over batches of the milliseconds per sample."""

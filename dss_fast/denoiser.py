@@ -6,7 +6,8 @@ import functools
 import inspect
 import types
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -250,6 +251,25 @@ def modules_of(model: Any, depth: int = 3) -> list[nn.Module]:
     elif callable(model):
         held = list(getattr(model, "__dict__", {}).values())
     return [module for item in held for module in modules_of(item, depth - 1)]
+
+
+@contextmanager
+def frozen(models: Sequence[Any]) -> Iterator[None]:
+    """The models' modules in eval mode and their parameters out of autograd for a while; then as they were."""
+    modules = [part for model in models for module in modules_of(model) for part in module.modules()]
+    parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)]
+    before = [p.requires_grad for p in parameters], [m.training for m in modules]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for parameter, wanted in zip(parameters, before[0], strict=True):
+            parameter.requires_grad_(wanted)
+        for module, mode in zip(modules, before[1], strict=True):
+            module.training = mode
 
 
 def _filled(cell: types.CellType) -> bool:

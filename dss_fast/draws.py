@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .files import tensor_bytes
 from .schedule import Flow, Schedule
 from .target import Model, Samples, Target
 
@@ -97,42 +96,20 @@ class Draws:
             for tensor, part in zip(tensors, together.split([t.numel() for t in tensors]), strict=True):
                 tensor.copy_(part.reshape(tensor.shape))
 
-    def parameters_hash(self) -> str:
-        """A hash of the model's parameters and buffers, without a call of the model."""
-        digest = hashlib.blake2b(digest_size=16)
-        if isinstance(self.target.model, nn.Module):
-            for name, value in sorted(self.target.model.state_dict().items()):
-                if isinstance(value, Tensor):
-                    digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                    digest.update(tensor_bytes(value))
-        return digest.hexdigest()
+    def gathered(self, sizes: Sequence[int], *parts: Sequence[Tensor]) -> list[Tensor]:
+        """Numbers per sample of batches of these sizes, this process's rows of each, as (sum(sizes),) of all processes.
 
-    def fingerprinted(self, models: Sequence[str]) -> tuple[Draws, str]:
-        """With a key for each target that has none, from the hash of its parameters in ``models`` and of its outputs;
-        and the latter hashes, 4 evaluations each.
+        Float64. Raises FloatingPointError where one is NaN or Inf: a GPU is asked here, once for all batches.
         """
-        keyed, outputs = [], []
-        for one, model in zip(self.each, models, strict=True):
-            if one.target.key is None:
-                outputs.append(one.outputs_hash())
-                one = replace(one, target=replace(one.target, key=f"{model} {outputs[-1]}"))
-            keyed.append(one.target)
-        return replace(self, target=keyed[0], others=tuple(keyed[1:])), " ".join(outputs)
-
-    def outputs_hash(self) -> str:
-        """A hash of what the model returns for two fixed samples at two times; 4 evaluations."""
-        digest = hashlib.blake2b(digest_size=16)
-        batch = replace(self.alone, seed=0).batch("probe", 0, 2)
-        predict = batch.predictor()
-        with torch.no_grad():
-            for u in (0.25, 0.75):
-                digest.update(tensor_bytes(predict(batch.noise, torch.tensor(u, dtype=torch.float64))))
-        for key, value in {**batch.cond, **(self.target.uncond or {})}.items():
-            digest.update(key.encode())
-            plain = isinstance(value, str | int | float | bool | list | tuple | None)
-            text = repr(value) if plain else type(value).__name__  # a repr may hold an address
-            digest.update(tensor_bytes(value) if isinstance(value, Tensor) else text.encode())
-        return digest.hexdigest()
+        whole, start = torch.zeros(len(parts), sum(sizes), dtype=torch.float64), 0
+        for k, size in enumerate(sizes):
+            for row, part in zip(whole, parts, strict=True):
+                row[self.mine(start, size)] = part[k].cpu().double()
+            start += size
+        self.all_reduce(whole)
+        if not bool(whole.isfinite().all()):
+            raise FloatingPointError("the model returned NaN or Inf along a rollout")
+        return list(whole)
 
 
 def targets_of(target: Target | Model | Sequence[Target], **description: Any) -> list[Target]:

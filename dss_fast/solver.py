@@ -211,6 +211,7 @@ class Solver:
             raise ValueError(f"a solver must be a JSON object, got {type(data).__name__}")
         if data.get("format") != FORMAT:
             raise ValueError(f"format={data.get('format')!r}: not a solver; expected {FORMAT!r}")
+        data = {key: value for key, value in data.items() if key != "checksum"}  # release 0.2 wrote one
         version = data.get("version")
         if type(version) is not int or version not in (1, VERSION):
             raise ValueError(f"version={version!r}: this release reads versions 1 and {VERSION}")
@@ -235,8 +236,8 @@ class Solver:
         return cls(data["timesteps"], tuple(rows), schedule, **fields)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the solver as sealed JSON: a temporary file beside ``path``, synced, then renamed over it."""
-        write_json(path, self.to_dict(), sealed=True)
+        """Writes the solver as JSON: a temporary file beside ``path``, synced, then renamed over it."""
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], schedule: Schedule | None = None) -> Solver:

@@ -2,51 +2,46 @@
 
 from __future__ import annotations
 
-import datetime
 import os
-import platform
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ..denoiser import modules_of
-from ..draws import Draws, targets_of
+from ..denoiser import frozen
 from ..files import check_writable
 from ..solver import Solver
 from ..target import Model, Target
-from .ledger import Ledger
-from .lion import Lion
-from .plan import Plan, evaluations_in, plan, planned
-from .probe import CALLS, PLAUSIBLE_CALLS, Cost, doubt, probe
-from .processes import join_processes
-from .runs import RunFolder, SearchResult, drive
-from .settings import described
-from .two_stage import GaussNewton
+from .budget import Ledger, default_budget, evaluations_in
+from .descent import descend
+from .job import Job, prepare
+from .lion import imitate
+from .plan import Plan, plan, planned
+from .probe import CALLS, KEYLESS, PLAUSIBLE_CALLS, doubt, identity, probe
+from .processes import agreed, from_first, joined
+from .result import Event, SearchResult
+from .runs import RunFolder, follow, opened
+from .settings import METHODS, GaussNewton, Lion, Method
 
-__all__ = ["METHODS", "Lion", "Plan", "SearchResult", "GaussNewton", "plan", "search"]
+__all__ = ["METHODS", "Event", "GaussNewton", "Lion", "Plan", "SearchResult", "plan", "search"]
 
 LOOK = 0.02  # at most this part of the budget goes into whether the schedule is plausible
-
-FAILED = "dss_fast/failed"
-
-METHODS: dict[str, type[GaussNewton] | type[Lion]] = {"gauss_newton": GaussNewton, "lion": Lion}
+RUN: dict[str, Callable[[Job, Ledger, dict[str, Any] | None], Iterator[Event]]] = {
+    GaussNewton.name: descend,
+    Lion.name: imitate,
+}
 
 
 def search(
     target: Target | Model | Sequence[Target],
     num_steps: int | Sequence[int],
     *,
-    method: str | GaussNewton | Lion = "gauss_newton",
+    method: str | Method = "gauss_newton",
     initial: str | Solver | None = None,
     budget: int | str | None = None,
     seed: int | torch.Generator = 0,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    cache: str | os.PathLike[str] | None = None,
     progress: bool = True,
     report: bool = True,
     **description: Any,
@@ -68,236 +63,89 @@ def search(
         checks and rejected steps count), or a time, ``"20min"``, which one forward and one backward of the model turn
         into evaluations. None: the method's. :func:`plan` says what one takes.
     seed: settles all noise and conditions; a Generator gives one number. Global generators stay as they are.
-    out: a run folder: config, log, checkpoints, solvers, a report. resume: continue the search in it, to
-        the bit-identical table. cache: a folder for teacher trajectories; ``out/teacher`` by default.
+    out: a run folder: config, log, checkpoint, solvers, a report. resume: continue the search in it, to
+        the bit-identical table.
     progress: print the plan and show a bar. report: write report.html, and report.md with its
-        pictures, into ``out``.
+        pictures, into ``out``; its evaluations are not part of the budget.
 
     Under torchrun the samples are shared by the processes; rank 0 reports. Ctrl-C ends the search with the
     best solver so far. Raises ValueError for what does not fit, OSError for a folder that cannot be
     written, both before any work; FloatingPointError for NaN or Inf, with ``error.result`` the best so far.
     """
-    steps = _steps(num_steps)
-    settings = _method(method)
-    if isinstance(budget, str):
-        evaluations_in(budget, Cost(1.0, 0))  # what is no time is refused before any work
-    elif budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
-        raise ValueError(f"budget={budget!r}: give a whole number from 1, or a time such as '20min'")
-    joined = join_processes()
-    targets = targets_of(target, **description)
-    if any(one.shape is None for one in targets):
-        raise ValueError("the shape of one sample is not known: give it, as in search(Target(model, (4, 32, 32)), 10)")
-    if len(targets) > 1 and not isinstance(settings, GaussNewton):
-        raise ValueError(f"method={settings.name!r} takes one target, not {len(targets)}; use 'gauss_newton'")
-    by_features = isinstance(settings, GaussNewton) and settings.select == "features"
-    if by_features and len({one.features is None for one in targets}) > 1:
-        raise ValueError("select='features': some of the targets have features and some have none; give all of them")
-    if isinstance(seed, torch.Generator):
-        seed = int(torch.randint(2**62, (1,), generator=seed, device=seed.device))
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"seed={seed!r}: give a whole number or a torch.Generator")
-    draws = Draws.of(targets, seed)
-    ledger = Ledger(settings.budget(steps) if budget is None else None if isinstance(budget, str) else budget)
-    config = _config(draws, settings, steps, initial, budget)
     if out is not None:
         check_writable(out)  # before any call of the model
-    folder = None
-    try:
-        folder, checkpoint = _open(out, config, resume, draws)
-        if isinstance(budget, str) and checkpoint is not None:
-            ledger.budget = checkpoint["budget"]  # what the time came to when it began
-        finished = checkpoint is not None and _is_finished(checkpoint, ledger.budget)
-        own_cache = Path(out) / "teacher" if out is not None and cache is None else None
-        with _frozen([one.model for one in targets]):
-            if finished:  # the model is not called, unless the report is missing
-                assert checkpoint is not None
-                result = SearchResult.of(checkpoint, folder)
-            else:
-                if checkpoint is None:
-                    looks = CALLS * len(targets)
-                    if not ledger.affords(looks):
-                        raise ValueError(f"budget={budget!r}: the look at the model alone takes {looks}")
-                    cost = probe(draws, differentiated=not (isinstance(settings, GaussNewton) and settings.rounds == 0))
-                    ledger.spend_once("probe", looks)
-                    if isinstance(budget, str):
-                        ledger.budget = _from_first(draws, lambda: evaluations_in(str(budget), cost))
-                    if progress and draws.rank == 0:
-                        print(planned(draws, settings, steps, ledger.budget, cost))
-                    if ledger.affords(PLAUSIBLE_CALLS * len(targets) / LOOK):
-                        ledger.spend_once("plausible", sum(doubt(one) for one in draws.each))
-                unnamed = sum(one.key is None for one in targets)
-                if unnamed:
-                    models = [about["model"] for about in (config, *config.get("others", ()))]
-                    draws, config["outputs"] = draws.fingerprinted(models)
-                    ledger.spend_once("fingerprint", 4 * unnamed)
-                if out is not None:
-                    _from_first(draws, lambda: folder.begin(config) if folder else None)
-                kept = None if cache is None else Path(cache)
-                state = checkpoint and checkpoint["state"]
-                events = settings.run(draws, ledger, steps, initial=initial, cache=own_cache or kept, state=state)
-                asked = draws.target.request if len(targets) == 1 else None
-                request = {"request": dict(asked)} if asked else {}
-                provenance = {**config, "name": "+".join(one.name for one in targets), **request}
-                result = drive(
-                    events,
-                    ledger,
-                    folder=folder,
-                    checkpoint=checkpoint,
-                    provenance=provenance,
-                    progress=progress,
-                    draws=draws,
-                )
-            if folder is not None and report and not result.interrupted:
-                _report(result, draws, config, again=not finished)
-        if own_cache is not None and not result.interrupted and draws.rank == 0:
-            shutil.rmtree(own_cache, ignore_errors=True)  # trajectories there only serve resuming
-    except Exception as error:
-        if draws.world > 1:
-            _name_the_first(error, draws.rank)
-        raise
-    finally:
-        if folder is not None:
-            folder.close()
-        if joined:  # after an error too: leaving the group frees those who wait for this process
-            torch.distributed.destroy_process_group()
+    with joined(), torch.inference_mode(False), torch.enable_grad():
+        asked: dict[str, Any] = {"method": method, "initial": initial, "budget": budget, "seed": seed}
+        job = prepare(target, num_steps, **asked, **description)
+        with opened(out, job, resume) as (folder, checkpoint), frozen([one.model for one in job.draws.targets]):
+            result, config = run(job, folder, checkpoint, progress)
+            if report and folder is not None and not result.interrupted:
+                finish(job, result, config)
     return result
 
 
-def _name_the_first(error: Exception, rank: int) -> None:
-    """Leaves word of an error for the other processes, which see a closed connection only, or adds what they left."""
-    with suppress(RuntimeError):  # the process that keeps the store may be the one that is gone
-        store = torch.distributed.distributed_c10d._get_default_store()
-        if store.check([FAILED]):
-            error.add_note(f"the first to fail was {store.get(FAILED).decode()}")
-        else:
-            store.set(FAILED, f"process {rank}: {type(error).__name__}: {error}")
+def run(
+    job: Job, folder: RunFolder | None, checkpoint: dict[str, Any] | None, progress: bool
+) -> tuple[SearchResult, dict[str, Any]]:
+    """Looks at the model, then searches, or goes on from a checkpoint; what was found, and all that was asked."""
+    timed = isinstance(job.budget, str)
+    ledger = Ledger(job.budget if isinstance(job.budget, int) else None)
+    if job.budget is None:
+        ledger.budget = default_budget(job.settings, job.steps)
+    if checkpoint is None:
+        config = _looked_at(job, ledger, progress)
+    else:
+        ledger.budget = checkpoint["budget"] if timed else ledger.budget  # what the time came to when it began
+        config = _identified(job)
+    from_first(job.draws, lambda: folder.check(config) if folder else None)
+    if checkpoint is not None and _is_finished(checkpoint, ledger.budget):
+        history, out = (folder.history, folder.path) if folder else ([], None)
+        found = SearchResult(
+            checkpoint["solvers"], history, checkpoint["evaluations"], False, out, checkpoint["starts"]
+        )
+        if folder:
+            folder.save_solvers(found.solvers)
+        return found, config
+    events = RUN[job.settings.name](job, ledger, checkpoint and checkpoint["state"])
+    return follow(events, job, ledger, config, folder=folder, checkpoint=checkpoint, progress=progress), config
 
 
-def _report(result: SearchResult, draws: Draws, config: dict[str, Any], again: bool) -> None:
-    """Writes the report; Ctrl-C leaves it out. again: also where there is one."""
-    from ..report import FILES, write_report
-
-    assert result.out is not None
-    try:
-        if again or not all((result.out / name).exists() for name in FILES):
-            write_report(result, draws, config)
-    except KeyboardInterrupt:
-        print(f"interrupted: the search is finished and saved in {result.out}, without its report")
+def finish(job: Job, result: SearchResult, config: Mapping[str, Any]) -> None:
+    """Writes the report. Nothing that it raises loses what was found."""
+    ...
 
 
-def _config(
-    draws: Draws,
-    settings: GaussNewton | Lion,
-    steps: tuple[int, ...],
-    initial: str | Solver | None,
-    budget: int | str | None,
-) -> dict[str, Any]:
-    """What a run folder says of a search, and a resumed one must say too."""
-    about = [
-        {
-            "shape": one.target.shape,
-            "guidance_scale": one.target.guidance_scale,
-            "guided_channels": one.target.guided_channels,
-            "model": one.target.key or one.parameters_hash(),
-        }
-        for one in draws.each
-    ]
-    return {
-        "method": settings.name,
-        "settings": described(settings),
-        "num_steps": steps,
-        "initial": initial.to_dict() if isinstance(initial, Solver) else initial,
-        "schedule": draws.schedule.to_dict(),
-        **about[0],
-        **({"others": about[1:]} if draws.others else {}),
-        "dtype": str(draws.target.dtype),
-        "seed": draws.seed,
-        "budget": budget,
-        "processes": draws.world,
-        "versions": {"dss_fast": _version(), "torch": torch.__version__, "python": platform.python_version()},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+def _looked_at(job: Job, ledger: Ledger, progress: bool) -> dict[str, Any]:
+    """What the search is for, after the model has shown that it can be searched; prints the plan.
+
+    Raises ValueError where it cannot, or where the processes have different models.
+    """
+    draws, looks = job.draws, CALLS * len(job.draws.targets)
+    if not ledger.affords(looks):
+        raise ValueError(f"budget={job.budget!r}: the look at the model alone takes {looks}")
+    cost = probe(draws, job.differentiated)
+    ledger.spend_once("probe", looks)
+    config = _identified(job)
+    if isinstance(job.budget, str):
+        limit = job.budget
+        ledger.budget = from_first(draws, lambda: evaluations_in(limit, cost))
+    if progress and draws.rank == 0:
+        print(planned(job, ledger.budget, cost))
+    if ledger.affords(PLAUSIBLE_CALLS * len(draws.targets) / LOOK):
+        ledger.spend_once("plausible", sum(doubt(one) for one in draws.each))
+    ledger.spend_once("identity", KEYLESS * sum(target.key is None for target in draws.targets))
+    return config
 
 
-def _open(
-    out: str | os.PathLike[str] | None, config: dict[str, Any], resume: bool, draws: Draws
-) -> tuple[RunFolder | None, dict[str, Any] | None]:
-    """Rank 0's run folder, and the checkpoint every rank goes on from."""
-    opened: list[RunFolder] = []
-
-    def checkpoint() -> dict[str, Any] | None:
-        assert out is not None
-        opened.append(RunFolder(out, config, resume))
-        return opened[0].checkpoint
-
-    found = None if out is None else _from_first(draws, checkpoint)
-    return (opened[0] if opened else None), found
+def _identified(job: Job) -> dict[str, Any]:
+    """All that is asked, with the identity of each target. Raises ValueError where processes have different ones."""
+    config = {**job.to_dict(), "targets": [identity(one) for one in job.draws.each]}
+    return agreed(job.draws, config)
 
 
-def _from_first(draws: Draws, work: Callable[[], Any]) -> Any:
-    """What some work of the first process returns, or raises, on every process: none is left waiting."""
-    found = error = None
-    if draws.rank == 0:
-        try:
-            found = work()
-        except Exception as failed:
-            error = failed
-    if draws.world > 1:
-        shared: list[Any] = [error, found]
-        torch.distributed.broadcast_object_list(shared, src=0)
-        error, found = shared
-    if error is not None:
-        raise error
-    return found
-
-
-def _is_finished(checkpoint: dict[str, Any], budget: int | None) -> bool:
+def _is_finished(checkpoint: Mapping[str, Any], budget: int | None) -> bool:
     """Whether nothing is left to do: the method said so, or a budget that was not raised since stopped it."""
     if not checkpoint["finished"]:
         return False
     before = checkpoint["budget"]
     return checkpoint["complete"] or before is None or (budget is not None and budget <= before)
-
-
-def _method(method: str | GaussNewton | Lion) -> GaussNewton | Lion:
-    """The settings of a method. Raises ValueError listing the methods."""
-    if isinstance(method, GaussNewton | Lion):
-        return method
-    if method not in METHODS:
-        raise ValueError(
-            f"method={method!r}: choose {' or '.join(map(repr, METHODS))}, or give GaussNewton or Lion settings"
-        )
-    return METHODS[method]()
-
-
-def _steps(num_steps: int | Sequence[int]) -> tuple[int, ...]:
-    steps = (num_steps,) if isinstance(num_steps, int) else tuple(num_steps)
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in steps)
-    if not steps or not whole or len(set(steps)) != len(steps):
-        raise ValueError(f"num_steps={num_steps!r}: give a whole number from 1, or several different ones")
-    return steps
-
-
-@contextmanager
-def _frozen(models: Sequence[Model]) -> Iterator[None]:
-    """The models' modules in eval mode, their parameters out of autograd, for the search; then as they were."""
-    modules = [part for model in models for module in modules_of(model) for part in module.modules()]
-    parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)]
-    before = [p.requires_grad for p in parameters], [m.training for m in modules]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        for module in modules:
-            module.training = False
-        yield
-    finally:
-        for parameter, wanted in zip(parameters, before[0], strict=True):
-            parameter.requires_grad_(wanted)
-        for module, mode in zip(modules, before[1], strict=True):
-            module.training = mode
-
-
-def _version() -> str:
-    from .. import __version__
-
-    return __version__

@@ -1,4 +1,4 @@
-"""The mathematics of stage 2: robust least squares from two rows of the Jacobian a sample, and the damped step.
+"""The algebra of the search: robust least squares from two rows of the Jacobian a sample, and the damped step.
 
 For sample b with residual e_b and J_b = d x_N / d theta, a backward with cotangent e_b gives J_b' e_b: its sum is
 the gradient, and divided by |e_b| it is the row of J_b along the residual. A second backward, for half of
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 MEMORY = 0.5  # of J'J from one round to the next
+ROBUST = 10.0  # medians of |r|^2 at which a sample counts half
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,273 +12,200 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..draws import Draws
+from ..distance import squares
 from ..names import find_solver
 from ..schedule import VP, Schedule
 from ..solver import Solver
-from ..table import StepTable
 from ..target import Samples
 from ..trajectory import sent
-from ..unroll import unroll
-from .ledger import Ledger
-from .settings import check_counts, graph_memory
-from .store import Store
+from ..unroll import Rollout, unroll
+from .best import Best, better
+from .budget import Ledger
+from .job import Job
+from .result import Event
+from .rounds import Candidate, graph_memory
+from .settings import Lion
+from .space import Space
+from .teacher import Shelf
+
+MEMORY = 2 << 30  # bytes of kept trajectories on the host; what exceeds them is on the disk
 
 
-@dataclass(frozen=True)
-class Lion:
-    """Settings of Algorithms 1 (flow) and 2 (VP) of the paper. All N share each batch and its teacher trajectory.
+@dataclass(eq=False)
+class Point:
+    """Where Lion stands for one N: theta, a leaf, its momentum, and the best table of all looks."""
 
-    samples, batch_size: trajectories in all, and per step of Lion. unique_samples: repeat so many of them
-        (a multiple of batch_size), their trajectories kept. None: each is new.
-    lr, betas, weight_decay: of Lion (arXiv 2302.06675).
-    huber_weight: of 1000 * Huber(huber_delta) on the last point; 0 leaves the trajectory MSE alone.
-    teacher_steps: of Euler; for VP the points of DDIM.
-    short_tail: the last two rows use the immediately preceding output only; None: for N = 5 and 6.
-    check_every: batches between looks at ``check_samples`` held-out ones, 20 looks by default. The solver
-        with the smallest held-out error at the end point is kept. check_samples=0: the last is.
-    memory: bytes of kept trajectories, see ``Teacher``. memory_budget: of a rollout's graphs, see ``unroll``; by
-        default 512 MB, on a GPU half of its free memory.
-    """
+    space: Space
+    theta: Tensor
+    momentum: Tensor
+    best: Best | None = None
 
-    samples: int = 50_000
-    batch_size: int = 32
-    unique_samples: int | None = None
-    lr: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
-    huber_weight: float = 1000.0
-    huber_delta: float = 1e-3
-    teacher_steps: int = 100
-    short_tail: bool | None = None
-    check_every: int | None = None
-    check_samples: int = 128
-    memory: int = 2 << 30
-    memory_budget: int | float | None = None
-    name: ClassVar = "lion"
+    @classmethod
+    def at(cls, space: Space, solver: Solver) -> Point:
+        """At a table. Equal steps get raws of 1, as the paper starts, which matters to weight decay alone."""
+        theta = space.theta(solver)
+        theta[: space.num_steps] += 1
+        return cls(space, theta.requires_grad_(), torch.zeros_like(theta))
 
-    def __post_init__(self) -> None:
-        check_counts(self, "samples", "batch_size", "unique_samples", "teacher_steps", "check_every")
-        check_counts(self, "check_samples", "memory", least=0)
-        unique = self.unique_samples
-        if unique is not None and unique < self.samples and unique % self.batch_size:
-            raise ValueError(f"unique_samples={unique!r}: give a multiple of batch_size={self.batch_size}")
+    def solver(self) -> Solver:
+        """The table of the smallest held-out error, or the present one where none was ever measured."""
+        return self.space.solver(self.theta.detach() if self.best is None else self.best.theta)
 
-    def budget(self, steps: tuple[int, ...]) -> int | None:
-        """The evaluations spent when the user sets no limit: ``samples`` settles them."""
-        return None
 
-    def run(
-        self,
-        draws: Draws,
-        ledger: Ledger,
-        steps: tuple[int, ...],
-        *,
-        initial: str | Solver | None = None,
-        cache: Path | None = None,
-        state: dict[str, Any] | None = None,
-    ) -> Iterator[dict[str, Any]]:
-        """The events of a search, see ``runs``."""
-        update, schedule = _lion_update(), draws.schedule
-        total = math.ceil(self.samples / self.batch_size)
-        check_every = self.check_every or max(1, total // 20)
-        points = {n: _Point(n, schedule, initial, self.short_tail) for n in steps}
-        done = 0
-        if state is not None:
-            done = state["done"]
-            for n, point in points.items():
-                point.load(state["points"][n])
+class Recipe:
+    """What the paper's search computes: its loss on batches of a teacher of first order, and looks at held-out ones."""
 
-        def event(**values: Any) -> dict[str, Any]:
-            return {
-                "stage": "lion",
-                "done": done,
-                "total": total,
-                "unit": "batches",
-                "complete": done == total,
-                "solvers": {n: point.best() for n, point in points.items()},
-                "state": {"done": done, "points": {n: p.save() for n, p in points.items()}},
-                **values,
-            }
+    def __init__(self, job: Job, ledger: Ledger) -> None:
+        assert isinstance(job.settings, Lion)
+        self.draws, self.ledger, self.settings = job.draws, ledger, job.settings
+        self.calls = len(paper_points(job.draws.schedule, self.settings.teacher_steps)) - 1
+        size, unique, samples = self.settings.batch_size, self.settings.unique_samples, self.settings.check_samples
+        self.repeats = unique is not None and unique < self.settings.samples
+        self.numbers = (unique or 0) // size if self.repeats else math.ceil(self.settings.samples / size)
+        self.held_out = [min(size, samples - k) for k in range(0, samples, size)]
+        self._shelf = Shelf(MEMORY)
+        self._made: dict[tuple[str, int], Tensor] = {}
 
-        described = {"kind": "paper", "steps": self.teacher_steps, "batch_size": self.batch_size}
-        kept = None
-        if self.unique_samples is not None and self.unique_samples < self.samples:
-            kept = Store(draws, described, cache=cache, memory=self.memory)
-        numbers = (self.unique_samples or self.samples) // self.batch_size if kept else total
-        calls = len(paper_points(schedule, self.teacher_steps)) - 1
-        held_out = _HeldOut(draws, ledger, self, cache)
+    def cost(self, number: int, steps: tuple[int, ...]) -> int:
+        """Evaluations of a batch for these N: its teacher, where it is new, a forward and a backward."""
+        new = not self.repeats or number < self.numbers
+        return self.settings.batch_size * (self.calls * new + 3 * sum(steps))
 
-        if state is None:
-            yield event(state=None)
-            if self.check_samples and ledger.affords(held_out.cost(steps)):
-                yield event(held_out={n: point.offer(held_out.error(point)) for n, point in points.items()})
-        while done < total:
-            number = done % numbers
-            new = kept is None or done < numbers
-            if not ledger.affords(self.batch_size * (calls * new + 3 * sum(steps))):
-                break
-            batch = draws.batch("train", number, self.batch_size)
-            trajectory = _paper_states(batch, self.teacher_steps, kept, number)
-            if new:
-                ledger.spend(self.batch_size * calls)
-            losses = {}
-            for n, point in points.items():
-                loss = self._loss(point, batch, trajectory)
-                gradients = torch.autograd.grad(loss, point.parameters)
-                loss = loss.detach()
-                draws.all_reduce(loss, *gradients)
-                ledger.spend(self.batch_size * 3 * n)
-                if not all(bool(v.isfinite().all()) for v in (loss, *gradients)):
-                    raise FloatingPointError(
-                        f"the loss of N = {n} is {float(loss):.4g} with gradients not all finite, at batch "
-                        f"{done} of {total}; a smaller lr than {self.lr} may help"
-                    )
-                with torch.no_grad():
-                    for value, gradient, moment in zip(point.parameters, gradients, point.moments, strict=True):
-                        update(value, gradient, moment, self.lr, self.weight_decay, *self.betas)
-                losses[n] = float(loss)
-            done += 1
-            looks = {}
-            due = self.check_samples and (done % check_every == 0 or done == total)
-            if due and ledger.affords(held_out.cost(steps)):
-                looks = {"held_out": {n: point.offer(held_out.error(point)) for n, point in points.items()}}
-            yield event(loss=losses, **looks)
+    def batch(self, number: int) -> tuple[Samples, Tensor]:
+        """A batch and its teacher's states (B, L + 1, *S)."""
+        k = number % self.numbers
+        batch = self.draws.batch("train", k, self.settings.batch_size)
+        states = self._states("train", k, batch, keep=self.repeats)
+        if not self.repeats or number < self.numbers:
+            self.ledger.spend(self.settings.batch_size * self.calls)
+        return batch, states
 
-    def _loss(self, point: _Point, batch: Samples, trajectory: Tensor) -> Tensor:
-        """The loss of this process's rows; summed over processes it is that of the batch."""
-        states, timesteps = _states(point, batch, graph_memory(self.memory_budget, batch.noise.device))
+    def loss(self, point: Point, batch: Samples, trajectory: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss over all processes and its gradient in theta."""
+        n = point.space.num_steps
+        table = point.space.table(point.theta, batch.guidance).to(batch.noise.device, batch.noise.dtype)
+        memory = graph_memory(batch.noise.device)
+        states = unroll(batch.denoiser(None), batch.noise, table.weights, table.times, memory_budget=memory)
         last = trajectory.shape[1] - 1
-        nearest = (timesteps[1:].detach() * last).round().long().clamp(0, last).to(trajectory.device)
+        timesteps = point.space.numbers(point.theta.detach())["timesteps"]
+        nearest = (timesteps[1:] * last).round().long().clamp(0, last).to(trajectory.device)
         real = torch.promote_types(states.dtype, torch.float32)
         difference = (states - sent(trajectory[:, nearest], states.device)).to(real)
         share = batch.size * difference[0, 0].numel()
         loss = difference.square().sum() / share
-        if self.huber_weight:
-            end = difference[:, -1]
-            huber = torch.nn.functional.huber_loss(end, torch.zeros_like(end), reduction="sum", delta=self.huber_delta)
-            loss = loss + self.huber_weight * huber / share
-        return loss
+        if self.settings.huber_weight:
+            end, delta = difference[:, -1], self.settings.huber_delta
+            huber = torch.nn.functional.huber_loss(end, torch.zeros_like(end), reduction="sum", delta=delta)
+            loss = loss + self.settings.huber_weight * huber / share
+        (gradient,) = torch.autograd.grad(loss, point.theta)
+        loss = loss.detach()
+        self.draws.all_reduce(loss, gradient)
+        self.ledger.spend(3 * self.settings.batch_size * n)
+        return loss, gradient
 
-
-class _Point:
-    """A point of the paper's space: raws (N,) and the free entries of the strict triangle, float64."""
-
-    def __init__(self, num_steps: int, schedule: Schedule, initial: str | Solver | None, short_tail: bool | None):
-        n = self.num_steps = num_steps
-        self.schedule = schedule
-        row, column = torch.tril_indices(n, n, -1)
-        if n in (5, 6) if short_tail is None else short_tail:
-            free = (row < n - 2) | (column == row - 1)
-            row, column = row[free], column[free]
-        self.places = row, column
-        start = find_solver(initial or "euler", schedule, n)
-        if start.num_steps != n:
-            raise ValueError(f"initial={start.name!r} has {start.num_steps} steps; the search is for {n}")
-        start.on(schedule)
-        if start.free_rows or start.noise_coeffs is not None or start.network_timesteps is not None:
-            raise ValueError(
-                f"initial={start.name!r} has free rows, noise weights or network times, which the paper's space has "
-                "not; search with method='gauss_newton'"
-            )
-        table = start.tensors()
-        timesteps, coeffs = table["timesteps"], table["coeffs"]
-        assert timesteps is not None and coeffs is not None
-        left = torch.tril(coeffs, -1).index_put(self.places, torch.zeros(len(row), dtype=torch.float64))
-        if bool(left.any()):
-            raise ValueError(
-                f"initial={start.name!r} uses more than the preceding output in its last two rows, which short_tail "
-                "leaves out; pass Lion(short_tail=False)"
-            )
-        # Equal steps give raws of 1, the paper's start.
-        self.raws = 1 + (timesteps.diff() * n).log()
-        self.lower = coeffs[self.places]
-        self.parameters = [self.raws.requires_grad_(), self.lower.requires_grad_()]
-        self.moments = [torch.zeros_like(p) for p in self.parameters]
-        self.best_error = math.inf
-        self.chosen = [p.detach().clone() for p in self.parameters]
-
-    def table(self) -> tuple[Tensor, Tensor]:
-        """timesteps (N + 1,) and coeffs (N, N), differentiable."""
-        return point_table(self.raws, self.lower, self.places)
-
-    def offer(self, error: float) -> float:
-        """Keeps the present values if their held-out error is the smallest so far."""
-        if error < self.best_error:
-            self.best_error, self.chosen = error, [p.detach().clone() for p in self.parameters]
-        return error
-
-    def best(self) -> Solver:
-        """The table of the smallest held-out error, or the present one where none was ever measured."""
-        values = self.parameters if math.isinf(self.best_error) else self.chosen
-        raws, lower = (v.detach() for v in values)
-        _, coeffs = point_table(raws, lower, self.places)
-        rows = [row[:i] for i, row in enumerate(coeffs.tolist())]
-        return Solver.from_timedeltas(torch.softmax(raws, 0).tolist(), rows, self.schedule)
-
-    def save(self) -> dict[str, Any]:
-        """The state that :meth:`load` continues from, bit for bit."""
-        return {
-            "raws": self.raws.detach().clone(),
-            "lower": self.lower.detach().clone(),
-            "moments": [moment.clone() for moment in self.moments],
-            "chosen": list(self.chosen),
-            "best_error": self.best_error,
-        }
-
-    def load(self, saved: dict[str, Any]) -> None:
-        """Goes on from what :meth:`save` returned."""
-        with torch.no_grad():
-            self.raws.copy_(saved["raws"])
-            self.lower.copy_(saved["lower"])
-        self.moments = [moment.clone() for moment in saved["moments"]]
-        self.chosen, self.best_error = list(saved["chosen"]), saved["best_error"]
-
-
-class _HeldOut:
-    """The end-point error on noise that is never trained on, against the same teacher."""
-
-    def __init__(self, draws: Draws, ledger: Ledger, settings: Lion, cache: Path | None):
-        self.draws, self.ledger, self.teacher_steps = draws, ledger, settings.teacher_steps
-        samples, batch_size = settings.check_samples, settings.batch_size
-        self.sizes = [min(batch_size, samples - k) for k in range(0, samples, batch_size)]
-        self.calls = len(paper_points(draws.schedule, self.teacher_steps)) - 1
-        described = {"kind": "paper end", "steps": self.teacher_steps, "sizes": self.sizes}
-        self.store = Store(draws, described, cache=cache) if samples else None
-
-    def cost(self, steps: tuple[int, ...]) -> int:
-        """Evaluations of one look at solvers of these N."""
+    def affords_look(self, steps: tuple[int, ...]) -> bool:
+        """Whether there are held-out samples and the budget allows a look at tables of these N."""
         new = "held-out teacher" not in self.ledger.counted
-        return sum(self.sizes) * (sum(steps) + self.calls * new)
+        return bool(self.held_out) and self.ledger.affords(sum(self.held_out) * (sum(steps) + self.calls * new))
 
     @torch.no_grad()
-    def error(self, point: _Point) -> float:
-        """Root mean square over samples, elements and processes."""
-        sums = torch.zeros(2, dtype=torch.float64)
-        for k, size in enumerate(self.sizes):
+    def look(self, point: Point) -> float:
+        """The root mean square error of the end points on noise that is never trained on, against the same teacher;
+        infinite where one diverges."""
+        candidate, errors = Candidate(point.space, point.theta.detach(), (1.0,)), []
+        for k, size in enumerate(self.held_out):
             batch = self.draws.batch("held_out", k, size)
-            target = _paper_states(batch, self.teacher_steps, self.store, k, last=True)
-            states, _ = _states(point, batch, None)
-            error = (states[:, -1] - sent(target[:, -1], states.device)).double().square()
-            sums += torch.tensor([float(error.sum()), error.numel()], dtype=torch.float64)
-        self.ledger.spend_once("held-out teacher", sum(self.sizes) * self.calls)
-        self.ledger.spend(sum(self.sizes) * point.num_steps)
-        self.draws.all_reduce(sums)
-        return float((sums[0] / sums[1]).sqrt())
+            end = self._states("held_out", k, batch, keep=True)[:, -1]
+            states = Rollout(batch.denoiser(None), batch.noise, *candidate.table(batch), wrt=()).states
+            errors.append(squares(states[:, -1], sent(end, states.device)))
+        self.ledger.spend_once("held-out teacher", sum(self.held_out) * self.calls)
+        self.ledger.spend(sum(self.held_out) * point.space.num_steps)
+        try:
+            return float(self.draws.gathered(self.held_out, errors)[0].mean().sqrt())
+        except FloatingPointError:
+            return math.inf
+
+    def _states(self, stream: str, k: int, batch: Samples, keep: bool) -> Tensor:
+        """The teacher's states of a batch, of a held-out one the last; on the host where they are kept."""
+        found = self._made.get((stream, k))
+        if found is None:
+            found = paper_trajectory(batch.predictor(None), batch.noise, batch.schedule, self.settings.teacher_steps)
+            found = found[:, -1:] if stream == "held_out" else found
+            if keep:
+                found = self._made[stream, k] = self._shelf.kept(found)
+        return found
 
 
-def point_table(raws: Tensor, lower: Tensor, places: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """timesteps (N + 1,) and coeffs (N, N) from raws (N,) and the triangle's free entries; differentiable."""
-    n = len(raws)
-    timesteps = torch.cat([raws.new_zeros(1), torch.softmax(raws, 0).cumsum(0)])
-    triangle = raws.new_zeros(n, n).index_put(places, lower)
-    return timesteps, triangle + torch.diag(1 - triangle.sum(1))
+def imitate(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> Iterator[Event]:
+    """The events of a search by the paper's recipe. saved: the state of one to go on with."""
+    settings, steps, recipe = job.settings, job.steps, Recipe(job, ledger)
+    assert isinstance(settings, Lion)
+    total = math.ceil(settings.samples / settings.batch_size)
+    starts = job.initial or {n: find_solver("euler", job.draws.schedule, n) for n in steps}
+    points = {n: Point.at(settings.space_of(job.draws.schedule, n), starts[n]) for n in steps}
+    done = 0
+    if saved is not None:
+        done = saved["done"]
+        for n, point in points.items():
+            _load(point, saved["points"][n])
+
+    def look() -> dict[int, float]:
+        errors = {n: recipe.look(point) for n, point in points.items()}
+        for n, point in points.items():
+            point.best = better(point.best, point.theta.detach(), errors[n])
+        return errors
+
+    def event(*, resumable: bool = True, **told: Any) -> Event:
+        state = {"done": done, "points": {n: _saved(point) for n, point in points.items()}}
+        solvers = {n: point.solver() for n, point in points.items() if done or point.best}
+        return Event(
+            "lion", done, total, solvers, starts, state if resumable else None, done == total, "batches", **told
+        )
+
+    if saved is None:
+        yield event(resumable=False)
+        if recipe.affords_look(steps):
+            yield event(held_out=look())
+    every = settings.check_every or max(1, total // 20)
+    while done < total and ledger.affords(recipe.cost(done, steps)):
+        batch, trajectory = recipe.batch(done)
+        losses = {n: _step(point, recipe, batch, trajectory, f"batch {done} of {total}") for n, point in points.items()}
+        done += 1
+        due = done % every == 0 or done == total
+        yield event(loss=losses, held_out=look() if due and recipe.affords_look(steps) else {})
+
+
+def _step(point: Point, recipe: Recipe, batch: Samples, trajectory: Tensor, where: str) -> float:
+    """One step of Lion; its loss. Raises FloatingPointError when that or its gradient is NaN or Inf."""
+    from lion_pytorch.lion_pytorch import update_fn  # the Optimizer beside it imports the compiler, seconds
+
+    settings = recipe.settings
+    loss, gradient = recipe.loss(point, batch, trajectory)
+    if not bool(loss.isfinite() & gradient.isfinite().all()):
+        raise FloatingPointError(
+            f"the loss of N = {point.space.num_steps} is {float(loss):.4g} with gradients not all finite, at {where}; "
+            f"a smaller lr than {settings.lr} may help"
+        )
+    with torch.no_grad():
+        update_fn(point.theta, gradient, point.momentum, settings.lr, settings.weight_decay, *settings.betas)
+    return float(loss)
+
+
+def _saved(point: Point) -> dict[str, Any]:
+    best = None if point.best is None else vars(point.best)
+    return {"theta": point.theta.detach().clone(), "momentum": point.momentum.clone(), "best": best}
+
+
+def _load(point: Point, saved: dict[str, Any]) -> None:
+    with torch.no_grad():
+        point.theta.copy_(saved["theta"])
+    point.momentum = saved["momentum"].clone()
+    point.best = None if saved["best"] is None else Best(**saved["best"])
 
 
 def paper_points(schedule: Schedule, num: int = 100) -> Tensor:
@@ -305,31 +232,3 @@ def paper_trajectory(
         x = float(a[i]) * x + float(b[i]) * y
         states.append(x)
     return torch.stack(states, 1)
-
-
-def _states(point: _Point, batch: Samples, memory_budget: int | float | None) -> tuple[Tensor, Tensor]:
-    """The rollout's states x_1..x_N, (B, N, *S), and the timesteps; differentiable in the point."""
-    timesteps, coeffs = point.table()
-    table = StepTable.build(point.schedule, timesteps, coeffs, guidance=batch.guidance)
-    table, x = table.to(batch.noise.device, batch.noise.dtype), batch.noise
-    return unroll(batch.denoiser(None), x, table.weights, table.times, memory_budget=memory_budget), timesteps
-
-
-def _paper_states(batch: Samples, num: int, kept: Store | None, number: int, last: bool = False) -> Tensor:
-    """The teacher's states of a batch, (B, L + 1, *S), or the last one only; where the store has them, if it does."""
-    found = None if kept is None else kept.find(number, batch)
-    if found is None:
-        states = paper_trajectory(batch.predictor(None), batch.noise, batch.schedule, num)
-        found = {"states": states[:, -1:] if last else states}
-        if kept is not None:
-            found = kept.keep(number, batch, found)
-    return found["states"]
-
-
-def _lion_update() -> Callable[..., None]:
-    """Lion's update of one tensor, of the lion-pytorch package. Its Optimizer would import the compiler, seconds."""
-    try:
-        from lion_pytorch.lion_pytorch import update_fn
-    except ImportError as error:
-        raise ImportError("method='lion' needs lion-pytorch: pip install 'dss_fast[search]'") from error
-    return update_fn

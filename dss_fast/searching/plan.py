@@ -1,21 +1,79 @@
-"""Plan: what a search will take, said before it starts."""
+"""Plan: what a search will take, said before it starts, and how many samples its budget pays for."""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..draws import Draws, targets_of
 from ..target import Model, Target
-from .lion import Lion
-from .probe import Cost, probe
-from .two_stage import GaussNewton
+from .budget import Cost, default_budget
+from .job import Job, prepare
+from .probe import probe
+from .settings import GaussNewton, Method
 
 # RMSE over the best hand-made solver's, by evaluations for each N: the mean over N = 5, 8, 10 on the exact mixture and
 # both MNIST models, for 10,000 and 40,000 over fewer of them (benchmarks/README.md).
 EXPECTED = ((1_000, 0.94), (3_000, 0.79), (10_000, 0.65), (40_000, 0.55), (120_000, 0.49))
-UNITS = {"s": 1, "sec": 1, "min": 60, "h": 3600}
+GROWTH = (0.12, 0.12, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.0)  # share of the samples in each round; then all of them
+LEAST = 12  # samples of a round, of a set that has so many
+BATCHES = 8  # of each target's samples at least, of LEAST or more: a round of few samples must be one of few calls
+FEW = 40  # samples of which none are held out: eight of them choose worse than the loss does
+RACE = 3  # rounds after which the best of several starts goes on
+RACERS = 3  # tables of different spacings at most to start from, of FEW samples or more
+SLACK = 1.25  # of the rounds' cost, for those that are rejected
+START_SHARE = 0.1  # of the budget, to find where to start
+LOOKS = 4  # at the held-out samples, that the plan counts on
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a budget pays for when no round is rejected: training and held-out samples and the teacher's calls."""
+
+    samples: int
+    held_out: int
+    calls: int
+
+    @classmethod
+    def of(cls, job: Job, budget: int) -> Sizes:
+        """The largest sets whose teacher, rounds and looks fit the budget; what the settings name is as they say."""
+        settings, steps, world = job.settings, job.steps, job.draws.world
+        assert isinstance(settings, GaussNewton)
+
+        def held_out(samples: int) -> int:
+            if settings.held_out_samples is not None:
+                return settings.held_out_samples
+            return 0 if samples < FEW else max(world, min(256, samples // 5))
+
+        def calls(samples: int) -> int:
+            return settings.teacher_evaluations or max(16 if samples < 64 else 24, 2 * max(steps))
+
+        def cost(samples: int) -> int:
+            planned = min(len(GROWTH), settings.rounds, 6 + samples // 8)
+            shares = GROWTH[:planned] + (racers_of(samples) - 1) * GROWTH[:RACE]
+            rounds = SLACK * sum(max(share, min(1.0, LEAST / samples)) for share in shares)
+            each = calls(samples) + sum(steps) * (1 + 4 * rounds)
+            looks = held_out(samples) * (calls(samples) + sum(steps) * LOOKS)
+            return math.ceil(samples * each + looks + START_SHARE * budget)
+
+        samples = settings.samples
+        if samples is None:
+            least = max(2, world) * len(job.draws.targets)
+            samples = max(least, bisect_right(range(1, 1 << 20), budget, key=cost))
+        return cls(samples, held_out(samples), calls(samples))
+
+    def batches(self, job: Job) -> tuple[int, int]:
+        """The sizes of a batch of training samples and of held-out ones; the batches of several targets take turns."""
+        targets, world, most = len(job.draws.targets), job.draws.world, job.settings.batch_size
+        each, held_out = -(-self.samples // targets), -(-self.held_out // targets)
+        size = max(-(-each // BATCHES), min(LEAST, -(-each // 2)))
+        return max(world, min(most, size)), max(1, min(most, held_out))
+
+
+def racers_of(samples: int) -> int:
+    """From how many tables at most a search with so many samples starts."""
+    return RACERS if samples >= FEW else 1
 
 
 @dataclass(frozen=True)
@@ -64,37 +122,22 @@ def plan(
     target: Target | Model | Sequence[Target],
     num_steps: int | Sequence[int],
     *,
-    method: GaussNewton | Lion | None = None,
+    method: str | Method = "gauss_newton",
     budget: int | None = None,
 ) -> Plan:
-    """What ``search`` with the same arguments will take. Costs 8 model evaluations for
-    each target."""
-    steps = (num_steps,) if isinstance(num_steps, int) else tuple(num_steps)
-    draws = Draws.of(targets_of(target))
-    return planned(draws, GaussNewton() if method is None else method, steps, budget, probe(draws, True))
+    """What ``search`` with the same arguments will take. Costs 8 model evaluations for each target."""
+    job = prepare(target, num_steps, method=method, budget=budget)
+    return planned(job, budget, probe(job.draws, True))
 
 
-def planned(draws: Draws, settings: GaussNewton | Lion, steps: tuple[int, ...], budget: int | None, cost: Cost) -> Plan:
+def planned(job: Job, budget: int | None, cost: Cost) -> Plan:
     """The plan of a search whose model was measured."""
-    budget = settings.budget(steps) if budget is None else budget
-    samples, size = settings.samples, settings.batch_size
-    if isinstance(settings, GaussNewton) and budget is not None:
-        samples, held_out, _ = settings.sizes(draws, budget, steps)
-        size, _ = settings.batches(draws, samples, held_out)
-    return Plan(steps, budget, samples, cost, size)
-
-
-def evaluations_in(limit: str, cost: Cost) -> int:
-    """How many evaluations fit a time like ``"20min"``. Raises ValueError for what is no time."""
-    number = limit.rstrip("abcdefghijklmnopqrstuvwxyz ")
-    unit = limit[len(number) :].strip()
-    try:
-        seconds = float(number) * UNITS[unit]
-    except (ValueError, KeyError):
-        seconds = 0.0
-    if not (seconds > 0 and math.isfinite(seconds)):
-        raise ValueError(f"budget={limit!r}: give evaluations, or a time such as '20min' ({', '.join(UNITS)})")
-    return max(1, int(seconds / cost.seconds))
+    budget = default_budget(job.settings, job.steps) if budget is None else budget
+    samples, size = job.settings.samples, job.settings.batch_size
+    if isinstance(job.settings, GaussNewton) and budget is not None:
+        sizes = Sizes.of(job, budget)
+        samples, (size, _) = sizes.samples, sizes.batches(job)
+    return Plan(job.steps, budget, samples, cost, size)
 
 
 def expected(evaluations: float) -> float | None:

@@ -1,12 +1,14 @@
-"""Probe: what a model must show before a search spends anything on it."""
+"""Probe: what a model must show before a search spends anything on it, and what tells it from another."""
 
 from __future__ import annotations
 
+import hashlib
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +16,14 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..denoiser import NO_GRAPH
 from ..draws import Draws
+from ..files import tensor_bytes
 from ..schedule import PREDICTION_TYPES, VP, Flow, Schedule
 from ..trajectory import dense_grid, integrate
+from .budget import Cost
 
 SAMPLES = 2
 CALLS = 4 * SAMPLES  # :func:`probe` takes so many evaluations, its backward among them
+KEYLESS = 2 * SAMPLES  # :func:`identity` of a target without a key takes so many
 FINE, COARSE = 24, 16  # the two trajectories that must agree take so many calls
 PLAUSIBLE_CALLS = SAMPLES * (FINE + COARSE + 1)
 # Between these the root mean square of samples is plausible. Pixels in [-1, 1] and latents of unit variance have 0.2 to
@@ -30,14 +35,6 @@ AGREEMENT = 0.1
 # At pure noise the output's slope in the noise may miss the one it should have, 1 for epsilon, -1 or 1 for a velocity,
 # 0 for x0, by this much.
 SLOPE = 0.5
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one model evaluation of one sample takes: seconds, and the bytes that its graph saves for a backward."""
-
-    seconds: float
-    saved: int
 
 
 def probe(draws: Draws, differentiated: bool) -> Cost:
@@ -76,6 +73,39 @@ def probe(draws: Draws, differentiated: bool) -> Cost:
     float(output.detach().sum())  # the clock must wait for the device
     seconds = (time.perf_counter() - start) / (SAMPLES * (3 if differentiated else 1))
     return Cost(seconds, sum(kept.values()) // (2 * SAMPLES))
+
+
+def identity(draws: Draws) -> dict[str, Any]:
+    """What a target is and what it returns, as JSON data: two are one target where these are equal.
+
+    Hashed are the noise, conditions and guidance scales of two fixed samples, and, where the target has no ``key``,
+    what the model predicts for them at two times: ``KEYLESS`` evaluations.
+    """
+    target, batch = draws.target, replace(draws.alone, seed=0).batch("probe", 0, SAMPLES)
+    found = {
+        "shape": list(target.shape or ()),
+        "guidance_scale": target.guidance_scale,
+        "guided_channels": target.guided_channels,
+        "given": _hash({"noise": batch.noise, "scale": batch.scale, **batch.cond, **(target.uncond or {})}),
+    }
+    if target.key is not None:
+        return found | {"key": target.key}
+    with torch.no_grad():
+        times = torch.tensor([0.25, 0.75], dtype=torch.float64)
+        returned = {str(float(u)): batch.predictor()(batch.noise, u) for u in times}
+    return found | {"returned": _hash(returned)}
+
+
+def _hash(values: Mapping[str, Any]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in values.items():
+        digest.update(name.encode())
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype} {tuple(value.shape)}".encode() + tensor_bytes(value))
+        else:  # the repr of an object may hold its address
+            plain = isinstance(value, str | int | float | bool | list | tuple | None)
+            digest.update((repr(value) if plain else type(value).__name__).encode())
+    return digest.hexdigest()
 
 
 def doubt(draws: Draws) -> int:

@@ -1,35 +1,54 @@
-"""The processes that torchrun starts: how a search joins them."""
+"""The processes of a search: how those that torchrun starts find each other, and how all learn what one finds."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
+from ..draws import Draws
 
-def join_processes() -> bool:
-    """Joins the process group that torchrun describes in the environment; whether there was one to join.
+T = TypeVar("T")
+FAILED = "dss_fast/failed"
 
-    Each process takes the GPU of its local rank. PyTorch chooses the backend by the tensors: gloo and NCCL.
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """The process group that torchrun describes in the environment, for as long as the block runs.
+
+    Each process takes the GPU of its local rank. PyTorch chooses the backend by the tensors: gloo and NCCL. An error
+    is left for the other processes, which see a closed connection only, or gets what they left as a note. Without
+    torchrun, and in a group that is there already, nothing is joined or left.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or torch.distributed.is_initialized():
-        return False
-    take_local_device()
-    store, rank, world = _rendezvous()
-    # In the store lie the addresses of the searches before, where nobody answers, and their errors: hence a prefix.
-    own = torch.distributed.PrefixStore(f"dss_fast/{next(_groups)}", store)
-    torch.distributed.init_process_group(store=own, rank=rank, world_size=world)
-    return True
+    own = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized()
+    if own:
+        take_local_device()
+        store, rank, world = _rendezvous()
+        # In the store lie the addresses of the searches before, where nobody answers, and their errors: hence a prefix.
+        prefixed = torch.distributed.PrefixStore(f"dss_fast/{next(_groups)}", store)
+        torch.distributed.init_process_group(store=prefixed, rank=rank, world_size=world)
+    try:
+        yield
+    except Exception as error:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            _name_the_first(error)
+        raise
+    finally:
+        if own:  # after an error too: leaving the group frees those who wait for this process
+            torch.distributed.destroy_process_group()
 
 
 _groups = count()  # alike on every process, because all make the same searches in one order
 
 
 @cache
-def _rendezvous() -> tuple[Any, int, int]:
+def _rendezvous() -> tuple[torch.distributed.Store, int, int]:
     """The store that the processes meet at, this one's rank and how many they are.
 
     Kept until the process ends: if each search made its own, a process that is early could meet the one before, just
@@ -46,3 +65,48 @@ def take_local_device() -> None:
     rank = int(os.environ.get("LOCAL_RANK", "-1"))
     if torch.cuda.is_available() and 0 <= rank < torch.cuda.device_count():
         torch.cuda.set_device(rank)
+
+
+def from_first(draws: Draws, work: Callable[[], T]) -> T:
+    """What some work of the first process returns, or raises, on every process: none is left waiting."""
+    found: T | None = None
+    failed: Exception | None = None
+    if draws.rank == 0:
+        try:
+            found = work()
+        except Exception as error:
+            failed = error
+    if draws.world > 1:
+        shared: list[Any] = [found, failed]
+        torch.distributed.broadcast_object_list(shared, src=0)
+        found, failed = shared
+    if failed is not None:
+        raise failed
+    return cast(T, found)
+
+
+def agreed(draws: Draws, config: dict[str, Any]) -> dict[str, Any]:
+    """The first process's config. Raises ValueError on every process where one of them has another."""
+    first = from_first(draws, lambda: config)
+    mine = json.loads(json.dumps({**config, "date": first["date"]}))
+    differing = [key for key, value in mine.items() if value != json.loads(json.dumps(first[key]))]
+    count = torch.tensor(float(bool(differing)))
+    draws.all_reduce(count)
+    if differing:
+        raise ValueError(
+            f"process {draws.rank} searches for another {', '.join(differing)} than the first process: the model's "
+            "weights, its conditions and the settings must be the same in all"
+        )
+    if count:
+        raise ValueError(f"{int(count)} of {draws.world} processes have another model or other settings than the first")
+    return first
+
+
+def _name_the_first(error: Exception) -> None:
+    """Leaves word of an error for the other processes, or adds to it what they left."""
+    with suppress(RuntimeError):  # the process that keeps the store may be the one that is gone
+        store = torch.distributed.distributed_c10d._get_default_store()
+        if store.check([FAILED]):
+            error.add_note(f"the first to fail was {store.get(FAILED).decode()}")
+        else:
+            store.set(FAILED, f"process {torch.distributed.get_rank()}: {type(error).__name__}: {error}")

@@ -1,24 +1,7 @@
-"""A search as long work: events, log, checkpoint, progress, and a folder that survives any end.
-
-A method is a generator: ``method(problem, steps, state=None, **settings)`` yields one dict after each unit
-of work, which :func:`drive` logs, shows and saves. Its keys:
-
-    solvers     {N: Solver}, the best so far
-    state       everything the method needs to go on bit for bit: nested dicts and lists of tensors,
-                numbers and strings (tuples come back as lists); None: not yet worth saving
-    done, total units of work, for the progress bar; unit: their name in the plural,
-                ``COUNTED`` when left out
-    complete    whether the method has nothing left to do, whatever the budget
-    stage       a word
-    loss        {N: number}, training error; held_out: {N: number}, error on noise never trained on
-    others      logged as they are when JSON can hold them
-
-A method asks ``ledger.affords(cost)`` before it spends and returns when the budget says no.
-"""
+"""A search as long work: a folder that survives any end, and the loop that logs, shows and saves its events."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -26,260 +9,271 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from ..draws import Draws
-from ..files import check_writable, read_json, read_tensors, sweep, write_json, write_tensors, write_text
-from ..progress import bar as progress_bar
+from ..files import check_writable, read_json, read_tensors, write_json, write_tensors, write_text
+from ..report import names_of
 from ..solver import Solver
-from .ledger import Ledger
+from .budget import Ledger
+from .job import Job
+from .processes import from_first
+from .result import COUNTED, Event, SearchResult
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-FORMAT = "dss_fast.run/4"
-COUNTED = "evaluations"  # what a method's ``done`` counts when it does not say
+FORMAT = "dss_fast.run/5"
 CHECKPOINT_SECONDS = 1.0  # a checkpoint is tens of kilobytes and two syncs, about 5 ms
-
-
-@dataclass
-class SearchResult:
-    """What a search found.
-
-    solvers: by number of steps. history: one dict per event, ``evaluations``, ``loss`` and ``held_out``
-    (by N) among its keys. evaluations: of the model, as counted by :class:`Ledger`. interrupted: ended by
-    Ctrl-C. out: the run folder.
-    """
-
-    solvers: dict[int, Solver]
-    history: list[dict[str, Any]] = field(repr=False)
-    evaluations: int = 0
-    interrupted: bool = False
-    out: Path | None = None
-
-    @classmethod
-    def of(cls, checkpoint: dict[str, Any], folder: RunFolder | None) -> SearchResult:
-        """What a finished search found, from its checkpoint and, where the run folder is, its log."""
-        history, out = (folder.history, folder.path) if folder else ([], None)
-        return cls(checkpoint["solvers"], history, checkpoint["evaluations"], out=out)
-
-    @property
-    def solver(self) -> Solver:
-        """The solver, when one number of steps was searched."""
-        if len(self.solvers) != 1:
-            raise ValueError(f"{len(self.solvers)} solvers were searched; choose: solvers[{list(self.solvers)}]")
-        return next(iter(self.solvers.values()))
-
-    def __str__(self) -> str:
-        lines = []
-        for n, solver in self.solvers.items():
-            _, errors = self.curve("held_out", n)
-            gain = f": held-out RMSE {min(errors):.4g}, {errors[0]:.4g} at the start" if errors else ""
-            lines.append(f"{solver.name}{gain}")
-        where = f", in {self.out}" if self.out else ""
-        where += "; report.html there says what was gained" if self.out and (self.out / "report.html").exists() else ""
-        return "\n".join([*lines, f"{self.evaluations:,} model evaluations{where}"])
-
-    def curve(self, key: str, num_steps: int) -> tuple[list[int], list[float]]:
-        """Evaluations and values of ``"loss"`` or ``"held_out"`` over the search, for one number of steps."""
-        pairs = [(e["evaluations"], (e.get(key) or {}).get(num_steps)) for e in self.history]
-        found = [(at, value) for at, value in pairs if value is not None]
-        return [at for at, _ in found], [value for _, value in found]
-
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draws loss curve, coefficients and timesteps of every solver into a picture file."""
-        from ..report import overview
-
-        overview(self, path)
+FREE = {"budget", "versions", "date", "processes"}  # what may differ when a search is resumed
 
 
 class RunFolder:
-    """config.json, log.jsonl, checkpoint.safetensors, solver-N.json, report.html, report.md and its pictures.
+    """config.json, log.jsonl, checkpoint.safetensors, solver-N.json, and later the report and its pictures.
 
-    Each but the report is checked against a hash of all its bytes: config, checkpoint and solvers say their own, the
-    checkpoint that of the log. A solver is written again from the checkpoint, what else does not fit is refused.
+    The checkpoint holds all that a resumed search needs, checked by its digest; the rest is for people to read. Nothing
+    is written before the first event, and a solver when one is found.
 
     Raises OSError when the folder cannot be written or another search runs in it, FileExistsError when it holds a
-    search that is not to be resumed, ValueError when the one to resume had other settings or is damaged; all before any
-    work.
+    search that is not to be resumed or files of these names, ValueError when the one to resume had other settings or is
+    damaged; all before any work.
     """
 
-    def __init__(self, path: str | os.PathLike[str], config: dict[str, Any], resume: bool):
+    def __init__(self, path: str | os.PathLike[str], job: Job, resume: bool) -> None:
         self.path = Path(path)
+        self.checkpoint: dict[str, Any] | None = None
+        self.history: list[Event] = []
+        self._known: dict[str, Any] | None = None
+        self._lines: list[bytes] = []
+        self._log: BinaryIO | None = None
+        self._saved: dict[int, Solver] = {}
+        self._config: dict[str, Any] = {}
         check_writable(self.path)
-        self._lock = _locked(self.path)
-        self._log: Any = None
+        self._lock = FileLock(self.path / ".dss_fast.lock", timeout=0)
         try:
-            self._open(config, resume)
+            self._lock.acquire()
+        except Timeout:
+            raise BlockingIOError(
+                f"{self.path}: another search is running in it; wait for its end, or choose another folder"
+            ) from None
+        except NotImplementedError:  # a file system without locks
+            pass
+        try:
+            self._open(job, resume)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, config: dict[str, Any], resume: bool) -> None:
-        self.config = json.loads(json.dumps(config, allow_nan=False))
-        self._logged = hashlib.blake2b(digest_size=16)
-        self._saved: dict[int, Solver] = {}
-        self.checkpoint: dict[str, Any] | None = None
-        self._before: dict[str, Any] | None = None
-        self._history: list[bytes] = []
-        known = self.path / "config.json"
-        if known.exists():
-            if not resume:
-                raise FileExistsError(f"{self.path} holds a search; pass resume=True or choose another folder")
-            self._before = read_json(known, sealed=True)
-            self._check({"outputs"})
-            self.checkpoint = self._load()
-            self._history = self._read_log()
-            sweep(self.path)
-            if self.checkpoint and self.checkpoint["finished"]:
-                self._mend_solvers()
-
-    def begin(self, config: dict[str, Any]) -> None:
-        """Before the first event: the config in full. Raises ValueError when the model returns other outputs now."""
-        self.config = json.loads(json.dumps(config, allow_nan=False))
-        self._check()
-        sweep(self.path)
-        write_json(self.path / "config.json", self.config, sealed=True)
-
-    def _check(self, unknown: Iterable[str] = ()) -> None:
-        found, mine = self._before, self.config
-        if found is None:
+    def _open(self, job: Job, resume: bool) -> None:
+        mine = ("config.json", "log.jsonl", "checkpoint.safetensors", *(f"solver-{n}.json" for n in job.steps))
+        found = [name for name in (*mine, *names_of(job.steps)) if (self.path / name).exists()]
+        config = self.path / "config.json"
+        if found and not (resume and config.exists()):
+            hint = "pass resume=True or choose" if config.exists() else "choose"
+            raise FileExistsError(f"{self.path} holds {', '.join(found[:3])}; {hint} another folder")
+        if not found:
             return
-        free = {"budget", "versions", "date", "processes", *unknown}
-        for key in sorted((found.keys() | mine.keys()) - free):
-            if found.get(key) != mine.get(key):
+        if (self.path / "checkpoint.safetensors").exists():
+            self.checkpoint = self._read_checkpoint()
+            self._known = self.checkpoint["config"]
+            self._read_log(self.checkpoint["events"])
+        else:
+            self._known = read_json(config)
+        self.check(job.to_dict(), unknown={"targets"})
+
+    def check(self, config: Mapping[str, Any], unknown: Iterable[str] = ()) -> None:
+        """Takes the config of the search to come. Raises ValueError where the one in the folder had another."""
+        self._config = json.loads(json.dumps(config, allow_nan=False))
+        known = self._known or self._config
+        for key in sorted((known.keys() | self._config.keys()) - FREE - set(unknown)):
+            if known.get(key) != self._config.get(key):
                 raise ValueError(
-                    f"{self.path} cannot be resumed: {key} was {found.get(key)!r}, now {mine.get(key)!r}; "
+                    f"{self.path} cannot be resumed: {key} was {known.get(key)!r}, now {self._config.get(key)!r}; "
                     "use the same settings or another folder"
                 )
 
-    def _load(self) -> dict[str, Any] | None:
-        path = self.path / "checkpoint.safetensors"
-        if not path.exists():
-            return None
-        tensors, metadata = read_tensors(path)
-        saved = json.loads(metadata["checkpoint"])
-        if saved["format"] != FORMAT:
-            raise ValueError(f"{path}: its format is {saved['format']}, not {FORMAT}; use another folder")
-        saved["state"] = unflatten(saved["state"], tensors)
-        saved["solvers"] = {int(n): Solver.from_dict(data) for n, data in saved["solvers"].items()}
-        return saved
-
-    def _read_log(self) -> list[bytes]:
-        """The lines before the checkpoint, whose hash it holds."""
-        if self.checkpoint is None:
-            return []
-        path = self.path / "log.jsonl"
-        if not path.exists():
-            warnings.warn(f"{path}: missing; the search goes on without the events before", stacklevel=6)
-            return []
-        lines = path.read_bytes().splitlines(keepends=True)[: self.checkpoint["events"]]
-        if hashlib.blake2b(b"".join(lines), digest_size=16).hexdigest() != self.checkpoint["log"]:
-            raise ValueError(f"{path}: damaged before the checkpoint; restore it, or delete it to go on without")
-        return lines
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """The events before the checkpoint."""
-        return [_whole_keys(json.loads(line)) for line in self._history]
-
-    def open_log(self) -> None:
-        """Opens the log to go on after the checkpoint."""
-        write_text(self.path / "log.jsonl", b"".join(self._history).decode())
-        self._logged.update(b"".join(self._history))
-        self._log = open(self.path / "log.jsonl", "ab")
-
-    def log(self, event: dict[str, Any]) -> str:
-        """Appends an event to log.jsonl; returns the hash of all its lines."""
-        line = json.dumps(event).encode() + b"\n"
-        self._log.write(line)
+    def note(self, event: Event) -> None:
+        """Appends an event to the log, which the first one opens."""
+        if self._log is None:
+            write_json(self.path / "config.json", self._config)
+            write_text(self.path / "log.jsonl", b"".join(self._lines).decode())
+            self._log = open(self.path / "log.jsonl", "ab")
+        self._log.write(json.dumps(event.to_dict()).encode() + b"\n")
         self._log.flush()
-        self._logged.update(line)
-        return self._logged.hexdigest()
 
-    def save(self, event: dict[str, Any], budget: int | None, finished: bool = False) -> None:
-        """Writes the checkpoint: where to go on after ``event``."""
-        os.fsync(self._log.fileno())
-        tensors: dict[str, Tensor] = {}
+    def save(self, event: Event, events: int, ledger: Ledger, finished: bool) -> None:
+        """Writes the checkpoint: where to go on after ``event``, the last of so many ``events``."""
+        if self._log is not None:
+            os.fsync(self._log.fileno())
+        tensors: dict[str, Tensor] = {"_": torch.zeros(1)}
         data = {
             "format": FORMAT,
-            "events": event["events"],
-            "log": event["log"],
+            "config": self._config,
+            "events": events,
             "finished": finished,
-            "complete": bool(event.get("complete")),
-            "budget": budget,
-            "evaluations": event["evaluations"],
-            "counted": event["counted"],
-            "state": flatten(event.get("state"), tensors),
-            "solvers": {str(n): solver.to_dict() for n, solver in event["solvers"].items()},
+            "complete": event.complete,
+            "budget": ledger.budget,
+            "evaluations": event.evaluations,
+            "counted": sorted(ledger.counted),
+            "state": flatten(event.state, tensors),
+            "solvers": flatten(event.solvers, tensors),
+            "starts": flatten(event.starts, tensors),
         }
-        tensors = tensors or {"_": torch.zeros(1)}
         write_tensors(self.path / "checkpoint.safetensors", tensors, {"checkpoint": json.dumps(data)})
 
-    def save_solvers(self, solvers: dict[int, Solver]) -> None:
+    def save_solvers(self, solvers: Mapping[int, Solver]) -> None:
         """Writes the solvers that changed, each to solver-N.json."""
         for n, solver in solvers.items():
             if self._saved.get(n) is not solver:
                 solver.save(self.path / f"solver-{n}.json")
                 self._saved[n] = solver
 
-    def _mend_solvers(self) -> None:
-        """Writes again what solver-N.json of a finished search is missing or is not what the checkpoint says."""
-        assert self.checkpoint is not None
-        for n, solver in self.checkpoint["solvers"].items():
-            path = self.path / f"solver-{n}.json"
-            try:
-                whole = read_json(path, sealed=True) == json.loads(json.dumps(solver.to_dict()))
-                reason = "not the one this search found"
-            except (OSError, ValueError) as error:
-                whole, reason = False, str(error)
-            if not whole:
-                warnings.warn(f"{path}: {reason}; written again from the checkpoint", stacklevel=4)
-                solver.save(path)
-
-    def forget(self) -> None:
-        """Removes what opening it wrote: a search that was refused leaves the folder free for the next."""
-        for name in ("config.json", "log.jsonl"):
-            (self.path / name).unlink(missing_ok=True)
-
-    def close_log(self) -> None:
-        """Closes the log; the folder stays this search's."""
-        if self._log is not None:
-            self._log.close()
-
     def close(self) -> None:
         """Leaves the folder to others."""
-        self.close_log()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        if self._log is not None:
+            with suppress(OSError):
+                self._log.close()
+        self._lock.release()
+
+    def _read_checkpoint(self) -> dict[str, Any]:
+        path = self.path / "checkpoint.safetensors"
+        tensors, metadata = read_tensors(path)
+        saved = json.loads(metadata.get("checkpoint", "{}"))
+        if saved.get("format") != FORMAT:
+            raise ValueError(f"{path}: its format is {saved.get('format')!r}, not {FORMAT!r}; use another folder")
+        return {**saved, **{key: unflatten(saved[key], tensors) for key in ("state", "solvers", "starts")}}
+
+    def _read_log(self, events: int) -> None:
+        """The lines before the checkpoint; a search goes on without those that are missing or cannot be read."""
+        path = self.path / "log.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True)[:events] if path.exists() else []
+        for line in lines:
+            with suppress(ValueError, TypeError, AttributeError):
+                self.history.append(Event.from_dict(json.loads(line)))
+                self._lines.append(line)
+        if len(self.history) < events:
+            missing = events - len(self.history)
+            warnings.warn(f"{path}: {missing} of {events} events are missing or damaged; going on", stacklevel=6)
 
 
-def _locked(folder: Path) -> int | None:
-    """A lock on a folder, which goes with the process that holds it; None where the system has none."""
-    if fcntl is None:
-        return None
-    handle = os.open(folder, os.O_RDONLY)
+@contextmanager
+def opened(
+    out: str | os.PathLike[str] | None, job: Job, resume: bool
+) -> Iterator[tuple[RunFolder | None, dict[str, Any] | None]]:
+    """The first process's run folder, None elsewhere and without ``out``; and the checkpoint for every process."""
+    mine: list[RunFolder] = []
+
+    def checkpoint() -> dict[str, Any] | None:
+        assert out is not None
+        mine.append(RunFolder(out, job, resume))
+        return mine[0].checkpoint
+
+    found = None if out is None else from_first(job.draws, checkpoint)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise BlockingIOError(
-            f"{folder}: another search is running in it; wait for its end, or choose another folder"
-        ) from None
-    except OSError:  # a file system without locks
-        os.close(handle)
-        return None
-    return handle
+        yield (mine[0] if mine else None), found
+    finally:
+        for folder in mine:
+            folder.close()
+
+
+def follow(
+    events: Iterable[Event],
+    job: Job,
+    ledger: Ledger,
+    config: Mapping[str, Any],
+    *,
+    folder: RunFolder | None = None,
+    checkpoint: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> SearchResult:
+    """Runs a method's events to their end, the budget's or Ctrl-C, and keeps the best solvers whatever happens.
+
+    folder: the first process's. checkpoint: where the events go on, on every process.
+
+    Whatever else the method raises comes through with what was kept as a note and as ``error.result``.
+    """
+    result = SearchResult({}, folder.history if folder else [], out=folder.path if folder else None)
+    if checkpoint:
+        result.solvers, result.starts = dict(checkpoint["solvers"]), dict(checkpoint["starts"])
+        result.evaluations = checkpoint["evaluations"]
+        ledger.restore(checkpoint["evaluations"], checkpoint["counted"])
+    kept = _Kept(folder, ledger)
+    # The delay spares a search that fails at once its bar.
+    shown = progress and job.draws.rank == 0
+    bar = tqdm(disable=not shown, unit=f" {COUNTED}", dynamic_ncols=True, smoothing=0.1, delay=0.1)
+    try:
+        with bar, _interrupts() as interrupts:
+            for told in events:
+                event = replace(told, evaluations=ledger.evaluations, time=round(time.time(), 3))
+                event = replace(event, solvers=_signed(event, job, config, result.solvers))
+                result.solvers, result.starts = dict(event.solvers), dict(event.starts)
+                result.evaluations = ledger.evaluations
+                result.history.append(event)
+                kept.event(event, len(result.history))
+                _show(bar, event, result)
+                if interrupts:
+                    raise KeyboardInterrupt
+        result.solvers = {n: replace(s, source=s.source.removesuffix(UNFINISHED)) for n, s in result.solvers.items()}
+        kept.now(result.solvers, finished=True)
+    except KeyboardInterrupt:
+        if not result.solvers:
+            raise
+        result.interrupted = True
+        kept.now(result.solvers)
+        if job.draws.rank == 0:
+            print(f"interrupted after {result.evaluations} evaluations: best solver so far kept{kept.where()}")
+    except Exception as error:
+        if result.solvers:
+            with suppress(OSError):  # the disk may be what failed
+                kept.now(result.solvers)
+            names = ", ".join(solver.name for solver in result.solvers.values())
+            error.add_note(f"the best so far ({names}) is in error.result{kept.where()}")
+            error.result = result  # type: ignore[attr-defined]
+        raise
+    return result
+
+
+UNFINISHED = ", unfinished"
+
+
+class _Kept:
+    """What of a search is on disk: nothing without a folder, else all but the last second."""
+
+    def __init__(self, folder: RunFolder | None, ledger: Ledger) -> None:
+        self.folder, self.ledger = folder, ledger
+        self._last: tuple[Event, int] | None = None  # from which a search can be resumed
+        self._at = 0.0
+
+    def event(self, event: Event, number: int) -> None:
+        """Takes note of an event. Ctrl-C between log and checkpoint leaves a line too many, which resuming cuts off."""
+        if self.folder is None:
+            return
+        self.folder.note(event)
+        self._last = (event, number) if event.state is not None else self._last
+        if time.monotonic() - self._at > CHECKPOINT_SECONDS:
+            self.now(event.solvers)
+
+    def now(self, solvers: Mapping[int, Solver], finished: bool = False) -> None:
+        """Writes checkpoint and solvers."""
+        if self.folder is None:
+            return
+        if self._last is not None:
+            event, number = self._last
+            event = replace(event, solvers=solvers) if finished else event
+            self.folder.save(event, number, self.ledger, finished)
+        self.folder.save_solvers(solvers)
+        self._at = time.monotonic()
+
+    def where(self) -> str:
+        """Where what was kept is, as a clause."""
+        if self.folder is None or not (self.folder.path / "checkpoint.safetensors").exists():
+            return ""
+        return f", saved in {self.folder.path}; resume=True continues"
 
 
 @contextmanager
@@ -302,130 +296,42 @@ def _interrupts() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def drive(
-    events: Iterable[dict[str, Any]],
-    ledger: Ledger,
-    *,
-    draws: Draws | None = None,
-    folder: RunFolder | None = None,
-    checkpoint: dict[str, Any] | None = None,
-    provenance: dict[str, Any] | None = None,
-    progress: bool = True,
-) -> SearchResult:
-    """Runs a method's events to their end, the budget's or Ctrl-C, and keeps the best solvers whatever happens.
-
-    folder: rank 0's. checkpoint: where the events go on, on every rank.
-
-    Whatever else the method raises comes through with what was kept as a note and as ``error.result``.
-    """
-    rank = 0 if draws is None else draws.rank
-    history = folder.history if folder else []
-    if folder:
-        folder.open_log()
-    result = SearchResult({}, history, out=folder.path if folder else None)
-    if checkpoint:
-        result.solvers, result.evaluations = checkpoint["solvers"], checkpoint["evaluations"]
-        ledger.restore(checkpoint["evaluations"], checkpoint["counted"])
-    # The delay spares a search that fails at once its bar.
-    bar = progress_bar(progress and rank == 0, unit=f" {COUNTED}", dynamic_ncols=True, smoothing=0.1, delay=0.1)
-    shown: dict[str, str] = {}
-    resumable: dict[str, Any] | None = None
-    saved_at, unsaved = time.monotonic(), False
-
-    def keep(finished: bool = False) -> None:
-        if folder and resumable is not None:
-            folder.save(resumable, ledger.budget, finished)
-        if folder:
-            folder.save_solvers(result.solvers)
-
-    try:
-        with bar, _interrupts() as interrupts:
-            for event in events:
-                event = {**event, "evaluations": ledger.evaluations, "events": len(history) + 1}
-                event["counted"] = sorted(ledger.counted)
-                event["solvers"] = _signed(event["solvers"], event, provenance, result.solvers)
-                result.solvers, result.evaluations, unsaved = event["solvers"], ledger.evaluations, True
-                line = _loggable(event)
-                if folder:
-                    event["log"] = folder.log(line)
-                history.append(_whole_keys(line))
-                # This comes after the log's line: Ctrl-C in between leaves a line too many, which resuming cuts off.
-                resumable = event if event.get("state") is not None else resumable
-                _show(bar, event, shown)
-                if time.monotonic() - saved_at > CHECKPOINT_SECONDS or len(history) == 1:
-                    keep()
-                    saved_at, unsaved = time.monotonic(), False
-                if interrupts:
-                    raise KeyboardInterrupt
-        keep(finished=True)
-    except KeyboardInterrupt:
-        if not result.solvers:
-            raise
-        result.interrupted = True
-        if unsaved:
-            keep()
-        if rank == 0:
-            where = f", saved in {folder.path}" if folder else ""
-            where += "; resume=True continues" if folder and (resumable or checkpoint) else ""
-            print(f"interrupted after {result.evaluations} evaluations: best solver so far kept{where}")
-    except Exception as error:
-        if result.solvers:
-            with suppress(OSError):  # the disk may be what failed
-                keep()
-            kept = ", ".join(s.name for s in result.solvers.values())
-            error.add_note(f"the best so far ({kept}) is in error.result" + (f" and {folder.path}" if folder else ""))
-            error.result = result  # type: ignore[attr-defined]
-        elif folder and not history:
-            folder.forget()
-        raise
-    finally:
-        if folder:
-            with suppress(OSError):
-                folder.close_log()
-    return result
-
-
-def _signed(
-    solvers: dict[int, Solver],
-    event: dict[str, Any],
-    provenance: dict[str, Any] | None,
-    before: dict[int, Solver],
-) -> dict[int, Solver]:
+def _signed(event: Event, job: Job, config: Mapping[str, Any], before: Mapping[int, Solver]) -> dict[int, Solver]:
     """The solvers with name, source and provenance; those that did not change stay the same objects."""
     signed = {}
-    for n, solver in solvers.items():
+    for n, solver in event.solvers.items():
         if before.get(n) == solver:
             signed[n] = before[n]
             continue
-        known = dict(provenance or {})
-        name, method = known.pop("name", "searched"), known.get("method", "?")
-        known["evaluations"] = event["evaluations"]
-        held_out = (event.get("held_out") or {}).get(n)
-        if held_out is not None:
-            known["held_out"] = held_out
-        known = {**solver.provenance, **json.loads(json.dumps(known))}
-        signed[n] = replace(solver, name=f"{name}/{n}", source=f"dss_fast.search, method {method}", provenance=known)
+        about = {**config, "start": event.starts[n].name, "evaluations": event.evaluations}
+        if n in event.held_out:
+            about["held_out"] = event.held_out[n]
+        source = f"dss_fast.search, method {job.settings.name}{UNFINISHED}"
+        provenance = {**solver.provenance, **json.loads(json.dumps(about))}
+        signed[n] = replace(solver, name=f"{job.name}/{n}", source=source, provenance=provenance)
     return signed
 
 
-def _loggable(event: dict[str, Any]) -> dict[str, Any]:
-    """What of an event goes to the log: all that JSON can hold but states and tables."""
-    line: dict[str, Any] = {"time": round(time.time(), 3)}
-    for key, value in event.items():
-        if key in ("state", "solvers", "counted", "events", "unit"):
-            continue
-        try:
-            line[key] = json.loads(json.dumps(value, allow_nan=True))
-        except (TypeError, ValueError):
-            continue
-    return line
-
-
-def _whole_keys(value: Any) -> Any:
-    """JSON data with its tables by N keyed by int again; keys are strings only in files."""
-    if isinstance(value, dict):
-        return {int(key) if key.isdecimal() else key: _whole_keys(item) for key, item in value.items()}
-    return [_whole_keys(item) for item in value] if isinstance(value, list) else value
+def _show(bar: Any, event: Event, result: SearchResult) -> None:
+    """Stage, losses and, where the bar counts something else, evaluations beside it; tqdm adds the time left."""
+    if bar.disable:
+        return
+    if bar.n == 0 and event.done > 1:
+        bar.initial = event.done  # a resumed search counts its rate from here
+    bar.n, bar.total, bar.unit = event.done, event.total, f" {event.unit}"
+    shown = []
+    for key, label in (("loss", "loss"), ("held_out", "held-out RMSE")):
+        curves = {n: result.curve(key, n)[1] for n in result.solvers}
+        values = {n: curve[-1] for n, curve in curves.items() if curve and math.isfinite(curve[-1])}
+        if values:
+            shown.append(f"{label} " + " ".join(f"N={n} {v:.4g}" for n, v in values.items()))
+    if event.unit != COUNTED:
+        shown.append(f"{event.evaluations:,} evaluations")
+    bar.set_postfix_str(", ".join(shown), refresh=False)
+    bar.set_description(event.stage, refresh=False)
+    bar.update(0)
+    if event.done == event.total:
+        bar.refresh()
 
 
 def flatten(value: Any, tensors: dict[str, Tensor], path: str = "state") -> Any:
@@ -442,7 +348,7 @@ def flatten(value: Any, tensors: dict[str, Tensor], path: str = "state") -> Any:
     return value
 
 
-def unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
+def unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     """What :func:`flatten` took apart."""
     if isinstance(value, dict):
         if value.keys() == {"$tensor"}:
@@ -453,22 +359,3 @@ def unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list):
         return [unflatten(item, tensors) for item in value]
     return value
-
-
-def _show(bar: Any, event: dict[str, Any], shown: dict[str, str]) -> None:
-    """Stage, losses and, where the bar counts something else, evaluations beside it; tqdm adds the time left."""
-    done, total, unit = event.get("done"), event.get("total"), event.get("unit", COUNTED)
-    if done is not None:
-        if bar.n == 0 and done > 1:
-            bar.initial = done  # a resumed search counts its rate from here
-        bar.n, bar.total, bar.unit = done, total, f" {unit}"
-    for key, label in (("loss", "loss"), ("held_out", "held-out RMSE")):
-        values = {n: v for n, v in (event.get(key) or {}).items() if v is not None and math.isfinite(v)}
-        if values:
-            shown[label] = f"{label} " + " ".join(f"N={n} {v:.4g}" for n, v in values.items())
-    spent = [] if done is not None and unit == COUNTED else [f"{event['evaluations']:,} evaluations"]
-    bar.set_postfix_str(", ".join([*shown.values(), *spent]), refresh=False)
-    bar.set_description(event.get("stage") or "search", refresh=False)
-    bar.update(0)
-    if done == total:
-        bar.refresh()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from ..names import find_solver
 from ..schedule import Schedule
 from ..solver import Solver
 from ..table import StepTable
+from ..target import Samples
 from ..unroll import Rollout
-from .gauss_newton import robust
-from .ledger import Ledger
+from .budget import Ledger
+from .gauss_newton import ROBUST, robust
 from .teacher import Teacher
 
 SPACINGS = ("uniform", "shift2", "shift3", "shift1.5", "lambda", "shift0.5", "karras")
@@ -27,9 +28,8 @@ LIKELY = {
     "flow": ("ab3", "ab2", "ab3_uniform@shift2", "ab2@shift2", "ab2@shift3", "ab3@shift1.5", "ab2@shift1.5"),
     "vp": ("ab3_uniform", "ab2_uniform", "dpmpp_2m", "unip3", "ab2_uniform@shift0.5", "dpmpp_2m@shift0.5", "unip2"),
 }
-LOST = 1e30  # the error of a table that leaves the numbers
-ROBUST = 10.0  # medians of |e|^2 at which a sample counts half
-KEPT = 3  # one of so many goes on, on so many times the samples
+LOST = 1e30  # the error of a table that diverges to NaN or Inf
+THIRD = 3  # of the tables a third is kept, and run on three times the samples
 
 
 def candidates(schedule: Schedule, num_steps: int, done: dict[int, Solver]) -> list[Solver]:
@@ -42,7 +42,8 @@ def candidates(schedule: Schedule, num_steps: int, done: dict[int, Solver]) -> l
         near = min(done, key=lambda n: abs(n - num_steps))
         u = respaced(torch.tensor(done[near].timesteps, dtype=torch.float64), num_steps)
         methods = ("ab2", "ab3") if schedule.family == "flow" else ("dpmpp_2m", "ab2")
-        found += [handmade(method, schedule=schedule, timesteps=u) for method in methods]
+        like = [handmade(method, schedule=schedule, timesteps=u) for method in methods]
+        found += [replace(solver, name=f"{solver.name} on the spacing found for N = {near}") for solver in like]
     found += [find_solver(name, schedule, num_steps) for name in LIKELY[schedule.family]]
     for spacing in SPACINGS:
         if bool((grid(num_steps, schedule, spacing).diff() > 0).all()):
@@ -81,15 +82,9 @@ def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solv
         found = torch.zeros(len(left), targets, wanted - count, dtype=torch.float64)
         for t in range(targets):
             batch, trajectory = teacher[t]
-            part = batch.rows(mine)
+            part, end = batch.rows(mine), trajectory.last[mine]
             for k, solver in enumerate(left):
-                table = StepTable.of(solver, guidance=part.guidance, dtype=part.noise.dtype, device=part.noise.device)
-                try:
-                    end = Rollout(part.denoiser(), part.noise, table.weights, table.times, wrt=()).states[:, -1]
-                    error = squares(end, trajectory.last[mine]).nan_to_num(nan=LOST, posinf=LOST).clamp_max(LOST)
-                except FloatingPointError:
-                    error = torch.full((len(part),), LOST, dtype=torch.float64)
-                found[k, t, draws.rank :: draws.world] = error
+                found[k, t, draws.rank :: draws.world] = _errors(solver, part, end)
         draws.all_reduce(found)
         ledger.spend(cost)
         limit -= cost
@@ -98,12 +93,22 @@ def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solv
         scales = ROBUST * torch.stack([errors[solver] for solver in left], 1).flatten(1).median(1).values
         scores = {solver: _score(errors[solver], scales) for solver in left}
         left.sort(key=scores.__getitem__)
-        count, wanted = wanted, min(KEPT * wanted, most)
+        count, wanted = wanted, min(THIRD * wanted, most)
         if count < wanted:
-            left = left[: max(2, math.ceil(len(left) / KEPT))]
+            left = left[: max(2, math.ceil(len(left) / THIRD))]
     if targets == 1:
         return [Start(solver, (1.0,)) for solver in left]
     return [Start(solver, tuple(errors[solver].median(1).values.clamp_min(1e-300).tolist())) for solver in left]
+
+
+def _errors(solver: Solver, batch: Samples, end: Tensor) -> Tensor:
+    """(B,) float64: the squares of a table's end points' errors, LOST where it diverges."""
+    table = StepTable.of(solver, guidance=batch.guidance, dtype=batch.noise.dtype, device=batch.noise.device)
+    try:
+        states = Rollout(batch.denoiser(), batch.noise, table.weights, table.times, wrt=()).states
+    except FloatingPointError:
+        return torch.full((len(batch),), LOST, dtype=torch.float64)
+    return squares(states[:, -1], end).nan_to_num(nan=LOST, posinf=LOST).clamp_max(LOST)
 
 
 def of_different_spacings(starts: Sequence[Start]) -> list[Start]:

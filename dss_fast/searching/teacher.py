@@ -1,63 +1,42 @@
-"""Teacher: the fine trajectories of a set of samples, which a search imitates."""
+"""Teacher: the fine trajectories of a set of samples, which a search imitates, batch by batch, made once and kept."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..draws import Draws
+from ..files import scratch
 from ..target import Samples
-from ..trajectory import EVALUATIONS, LATEST, LOG_SHARE, SOFTENING, Trajectory, dense_grid, evaluations, integrate
-from .ledger import Ledger
-from .store import Store
+from ..trajectory import Trajectory, dense_grid, evaluations, integrate
+from .budget import Ledger
+
+MEMORY = (
+    1 << 29
+)  # bytes of trajectories on the host; what exceeds them is on the disk. Of batches on the device a quarter
 
 
 class Teacher:
-    """The dense trajectories of a set of samples, batch by batch, made once and kept.
+    """draws: the model and its samples. ledger: what is spent. stream, count, batch_size: batches 0.. of that stream,
+    count samples in all. calls: of the model per sample, 16 to 64.
 
-    draws: the model and its samples. ledger: what is spent. stream, count, batch_size: batches 0.. of that stream,
-        count samples in all. budget: model calls per sample, 48 to 64. cache: a folder that outlives the process; None
-        keeps them in memory up to ``memory`` bytes and in a temporary folder beyond.
-
-    ``for batch, trajectory in teacher: ...`` streams them; ``teacher[k]`` is one pair, whose samples and end points
-    stay on the device up to a quarter of ``memory`` and are drawn and read again beyond. Trajectories are
-    counted as model evaluations when first asked for, found in the cache or not, so that the count does
-    not depend on what ran before.
+    ``for batch, trajectory in teacher: ...`` streams them; ``teacher[k]`` is one pair. States lie on the host; samples
+    and end points stay on the device up to a quarter of ``MEMORY``, and are drawn and sent again beyond. A resumed
+    search makes its trajectories again, and they are counted as evaluations once.
     """
 
-    def __init__(
-        self,
-        draws: Draws,
-        ledger: Ledger,
-        stream: str,
-        count: int,
-        batch_size: int,
-        *,
-        budget: int = EVALUATIONS,
-        cache: str | Path | None = None,
-        memory: int = 2 << 30,
-    ) -> None:
-        if count < 0 or batch_size < 1:
-            raise ValueError(f"count={count!r}, batch_size={batch_size!r}: need none or more, and at least 1")
+    def __init__(self, draws: Draws, ledger: Ledger, stream: str, count: int, batch_size: int, calls: int) -> None:
         self.draws, self.ledger, self.stream = draws, ledger, stream
-        self.grid = dense_grid(draws.schedule, budget)
+        self.grid = dense_grid(draws.schedule, calls)
         self.sizes = [min(batch_size, count - k) for k in range(0, count, batch_size)]
         if len(self.sizes) > 1 and self.sizes[-1] < draws.world:
             self.sizes.pop()
-        settings = {
-            "kind": "dense",
-            "stream": stream,
-            "count": count,
-            "batch_size": batch_size,
-            "budget": budget,
-            "grid": ["ab3 am4", LOG_SHARE, SOFTENING, LATEST],
-        }
-        self.store = Store(draws, settings, cache=cache, memory=memory)
-        self._kept: dict[int, tuple[Samples, Trajectory]] = {}
-        self._room = memory // 4
+        self._shelf, self._room = Shelf(MEMORY), MEMORY // 4
+        self._batches: dict[int, Samples] = {}
+        self._made: dict[int, Trajectory] = {}
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -69,24 +48,37 @@ class Teacher:
     def __getitem__(self, k: int) -> tuple[Samples, Trajectory]:
         if not 0 <= k < len(self):
             raise IndexError(f"batch {k} of {len(self)}")
-        pair = self._kept.get(k)
-        if pair is None:
-            batch = self.draws.batch(self.stream, k, self.sizes[k])
-            tensors = self.store.find(k, batch)
-            if tensors is None:
-                made = integrate(batch.predictor(check_finite=None), batch.noise, self.grid)
-                if not bool(made.last.isfinite().all()):  # on a GPU no single call was checked
-                    raise FloatingPointError(f"the model returned NaN or Inf on the teacher's way, batch {k}")
-                tensors = self.store.keep(k, batch, {"states": made.states, "slopes": made.slopes, "last": made.last})
-            last = tensors["last"].to(batch.noise.device)
-            pair = batch, Trajectory(self.grid, tensors["states"], tensors["slopes"], last)
-            size = sum(t.nbytes for t in (batch.noise, last, *batch.cond.values()) if isinstance(t, Tensor))
-            if size <= self._room:
-                self._room -= size
-                self._kept[k] = pair
+        if k in self._batches:
+            return self._batches[k], self._made[k]
+        batch = self.draws.batch(self.stream, k, self.sizes[k])
+        if k in self._made:
+            made = self._made[k]
+            return batch, replace(made, last=made.last.to(batch.noise.device))
+        made = integrate(batch.predictor(check_finite=None), batch.noise, self.grid)
+        if not bool(made.last.isfinite().all()):  # on a GPU no single call was checked
+            raise FloatingPointError(f"the model returned NaN or Inf on the teacher's way, batch {k}")
+        made = replace(made, states=self._shelf.kept(made.states), slopes=self._shelf.kept(made.slopes))
+        size = sum(t.nbytes for t in (batch.noise, made.last, *batch.cond.values()) if isinstance(t, Tensor))
+        if size <= self._room:
+            self._room -= size
+            self._batches[k], self._made[k] = batch, made
+        else:
+            self._made[k] = replace(made, last=self._shelf.kept(made.last))
         self.ledger.spend_once(f"teacher {self.stream} {self.sizes[k]} {k}", self.sizes[k] * evaluations(self.grid))
-        return pair
+        return batch, made
 
     def cost(self) -> int:
         """Model evaluations of all trajectories, made or not."""
         return sum(self.sizes) * evaluations(self.grid)
+
+
+class Shelf:
+    """Tensors kept on the host while they fit into some bytes, and in files without a name beyond."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def kept(self, tensor: Tensor) -> Tensor:
+        """The tensor on the CPU."""
+        self.room -= tensor.nbytes
+        return tensor.detach().cpu().contiguous() if self.room >= 0 else scratch(tensor)

@@ -1,4 +1,4 @@
-"""What a search makes small: the residuals of a rollout, and how cotangents of theirs come back to its states."""
+"""Residual: what a search makes small, and how a cotangent of it becomes one of the rollout's states."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..trajectory import Trajectory
+from .settings import Loss
 
-Loss = str | Callable[[Tensor], Tensor]
 Moves = Callable[[Tensor, Trajectory], Tensor]
 
 
@@ -28,6 +28,10 @@ class Residual:
     values: Tensor
     back: Callable[[Tensor], Tensor]
     moves: Moves | None = None
+
+    def squares(self) -> Tensor:
+        """(B,) float64 on the CPU: |r|^2 in the mean over its elements."""
+        return self.values.double().square().mean(1).cpu()
 
     def over(self, unit: float) -> Residual:
         """With squares counted in ``unit``."""

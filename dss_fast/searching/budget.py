@@ -1,0 +1,73 @@
+"""What a search may spend, what it has spent, and what a model evaluation costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from .settings import GaussNewton, Method
+
+UNITS = {"s": 1, "sec": 1, "min": 60, "h": 3600}
+PAPER_SHARE = 1 / 50  # default budget, of the paper's 50,000 samples x (100 + 3 N)
+
+
+@dataclass
+class Ledger:
+    """What a search has spent, over all processes: forward 1, backward 2, per sample.
+
+    The unconditional branch of guidance is not counted (arXiv 2505.21114 counts so).
+
+    budget: the most evaluations to spend. None: no limit. counted: names of the work that is counted once.
+    """
+
+    budget: int | None = None
+    evaluations: int = 0
+    counted: set[str] = field(default_factory=set, repr=False)
+
+    def spend(self, evaluations: int) -> None:
+        """Counts model evaluations."""
+        self.evaluations += int(evaluations)
+
+    def spend_once(self, what: str, evaluations: int) -> None:
+        """Counts work that a resumed search does again; ``what`` names it."""
+        if what not in self.counted:
+            self.counted.add(what)
+            self.spend(evaluations)
+
+    def affords(self, evaluations: float) -> bool:
+        """Whether the budget allows that many more."""
+        return self.budget is None or self.evaluations + evaluations <= self.budget
+
+    def restore(self, evaluations: int, counted: Iterable[str]) -> None:
+        """Goes on from what an interrupted search had spent."""
+        self.evaluations, self.counted = evaluations, set(counted)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one model evaluation of one sample takes: seconds, and the bytes that its graph saves for a backward."""
+
+    seconds: float
+    saved: int
+
+
+def default_budget(settings: Method, steps: tuple[int, ...]) -> int | None:
+    """The evaluations spent when the user sets no limit: a fiftieth of the paper's, 1000 (100 + 3 N) for each N; None
+    for the paper's recipe, whose samples settle them."""
+    if not isinstance(settings, GaussNewton):
+        return None
+    return int(sum(50_000 * (100 + 3 * n) for n in steps) * PAPER_SHARE)
+
+
+def evaluations_in(limit: str, cost: Cost) -> int:
+    """How many evaluations fit a time like ``"20min"``. Raises ValueError for what is not a duration."""
+    number = limit.rstrip("abcdefghijklmnopqrstuvwxyz ")
+    unit = limit[len(number) :].strip()
+    try:
+        seconds = float(number) * UNITS[unit]
+    except (ValueError, KeyError):
+        seconds = 0.0
+    if not (seconds > 0 and math.isfinite(seconds)):
+        raise ValueError(f"budget={limit!r}: give evaluations, or a time such as '20min' ({', '.join(UNITS)})")
+    return max(1, int(seconds / cost.seconds))

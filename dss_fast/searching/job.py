@@ -1,0 +1,116 @@
+"""Job: a search prepared. What is asked is checked here, before any call of the model."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..draws import Draws, targets_of
+from ..names import find_solver
+from ..solver import Solver
+from ..target import Model, Target
+from .budget import Cost, evaluations_in
+from .settings import GaussNewton, Method, described, settings_of
+from .space import Space
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a search is asked for.
+
+    draws: the samples of its targets, which every process draws alike. steps: the Ns. initial: the table to start from
+    at each N; None where the search looks for the best one. budget: evaluations, a time, or None for the method's own.
+    """
+
+    draws: Draws
+    settings: Method
+    steps: tuple[int, ...]
+    initial: dict[int, Solver] | None = None
+    budget: int | str | None = None
+
+    @property
+    def name(self) -> str:
+        """What tables searched are called, without their N."""
+        return "+".join(target.name for target in self.draws.targets)
+
+    @property
+    def differentiated(self) -> bool:
+        """Whether the search goes back through the model."""
+        return not (isinstance(self.settings, GaussNewton) and self.settings.rounds == 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON data: what a run folder says of a search, and what tables carry as their provenance."""
+        from .. import __version__
+
+        request = self.draws.target.request if len(self.draws.targets) == 1 else None
+        return {
+            "method": self.settings.name,
+            "settings": described(self.settings),
+            "num_steps": list(self.steps),
+            "initial": None if self.initial is None else {str(n): s.to_dict() for n, s in self.initial.items()},
+            "schedule": self.draws.schedule.to_dict(),
+            "dtype": str(self.draws.target.dtype),
+            "seed": self.draws.seed,
+            "budget": self.budget,
+            "processes": self.draws.world,
+            "versions": {"dss_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **({"request": dict(request)} if request else {}),
+        }
+
+
+def prepare(
+    target: Target | Model | Sequence[Target],
+    num_steps: int | Sequence[int],
+    *,
+    method: str | Method = "gauss_newton",
+    initial: str | Solver | None = None,
+    budget: int | str | None = None,
+    seed: int | torch.Generator = 0,
+    **description: Any,
+) -> Job:
+    """The arguments of ``search`` as a Job. Raises ValueError naming what does not fit."""
+    steps = _steps(num_steps)
+    settings = settings_of(method)
+    if isinstance(budget, str):
+        evaluations_in(budget, Cost(1.0, 0))  # what is no duration is refused before any work
+    elif budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
+        raise ValueError(f"budget={budget!r}: give a whole number from 1, or a time such as '20min'")
+    targets = targets_of(target, **description)
+    if any(one.shape is None for one in targets):
+        raise ValueError("the shape of one sample is not known: give it, as in search(Target(model, (4, 32, 32)), 10)")
+    if isinstance(settings, GaussNewton):
+        if settings.select == "features" and any(one.features is None for one in targets):
+            raise ValueError("select='features' needs features, samples -> (B, F), of each target: give all of them")
+    elif len(targets) > 1:
+        raise ValueError(f"method={settings.name!r} takes one target, not {len(targets)}; use 'gauss_newton'")
+    if isinstance(seed, torch.Generator):
+        seed = int(torch.randint(2**62, (1,), generator=seed, device=seed.device))
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed={seed!r}: give a whole number or a torch.Generator")
+    draws = Draws.of(targets, seed)
+    given = None if initial is None else {n: _initial(initial, settings.space_of(draws.schedule, n)) for n in steps}
+    return Job(draws, settings, steps, given, budget)
+
+
+def _initial(initial: str | Solver, space: Space) -> Solver:
+    """The table to start from. Raises ValueError naming one that a search in this space cannot hold."""
+    solver = find_solver(initial, space.schedule, space.num_steps)
+    if solver.num_steps != space.num_steps:
+        raise ValueError(f"initial: {solver.label} has {solver.num_steps} steps; the search is for {space.num_steps}")
+    solver.on(space.schedule)
+    space.theta(solver)
+    return solver
+
+
+def _steps(num_steps: int | Sequence[int]) -> tuple[int, ...]:
+    steps = (num_steps,) if isinstance(num_steps, int) else tuple(num_steps)
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in steps)
+    if not steps or not whole or len(set(steps)) != len(steps):
+        raise ValueError(f"num_steps={num_steps!r}: give a whole number from 1, or several different ones")
+    return steps
