@@ -22,7 +22,7 @@ from dss_fast import VP, DiscreteVP, Flow, Target, find_solver, sample, search
 from dss_fast.distance import squares
 from dss_fast.draws import Draws
 from dss_fast.plots import OTHERS, SEARCHED, draw_coefficients, draw_timesteps, pyplot
-from dss_fast.searching.ledger import Ledger
+from dss_fast.searching.budget import Ledger
 from dss_fast.searching.starts import candidates, ranked
 from dss_fast.searching.teacher import Teacher
 from examples.mixture import Mixture, digits
@@ -86,14 +86,14 @@ def ladder(path: Path, budget: int = 60_000) -> None:
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(10.5, 3.8), layout="constrained")
     _halving(left)
     result = search(digits(), 5, budget=budget, progress=False)
-    rounds = [e for e in result.history if e["stage"] == "gauss-newton"]
-    accepted = [e for e in rounds if e.get("accepted")]
+    rounds = [e for e in result.history if e.stage == "gauss-newton"]
+    accepted = [e for e in rounds if e.accepted]
     right.plot(*result.curve("loss", 5), color="0.5", marker=".", label="samples searched on")
     right.plot(*result.curve("held_out", 5), color=SEARCHED, marker="o", ms=4, label="held-out samples")
-    started = next(e["evaluations"] for e in result.history if e["stage"] == "start")
+    started = next(e.evaluations for e in result.history if e.stage == "start")
     for low, high, name in (
         (0, started, "teacher, start"),
-        (started, rounds[-1]["evaluations"], f"Gauss-Newton: {len(accepted)} rounds accepted of {len(rounds)}"),
+        (started, rounds[-1].evaluations, f"Gauss-Newton: {len(accepted)} rounds accepted of {len(rounds)}"),
     ):
         right.axvspan(low, high, color="#2980b9" if low else "0.5", alpha=0.08, lw=0)
         at = (low + high) / 2 if low else high / 2
@@ -106,7 +106,7 @@ def _halving(axes: Any) -> None:
     """Each candidate's error on as many samples as it was given."""
     target, n = digits(), 5
     draws = Draws.of(target, 0)
-    teacher = Teacher(draws, Ledger(None), "train", 54, 54, budget=24)
+    teacher = Teacher(draws, Ledger(None), "train", 54, 54, 24)
     batch, trajectory = teacher[0]
     everyone, spent = candidates(draws.schedule, n, {}), 0
     for count in (1, 3, 9, 27):

@@ -104,7 +104,7 @@ def run(
             checkpoint["solvers"], history, checkpoint["evaluations"], False, out, checkpoint["starts"]
         )
         if folder:
-            folder.save_solvers(found.solvers)
+            folder.mend_solvers(found.solvers)
         return found, config
     events = RUN[job.settings.name](job, ledger, checkpoint and checkpoint["state"])
     return follow(events, job, ledger, config, folder=folder, checkpoint=checkpoint, progress=progress), config

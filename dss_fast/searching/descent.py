@@ -234,7 +234,7 @@ def descend(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> It
         if n not in descent.racers:
             descent.racers[n] = _starts(descent, train, n)
             if job.initial is None:
-                yield descent.event("start", num_steps=n)
+                yield descent.event("start", num_steps=n, start=descent.starts[n].name)
         while not all(point.finished for point in descent.racers[n]):
             points = descent.racers[n]
             racing = len(points) > 1

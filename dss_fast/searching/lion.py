@@ -168,6 +168,8 @@ def imitate(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> It
         )
 
     if saved is None:
+        if not ledger.affords(recipe.cost(0, steps)):
+            raise ValueError(f"budget={ledger.budget!r}: the first batch alone takes {recipe.cost(0, steps)}")
         yield event(resumable=False)
         if recipe.affords_look(steps):
             yield event(held_out=look())

@@ -82,11 +82,13 @@ def identity(draws: Draws) -> dict[str, Any]:
     what the model predicts for them at two times: ``KEYLESS`` evaluations.
     """
     target, batch = draws.target, replace(draws.alone, seed=0).batch("probe", 0, SAMPLES)
+    given = {"noise": batch.noise, "scale": batch.scale, **{f"cond.{k}": v for k, v in batch.cond.items()}}
+    given |= {f"uncond.{k}": v for k, v in (target.uncond or {}).items()}
     found = {
         "shape": list(target.shape or ()),
         "guidance_scale": target.guidance_scale,
         "guided_channels": target.guided_channels,
-        "given": _hash({"noise": batch.noise, "scale": batch.scale, **batch.cond, **(target.uncond or {})}),
+        "given": _hash(given),
     }
     if target.key is not None:
         return found | {"key": target.key}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,10 @@ class Event:
     start: str | None = None
     evaluations: int = 0
     time: float = 0.0
+
+    def told(self) -> Event:
+        """Without what only the next events need: as a history keeps it."""
+        return replace(self, solvers={}, starts={}, state=None, complete=False, unit=COUNTED)
 
     def to_dict(self) -> dict[str, Any]:
         """The line of the log, JSON data."""

@@ -133,6 +133,20 @@ class RunFolder:
                 solver.save(self.path / f"solver-{n}.json")
                 self._saved[n] = solver
 
+    def mend_solvers(self, solvers: Mapping[int, Solver]) -> None:
+        """Writes the solver files of a finished search that are missing or damaged; one that was edited stays."""
+        for n, solver in solvers.items():
+            path = self.path / f"solver-{n}.json"
+            try:
+                same, reason = Solver.load(path) == solver, ""
+            except (OSError, ValueError) as error:
+                same, reason = False, str(error)
+            if reason:
+                warnings.warn(f"{reason}; written again from the checkpoint", stacklevel=4)
+                solver.save(path)
+            elif not same:
+                warnings.warn(f"{path}: not the table that this search found; delete it to get that back", stacklevel=4)
+
     def close(self) -> None:
         """Leaves the folder to others."""
         if self._log is not None:
@@ -213,7 +227,7 @@ def follow(
                 event = replace(event, solvers=_signed(event, job, config, result.solvers))
                 result.solvers, result.starts = dict(event.solvers), dict(event.starts)
                 result.evaluations = ledger.evaluations
-                result.history.append(event)
+                result.history.append(event.told())
                 kept.event(event, len(result.history))
                 _show(bar, event, result)
                 if interrupts:

@@ -12,12 +12,13 @@ import torch
 from dss_fast import VP, Flow, GaussNewton, Solver, Target, handmade, sample, search
 from dss_fast.denoiser import Denoiser
 from dss_fast.draws import Draws
-from dss_fast.searching.ledger import Ledger
-from dss_fast.searching.point import Point
+from dss_fast.searching.best import better
+from dss_fast.searching.budget import Ledger, default_budget
+from dss_fast.searching.descent import Point, descend
+from dss_fast.searching.job import Job
+from dss_fast.searching.rounds import Candidate, Rounds, graph_memory
 from dss_fast.searching.runs import flatten, unflatten
-from dss_fast.searching.settings import graph_memory
 from dss_fast.searching.space import Space
-from dss_fast.searching.stage import Stage
 from dss_fast.searching.teacher import Teacher
 from dss_fast.trajectory import dense_grid, integrate
 from examples.mixture import Mixture
@@ -50,9 +51,20 @@ def draws_of(family="flow", seed=3):
 
 def events(budget=None, steps=(4,), state=None, **settings):
     """The ledger and the events of a search."""
-    method = GaussNewton(**settings)
-    ledger = Ledger(method.budget(steps) if budget is None else budget)
-    return ledger, method.run(draws_of(), ledger, steps, state=state)
+    job = Job(draws_of(), GaussNewton(**settings), steps)
+    ledger = Ledger(default_budget(job.settings, steps) if budget is None else budget)
+    return ledger, descend(job, ledger, state)
+
+
+def rounds_of(teacher, **settings):
+    """The rounds of a search on one set of samples, which are also those held out."""
+    return Rounds(Job(teacher.draws, GaussNewton(**settings), (3,)), teacher.ledger, teacher, teacher)
+
+
+def accepted(point, rounds):
+    """The point after a trial of its candidate that is accepted."""
+    trial = rounds.attempt(point.candidate, point.round, 1)
+    return point.accepted(trial, rounds.differentiate(trial), rounds.job.settings)
 
 
 def fresh_error(solver, family="flow", count=256):
@@ -69,17 +81,14 @@ def test_gradient_and_matrix_are_those_of_dense_autograd(kind, loss):
     draws, ledger = draws_of(), Ledger()
     mixing = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=F64)
     feature = lambda x: (x.flatten(1) @ mixing).tanh()  # noqa: E731
-    teacher = Teacher(draws, ledger, "train", 500, 500, budget=24)
-    settings = GaussNewton(loss=feature if loss == "features" else loss, memory_budget=None)
+    teacher = Teacher(draws, ledger, "train", 500, 500, 24)
     start = handmade("ab2", 3, Flow())
     space = Space(kind, Flow(), 3)
     theta = space.theta(start)
     if kind == "noise+times":
         theta[-3:] += 0.02
-    stage = Stage(settings, draws, ledger, teacher, teacher)
-    point = Point(space, candidate=theta, share=math.inf)
-    trial = stage.attempt(point, 1)
-    point, _ = stage.accept(point, trial, stage.differentiate(point, trial))
+    rounds = rounds_of(teacher, loss=feature if loss == "features" else loss)
+    known = accepted(Point(Candidate(space, theta, (1.0,)), math.inf), rounds).known
     batch, trajectory = teacher[0]
 
     def residual(theta):
@@ -101,17 +110,17 @@ def test_gradient_and_matrix_are_those_of_dense_autograd(kind, loss):
 
     r = residual(theta)
     values = r.square().mean(1).detach()
-    torch.testing.assert_close(values, point.values)
-    weights = point.scale / (point.scale + values)
+    torch.testing.assert_close(values, known.values)
+    weights = known.scale / (known.scale + values)
     steps = 1e-5 * torch.eye(len(theta), dtype=F64)
     jacobian = torch.stack([(residual(theta + h) - residual(theta - h)).detach() / 2e-5 for h in steps], -1)
     r = r.detach()
     gradient = 2 * torch.einsum("b,br,brp->p", weights, r, jacobian) / r.shape[1] / 500
     matrix = 2 * torch.einsum("b,brp,brq->pq", weights, jacobian, jacobian) / r.shape[1] / 500
 
-    torch.testing.assert_close(point.loss.gradient, gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()))
+    torch.testing.assert_close(known.loss.gradient, gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()))
     unit = matrix.diagonal().sqrt()
-    difference = (point.loss.matrix - matrix) / unit[:, None] / unit
+    difference = (known.loss.matrix - matrix) / unit[:, None] / unit
     assert float(difference.abs().max()) < 0.35  # 500 rows of a sketch: 1 / sqrt(500) and heavy tails
     assert float(difference.diagonal().mean().abs()) < 0.1
 
@@ -124,15 +133,14 @@ def test_generality_charges_for_the_weights_on_the_noise():
     space.noise(theta).copy_(torch.tensor([0.02, -0.01, 0.03]))
     points = []
     for generality in (0.0, 2.0):
-        teacher = Teacher(draws_of(), Ledger(), "train", 60, 60, budget=24)
-        stage = Stage(GaussNewton(generality=generality), teacher.draws, teacher.ledger, teacher, teacher)
-        point = Point(space, candidate=first, share=math.inf)
+        teacher = Teacher(draws_of(), Ledger(), "train", 60, 60, 24)
+        rounds = rounds_of(teacher, generality=generality)
+        point = Point(Candidate(space, first, (1.0,)), math.inf)
         for candidate in (first, theta):
-            point = replace(point, candidate=candidate)
-            trial = stage.attempt(point, 1)
+            point = replace(point, candidate=replace(point.candidate, theta=candidate))
             if candidate is theta:
-                losses = stage._losses(point, trial)
-            point, _ = stage.accept(point, trial, stage.differentiate(point, trial))
+                losses = point._losses(point.known, rounds.attempt(point.candidate, point.round, 1))
+            point = accepted(point, rounds)
         points.append((point, losses))
     (free, (_, new)), (charged, (old, dear)) = points
     price = charged.price
@@ -144,8 +152,9 @@ def test_generality_charges_for_the_weights_on_the_noise():
 
     gradient = torch.autograd.functional.jacobian(loss, theta)
     matrix = torch.autograd.functional.hessian(loss, theta)
-    torch.testing.assert_close(charged.loss.gradient - free.loss.gradient, gradient, rtol=1e-6, atol=1e-9 * price)
-    torch.testing.assert_close(charged.loss.matrix - free.loss.matrix, matrix, rtol=1e-6, atol=1e-9 * price)
+    near = dict(rtol=1e-6, atol=1e-9 * price)
+    torch.testing.assert_close(charged.known.loss.gradient - free.known.loss.gradient, gradient, **near)
+    torch.testing.assert_close(charged.known.loss.matrix - free.known.loss.matrix, matrix, **near)
 
 
 def test_the_start_is_charged_too_though_it_was_looked_at_before_there_was_a_price():
@@ -153,11 +162,14 @@ def test_the_start_is_charged_too_though_it_was_looked_at_before_there_was_a_pri
     dear = space.theta(handmade("ab2", 3, Flow()))
     cheap = dear.clone()
     space.noise(dear).fill_(0.1)
-    point = Point(space, candidate=dear, share=math.inf).checked(dear, 1.0, 1.0, charged=True)
-    point = replace(point, price=10.0)  # of .3 for the start
-    assert torch.equal(point.checked(cheap, 1.2, 1.0, charged=True).best, cheap)
-    assert torch.equal(point.checked(cheap, 1.4, 1.0, charged=True).best, dear)
-    assert torch.equal(point.checked(cheap, 1.2, 1.0, charged=False).best, dear)
+    point = Point(Candidate(space, dear, (1.0,)), math.inf, price=10.0, best=better(None, dear, 1.0))  # .3 for it
+    assert torch.equal(better(point.best, cheap, 1.2, point.charge).theta, cheap)
+    assert torch.equal(better(point.best, cheap, 1.4, point.charge).theta, dear)
+    assert torch.equal(better(point.best, cheap, 1.2).theta, dear)
+    errors = torch.full((9,), 1.25, dtype=F64)
+    looked = replace(point, held_out_scale=1e9)  # so large that the robust mean is the mean
+    assert torch.equal(looked.looked(cheap, errors, None, "robust").best.theta, cheap)
+    assert torch.equal(looked.looked(cheap, errors, None, "rmse").best.theta, dear)
 
 
 def test_generality_leads_from_its_space_to_the_papers():
@@ -188,7 +200,7 @@ def test_the_default_budget_is_a_fiftieth_of_the_papers_and_kept_to():
     *_, last = found
     assert ledger.budget == 50_000 * 109 // 50
     assert 0.8 * ledger.budget < ledger.evaluations <= ledger.budget
-    assert last["total"] == ledger.budget and last["complete"]
+    assert last.total == ledger.budget and last.complete
 
 
 @pytest.mark.parametrize("budget", [3_000, 5_000, 9_000, 20_000])
@@ -196,7 +208,7 @@ def test_any_budget_is_respected(budget):
     ledger, found = events(budget, **SMALL)
     *_, event = found
     assert ledger.evaluations <= budget
-    assert event["solvers"][4].num_steps == 4
+    assert event.solvers[4].num_steps == 4
 
 
 def test_a_budget_below_the_teachers_cost_is_refused():
@@ -208,16 +220,16 @@ def test_resumed_at_any_event_it_ends_with_the_same_bits():
     settings, budget = {**SMALL, "rounds": 3}, 30_000
     whole, found = events(budget, (3, 4), **settings)
     seen = [(e, whole.evaluations, set(whole.counted)) for e in _kept(found)]
-    final = seen[-1][0]["solvers"]
-    saved = [e for e in seen if e[0]["state"] is not None and not e[0]["complete"]]
+    final = seen[-1][0].solvers
+    saved = [e for e in seen if e[0].state is not None and not e[0].complete]
     for event, evaluations, counted in saved[::3]:
         tensors = {}
-        data = json.loads(json.dumps(flatten(event["state"], tensors)))
+        data = json.loads(json.dumps(flatten(event.state, tensors)))
         # Another budget does not change the samples that were planned.
         again, found = events(budget, (3, 4), state=unflatten(data, tensors), **settings)
         again.restore(evaluations, counted)
         *_, last = found
-        assert last["solvers"] == final
+        assert last.solvers == final
         assert again.evaluations == whole.evaluations
 
 
@@ -225,8 +237,8 @@ def _kept(found):
     """Events whose state is copied, as writing it to disk would."""
     for event in found:
         tensors = {}
-        data = flatten(event["state"], tensors)
-        yield {**event, "state": unflatten(data, {k: v.clone() for k, v in tensors.items()})}
+        data = flatten(event.state, tensors)
+        yield replace(event, state=unflatten(data, {k: v.clone() for k, v in tensors.items()}))
 
 
 def guided_model(x, t, y):
@@ -239,7 +251,7 @@ def test_a_range_of_guidance_scales():
         guidance_scale=(1.0, 3.0), dtype=F64,
     )  # fmt: skip
     result = search(target, 4, method=GaussNewton(**SMALL), budget=20_000, progress=False)
-    first, *_, last = [e["held_out"][4] for e in result.history if "held_out" in e]
+    first, *_, last = [e.held_out[4] for e in result.history if e.held_out]
     assert last < first
 
 
@@ -248,7 +260,6 @@ def test_what_does_not_fit_is_named():
         ({"space": "half"}, "space='half'"),
         ({"loss": "ends"}, "loss='ends'"),
         ({"samples": 0}, "samples=0"),
-        ({"robust": 0}, "robust=0"),
         ({"teacher_evaluations": 8}, "teacher_evaluations=8.*16"),
         ({"generality": -1}, "generality=-1"),
         ({"generality": math.nan}, "generality=nan"),
@@ -281,12 +292,12 @@ def test_initial_is_the_table_it_starts_from():
     target, options = Target(FLOW, SHAPE, dtype=F64), dict(method=method, budget=20_000, progress=False)
     start = search(target, 4, **options).solver
     further = search(target, 4, initial=start, **options)
-    assert start.noise_coeffs is not None and further.history[0]["stage"] == "teacher"
-    assert not [e for e in further.history if e["stage"] == "start"]  # nothing to look for: the table is given
+    assert start.noise_coeffs is not None and further.history[0].stage == "teacher"
+    assert not [e for e in further.history if e.stage == "start"]  # nothing to look for: the table is given
     _, errors = further.curve("held_out", 4)
     assert fresh_error(further.solver) <= 1.05 * fresh_error(start) and min(errors) <= errors[0]
     for initial, space, message in (
-        (start, "plain", "searched/4 has weights on the noise, which space 'plain' has not"),
+        (start, "plain", "searched/4 has weights on the noise, which this search does not move"),
         (replace(start, free_rows=True), "noise", "searched/4 has rows that do not sum to 1"),
         (handmade("ab2", 3), "noise", "ab2/3 has 3 steps; the search is for 4"),
         (handmade("ab2", 4, Flow(shift=3.0)), "noise", "ab2/4 belongs to another noise schedule"),
@@ -296,8 +307,9 @@ def test_initial_is_the_table_it_starts_from():
             search(target, 4, initial=initial, method=GaussNewton(**{**SMALL, "space": space}), progress=False)
 
 
-def test_a_finished_search_calls_no_model_whatever_the_budget(tmp_path):
-    target = Target(Counting(), SHAPE, dtype=F64)
+@pytest.mark.parametrize("key", ["mixture", None])
+def test_a_finished_search_only_asks_whether_it_is_the_same_model_whatever_the_budget(tmp_path, key):
+    target = Target(Counting(), SHAPE, dtype=F64, key=key)
     options = dict(method=GaussNewton(**SMALL), out=tmp_path, progress=False, report=False)
     first = search(target, 3, budget=9_000, **options)
     target.model.calls = 0
@@ -305,7 +317,7 @@ def test_a_finished_search_calls_no_model_whatever_the_budget(tmp_path):
         again = search(target, 3, budget=budget, resume=True, **options)
         assert again.solvers == first.solvers and again.evaluations == first.evaluations
         assert again.history == first.history
-    assert target.model.calls == 0
+    assert target.model.calls == (0 if key else 4 * 2)  # two samples at two times, unless the key says it
 
 
 class Counting(torch.nn.Module):
@@ -321,7 +333,7 @@ def test_nan_is_noticed_once_a_round_where_no_call_is_looked_at(monkeypatch, cal
     """As on a GPU. The first rollout must be numbers; a later one that is none is a step too far."""
     check, broken, seen = Denoiser._check, [], []
     monkeypatch.setattr(Denoiser, "_check", lambda self, *rest: self.check_finite and check(self, *rest))
-    whole = Stage.attempt
+    whole = Rounds.attempt
 
     def breaking(*arguments, **options):
         seen.append(1)
@@ -331,7 +343,7 @@ def test_nan_is_noticed_once_a_round_where_no_call_is_looked_at(monkeypatch, cal
         finally:
             broken.clear()
 
-    monkeypatch.setattr(Stage, "attempt", breaking)
+    monkeypatch.setattr(Rounds, "attempt", breaking)
     method = GaussNewton(samples=32, batch_size=16, held_out_samples=16, teacher_evaluations=20)
     target = Target(lambda x, t: x + math.nan if broken else FLOW(x, t), SHAPE, Flow(), dtype=F64, key="moody")
     if words is not None:
@@ -339,11 +351,10 @@ def test_nan_is_noticed_once_a_round_where_no_call_is_looked_at(monkeypatch, cal
             search(target, 4, method=method, progress=False)
         return
     result = search(target, 4, method=method, progress=False)
-    rounds = [event for event in result.history if event["stage"] == "gauss-newton"]
-    assert [event.get("accepted", True) for event in rounds][:3] == [True, False, True]
+    rounds = [event for event in result.history if event.stage == "gauss-newton"]
+    assert [event.accepted for event in rounds][:3] == [True, False, True]
     assert torch.tensor(result.solver.timesteps).isfinite().all()
 
 
 def test_graphs_get_half_of_a_gpus_free_memory():
-    assert graph_memory(None, torch.device("cpu")) == 1 << 29 and graph_memory(None, torch.device("cuda", 0)) == 0.5
-    assert graph_memory(0, torch.device("cuda", 0)) == 0 and GaussNewton().memory_budget is None
+    assert graph_memory(torch.device("cpu")) == 1 << 29 and graph_memory(torch.device("cuda", 0)) == 0.5

@@ -10,9 +10,10 @@ from torch import nn
 
 from dss_fast import VP, Flow, Lion, Solver, Target, sample, search
 from dss_fast.draws import Draws
-from dss_fast.searching.ledger import Ledger
-from dss_fast.searching.lion import point_table
-from dss_fast.table import StepTable
+from dss_fast.searching.budget import Ledger
+from dss_fast.searching.job import prepare
+from dss_fast.searching.lion import imitate
+from dss_fast.searching.space import Space
 from dss_fast.trajectory import dense_grid, integrate
 from dss_fast.unroll import unroll
 
@@ -60,8 +61,8 @@ def draws_of(family, seed=0, **fields):
 
 
 def events(family, steps=(4,), initial=None, **settings):
-    ledger = Ledger()
-    return ledger, list(Lion(**settings).run(draws_of(family), ledger, steps, initial=initial))
+    job, ledger = prepare(draws_of(family).target, steps, method=Lion(**settings), initial=initial), Ledger()
+    return ledger, list(imitate(job, ledger))
 
 
 def by_hand(family, n, batches, batch_size, short_tail):
@@ -126,22 +127,22 @@ def ab(t):
 def test_it_is_the_papers_algorithm(family, n):
     raws, lower, loss = by_hand(family, n, 6, 8, short_tail=n in (5, 6))
     _, found = events(family, (n,), samples=48, batch_size=8, check_samples=0)
-    point = found[-1]["state"]["points"][n]
-    assert torch.allclose(point["raws"], raws, rtol=0, atol=1e-9)
+    theta = found[-1].state["points"][n]["theta"]
+    assert torch.allclose(theta[:n], raws, rtol=0, atol=1e-9)
     row, column = torch.tril_indices(n, n, -1)
     if n in (5, 6):
         keep = (row < n - 2) | (column == row - 1)
         row, column = row[keep], column[keep]
-    assert torch.allclose(point["lower"], lower[row, column], rtol=0, atol=1e-9)
-    assert found[-1]["loss"][n] == pytest.approx(loss, rel=1e-9)
+    assert torch.allclose(theta[n:], lower[row, column], rtol=0, atol=1e-9)
+    assert found[-1].loss[n] == pytest.approx(loss, rel=1e-9)
 
 
 def test_short_tail_leaves_the_papers_number_of_free_entries():
     for n, free in ((5, 5), (6, 8), (7, 21)):
         _, found = events("flow", (n,), samples=8, batch_size=8, check_samples=0)
-        assert len(found[-1]["state"]["points"][n]["lower"]) == free
+        assert len(found[-1].state["points"][n]["theta"]) == n + free
     _, found = events("flow", (5,), samples=8, batch_size=8, check_samples=0, short_tail=False)
-    assert len(found[-1]["state"]["points"][5]["lower"]) == 10
+    assert len(found[-1].state["points"][5]["theta"]) == 5 + 10
 
 
 @pytest.mark.parametrize("family", ["flow", "vp"])
@@ -149,16 +150,15 @@ def test_short_tail_leaves_the_papers_number_of_free_entries():
 def test_gradient_through_the_whole_rollout(family, guided):
     extra = dict(uncond={"shift": torch.zeros(1, dtype=F64)}, guidance_scale=1.7) if guided else {}
     batch = draws_of(family, cond=draw, **extra).batch("train", 0, 3)
-    places = tuple(torch.tril_indices(4, 4, -1))
+    space = Space("plain", batch.schedule, 4)
 
-    def states(raws, lower):
-        table = StepTable.build(batch.schedule, *point_table(raws, lower, places), guidance=batch.guidance)
+    def states(theta):
+        table = space.table(theta, batch.guidance)
         return unroll(batch.denoiser(), batch.noise, table.weights, table.times)
 
     generator = torch.Generator().manual_seed(3)
-    raws = torch.randn(4, generator=generator, dtype=F64) / 3
-    lower = torch.randn(6, generator=generator, dtype=F64) / 3
-    assert torch.autograd.gradcheck(states, (raws.requires_grad_(), lower.requires_grad_()))
+    theta = torch.randn(10, generator=generator, dtype=F64) / 3
+    assert torch.autograd.gradcheck(states, theta.requires_grad_())
 
 
 @pytest.mark.parametrize("family", ["flow", "vp"])
@@ -182,7 +182,7 @@ def test_several_numbers_of_steps_at_once_are_the_single_searches():
     _, both = events("flow", (3, 4), samples=64, batch_size=16, check_samples=16)
     for n in (3, 4):
         _, alone = events("flow", (n,), samples=64, batch_size=16, check_samples=16)
-        assert alone[-1]["solvers"][n] == both[-1]["solvers"][n]
+        assert alone[-1].solvers[n] == both[-1].solvers[n]
 
 
 def test_evaluations_are_counted_as_the_paper_counts_and_the_budget_holds():
@@ -196,7 +196,9 @@ def test_evaluations_are_counted_as_the_paper_counts_and_the_budget_holds():
     assert task.evaluations == 64 * (99 + 12)
     rows = []
     model = lambda x, t: (rows.append(len(x)), flow_model(x, t))[1]  # noqa: E731
-    for budget in (8, 5_000, 12_345):
+    with pytest.raises(ValueError, match=f"budget=8: the first batch alone takes {32 * (100 + 3 * 4)}"):
+        search(model, 4, method=Lion(), budget=8, key="m", **QUICK)
+    for budget in (5_000, 12_345):
         result = search(model, 4, method=Lion(samples=10_000), budget=budget, key="m", **QUICK)
         assert result.evaluations <= budget and result.solver.num_steps == 4
     guided = dict(cond=draw, uncond={"shift": torch.zeros(1, dtype=F64)})
@@ -210,13 +212,14 @@ def test_evaluations_are_counted_as_the_paper_counts_and_the_budget_holds():
     assert set(doubled) == {4, 32} and result.evaluations == 16 * 109 + 8
 
 
-def test_repeated_samples_repeat_their_teacher():
+def test_repeated_samples_repeat_their_teacher(monkeypatch):
     _, new = events("flow", (3,), samples=32, batch_size=16, check_samples=0)
     _, repeated = events("flow", (3,), samples=64, batch_size=16, unique_samples=32, check_samples=0)
-    assert repeated[2]["loss"] == new[2]["loss"]
-    assert repeated[3]["loss"] != repeated[1]["loss"]
-    _, on_disk = events("flow", (3,), samples=64, batch_size=16, unique_samples=32, check_samples=0, memory=0)
-    assert on_disk[-1]["loss"] == repeated[-1]["loss"]
+    assert repeated[2].loss == new[2].loss
+    assert repeated[3].loss != repeated[1].loss
+    monkeypatch.setattr(import_module("dss_fast.searching.lion"), "MEMORY", 0)
+    _, on_disk = events("flow", (3,), samples=64, batch_size=16, unique_samples=32, check_samples=0)
+    assert on_disk[-1].loss == repeated[-1].loss
 
 
 def test_nothing_of_the_model_needs_a_gradient_in_the_teacher_and_it_gets_its_parameters_back():
@@ -254,7 +257,7 @@ def test_nan_keeps_the_best_so_far():
 
 def test_initial_solver_is_where_it_starts():
     _, found = events("flow", (4,), samples=8, batch_size=8, check_samples=0, initial="ab2@shift2")
-    start = found[0]["solvers"][4]
+    start = found[0].starts[4]
     from dss_fast import find_solver
 
     given = find_solver("ab2/4@shift2", Flow())
@@ -276,7 +279,7 @@ def test_initial_solver_is_where_it_starts():
         (dict(shape=(0,)), "shape"),
         (dict(guidance_scale=2.0), "needs uncond"),
         (dict(initial="rk4"), "no solver is called"),
-        (dict(initial="ab3", num_steps=5), "ab3/5.*short_tail"),
+        (dict(initial="ab3", num_steps=5), "ab3/5.*short_tail=False"),
         (dict(method=lambda: Lion(samples=64, unique_samples=33)), "multiple of batch_size"),
         (dict(cond=lambda n, g: {"style": torch.zeros(n)}), "no keyword 'style'.*shift"),
     ],
@@ -311,7 +314,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
 def refused(rank, folder):
     torch.distributed.init_process_group("gloo")  # one group for two searches
     search(flow_model, 3, cond=draw, out=folder, report=False, budget=4_000, **SHARED)
-    with pytest.raises(ValueError, match="outputs was"):
+    with pytest.raises(ValueError, match="targets was"):
         search(lambda x, t, shift: x, 3, cond=draw, out=folder, resume=True, report=False, **SHARED)
     torch.distributed.destroy_process_group()
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from dss_fast import GaussNewton, Lion, Target, plan, search
-from dss_fast.searching.plan import EXPECTED, evaluations_in, expected
-from dss_fast.searching.probe import CALLS, Cost
+from dss_fast.searching.budget import Cost, evaluations_in
+from dss_fast.searching.plan import EXPECTED, expected
+from dss_fast.searching.probe import CALLS
 
 F64 = torch.float64
 
@@ -24,7 +25,7 @@ def test_a_search_spends_what_its_plan_says():
     said = plan(TARGET, [3, 4], budget=6_000)
     result = search(TARGET, [3, 4], budget=6_000, progress=False)
     assert said.evaluations == 6_000 and 0.8 * 6_000 < result.evaluations <= 6_000
-    assert result.history[0]["samples"] == said.samples
+    assert result.history[0].samples == said.samples
     assert math.isclose(said.minutes, 6_000 * said.cost.seconds / 60) and said.cost.seconds > 0
 
 
@@ -62,7 +63,7 @@ def test_a_time_is_a_budget_and_a_resumed_search_keeps_to_what_it_came_to(tmp_pa
 
 
 @pytest.mark.parametrize("limit", ["20", "min", "20 parsecs", "-3min", "nan min", "infh", "0s"])
-def test_what_is_no_time_is_refused_before_any_work(limit):
+def test_what_is_no_duration_is_refused_before_any_work(limit):
     with pytest.raises(ValueError, match="give evaluations, or a time such as '20min'"):
         search(TARGET, 3, budget=limit, progress=False)
 

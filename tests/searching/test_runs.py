@@ -15,8 +15,10 @@ import torch
 
 from dss_fast import Flow, GaussNewton, Lion, Solver, Target, search
 from dss_fast.searching import runs as running
-from dss_fast.searching.ledger import Ledger
-from dss_fast.searching.runs import RunFolder, drive, flatten, unflatten
+from dss_fast.searching.budget import Ledger
+from dss_fast.searching.job import prepare
+from dss_fast.searching.result import Event
+from dss_fast.searching.runs import RunFolder, flatten, follow, unflatten
 
 F64 = torch.float64
 
@@ -67,8 +69,8 @@ def killed_at(moment, out, every=0.0, method="lion"):
         return original(*arguments, **options)
 
     os.replace, os.fsync = partial(lethal, os.replace), partial(lethal, os.fsync)
-    log = RunFolder.log
-    RunFolder.log = lambda self, event: lethal(log, self, event)
+    note = RunFolder.note
+    RunFolder.note = lambda self, event: lethal(note, self, event)
     find(out, resume=True, method=method)
 
 
@@ -93,7 +95,6 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bits(tmp_path, method):
         assert result.curve("held_out", 3) == expected.curve("held_out", 3)
         for n in (3, 4):
             assert Solver.load(out / f"solver-{n}.json") == expected.solvers[n]
-        assert not [p for p in out.iterdir() if p.name.startswith(".")]
         lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         assert len(lines) == len(expected.history) == len(result.history)
 
@@ -116,16 +117,39 @@ def test_a_finished_search_resumes_without_a_model_call(tmp_path):
 
 
 def test_another_model_is_not_resumed(tmp_path):
-    """A function by its outputs, as soon as it would be called; a module by its parameters, even a finished search."""
-    find(tmp_path / "function", key=None, budget=3_000)
-    with pytest.raises(ValueError, match="cannot be resumed: outputs was"):
-        find(tmp_path / "function", resume=True, key=None, function=lambda x, t: model(x, t) + 0.01)
+    """Nor other conditions or noise of the same one: what was found would not be for them, finished or not."""
+    for name, budget in (("begun", 3_000), ("finished", None)):
+        find(tmp_path / name, key=None, budget=budget)
+        with pytest.raises(ValueError, match="cannot be resumed: targets was"):
+            find(tmp_path / name, resume=True, key=None, function=lambda x, t: model(x, t) + 0.01)
     module = Scaled()
     find(tmp_path / "module", key=None, function=module)
     with torch.no_grad():
         module.scale += 0.01
-    with pytest.raises(ValueError, match="cannot be resumed: model was"):
+    with pytest.raises(ValueError, match="cannot be resumed: targets was"):
         find(tmp_path / "module", resume=True, key=None, function=module)
+
+
+@pytest.mark.parametrize("key", ["bend", None])
+@pytest.mark.parametrize("part", ["cond", "noise", "uncond", "scale"])
+def test_another_use_of_the_same_model_is_not_resumed(tmp_path, part, key):
+    def shifted(x, t, y):
+        return model(x, t) + y[:, None]
+
+    def labels(low):
+        return lambda n, generator: {"y": low + torch.rand(n, generator=generator, dtype=F64)}
+
+    first = Target(shifted, (3,), cond=labels(0), uncond={"y": 0.0}, guidance_scale=1.5, dtype=F64, key=key)
+    another = {
+        "cond": {"cond": labels(1)},
+        "noise": {"noise": lambda n, generator: 2 * torch.randn(n, 3, generator=generator, dtype=F64)},
+        "uncond": {"uncond": {"y": 0.5}},
+        "scale": {"guidance_scale": 2.0},
+    }[part]
+    options = dict(method=LION, out=tmp_path, progress=False, report=False)
+    search(first, 3, **options)
+    with pytest.raises(ValueError, match="cannot be resumed: targets was"):
+        search(replace(first, **another), 3, resume=True, **options)
 
 
 @pytest.fixture
@@ -192,11 +216,10 @@ def test_report_log_and_provenance(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     solver = Solver.load(tmp_path / "solver-3.json")
     assert solver.name == "bend/3" and solver == result.solver
-    for key in ("method", "seed", "schedule", "model", "settings", "versions", "date"):
+    for key in ("method", "seed", "schedule", "targets", "settings", "versions", "date"):
         assert solver.provenance[key] == config[key]
     assert solver.provenance["held_out"] == min(result.curve("held_out", 3)[1])
     assert 0 < solver.provenance["evaluations"] <= result.evaluations
-    assert not (tmp_path / "teacher").exists()
     result.plot(tmp_path / "again.png")
     assert (tmp_path / "again.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="choose"):
@@ -229,22 +252,57 @@ def test_any_generator_of_events_is_a_method(tmp_path):
             state = {**state, "at": at + 1, "parts": [*state["parts"], torch.tensor([at / 3], dtype=F64)]}
             lower = [[], [0.1 * float(state["parts"][-1])]]
             solver = Solver.from_timedeltas((1, 1), lower, Flow())
-            yield {"solvers": {2: solver}, "state": state, "done": at + 1, "total": 6, "note": "hello"}
+            yield Event("mine", at + 1, 6, {2: solver}, {2: euler}, state)
             if at == 2 and stop:
                 raise KeyboardInterrupt
 
-    stop = True
+    stop, job = True, prepare(Target(model, (3,), key="bend"), 2)
     for resume in (False, True):
-        ledger, folder = Ledger(), RunFolder(tmp_path, {"method": "mine"}, resume)
-        folder.begin({"method": "mine"})
+        ledger, folder = Ledger(), RunFolder(tmp_path, job, resume)
+        folder.check(job.to_dict())
         events = method(ledger, folder.checkpoint and folder.checkpoint["state"])
-        result = drive(events, ledger, folder=folder, checkpoint=folder.checkpoint, progress=False)
-        assert result.interrupted is stop
+        found = folder.checkpoint
+        result = follow(events, job, ledger, job.to_dict(), folder=folder, checkpoint=found, progress=False)
+        assert result.interrupted is stop and ("unfinished" in result.solver.source) is stop
         folder.close()
         stop = False
-    assert result.evaluations == 60 and [e["note"] for e in result.history] == ["hello"] * 6
+    assert result.evaluations == 60 and [event.stage for event in result.history] == ["mine"] * 6
     assert result.solver.coeffs[1][0] == pytest.approx(0.1 * 5 / 3)
-    assert result.solver.name == "searched/2"
+    assert result.solver.name == "searched/2" and result.starts == {2: euler}
+
+
+@pytest.mark.parametrize("name", ["config.json", "log.jsonl", "solver-3.json", "report.md", "checkpoint.safetensors"])
+def test_files_of_the_users_are_not_taken_for_a_searchs(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    (tmp_path / "teacher").mkdir()
+    for other in (".notes.txt.swp", ".keys.json.gpg", "teacher/weights.pt"):
+        (tmp_path / other).write_text("mine")
+    for resume in (False, True):
+        with pytest.raises((OSError, ValueError), match=re.escape(name)):
+            find(tmp_path, resume=resume, report=True)
+    (tmp_path / name).rename(tmp_path / "mine")
+    find(tmp_path)
+    for kept in ("mine", ".notes.txt.swp", ".keys.json.gpg", "teacher/weights.pt"):
+        assert (tmp_path / kept).read_text() == "mine"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_there_is_a_file_of_a_table_once_one_is_found_and_it_says_how_far_it_came(tmp_path, method):
+    seen, save = [], RunFolder.save_solvers
+
+    def watched(self, solvers):
+        save(self, solvers)
+        files = {path.name: Solver.load(path) for path in self.path.glob("solver-*.json")}
+        seen.append({name: solver.source for name, solver in files.items()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "save_solvers", watched)
+        found = find(tmp_path, method=method)
+    assert seen[0] == {} and set(seen[-1]) == {"solver-3.json", "solver-4.json"}
+    assert all(source.endswith("unfinished") for sources in seen[:-1] for source in sources.values())
+    for n, solver in found.solvers.items():
+        assert seen[-1][f"solver-{n}.json"] == solver.source == f"dss_fast.search, method {method}"
+        assert solver.provenance["start"] == found.starts[n].name
 
 
 def test_state_comes_back_as_it_was():

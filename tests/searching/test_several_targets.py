@@ -9,15 +9,16 @@ import torch
 
 from dss_fast import VP, Flow, GaussNewton, Lion, Target, handmade, plan, sample, search
 from dss_fast.draws import Draws
-from dss_fast.searching.ledger import Ledger
-from dss_fast.searching.objective import residual
+from dss_fast.searching.budget import Ledger
+from dss_fast.searching.job import Job
+from dss_fast.searching.residual import residual
 from dss_fast.searching.runs import flatten, unflatten
 from dss_fast.searching.starts import candidates, ranked
 from dss_fast.searching.teacher import Teacher
 from dss_fast.trajectory import dense_grid, integrate
 from examples.mixture import Mixture
 
-two_stage = import_module("dss_fast.searching.two_stage")
+descent = import_module("dss_fast.searching.descent")
 F64 = torch.float64
 SMALL = dict(samples=48, batch_size=16, held_out_samples=16, teacher_evaluations=20)
 
@@ -52,7 +53,7 @@ def test_one_table_serves_both_where_each_ones_own_serves_one():
 def test_batches_take_turns_and_units_make_scales_equal():
     """Residuals of a model that errs a thousand times more count as much: squares over the start's median are 1."""
     draws, ledger = Draws.of([WIDE, NARROW], 3), Ledger()
-    teacher = Teacher(draws, ledger, "train", 64, 16, budget=24)
+    teacher = Teacher(draws, ledger, "train", 64, 16, 24)
     assert [batch.target.name for batch, _ in teacher] == ["wide", "narrow", "wide", "narrow"]
     before, start = ledger.evaluations, handmade("ab2", 4, Flow())
     (found,) = ranked(draws, ledger, teacher, [start], 10**6)
@@ -69,7 +70,7 @@ def test_batches_take_turns_and_units_make_scales_equal():
 
 def test_the_start_is_chosen_by_all_of_them():
     draws, ledger = Draws.of([WIDE, NARROW], 3), Ledger()
-    teacher = Teacher(draws, ledger, "train", 64, 32, budget=24)
+    teacher = Teacher(draws, ledger, "train", 64, 32, 24)
     tables = candidates(Flow(), 4, {})
     best = ranked(draws, ledger, teacher, tables, 10**6)[0].solver
     product = lambda solver: error(WIDE, solver) * error(NARROW, solver)  # noqa: E731
@@ -86,36 +87,35 @@ def test_a_plan_of_several_is_what_the_search_does(monkeypatch):
             super().__init__(*arguments, **options)
             teachers.append(self)
 
-    monkeypatch.setattr(two_stage, "Teacher", Watched)
+    monkeypatch.setattr(descent, "Teacher", Watched)
     found = search([WIDE, NARROW], 4, budget=20_000, progress=False)
-    assert found.history[0]["samples"] == said.samples == sum(teachers[0].sizes)
+    assert found.history[0].samples == said.samples == sum(teachers[0].sizes)
     assert said.batch_size == max(teachers[0].sizes) < said.samples / 2 and said.cost.saved > 0
 
 
 def test_resumed_it_ends_with_the_same_bits(tmp_path):
     options = dict(method=GaussNewton(**SMALL), budget=12_000, seed=3, progress=False)
     whole = search([WIDE, NARROW], 3, **options)
-    method, seen = GaussNewton(**SMALL), []
-    ledger = Ledger(12_000)
-    for event in method.run(Draws.of([WIDE, NARROW], 3), ledger, (3,)):
+    job, seen, ledger = Job(Draws.of([WIDE, NARROW], 3), GaussNewton(**SMALL), (3,)), [], Ledger(12_000)
+    for event in descent.descend(job, ledger):
         tensors = {}
-        data = json.dumps(flatten(event["state"], tensors))
+        data = json.dumps(flatten(event.state, tensors))
         tensors = {k: v.clone() for k, v in tensors.items()}
         seen.append((event, ledger.evaluations, set(ledger.counted), data, tensors))
-    final = seen[-1][0]["solvers"][3]
+    final = seen[-1][0].solvers[3]
     for event, evaluations, counted, data, tensors in seen[1:-1:3]:
-        if event["state"] is not None:
+        if event.state is not None:
             again = Ledger(12_000)
             again.restore(evaluations, counted)
-            *_, last = method.run(Draws.of([WIDE, NARROW], 3), again, (3,), state=unflatten(json.loads(data), tensors))
-            assert last["solvers"][3] == final
+            *_, last = descent.descend(job, again, unflatten(json.loads(data), tensors))
+            assert last.solvers[3] == final
     folder = search([WIDE, NARROW], 3, out=tmp_path / "run", report=False, **options)
     assert folder.solver.tensors()["coeffs"].equal(whole.solver.tensors()["coeffs"])
     again = search([WIDE, NARROW], 3, out=tmp_path / "run", resume=True, report=False, **options)
     assert again.solver == folder.solver
-    with pytest.raises(ValueError, match="cannot be resumed: model was"):
+    with pytest.raises(ValueError, match="cannot be resumed: targets was"):
         search([NARROW, WIDE], 3, out=tmp_path / "run", resume=True, report=False, **options)
-    with pytest.raises(ValueError, match="cannot be resumed: others was"):
+    with pytest.raises(ValueError, match="cannot be resumed: targets was"):
         search(WIDE, 3, out=tmp_path / "run", resume=True, report=False, **options)
 
 

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from dss_fast import VP, DiscreteVP, Flow, GaussNewton, Target, find_solver, handmade
+from dss_fast import VP, DiscreteVP, Flow, GaussNewton, Target, handmade
 from dss_fast.draws import Draws
+from dss_fast.searching.budget import Ledger
+from dss_fast.searching.descent import descend
 from dss_fast.searching.gauss_newton import robust
-from dss_fast.searching.ledger import Ledger
+from dss_fast.searching.job import Job
 from dss_fast.searching.starts import candidates, ranked, respaced
 from dss_fast.searching.teacher import Teacher
 from examples.mixture import Mixture
@@ -17,7 +19,7 @@ MODEL = Mixture(torch.randn(12, 6, generator=torch.Generator().manual_seed(5), d
 
 def teacher_of(model, seed=3, count=32):
     draws, ledger = Draws.of(Target(model, (6,), dtype=F64), seed), Ledger()
-    return draws, ledger, Teacher(draws, ledger, "train", count, count, budget=24)
+    return draws, ledger, Teacher(draws, ledger, "train", count, count, 24)
 
 
 @pytest.mark.parametrize("schedule", [Flow(), Flow(convention="diffusers", shift=3.0), VP(), DiscreteVP.linear()])
@@ -59,17 +61,15 @@ def test_a_large_limit_finds_the_best_of_all_and_a_small_one_keeps_to_it():
     assert [s.solver for s in ranked(draws, ledger, teacher, tables, 0)] == tables[:1] and ledger.evaluations == before
 
 
-def test_a_table_that_leaves_the_numbers_comes_last():
+def test_a_table_that_diverges_comes_last():
     def model(x, t):
         return torch.where(t[:, None] > 0.9, x / 0, MODEL(x, t))
 
     draws, ledger, teacher = teacher_of(MODEL)
     broken = Draws.of(Target(model, (6,), dtype=F64), 3)
-    teacher.draws = broken
     late, early = handmade("ab2", 4, timesteps=torch.tensor([0, 0.3, 0.6, 0.95, 1.0])), handmade("ab2", 4)
-    teacher._kept.clear()
-    batch, trajectory = teacher_of(MODEL)[2][0]
-    teacher._kept[0] = broken.batch("train", 0, 32), trajectory
+    _, trajectory = teacher[0]
+    teacher._batches[0] = broken.batch("train", 0, 32)
     assert ranked(broken, ledger, teacher, [late, early], 1_000)[0].solver == early
 
 
@@ -86,18 +86,19 @@ def test_the_best_of_several_starts_goes_on():
     draws, ledger, _ = teacher_of(MODEL)
     method = GaussNewton(samples=48, batch_size=16, held_out_samples=0, teacher_evaluations=20)
     ledger = Ledger(20_000)
-    events = list(method.run(draws, ledger, (4,)))
-    (start,) = [event for event in events if event["stage"] == "start"]
-    count = len(start["starts"])
-    assert count == len({find_solver(name, Flow(), 4).timesteps for name in start["starts"]}) and 1 < count <= 3
-    raced = [event["state"]["points"][4] for event in events if event["state"] and 4 in event["state"]["points"]]
+    events = list(descend(Job(draws, method, (4,)), ledger))
+    (start,) = [event for event in events if event.stage == "start"]
+    racers = start.state["racers"][4]
+    count = len({tuple(point["candidate"][:4].tolist()) for point in racers})
+    assert count == len(racers) and 1 < count <= 3
+    raced = [event.state["racers"][4] for event in events if event.state and 4 in event.state["racers"]]
     rivals = [points for points in raced if len(points) == count]
     assert len(raced[-1]) == 1 and all(point["round"] <= 3 for points in rivals for point in points)
     (winner,), last = raced[len(rivals)], rivals[-1]
-    losses = [robust(p["values"], winner["scale"]) if p["round"] == 3 else None for p in last]
-    known = [loss for loss in losses if loss is not None]
-    assert robust(winner["values"], winner["scale"]) <= min(known)
+    known = [robust(p["known"]["values"], winner["known"]["scale"]) for p in last if p["round"] == 3]
+    assert robust(winner["known"]["values"], winner["known"]["scale"]) <= min(known)
     assert winner["round"] == 3 and raced[-1][0]["spent"] > sum(point["spent"] for point in last)
-    assert ledger.evaluations <= 20_000 and events[-1]["complete"]
-    alone = list(GaussNewton(samples=24, teacher_evaluations=20).run(draws, Ledger(20_000), (4,)))
-    assert [len(event["starts"]) for event in alone if "starts" in event] == [1]  # too few samples for a race
+    assert ledger.evaluations <= 20_000 and events[-1].complete
+    few = Job(draws, GaussNewton(samples=24, teacher_evaluations=20), (4,))
+    alone = list(descend(few, Ledger(20_000)))
+    assert {len(event.state["racers"][4]) for event in alone if event.state} == {1}  # too few samples for a race
