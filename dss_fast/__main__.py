@@ -31,22 +31,26 @@ from .names import find_solver, solver_names
 from .plots import plot_samples, plot_solver
 from .sampling import sample
 from .schedule import default_schedule
-from .searching import METHODS, GaussNewton, Lion, search
+from .searching import METHODS, GaussNewton, Method, search
 from .searching.processes import take_local_device
 from .searching.space import SPACES
 from .target import Target
 
+INTERRUPTED = 130  # the exit status of Ctrl-C, so that ``search && deploy`` does not deploy half a search
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status. Expected errors are one line on stderr and status 2."""
+    """Runs one command; returns the exit status. Expected errors are one line on stderr and status 2, Ctrl-C is 130."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
+    except KeyboardInterrupt:
+        print(f"dss_fast {options.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
         print(f"dss_fast {options.command}: {error}{notes}", file=sys.stderr)
         return 2
-    return 0
 
 
 def load_target(name: str, device: str | None = None) -> Target:
@@ -85,7 +89,7 @@ def load_target(name: str, device: str | None = None) -> Target:
     return target if device is None else target.to(device)
 
 
-def _search(options: argparse.Namespace) -> None:
+def _search(options: argparse.Namespace) -> int:
     method = _method(options)
     take_local_device()  # the model is built on the current device, so this comes first
     pipelines = [name for name in options.models if ":" not in name]
@@ -95,8 +99,7 @@ def _search(options: argparse.Namespace) -> None:
             "module:attribute, as in examples.mnist:flow"
         )
     if pipelines:
-        _search_pipeline(pipelines[0], options, method)
-        return
+        return _search_pipeline(pipelines[0], options, method)
     for key in ("prompts", "call", "dtype"):
         if getattr(options, key):
             raise ValueError(
@@ -114,9 +117,10 @@ def _search(options: argparse.Namespace) -> None:
     )
     if int(os.environ.get("RANK", "0")) == 0:
         print(result)
+    return INTERRUPTED if result.interrupted else 0
 
 
-def _search_pipeline(name: str, options: argparse.Namespace, method: GaussNewton | Lion) -> None:
+def _search_pipeline(name: str, options: argparse.Namespace, method: Method) -> int:
     if not (Path(name) / "model_index.json").is_file() and name.count("/") != 1:
         raise ValueError(
             f"model {name!r}: write module:attribute, as in examples.mnist:flow, or a pipeline of diffusers: "
@@ -126,7 +130,7 @@ def _search_pipeline(name: str, options: argparse.Namespace, method: GaussNewton
         raise ValueError(f"the pipeline {name!r} needs --prompts, a file with one prompt a line")
     from .integrations.diffusers.command import search_pipeline
 
-    search_pipeline(
+    result = search_pipeline(
         name,
         options.prompts,
         options.steps,
@@ -139,9 +143,10 @@ def _search_pipeline(name: str, options: argparse.Namespace, method: GaussNewton
         seed=options.seed,
         resume=options.resume,
     )
+    return INTERRUPTED if result.interrupted else 0
 
 
-def _method(options: argparse.Namespace) -> GaussNewton | Lion:
+def _method(options: argparse.Namespace) -> Method:
     """The settings of the method, those given on the command line put in."""
     kind = METHODS[options.method]
     asked = {key: getattr(options, key) for key in ("space", "generality", "samples")}
@@ -263,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(
-        name: str, run: Callable[[argparse.Namespace], None], text: str, out: str | None = None
+        name: str, run: Callable[[argparse.Namespace], int | None], text: str, out: str | None = None
     ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)

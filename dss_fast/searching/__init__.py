@@ -23,7 +23,7 @@ from .result import Event, SearchResult
 from .runs import RunFolder, follow, opened
 from .settings import METHODS, GaussNewton, Lion, Method
 
-__all__ = ["METHODS", "Event", "GaussNewton", "Lion", "Plan", "SearchResult", "plan", "search"]
+__all__ = ["METHODS", "Event", "GaussNewton", "Lion", "Method", "Plan", "SearchResult", "plan", "search"]
 
 LOOK = 0.02  # at most this part of the budget goes into whether the schedule is plausible
 RUN: dict[str, Callable[[Job, Ledger, dict[str, Any] | None], Iterator[Event]]] = {
