@@ -85,7 +85,9 @@ def test_search_sample_compare_show(folder, capsys):
 def test_one_table_for_several_models(folder, capsys):
     assert main("search mymodel:constant mymodel:twin --steps 3 --budget 6000 --samples 32 -o both".split()) == 0
     provenance = Solver.load(folder / "both" / "solver-3.json").provenance
-    assert [one["shape"] for one in provenance["others"]] == [[6]] and "searched+searched/3" in capsys.readouterr().out
+    assert [one["shape"] for one in provenance["targets"][1:]] == [
+        [6]
+    ] and "searched+searched/3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

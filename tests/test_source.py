@@ -21,7 +21,8 @@ UNPICKLING = {"torch.load", "torch.save", "torch.jit.load", "torch.hub.load", "n
 ALLOWED = {
     # torch.distributed sends Python objects between the processes of one search by pickling them: from process to
     # process of one user, never from a file.
-    ("searching/__init__.py", "broadcast_object_list"),
+    ("searching/processes.py", "broadcast_object_list"),
+    ("searching/processes.py", "all_gather_object"),
     # The command for a pipeline hands a folder or a hub id to diffusers; a folder fetches nothing.
     ("integrations/diffusers/command.py", "from_pretrained"),
 }

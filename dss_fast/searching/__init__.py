@@ -12,21 +12,19 @@ from ..denoiser import frozen
 from ..files import check_writable
 from ..solver import Solver
 from ..target import Model, Target
-from .budget import Ledger, default_budget, evaluations_in
+from .budget import Ledger, default_budget
 from .descent import descend
 from .job import Job, prepare
 from .lion import imitate
-from .plan import Plan, plan, planned
-from .probe import CALLS, KEYLESS, PLAUSIBLE_CALLS, doubt, identity, probe
+from .plan import Plan, identities, look, plan
 from .processes import agreed, from_first, joined
 from .result import Event, SearchResult
-from .runs import RunFolder, follow, opened
+from .runs import RunFolder, is_finished, opened, restored, run
 from .settings import METHODS, GaussNewton, Lion, Method
 
 __all__ = ["METHODS", "Event", "GaussNewton", "Lion", "Method", "Plan", "SearchResult", "plan", "search"]
 
-LOOK = 0.02  # at most this part of the budget goes into whether the schedule is plausible
-RUN: dict[str, Callable[[Job, Ledger, dict[str, Any] | None], Iterator[Event]]] = {
+METHOD: dict[str, Callable[[Job, Ledger, dict[str, Any] | None], Iterator[Event]]] = {
     GaussNewton.name: descend,
     Lion.name: imitate,
 }
@@ -74,78 +72,46 @@ def search(
     """
     if out is not None:
         check_writable(out)  # before any call of the model
+    asked: dict[str, Any] = {"method": method, "initial": initial, "budget": budget, "seed": seed}
     with joined(), torch.inference_mode(False), torch.enable_grad():
-        asked: dict[str, Any] = {"method": method, "initial": initial, "budget": budget, "seed": seed}
         job = prepare(target, num_steps, **asked, **description)
-        with opened(out, job, resume) as (folder, checkpoint), frozen([one.model for one in job.draws.targets]):
-            result, config = run(job, folder, checkpoint, progress)
+        config = job.config()
+        models = [one.model for one in job.draws.targets]
+        with opened(out, config, resume) as (folder, checkpoint), frozen(models):
+            ledger = begin(job, config, folder, checkpoint, progress)
+            if checkpoint is not None and is_finished(checkpoint, ledger):
+                result = restored(checkpoint, folder)
+            else:
+                events = METHOD[job.settings.name](job, ledger, checkpoint and checkpoint["state"])
+                result = run(events, ledger, config, folder=folder, checkpoint=checkpoint, progress=progress)
             if report and folder is not None and not result.interrupted:
                 finish(job, result, config)
     return result
 
 
-def run(
-    job: Job, folder: RunFolder | None, checkpoint: dict[str, Any] | None, progress: bool
-) -> tuple[SearchResult, dict[str, Any]]:
-    """Looks at the model, then searches, or goes on from a checkpoint; what was found, and all that was asked."""
+def begin(
+    job: Job,
+    config: dict[str, Any],
+    folder: RunFolder | None,
+    checkpoint: dict[str, Any] | None,
+    progress: bool,
+) -> Ledger:
+    """The ledger of a search, after a look at the model, or at whether it is still the one of the checkpoint.
+
+    Writes the targets' identities into the config. Raises ValueError where a model cannot be searched, or is another.
+    """
     timed = isinstance(job.budget, str)
     ledger = Ledger(job.budget if isinstance(job.budget, int) else None)
     if job.budget is None:
         ledger.budget = default_budget(job.settings, job.steps)
-    if checkpoint is None:
-        config = _looked_at(job, ledger, progress)
-    else:
-        ledger.budget = checkpoint["budget"] if timed else ledger.budget  # what the time came to when it began
-        config = _identified(job)
-    from_first(job.draws, lambda: folder.check(config) if folder else None)
-    if checkpoint is not None and _is_finished(checkpoint, ledger.budget):
-        history, out = (folder.history, folder.path) if folder else ([], None)
-        found = SearchResult(
-            checkpoint["solvers"], history, checkpoint["evaluations"], False, out, checkpoint["starts"]
-        )
-        if folder:
-            folder.mend_solvers(found.solvers)
-        return found, config
-    events = RUN[job.settings.name](job, ledger, checkpoint and checkpoint["state"])
-    return follow(events, job, ledger, config, folder=folder, checkpoint=checkpoint, progress=progress), config
+    elif timed and checkpoint is not None:
+        ledger.budget = checkpoint["budget"]  # what the time came to when it began
+    config["targets"] = look(job, ledger, progress) if checkpoint is None else identities(job)
+    config.update(agreed(config))
+    from_first(lambda: folder.check(config) if folder else None)
+    return ledger
 
 
 def finish(job: Job, result: SearchResult, config: Mapping[str, Any]) -> None:
     """Writes the report. Nothing that it raises loses what was found."""
     ...
-
-
-def _looked_at(job: Job, ledger: Ledger, progress: bool) -> dict[str, Any]:
-    """What the search is for, after the model has shown that it can be searched; prints the plan.
-
-    Raises ValueError where it cannot, or where the processes have different models.
-    """
-    draws, looks = job.draws, CALLS * len(job.draws.targets)
-    if not ledger.affords(looks):
-        raise ValueError(f"budget={job.budget!r}: the look at the model alone takes {looks}")
-    cost = probe(draws, job.differentiated)
-    ledger.spend_once("probe", looks)
-    config = _identified(job)
-    if isinstance(job.budget, str):
-        limit = job.budget
-        ledger.budget = from_first(draws, lambda: evaluations_in(limit, cost))
-    if progress and draws.rank == 0:
-        print(planned(job, ledger.budget, cost))
-    if ledger.affords(PLAUSIBLE_CALLS * len(draws.targets) / LOOK):
-        ledger.spend_once("plausible", sum(doubt(one) for one in draws.each))
-    ledger.spend_once("identity", KEYLESS * sum(target.key is None for target in draws.targets))
-    return config
-
-
-def _identified(job: Job) -> dict[str, Any]:
-    """All that is asked, with the identity of each target. Raises ValueError where processes have different ones."""
-    config = {**job.to_dict(), "targets": [identity(one) for one in job.draws.each]}
-    return agreed(job.draws, config)
-
-
-def _is_finished(checkpoint: Mapping[str, Any], budget: int | None) -> bool:
-    """Whether nothing is left to do: the method said so, or a budget that was not raised since stopped it."""
-    if not checkpoint["finished"]:
-        return False
-    before = checkpoint["budget"]
-    return checkpoint["complete"] or before is None or (budget is not None and budget <= before)

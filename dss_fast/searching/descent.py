@@ -27,7 +27,7 @@ from .result import Event
 from .rounds import ANNEAL, Candidate, Rounds, Trial, enough
 from .settings import GaussNewton
 from .space import Space
-from .starts import candidates, of_different_spacings, ranked
+from .starts import Start, candidates, of_different_spacings, ranked
 from .teacher import Teacher
 
 DAMPING = 0.1  # of Levenberg-Marquardt at the start, relative to J'J's diagonal
@@ -186,6 +186,27 @@ class Descent:
         racers = {n: [_loaded(point, spaces[n]) for point in points] for n, points in saved["racers"].items()}
         return cls(job, ledger, Sizes(*saved["sizes"]), dict(saved["starts"]), racers)
 
+    def tables(self, n: int) -> tuple[list[Solver], int]:
+        """What the search for N steps may start from, the table given or all there are, and the budget to choose."""
+        assert self.ledger.budget is not None
+        limit = min(self.ledger.budget * START_SHARE * n / sum(self.job.steps), self._left())
+        done = {k: racers[0].solver() or self.starts[k] for k, racers in self.racers.items()}
+        given = self.starts.get(n)
+        return [given] if given else candidates(self.job.draws.schedule, n, done), int(limit)
+
+    def start(self, n: int, ranked: Sequence[Start]) -> None:
+        """The points that the search for N steps begins with, at the best tables on different spacings."""
+        steps = self.job.steps
+        starts = of_different_spacings(ranked)[: racers_of(self.sizes.samples)]
+        space = self.job.settings.space_of(self.job.draws.schedule, n)
+        share = self._left() * n / sum(steps[steps.index(n) :])
+        self.racers[n] = [Point(Candidate(space, space.theta(s.solver), s.units), share) for s in starts]
+        self.starts[n] = starts[0].solver
+
+    def _left(self) -> int:
+        assert self.ledger.budget is not None
+        return self.ledger.budget - self.ledger.evaluations
+
     def event(self, stage: str, *, resumable: bool = True, **told: Any) -> Event:
         """What is told after a unit of work."""
         assert self.ledger.budget is not None
@@ -206,7 +227,50 @@ class Descent:
 
 def descend(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> Iterator[Event]:
     """The events of a search by Gauss-Newton. saved: the state of one to go on with."""
-    assert isinstance(job.settings, GaussNewton) and ledger.budget is not None
+    descent, rounds = _begun(job, ledger, saved)
+    if saved is None:
+        yield descent.event("teacher", resumable=False)
+    for teacher in (rounds.held_out, rounds.train):
+        for k in range(len(teacher)):
+            before = ledger.evaluations
+            _ = teacher[k]
+            if ledger.evaluations > before:  # a resumed search has counted it before
+                yield descent.event("teacher", resumable=False)
+    for n in job.steps:
+        if n not in descent.racers:
+            tables, limit = descent.tables(n)
+            descent.start(n, ranked(job.draws, ledger, rounds.train, tables, limit))
+            if job.initial is None:
+                yield descent.event("start", num_steps=n, start=descent.starts[n].name)
+        while not all(point.finished for point in descent.racers[n]):
+            points = descent.racers[n]
+            racing, before = len(points) > 1, ledger.evaluations
+            k = next(k for k, point in enumerate(points) if not (point.raced if racing else point.finished))
+            point = points[k]
+            told: dict[str, Any] = {}
+            if point.theta is None and point.best is None:
+                point = _looked(point, point.candidate.theta, rounds, told)
+            batches = _planned(point, rounds)
+            trial = rounds.attempt(point.candidate, point.round, batches) if batches else None
+            if not batches:
+                point = point.ended()
+                point = point if point.theta is None else _looked(point, point.theta, rounds, told)
+            elif trial is not None and point.improves(trial):
+                point = _accepted(point, trial, rounds, told)
+            elif trial is None and point.theta is None:
+                raise FloatingPointError(f"the model returned NaN or Inf along a rollout of {descent.starts[n].label}")
+            else:
+                point = point.rejected()
+                told |= {"accepted": False, "damping": point.damping}
+            points[k] = replace(point, spent=point.spent + ledger.evaluations - before)
+            if racing and all(point.raced for point in points):
+                descent.racers[n] = [_winner(points)]
+            yield descent.event("gauss-newton", num_steps=n, **told)
+
+
+def _begun(job: Job, ledger: Ledger, saved: dict[str, Any] | None) -> tuple[Descent, Rounds]:
+    """The state to go on from, and the samples. Raises ValueError for a budget that the teacher alone exceeds."""
+    assert ledger.budget is not None
     if saved is None:
         descent = Descent(job, ledger, Sizes.of(job, ledger.budget), dict(job.initial or {}))
     else:
@@ -214,104 +278,37 @@ def descend(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> It
     sizes, (batch, held_out_batch) = descent.sizes, descent.sizes.batches(job)
     train = Teacher(job.draws, ledger, "train", sizes.samples, batch, sizes.calls)
     held_out = Teacher(job.draws, ledger, "held_out", sizes.held_out, held_out_batch, sizes.calls)
-    rounds = Rounds(job, ledger, train, held_out)
-    if saved is None:
-        cost = train.cost() + held_out.cost()
-        if ledger.evaluations + cost > ledger.budget:
-            raise ValueError(
-                f"budget={ledger.budget!r}: the teacher's {sizes.samples + sizes.held_out} trajectories alone take "
-                f"{cost}; give a larger budget or fewer samples"
-            )
-        yield descent.event("teacher", resumable=False)
-    for teacher in (held_out, train):
-        for k in range(len(teacher)):
-            before = ledger.evaluations
-            _ = teacher[k]
-            if ledger.evaluations > before:  # a resumed search has counted it before
-                yield descent.event("teacher", resumable=False)
-
-    for n in job.steps:
-        if n not in descent.racers:
-            descent.racers[n] = _starts(descent, train, n)
-            if job.initial is None:
-                yield descent.event("start", num_steps=n, start=descent.starts[n].name)
-        while not all(point.finished for point in descent.racers[n]):
-            points = descent.racers[n]
-            racing = len(points) > 1
-            k = next(k for k, point in enumerate(points) if not (point.raced if racing else point.finished))
-            points[k], told = _advanced(points[k], rounds)
-            if racing and all(point.raced for point in points):
-                descent.racers[n] = [_winner(points)]
-            yield descent.event("gauss-newton", num_steps=n, **told)
+    cost = train.cost() + held_out.cost()
+    if saved is None and ledger.evaluations + cost > ledger.budget:
+        raise ValueError(
+            f"budget={ledger.budget!r}: the teacher's {sizes.samples + sizes.held_out} trajectories alone take "
+            f"{cost}; give a larger budget or fewer samples"
+        )
+    return descent, Rounds(job, ledger, train, held_out)
 
 
-def _starts(descent: Descent, train: Teacher, n: int) -> list[Point]:
-    """The points that the search for N steps begins with: the table given, or the best ones that there are."""
-    job, ledger, steps = descent.job, descent.ledger, descent.job.steps
-    assert ledger.budget is not None
-    limit = min(ledger.budget * START_SHARE * n / sum(steps), ledger.budget - ledger.evaluations)
-    done = {k: racers[0].solver() or descent.starts[k] for k, racers in descent.racers.items()}
-    given = descent.starts.get(n)
-    tables = candidates(job.draws.schedule, n, done) if given is None else [given]
-    starts = of_different_spacings(ranked(job.draws, ledger, train, tables, int(limit)))
-    starts = starts[: racers_of(descent.sizes.samples)]
-    descent.starts[n] = starts[0].solver
-    space = job.settings.space_of(job.draws.schedule, n)
-    share = (ledger.budget - ledger.evaluations) * n / sum(steps[steps.index(n) :])
-    units = starts[0].units
-    return [Point(Candidate(space, space.theta(start.solver), units), share) for start in starts]
-
-
-def _advanced(point: Point, rounds: Rounds) -> tuple[Point, dict[str, Any]]:
-    """One trial of the point's candidate: accepted, with a look at it, or rejected. And what to tell of it."""
-    ledger, settings, n = rounds.ledger, rounds.job.settings, point.candidate.space.num_steps
+def _accepted(point: Point, trial: Trial, rounds: Rounds, told: dict[str, Any]) -> Point:
+    """The point with its candidate accepted, looked at on held-out samples once the early rounds are over."""
+    settings, n = rounds.job.settings, point.candidate.space.num_steps
     assert isinstance(settings, GaussNewton)
-    before, look = ledger.evaluations, False
-    told: dict[str, Any] = {}
-
-    def after_look(point: Point, theta: Tensor) -> Point:
-        errors, features = rounds.look(replace(point.candidate, theta=theta))
-        told["held_out"] = {n: math.sqrt(float(errors.mean()))}
-        return point.looked(theta, errors, features, settings.select)
-
-    if point.theta is None and point.best is None and _affords_look(point, rounds):
-        point = after_look(point, point.candidate.theta)
-    batches = _planned(point, rounds)
-    trial = _attempted(point, rounds, batches) if batches else None
-    if not batches:
-        point, look = point.ended(), True
-    elif trial is None or not point.improves(trial):
-        point = point.rejected()
-        told |= {"accepted": False, "damping": point.damping}
-    else:
-        point = point.accepted(trial, rounds.differentiate(trial), settings)
-        loss = {n: math.sqrt(float(trial.errors.mean()))}
-        told |= {
-            "loss": loss,
-            "accepted": True,
-            "damping": point.damping,
-            "gain": point.gain,
-            "used": len(trial.values),
-        }
-        look = point.round > len(ANNEAL)
-        if point.theta is not None and not sum(rounds.held_out.sizes):
-            point = replace(point, best=Best(point.theta))
-    if look and point.theta is not None and _affords_look(point, rounds):
-        point = after_look(point, point.theta)
-    return replace(point, spent=point.spent + ledger.evaluations - before), told
+    point = point.accepted(trial, rounds.differentiate(trial), settings)
+    told |= {"accepted": True, "loss": {n: math.sqrt(float(trial.errors.mean()))}, "used": len(trial.values)}
+    told |= {"damping": point.damping, "gain": point.gain}
+    assert point.theta is not None
+    if not sum(rounds.held_out.sizes):
+        return replace(point, best=Best(point.theta))
+    return _looked(point, point.theta, rounds, told) if point.round > len(ANNEAL) else point
 
 
-def _attempted(point: Point, rounds: Rounds, batches: int) -> Trial | None:
-    """The trial of a candidate; None when it diverges, a step too far.
-
-    Raises FloatingPointError when the table to start from does: then the model is broken.
-    """
-    try:
-        return rounds.attempt(point.candidate, point.round, batches)
-    except FloatingPointError:
-        if point.theta is None:
-            raise
-        return None
+def _looked(point: Point, theta: Tensor, rounds: Rounds, told: dict[str, Any]) -> Point:
+    """The point after a look at theta on held-out samples, where there are some and the budget allows it."""
+    settings, n, total = rounds.job.settings, point.candidate.space.num_steps, sum(rounds.held_out.sizes)
+    assert isinstance(settings, GaussNewton)
+    if not total or not _affords(point, rounds, n * total):
+        return point
+    errors, features = rounds.look(replace(point.candidate, theta=theta))
+    told["held_out"] = {n: math.sqrt(float(errors.mean()))}
+    return point.looked(theta, errors, features, settings.select)
 
 
 def _planned(point: Point, rounds: Rounds) -> int:
@@ -332,12 +329,6 @@ def _planned(point: Point, rounds: Rounds) -> int:
     known = 0 if point.known is None else len(point.known.values)
     over = point.round >= settings.rounds or sum(sizes[:batches]) < WORTH * known
     return 0 if over or not affords(batches) else batches
-
-
-def _affords_look(point: Point, rounds: Rounds) -> bool:
-    """Whether there are held-out samples and the budget allows one more look at them."""
-    total = sum(rounds.held_out.sizes)
-    return total > 0 and _affords(point, rounds, point.candidate.space.num_steps * total)
 
 
 def _affords(point: Point, rounds: Rounds, cost: int) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import json
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -34,21 +35,17 @@ class Job:
     budget: int | str | None = None
 
     @property
-    def name(self) -> str:
-        """What tables searched are called, without their N."""
-        return "+".join(target.name for target in self.draws.targets)
-
-    @property
     def differentiated(self) -> bool:
         """Whether the search goes back through the model."""
         return not (isinstance(self.settings, GaussNewton) and self.settings.rounds == 0)
 
-    def to_dict(self) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
         """As JSON data: what a run folder says of a search, and what tables carry as their provenance."""
         from .. import __version__
 
         request = self.draws.target.request if len(self.draws.targets) == 1 else None
-        return {
+        config = {
+            "name": "+".join(target.name for target in self.draws.targets),
             "method": self.settings.name,
             "settings": described(self.settings),
             "num_steps": list(self.steps),
@@ -62,6 +59,7 @@ class Job:
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             **({"request": dict(request)} if request else {}),
         }
+        return cast(dict[str, Any], json.loads(json.dumps(config, allow_nan=False)))
 
 
 def prepare(

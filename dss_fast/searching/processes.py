@@ -12,8 +12,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from ..draws import Draws
-
 T = TypeVar("T")
 FAILED = "dss_fast/failed"
 
@@ -26,7 +24,7 @@ def joined() -> Iterator[None]:
     is left for the other processes, which see a closed connection only, or gets what they left as a note. Without
     torchrun, and in a group that is there already, nothing is joined or left.
     """
-    own = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized()
+    own = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _joined()
     if own:
         take_local_device()
         store, rank, world = _rendezvous()
@@ -36,7 +34,7 @@ def joined() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if _joined():
             _name_the_first(error)
         raise
     finally:
@@ -67,16 +65,21 @@ def take_local_device() -> None:
         torch.cuda.set_device(rank)
 
 
-def from_first(draws: Draws, work: Callable[[], T]) -> T:
+def is_first() -> bool:
+    """Whether this process is the one that writes, prints and reports."""
+    return not _joined() or torch.distributed.get_rank() == 0
+
+
+def from_first(work: Callable[[], T]) -> T:
     """What some work of the first process returns, or raises, on every process: none is left waiting."""
     found: T | None = None
     failed: Exception | None = None
-    if draws.rank == 0:
+    if is_first():
         try:
             found = work()
         except Exception as error:
             failed = error
-    if draws.world > 1:
+    if _joined():
         shared: list[Any] = [found, failed]
         torch.distributed.broadcast_object_list(shared, src=0)
         found, failed = shared
@@ -85,21 +88,25 @@ def from_first(draws: Draws, work: Callable[[], T]) -> T:
     return cast(T, found)
 
 
-def agreed(draws: Draws, config: dict[str, Any]) -> dict[str, Any]:
-    """The first process's config. Raises ValueError on every process where one of them has another."""
-    first = from_first(draws, lambda: config)
-    mine = json.loads(json.dumps({**config, "date": first["date"]}))
-    differing = [key for key, value in mine.items() if value != json.loads(json.dumps(first[key]))]
-    count = torch.tensor(float(bool(differing)))
-    draws.all_reduce(count)
-    if differing:
-        raise ValueError(
-            f"process {draws.rank} searches for another {', '.join(differing)} than the first process: the model's "
-            "weights, its conditions and the settings must be the same in all"
-        )
-    if count:
-        raise ValueError(f"{int(count)} of {draws.world} processes have another model or other settings than the first")
-    return first
+def agreed(config: dict[str, Any]) -> dict[str, Any]:
+    """The first process's config, as JSON data. Raises ValueError on every process where one of them has another."""
+    mine: dict[str, Any] = json.loads(json.dumps(config, allow_nan=False))
+    if not _joined():
+        return mine
+    every: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, mine)
+    for rank, other in enumerate(every):
+        differing = [key for key, value in other.items() if value != every[0][key] and key != "date"]
+        if differing:
+            raise ValueError(
+                f"process {rank} searches for another {', '.join(differing)} than the first one: weights, conditions "
+                "and settings must be the same in all processes"
+            )
+    return cast(dict[str, Any], every[0])
+
+
+def _joined() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _name_the_first(error: Exception) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,8 +93,8 @@ class Rounds:
         sketched = sum(size for k, size in enumerate(sizes) if _sketches(k, candidate, number, batches))
         return n * (sum(sizes) * (3 if self._keeps(n, sum(sizes)) else 4) + 2 * sketched)
 
-    def attempt(self, candidate: Candidate, number: int, batches: int) -> Trial:
-        """The rollouts of round ``number``. Raises FloatingPointError when one diverges to NaN or Inf."""
+    def attempt(self, candidate: Candidate, number: int, batches: int) -> Trial | None:
+        """The rollouts of round ``number``; None when one diverges to NaN or Inf."""
         n, sizes = candidate.space.num_steps, self.train.sizes[:batches]
         old, new = _weight(number - 1), _weight(number)
         loss, targets = self._settings.loss, candidate.space.targets(candidate.theta)
@@ -102,7 +103,7 @@ class Rounds:
             for k in range(batches):
                 batch, trajectory = self.train[k]
                 kept = self._keeps(n, batches * batch.size)
-                rollout = self._rollout(candidate, batch, batches if kept else 0)
+                rollout = Rollout(**self._arguments(candidate, batch, batches if kept else 0))
                 found = residual(loss, new, rollout.states, trajectory, targets).over(candidate.unit(k))
                 past = found
                 if old != new:
@@ -111,6 +112,8 @@ class Rounds:
                 before.append(past.squares())
             values, errors = [part.residual.squares() for part in parts], [part.residual.error for part in parts]
             gathered = self.job.draws.gathered(sizes, before, values, errors)
+        except FloatingPointError:
+            return None
         finally:
             self.ledger.spend(n * sum(sizes))
         return Trial(candidate, number, parts, *gathered)
@@ -128,7 +131,7 @@ class Rounds:
                 cotangents.append(self._signs(found.values, n, trial.number, k, batch.size))
             scale = found.values.shape[1] ** -0.5  # |r|^2 is averaged over its elements
             if rollout is None:  # all of them together did not fit
-                rollout = self._rollout(candidate, batch, 1)
+                rollout = Rollout(**self._arguments(candidate, batch, 1))
                 self.ledger.spend(n * batch.size)
             scaled = torch.stack(cotangents) * scale
             pulled = rollout.pull(found.back(scaled))
@@ -153,7 +156,7 @@ class Rounds:
         self.ledger.spend(candidate.space.num_steps * total)
         try:
             for k, (batch, trajectory) in enumerate(self.held_out):
-                end = Rollout(batch.denoiser(None), batch.noise, *candidate.table(batch), wrt=()).states[:, -1]
+                end = Rollout(**self._arguments(candidate, batch, 0)).states[:, -1]
                 ends.append(squares(end, trajectory.last) / candidate.unit(k))
                 if by_features and batch.target.features is not None:
                     seen.append(squares(batch.target.features(end), batch.target.features(trajectory.last)))
@@ -167,16 +170,20 @@ class Rounds:
         assert isinstance(self.job.settings, GaussNewton)
         return self.job.settings
 
-    def _rollout(self, candidate: Candidate, batch: Samples, alive: int) -> Rollout:
-        """A rollout that is one of ``alive`` whose graphs share the memory for them; 0: it is not differentiated."""
-        budget = graph_memory(batch.noise.device)
-        return Rollout(
-            batch.denoiser(None),
-            batch.noise,
-            *candidate.table(batch),
-            memory_budget=type(budget)(budget / alive) if alive else None,
-            wrt=("weights", "times") if alive else (),
-        )
+    def _arguments(self, candidate: Candidate, batch: Samples, alive: int) -> dict[str, Any]:
+        """Of a rollout that is one of ``alive`` whose graphs share the memory for them; 0: it is not differentiated.
+
+        Of several processes none may leave alone, so that what diverges is noticed when their numbers are gathered.
+        """
+        budget, (weights, times) = graph_memory(batch.noise.device), candidate.table(batch)
+        return {
+            "model": batch.denoiser(None if self.job.draws.world == 1 else False),
+            "x": batch.noise,
+            "weights": weights,
+            "times": times,
+            "memory_budget": type(budget)(budget / alive) if alive else None,
+            "wrt": ("weights", "times") if alive else (),
+        }
 
     def _signs(self, values: Tensor, n: int, number: int, k: int, size: int) -> Tensor:
         """(B, R) random signs beside the residual; the same for any number of processes."""

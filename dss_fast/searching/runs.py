@@ -24,13 +24,12 @@ from ..files import check_writable, read_json, read_tensors, write_json, write_t
 from ..report import names_of
 from ..solver import Solver
 from .budget import Ledger
-from .job import Job
-from .processes import from_first
+from .processes import from_first, is_first
 from .result import COUNTED, Event, SearchResult
 
 FORMAT = "dss_fast.run/5"
 CHECKPOINT_SECONDS = 1.0  # a checkpoint is tens of kilobytes and two syncs, about 5 ms
-FREE = {"budget", "versions", "date", "processes"}  # what may differ when a search is resumed
+FREE = {"name", "request", "budget", "versions", "date", "processes"}  # what may differ when a search is resumed
 
 
 class RunFolder:
@@ -44,7 +43,7 @@ class RunFolder:
     damaged; all before any work.
     """
 
-    def __init__(self, path: str | os.PathLike[str], job: Job, resume: bool) -> None:
+    def __init__(self, path: str | os.PathLike[str], config: Mapping[str, Any], resume: bool) -> None:
         self.path = Path(path)
         self.checkpoint: dict[str, Any] | None = None
         self.history: list[Event] = []
@@ -64,14 +63,14 @@ class RunFolder:
         except NotImplementedError:  # a file system without locks
             pass
         try:
-            self._open(job, resume)
+            self._open(config, resume)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, job: Job, resume: bool) -> None:
-        mine = ("config.json", "log.jsonl", "checkpoint.safetensors", *(f"solver-{n}.json" for n in job.steps))
-        found = [name for name in (*mine, *names_of(job.steps)) if (self.path / name).exists()]
+    def _open(self, asked: Mapping[str, Any], resume: bool) -> None:
+        mine = ("config.json", "log.jsonl", "checkpoint.safetensors", *(f"solver-{n}.json" for n in asked["num_steps"]))
+        found = [name for name in (*mine, *names_of(asked["num_steps"])) if (self.path / name).exists()]
         config = self.path / "config.json"
         if found and not (resume and config.exists()):
             hint = "pass resume=True or choose" if config.exists() else "choose"
@@ -84,11 +83,11 @@ class RunFolder:
             self._read_log(self.checkpoint["events"])
         else:
             self._known = read_json(config)
-        self.check(job.to_dict(), unknown={"targets"})
+        self.check(asked, unknown={"targets"})
 
     def check(self, config: Mapping[str, Any], unknown: Iterable[str] = ()) -> None:
         """Takes the config of the search to come. Raises ValueError where the one in the folder had another."""
-        self._config = json.loads(json.dumps(config, allow_nan=False))
+        self._config = dict(config)
         known = self._known or self._config
         for key in sorted((known.keys() | self._config.keys()) - FREE - set(unknown)):
             if known.get(key) != self._config.get(key):
@@ -177,17 +176,17 @@ class RunFolder:
 
 @contextmanager
 def opened(
-    out: str | os.PathLike[str] | None, job: Job, resume: bool
+    out: str | os.PathLike[str] | None, config: Mapping[str, Any], resume: bool
 ) -> Iterator[tuple[RunFolder | None, dict[str, Any] | None]]:
     """The first process's run folder, None elsewhere and without ``out``; and the checkpoint for every process."""
     mine: list[RunFolder] = []
 
     def checkpoint() -> dict[str, Any] | None:
         assert out is not None
-        mine.append(RunFolder(out, job, resume))
+        mine.append(RunFolder(out, config, resume))
         return mine[0].checkpoint
 
-    found = None if out is None else from_first(job.draws, checkpoint)
+    found = None if out is None else from_first(checkpoint)
     try:
         yield (mine[0] if mine else None), found
     finally:
@@ -195,9 +194,8 @@ def opened(
             folder.close()
 
 
-def follow(
+def run(
     events: Iterable[Event],
-    job: Job,
     ledger: Ledger,
     config: Mapping[str, Any],
     *,
@@ -218,13 +216,13 @@ def follow(
         ledger.restore(checkpoint["evaluations"], checkpoint["counted"])
     kept = _Kept(folder, ledger)
     # The delay spares a search that fails at once its bar.
-    shown = progress and job.draws.rank == 0
+    shown = progress and is_first()
     bar = tqdm(disable=not shown, unit=f" {COUNTED}", dynamic_ncols=True, smoothing=0.1, delay=0.1)
     try:
         with bar, _interrupts() as interrupts:
             for told in events:
                 event = replace(told, evaluations=ledger.evaluations, time=round(time.time(), 3))
-                event = replace(event, solvers=_signed(event, job, config, result.solvers))
+                event = replace(event, solvers=_signed(event, config, result.solvers))
                 result.solvers, result.starts = dict(event.solvers), dict(event.starts)
                 result.evaluations = ledger.evaluations
                 result.history.append(event.told())
@@ -239,7 +237,7 @@ def follow(
             raise
         result.interrupted = True
         kept.now(result.solvers)
-        if job.draws.rank == 0:
+        if is_first():
             print(f"interrupted after {result.evaluations} evaluations: best solver so far kept{kept.where()}")
     except Exception as error:
         if result.solvers:
@@ -250,6 +248,22 @@ def follow(
             error.result = result  # type: ignore[attr-defined]
         raise
     return result
+
+
+def is_finished(checkpoint: Mapping[str, Any], ledger: Ledger) -> bool:
+    """Whether nothing is left to do: the method said so, or a budget that was not raised since stopped it."""
+    before, now = checkpoint["budget"], ledger.budget
+    raised = before is not None and (now is None or now > before)
+    return checkpoint["finished"] and (checkpoint["complete"] or not raised)
+
+
+def restored(checkpoint: Mapping[str, Any], folder: RunFolder | None) -> SearchResult:
+    """What a finished search found."""
+    found = SearchResult(dict(checkpoint["solvers"]), [], checkpoint["evaluations"], starts=dict(checkpoint["starts"]))
+    if folder is not None:
+        found.history, found.out = folder.history, folder.path
+        folder.mend_solvers(found.solvers)
+    return found
 
 
 UNFINISHED = ", unfinished"
@@ -310,7 +324,7 @@ def _interrupts() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _signed(event: Event, job: Job, config: Mapping[str, Any], before: Mapping[int, Solver]) -> dict[int, Solver]:
+def _signed(event: Event, config: Mapping[str, Any], before: Mapping[int, Solver]) -> dict[int, Solver]:
     """The solvers with name, source and provenance; those that did not change stay the same objects."""
     signed = {}
     for n, solver in event.solvers.items():
@@ -320,9 +334,9 @@ def _signed(event: Event, job: Job, config: Mapping[str, Any], before: Mapping[i
         about = {**config, "start": event.starts[n].name, "evaluations": event.evaluations}
         if n in event.held_out:
             about["held_out"] = event.held_out[n]
-        source = f"dss_fast.search, method {job.settings.name}{UNFINISHED}"
-        provenance = {**solver.provenance, **json.loads(json.dumps(about))}
-        signed[n] = replace(solver, name=f"{job.name}/{n}", source=source, provenance=provenance)
+        source = f"dss_fast.search, method {config['method']}{UNFINISHED}"
+        provenance = {**solver.provenance, **about}
+        signed[n] = replace(solver, name=f"{config['name']}/{n}", source=source, provenance=provenance)
     return signed
 
 

@@ -16,7 +16,6 @@ from ..names import find_solver
 from ..schedule import Schedule
 from ..solver import Solver
 from ..table import StepTable
-from ..target import Samples
 from ..unroll import Rollout
 from .budget import Ledger
 from .gauss_newton import ROBUST, robust
@@ -84,7 +83,13 @@ def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solv
             batch, trajectory = teacher[t]
             part, end = batch.rows(mine), trajectory.last[mine]
             for k, solver in enumerate(left):
-                found[k, t, draws.rank :: draws.world] = _errors(solver, part, end)
+                table = StepTable.of(solver, guidance=part.guidance, dtype=part.noise.dtype, device=part.noise.device)
+                try:
+                    rollout = Rollout(part.denoiser(), part.noise, table.weights, table.times, wrt=())
+                    error = squares(rollout.states[:, -1], end).nan_to_num(nan=LOST, posinf=LOST).clamp_max(LOST)
+                except FloatingPointError:
+                    error = torch.full((len(part),), LOST, dtype=torch.float64)
+                found[k, t, draws.rank :: draws.world] = error
         draws.all_reduce(found)
         ledger.spend(cost)
         limit -= cost
@@ -99,16 +104,6 @@ def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solv
     if targets == 1:
         return [Start(solver, (1.0,)) for solver in left]
     return [Start(solver, tuple(errors[solver].median(1).values.clamp_min(1e-300).tolist())) for solver in left]
-
-
-def _errors(solver: Solver, batch: Samples, end: Tensor) -> Tensor:
-    """(B,) float64: the squares of a table's end points' errors, LOST where it diverges."""
-    table = StepTable.of(solver, guidance=batch.guidance, dtype=batch.noise.dtype, device=batch.noise.device)
-    try:
-        states = Rollout(batch.denoiser(), batch.noise, table.weights, table.times, wrt=()).states
-    except FloatingPointError:
-        return torch.full((len(batch),), LOST, dtype=torch.float64)
-    return squares(states[:, -1], end).nan_to_num(nan=LOST, posinf=LOST).clamp_max(LOST)
 
 
 def of_different_spacings(starts: Sequence[Start]) -> list[Start]:

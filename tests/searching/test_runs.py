@@ -18,7 +18,7 @@ from dss_fast.searching import runs as running
 from dss_fast.searching.budget import Ledger
 from dss_fast.searching.job import prepare
 from dss_fast.searching.result import Event
-from dss_fast.searching.runs import RunFolder, flatten, follow, unflatten
+from dss_fast.searching.runs import RunFolder, flatten, run, unflatten
 
 F64 = torch.float64
 
@@ -59,7 +59,7 @@ def checkpoint_after_every_event(monkeypatch):
 def killed_at(moment, out, every=0.0, method="lion"):
     """Runs the search and sends itself SIGKILL at the n-th write, sync or rename."""
     running.CHECKPOINT_SECONDS = every
-    import_module("dss_fast.searching").doubt = lambda draws: 0
+    import_module("dss_fast.searching.plan").doubt = lambda draws: 0
     left = [moment]
 
     def lethal(original, *arguments, **options):
@@ -256,13 +256,13 @@ def test_any_generator_of_events_is_a_method(tmp_path):
             if at == 2 and stop:
                 raise KeyboardInterrupt
 
-    stop, job = True, prepare(Target(model, (3,), key="bend"), 2)
+    stop, config = True, prepare(Target(model, (3,), key="bend"), 2).config()
     for resume in (False, True):
-        ledger, folder = Ledger(), RunFolder(tmp_path, job, resume)
-        folder.check(job.to_dict())
+        ledger, folder = Ledger(), RunFolder(tmp_path, config, resume)
+        folder.check(config)
         events = method(ledger, folder.checkpoint and folder.checkpoint["state"])
         found = folder.checkpoint
-        result = follow(events, job, ledger, job.to_dict(), folder=folder, checkpoint=found, progress=False)
+        result = run(events, ledger, config, folder=folder, checkpoint=found, progress=False)
         assert result.interrupted is stop and ("unfinished" in result.solver.source) is stop
         folder.close()
         stop = False
