@@ -16,7 +16,8 @@ from .budget import Ledger, default_budget
 from .descent import descend
 from .job import Job, prepare
 from .lion import imitate
-from .plan import Plan, identities, look, plan
+from .plan import Plan, look, plan
+from .probe import KEYLESS, identity
 from .processes import agreed, from_first, joined
 from .result import Event, SearchResult
 from .runs import RunFolder, is_finished, opened, restored, run
@@ -106,7 +107,10 @@ def begin(
         ledger.budget = default_budget(job.settings, job.steps)
     elif timed and checkpoint is not None:
         ledger.budget = checkpoint["budget"]  # what the time came to when it began
-    config["targets"] = look(job, ledger, progress) if checkpoint is None else identities(job)
+    if checkpoint is None:
+        look(job, ledger, progress)
+    config["targets"] = [identity(one) for one in job.draws.each]
+    ledger.spend_once("identity", KEYLESS * sum(target.key is None for target in job.draws.targets))
     config.update(agreed(config))
     from_first(lambda: folder.check(config) if folder else None)
     return ledger

@@ -24,7 +24,7 @@ from .gauss_newton import ROBUST, Quadratic, robust
 from .job import Job
 from .plan import GROWTH, LEAST, RACE, START_SHARE, Sizes, racers_of
 from .result import Event
-from .rounds import ANNEAL, Candidate, Rounds, Trial, enough
+from .rounds import ANNEAL, Candidate, Look, Rounds, Trial, enough
 from .settings import GaussNewton
 from .space import Space
 from .starts import Start, candidates, of_different_spacings, ranked
@@ -120,24 +120,40 @@ class Point:
             return self.ended()
         tries = self.tries + 1
         if tries > MOST_TRIES and self.round < len(ANNEAL):
-            again = replace(self.candidate, theta=self.theta)
-            return replace(self, candidate=again, known=None, damping=DAMPING, tries=0)
+            return replace(self, candidate=self.at, known=None, damping=DAMPING, tries=0)
         damping = min(4 * self.damping, MOST_DAMPING)
         return replace(self, damping=damping, tries=tries, finished=tries > MOST_TRIES)._stepped()
+
+    @property
+    def at(self) -> Candidate:
+        """The accepted table."""
+        assert self.theta is not None
+        return replace(self.candidate, theta=self.theta)
+
+    def unchosen(self) -> Point:
+        """Without held-out samples to choose by, the accepted table is the best."""
+        return replace(self, best=Best(self.at.theta))
+
+    def tells(self, trial: Trial) -> dict[str, Any]:
+        """What to tell of a trial that was accepted."""
+        loss = {self.candidate.space.num_steps: math.sqrt(float(trial.errors.mean()))}
+        used = len(trial.values)
+        return {"accepted": True, "loss": loss, "damping": self.damping, "gain": self.gain, "used": used}
 
     def ended(self) -> Point:
         """The search for this N is over; without a look at any table the accepted one is the best."""
         last = self.candidate.theta if self.theta is None else self.theta
         return replace(self, finished=True, best=self.best or Best(last.clone()))
 
-    def looked(self, theta: Tensor, errors: Tensor, features: Tensor | None, select: str) -> Point:
+    def looked(self, theta: Tensor, seen: Look, settings: GaussNewton) -> Point:
         """After a look at theta on held-out samples: the best if its loss is the smallest.
 
         Losses are kept without the charge, because the start is looked at before there is a price.
         """
+        errors, select = seen.errors, settings.select
         scale, loss = self.held_out_scale or ROBUST * float(errors.median()), math.inf
         if bool(errors.isfinite().all()):
-            loss = robust(errors, scale) if select == "robust" else criterion(select, errors, features)
+            loss = robust(errors, scale) if select == "robust" else criterion(select, errors, seen.features)
         charge = self.charge if select == "robust" and self.best is not None else lambda theta: 0.0
         return replace(self, held_out_scale=scale, best=better(self.best, theta, loss, charge))
 
@@ -227,7 +243,9 @@ class Descent:
 
 def descend(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> Iterator[Event]:
     """The events of a search by Gauss-Newton. saved: the state of one to go on with."""
-    descent, rounds = _begun(job, ledger, saved)
+    (descent, rounds), settings = _begun(job, ledger, saved), job.settings
+    assert isinstance(settings, GaussNewton)
+    told: dict[str, Any]
     if saved is None:
         yield descent.event("teacher", resumable=False)
     for teacher in (rounds.held_out, rounds.train):
@@ -246,22 +264,27 @@ def descend(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> It
             points = descent.racers[n]
             racing, before = len(points) > 1, ledger.evaluations
             k = next(k for k, point in enumerate(points) if not (point.raced if racing else point.finished))
-            point = points[k]
-            told: dict[str, Any] = {}
-            if point.theta is None and point.best is None:
-                point = _looked(point, point.candidate.theta, rounds, told)
+            point, told, look = points[k], {}, False
+            if point.theta is None and point.best is None and _affords_look(point, rounds):
+                seen = rounds.look(point.candidate)
+                point, told["held_out"] = point.looked(point.candidate.theta, seen, settings), {n: seen.rmse}
             batches = _planned(point, rounds)
             trial = rounds.attempt(point.candidate, point.round, batches) if batches else None
             if not batches:
-                point = point.ended()
-                point = point if point.theta is None else _looked(point, point.theta, rounds, told)
+                point, look = point.ended(), point.theta is not None
             elif trial is not None and point.improves(trial):
-                point = _accepted(point, trial, rounds, told)
+                point = point.accepted(trial, rounds.differentiate(trial), settings)
+                point = point if sum(rounds.held_out.sizes) else point.unchosen()
+                told |= point.tells(trial)
+                look = point.round > len(ANNEAL)
             elif trial is None and point.theta is None:
                 raise FloatingPointError(f"the model returned NaN or Inf along a rollout of {descent.starts[n].label}")
             else:
                 point = point.rejected()
                 told |= {"accepted": False, "damping": point.damping}
+            if look and _affords_look(point, rounds):
+                seen = rounds.look(point.at)
+                point, told["held_out"] = point.looked(point.at.theta, seen, settings), {n: seen.rmse}
             points[k] = replace(point, spent=point.spent + ledger.evaluations - before)
             if racing and all(point.raced for point in points):
                 descent.racers[n] = [_winner(points)]
@@ -287,30 +310,6 @@ def _begun(job: Job, ledger: Ledger, saved: dict[str, Any] | None) -> tuple[Desc
     return descent, Rounds(job, ledger, train, held_out)
 
 
-def _accepted(point: Point, trial: Trial, rounds: Rounds, told: dict[str, Any]) -> Point:
-    """The point with its candidate accepted, looked at on held-out samples once the early rounds are over."""
-    settings, n = rounds.job.settings, point.candidate.space.num_steps
-    assert isinstance(settings, GaussNewton)
-    point = point.accepted(trial, rounds.differentiate(trial), settings)
-    told |= {"accepted": True, "loss": {n: math.sqrt(float(trial.errors.mean()))}, "used": len(trial.values)}
-    told |= {"damping": point.damping, "gain": point.gain}
-    assert point.theta is not None
-    if not sum(rounds.held_out.sizes):
-        return replace(point, best=Best(point.theta))
-    return _looked(point, point.theta, rounds, told) if point.round > len(ANNEAL) else point
-
-
-def _looked(point: Point, theta: Tensor, rounds: Rounds, told: dict[str, Any]) -> Point:
-    """The point after a look at theta on held-out samples, where there are some and the budget allows it."""
-    settings, n, total = rounds.job.settings, point.candidate.space.num_steps, sum(rounds.held_out.sizes)
-    assert isinstance(settings, GaussNewton)
-    if not total or not _affords(point, rounds, n * total):
-        return point
-    errors, features = rounds.look(replace(point.candidate, theta=theta))
-    told["held_out"] = {n: math.sqrt(float(errors.mean()))}
-    return point.looked(theta, errors, features, settings.select)
-
-
 def _planned(point: Point, rounds: Rounds) -> int:
     """How many batches the next round takes; 0: none, the search for this N is over."""
     settings, sizes, candidate = rounds.job.settings, rounds.train.sizes, point.candidate
@@ -329,6 +328,12 @@ def _planned(point: Point, rounds: Rounds) -> int:
     known = 0 if point.known is None else len(point.known.values)
     over = point.round >= settings.rounds or sum(sizes[:batches]) < WORTH * known
     return 0 if over or not affords(batches) else batches
+
+
+def _affords_look(point: Point, rounds: Rounds) -> bool:
+    """Whether there are held-out samples and the budget allows one more look at them."""
+    total = sum(rounds.held_out.sizes)
+    return total > 0 and _affords(point, rounds, point.candidate.space.num_steps * total)
 
 
 def _affords(point: Point, rounds: Rounds, cost: int) -> bool:

@@ -6,12 +6,11 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..target import Model, Target
 from .budget import Cost, Ledger, default_budget, evaluations_in
 from .job import Job, prepare
-from .probe import CALLS, KEYLESS, PLAUSIBLE_CALLS, doubt, identity, probe
+from .probe import CALLS, PLAUSIBLE_CALLS, doubt, probe
 from .processes import from_first, is_first
 from .settings import GaussNewton, Method
 
@@ -133,8 +132,8 @@ def plan(
     return planned(job, budget, probe(job.draws, True))
 
 
-def look(job: Job, ledger: Ledger, progress: bool) -> list[dict[str, Any]]:
-    """The identities of a job's targets, after their models have shown that they can be searched; prints the plan.
+def look(job: Job, ledger: Ledger, progress: bool) -> None:
+    """Lets the models show that they can be searched, and prints the plan.
 
     A budget that is a time becomes one of evaluations. Raises ValueError where a model cannot be searched.
     """
@@ -143,7 +142,6 @@ def look(job: Job, ledger: Ledger, progress: bool) -> list[dict[str, Any]]:
         raise ValueError(f"budget={job.budget!r}: the look at the model alone takes {looks}")
     cost = probe(draws, job.differentiated)
     ledger.spend_once("probe", looks)
-    found = identities(job)
     if isinstance(job.budget, str):
         limit = job.budget
         ledger.budget = from_first(lambda: evaluations_in(limit, cost))
@@ -151,13 +149,6 @@ def look(job: Job, ledger: Ledger, progress: bool) -> list[dict[str, Any]]:
         print(planned(job, ledger.budget, cost))
     if ledger.affords(PLAUSIBLE_CALLS * len(draws.targets) / PLAUSIBLE_SHARE):
         ledger.spend_once("plausible", sum(doubt(one) for one in draws.each))
-    ledger.spend_once("identity", KEYLESS * sum(target.key is None for target in draws.targets))
-    return found
-
-
-def identities(job: Job) -> list[dict[str, Any]]:
-    """What each target is and returns."""
-    return [identity(one) for one in job.draws.each]
 
 
 def planned(job: Job, budget: int | None, cost: Cost) -> Plan:

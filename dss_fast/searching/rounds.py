@@ -78,6 +78,20 @@ class Trial:
         return float(ROBUST * self.values.median())
 
 
+@dataclass(frozen=True, eq=False)
+class Look:
+    """Squares of the end points' errors on held-out samples, (n,) float64, infinite where one diverges; and of the
+    errors of their features, where those choose."""
+
+    errors: Tensor
+    features: Tensor | None = None
+
+    @property
+    def rmse(self) -> float:
+        """Of the end points."""
+        return math.sqrt(float(self.errors.mean()))
+
+
 @dataclass(frozen=True)
 class Rounds:
     """train, held_out: the samples and their teacher."""
@@ -148,9 +162,8 @@ class Rounds:
         return sums.quadratic(draws.all_reduce)
 
     @torch.no_grad()
-    def look(self, candidate: Candidate) -> tuple[Tensor, Tensor | None]:
-        """Squares of the end points' errors on held-out samples, (n,) float64, infinite where one diverges; and of the
-        errors of their features, where those choose."""
+    def look(self, candidate: Candidate) -> Look:
+        """The candidate on the held-out samples."""
         total, ends, seen = sum(self.held_out.sizes), [], []
         by_features = self._settings.select == "features"
         self.ledger.spend(candidate.space.num_steps * total)
@@ -162,8 +175,8 @@ class Rounds:
                     seen.append(squares(batch.target.features(end), batch.target.features(trajectory.last)))
             errors, *features = self.job.draws.gathered(self.held_out.sizes, ends, *([seen] if seen else []))
         except FloatingPointError:
-            return torch.full((total,), math.inf, dtype=torch.float64), None
-        return errors, features[0] if features else None
+            return Look(torch.full((total,), math.inf, dtype=torch.float64))
+        return Look(errors, *features)
 
     @property
     def _settings(self) -> GaussNewton:

@@ -16,7 +16,7 @@ from dss_fast.searching.best import better
 from dss_fast.searching.budget import Ledger, default_budget
 from dss_fast.searching.descent import Point, descend
 from dss_fast.searching.job import Job
-from dss_fast.searching.rounds import Candidate, Rounds, graph_memory
+from dss_fast.searching.rounds import Candidate, Look, Rounds, graph_memory
 from dss_fast.searching.runs import flatten, unflatten
 from dss_fast.searching.space import Space
 from dss_fast.searching.teacher import Teacher
@@ -168,8 +168,8 @@ def test_the_start_is_charged_too_though_it_was_looked_at_before_there_was_a_pri
     assert torch.equal(better(point.best, cheap, 1.2).theta, dear)
     errors = torch.full((9,), 1.25, dtype=F64)
     looked = replace(point, held_out_scale=1e9)  # so large that the robust mean is the mean
-    assert torch.equal(looked.looked(cheap, errors, None, "robust").best.theta, cheap)
-    assert torch.equal(looked.looked(cheap, errors, None, "rmse").best.theta, dear)
+    assert torch.equal(looked.looked(cheap, Look(errors), GaussNewton()).best.theta, cheap)
+    assert torch.equal(looked.looked(cheap, Look(errors), GaussNewton(select="rmse")).best.theta, dear)
 
 
 def test_generality_leads_from_its_space_to_the_papers():
