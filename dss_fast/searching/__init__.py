@@ -12,19 +12,20 @@ from ..denoiser import frozen
 from ..files import check_writable
 from ..solver import Solver
 from ..target import Model, Target
-from .budget import Ledger, default_budget
+from .budget import Ledger, default_budget, evaluations_in
 from .descent import descend
 from .job import Job, prepare
 from .lion import imitate
-from .plan import Plan, look, plan
-from .probe import KEYLESS, identity
-from .processes import agreed, from_first, joined
+from .plan import Plan, plan, planned
+from .probe import CALLS, KEYLESS, PLAUSIBLE_CALLS, doubt, identity, probe
+from .processes import agreed, from_first, is_first, joined
 from .result import Event, SearchResult
 from .runs import RunFolder, is_finished, opened, restored, run
 from .settings import METHODS, GaussNewton, Lion, Method
 
 __all__ = ["METHODS", "Event", "GaussNewton", "Lion", "Method", "Plan", "SearchResult", "plan", "search"]
 
+PLAUSIBLE_SHARE = 0.02  # at most this part of the budget goes into whether the schedule is plausible
 METHOD: dict[str, Callable[[Job, Ledger, dict[str, Any] | None], Iterator[Event]]] = {
     GaussNewton.name: descend,
     Lion.name: imitate,
@@ -101,16 +102,27 @@ def begin(
 
     Writes the targets' identities into the config. Raises ValueError where a model cannot be searched, or is another.
     """
-    timed = isinstance(job.budget, str)
-    ledger = Ledger(job.budget if isinstance(job.budget, int) else None)
+    draws, ledger = job.draws, Ledger(job.budget if isinstance(job.budget, int) else None)
     if job.budget is None:
         ledger.budget = default_budget(job.settings, job.steps)
-    elif timed and checkpoint is not None:
+    if checkpoint is not None and isinstance(job.budget, str):
         ledger.budget = checkpoint["budget"]  # what the time came to when it began
     if checkpoint is None:
-        look(job, ledger, progress)
-    config["targets"] = [identity(one) for one in job.draws.each]
-    ledger.spend_once("identity", KEYLESS * sum(target.key is None for target in job.draws.targets))
+        looks = CALLS * len(draws.targets)
+        if not ledger.affords(looks):
+            raise ValueError(f"budget={job.budget!r}: the look at the model alone takes {looks}")
+        cost = probe(draws, job.differentiated)
+        ledger.spend_once("probe", looks)
+        if isinstance(job.budget, str):
+            limit = job.budget
+            ledger.budget = from_first(lambda: evaluations_in(limit, cost))
+        if progress and is_first():
+            print(planned(job, ledger.budget, cost))
+        if ledger.affords(PLAUSIBLE_CALLS * len(draws.targets) / PLAUSIBLE_SHARE):
+            for one in draws.each:
+                ledger.spend(doubt(one))
+    config["targets"] = [identity(one) for one in draws.each]
+    ledger.spend_once("identity", KEYLESS * sum(target.key is None for target in draws.targets))
     config.update(agreed(config))
     from_first(lambda: folder.check(config) if folder else None)
     return ledger

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..target import Model, Target
-from .budget import Cost, Ledger, default_budget, evaluations_in
+from .budget import Cost, default_budget
 from .job import Job, prepare
-from .probe import CALLS, PLAUSIBLE_CALLS, doubt, probe
-from .processes import from_first, is_first
+from .probe import probe
 from .settings import GaussNewton, Method
 
 # RMSE over the best hand-made solver's, by evaluations for each N: the mean over N = 5, 8, 10 on the exact mixture and
@@ -25,7 +24,6 @@ RACE = 3  # rounds after which the best of several starts goes on
 RACERS = 3  # tables of different spacings at most to start from, of FEW samples or more
 SLACK = 1.25  # of the rounds' cost, for those that are rejected
 START_SHARE = 0.1  # of the budget, to find where to start
-PLAUSIBLE_SHARE = 0.02  # at most this part of the budget goes into whether the schedule is plausible
 LOOKS = 4  # at the held-out samples, that the plan counts on
 
 
@@ -130,25 +128,6 @@ def plan(
     """What ``search`` with the same arguments will take. Costs 8 model evaluations for each target."""
     job = prepare(target, num_steps, method=method, budget=budget)
     return planned(job, budget, probe(job.draws, True))
-
-
-def look(job: Job, ledger: Ledger, progress: bool) -> None:
-    """Lets the models show that they can be searched, and prints the plan.
-
-    A budget that is a time becomes one of evaluations. Raises ValueError where a model cannot be searched.
-    """
-    draws, looks = job.draws, CALLS * len(job.draws.targets)
-    if not ledger.affords(looks):
-        raise ValueError(f"budget={job.budget!r}: the look at the model alone takes {looks}")
-    cost = probe(draws, job.differentiated)
-    ledger.spend_once("probe", looks)
-    if isinstance(job.budget, str):
-        limit = job.budget
-        ledger.budget = from_first(lambda: evaluations_in(limit, cost))
-    if progress and is_first():
-        print(planned(job, ledger.budget, cost))
-    if ledger.affords(PLAUSIBLE_CALLS * len(draws.targets) / PLAUSIBLE_SHARE):
-        ledger.spend_once("plausible", sum(doubt(one) for one in draws.each))
 
 
 def planned(job: Job, budget: int | None, cost: Cost) -> Plan:

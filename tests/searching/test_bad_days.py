@@ -145,7 +145,7 @@ def test_one_search_a_folder(tmp_path):
 def rank_of_two(rank, out, how):
     """A search of which the second process has a bad day at its fiftieth model call."""
     running.CHECKPOINT_SECONDS = 0.0
-    import_module("dss_fast.searching.plan").doubt = lambda draws: 0
+    import_module("dss_fast.searching").doubt = lambda draws: 0
     calls = []
 
     def unwell(x, t):

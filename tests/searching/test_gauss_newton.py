@@ -273,9 +273,7 @@ SHARED = dict(method=GaussNewton(**SMALL), budget=20_000, seed=3, progress=False
 
 
 def shared(rank, folder):
-    import_module("dss_fast.searching.plan").doubt = lambda draws: (
-        0
-    )  # as conftest.py does here; it counts as evaluations
+    import_module("dss_fast.searching").doubt = lambda draws: 0  # as conftest.py does here; it counts as evaluations
     search(Target(FLOW, SHAPE, dtype=F64), 4, **SHARED).solver.save(folder / f"{rank}.json")
 
 

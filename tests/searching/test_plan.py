@@ -51,7 +51,7 @@ def test_a_search_prints_its_plan_first(capsys):
 
 
 def test_a_time_is_a_budget_and_a_resumed_search_keeps_to_what_it_came_to(tmp_path, monkeypatch):
-    searching = importlib.import_module("dss_fast.searching.plan")
+    searching = importlib.import_module("dss_fast.searching")
     measured = searching.probe
     monkeypatch.setattr(searching, "probe", lambda *a, **k: measured(*a, **k) and Cost(0.5, 1))
     options = dict(method=GaussNewton(samples=16, rounds=2), out=tmp_path, progress=False, report=False)
