@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from pages import PAGES, ROOT
+
+from helpers.pages import PAGES, ROOT
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"")
 

@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from pages import ROOT
+
+from helpers.pages import ROOT
 
 
 @pytest.fixture(scope="module")

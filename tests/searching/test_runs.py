@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 from importlib import import_module
 
-import processes
 import pytest
 import torch
 
@@ -17,6 +16,7 @@ from dss_fast import Flow, GaussNewton, Lion, Solver, Target, search
 from dss_fast.searching import runs as running
 from dss_fast.searching.ledger import Ledger
 from dss_fast.searching.runs import RunFolder, drive, flatten, unflatten
+from helpers import processes
 
 F64 = torch.float64
 

@@ -1,6 +1,6 @@
 """Compiles the step's kernels for named GPUs without one, and prints what the machine code holds, a JSON row a kernel.
 
-python tests/step/sass.py [full]        # without TRITON_INTERPRET; full: every combination of dtypes and flags
+python tests/helpers/sass.py [full]        # without TRITON_INTERPRET; full: every combination of dtypes and flags
 """
 
 import itertools
