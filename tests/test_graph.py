@@ -16,6 +16,7 @@ from dss_fast import graph, sample
 from dss_fast.graph import forget
 from helpers.graph_fakes import FakeDevice
 
+pytestmark = pytest.mark.fast
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 no_fallback = pytest.mark.filterwarnings("error:cuda_graph=True")
 

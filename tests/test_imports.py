@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.fast
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"helpers": ROOT / "tests", "examples": ROOT, "benchmarks": ROOT, "scripts": ROOT}
 

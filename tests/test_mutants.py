@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, given, settings, strategies
 
 from scripts.mutants import KINDS, Bench
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
