@@ -29,3 +29,9 @@ def backend(request):
     if request.param == "cpp" and isinstance(_extension(), Exception):
         pytest.skip(f"no extension: {_extension()}")
     return request.param
+
+
+def pytest_ignore_collect(collection_path, config):
+    """For the fast tests the other modules are not even imported: diffusers alone takes five seconds a process."""
+    if config.option.markexpr.startswith("fast") and collection_path.match("test_*.py"):
+        return "mark.fast" not in collection_path.read_text(encoding="utf-8") or None
