@@ -13,6 +13,7 @@ import pytest
 
 import dss_fast
 
+pytestmark = pytest.mark.xdist_group("package")
 ROOT = Path(__file__).parent.parent
 FILES = "setup.py pyproject.toml MANIFEST.in README.md CHANGELOG.md LICENSE".split()
 BUILD = "import sys; from setuptools.build_meta import build_{0} as build; build(sys.argv[1])"

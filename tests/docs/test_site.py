@@ -8,6 +8,8 @@ import pytest
 
 from helpers.pages import ROOT
 
+pytestmark = pytest.mark.xdist_group("site")
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
