@@ -10,21 +10,21 @@ import pytest
 from helpers import processes
 
 ROOT = Path(__file__).parents[1]
+COMMANDS = ["scripts.kill", "scripts.mutants", "scripts.soak", "benchmarks.transfer", "benchmarks.caching"]
 
 
 def ask_for_help(command, said):
     """As ``python -m command --help`` in the project's folder does."""
     os.chdir(ROOT)
-    sys.path.insert(0, "")
+    sys.path[:] = [str(ROOT), *(path for path in sys.path if not Path(path).is_relative_to(ROOT / "tests"))]
     sys.argv = [command, "--help"]
-    sys.stdout = open(said, "w", encoding="utf-8")
+    sys.stdout = sys.stderr = open(said, "w", encoding="utf-8")
     runpy.run_module(command, run_name="__main__", alter_sys=True)
 
 
-@pytest.mark.parametrize(
-    "command", ["scripts.kill", "scripts.mutants", "scripts.soak", "benchmarks.transfer", "benchmarks.caching"]
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_starts(command, tmp_path):
     process = processes.start(ask_for_help, command, tmp_path / "said")
     process.join(60)
-    assert process.exitcode == 0 and "usage:" in (tmp_path / "said").read_text()
+    said = (tmp_path / "said").read_text(encoding="utf-8")
+    assert process.exitcode == 0 and "usage:" in said, said

@@ -74,16 +74,17 @@ def options(name, dtypes):
     return step_triton.options() if name == "backward" else step_triton.options(state, history)
 
 
+def said(tool, *arguments):
+    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
 def inspect(compiled):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        usage = said("cuobjdump", "-res-usage", file.name)
         # What `cuobjdump -sass` prints, without its analysis of the data flow, which nothing here reads.
-        dump = [TOOLS / "nvdisasm", "-c", "-ndf", file.name]
-        code = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+        code = said("nvdisasm", "-c", "-ndf", file.name)
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
     return {
         "registers": registers,
