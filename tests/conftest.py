@@ -2,6 +2,7 @@
 
 import gc
 import os
+import warnings
 
 # One thread for each process, these and their children: results do not depend on the machine, and processes that share
 # its cores do not wait for each other's threads.
@@ -18,10 +19,13 @@ if not torch.cuda.is_available():
 from dss_fast.unroll import BACKENDS, _extension  # noqa: E402
 
 
-def pytest_collection_finish():
+def pytest_collection_finish(session):
     """Modules stay: a collector that walks their million objects again and again took a sixth of all the time."""
     gc.collect()
     gc.freeze()
+    grouped = [item.nodeid for item in session.items if item.get_closest_marker("xdist_group")]
+    if getattr(session.config.option, "loadgroup", False) and not all("@" in nodeid for nodeid in grouped):
+        warnings.warn("pytest-xdist does not see the groups: requirements-test.txt has versions that fit", stacklevel=1)
 
 
 @pytest.fixture(autouse=True)
