@@ -1,8 +1,8 @@
-"""Builds the C++ extension: the CPU step and the unroll. Everything else about the package stands in pyproject.toml.
+"""Builds the C++ extension: the CPU step and the unroll. Of the rest only the license is not in pyproject.toml.
 
 The extension belongs to one version of torch, so it is built against the torch that will load it, or not at all:
 
-    pip install torch 'setuptools>=77'
+    pip install torch 'setuptools>=64'
     pip install --no-build-isolation --no-deps .
 
 pip's isolated build sees no torch. Naming torch in [build-system] would download another one of gigabytes and build for
@@ -19,7 +19,7 @@ from glob import glob
 
 from setuptools import setup
 
-COMMAND = "pip install torch 'setuptools>=77' && pip install --no-build-isolation --no-deps ."
+COMMAND = "pip install torch 'setuptools>=64' && pip install --no-build-isolation --no-deps ."
 REQUIRED = bool(os.environ.get("DSS_FAST_REQUIRE_EXTENSION"))
 
 
@@ -59,4 +59,4 @@ def extension():
     return {"ext_modules": [module], "cmdclass": {"build_ext": Optional}}
 
 
-setup(**extension())
+setup(license="Apache-2.0", **extension())

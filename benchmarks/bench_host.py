@@ -21,10 +21,10 @@ BUDGET = 13.0
 MEASURE = """
 import json, os, statistics, sys, time, warnings
 os.environ["TRITON_INTERPRET"] = "0"
-import cuda_stub
+from helpers import cuda_stub
 stub = cuda_stub.activate(sys.argv[1])
 import torch
-from step_inputs import draw, draw_list
+from helpers.step_inputs import draw, draw_list
 from dss_fast import step
 from dss_fast.step import launch, multistep_step, multistep_update
 from dss_fast.step import triton as step_triton
@@ -65,7 +65,7 @@ print(json.dumps({name: [statistics.median(each), min(each)] for name, each in t
 
 def test_host(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "step")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # torch leaves a GPU alone
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, tmp_path], env=environment, capture_output=True, text=True, cwd=ROOT

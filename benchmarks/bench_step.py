@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from machine import DEVICE, conditions
-from step_ways import GRADIENT, LAST_STEP, LOOP, PULL, Setting, copy
+
+from benchmarks.machine import DEVICE, conditions
+from benchmarks.step_ways import GRADIENT, LAST_STEP, LOOP, PULL, Setting, copy
 
 RESULTS = Path(__file__).parent / "results" / "step.csv"
 LATENT, BATCH, FLUX, FLUX4, VIDEO = (

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from machine import DEVICE, commit, version
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.machine import DEVICE, commit, version
 from dss_fast.step import multistep_update
 from dss_fast.unroll import Rollout
 from examples.mnist.model import Block, DiT

@@ -86,7 +86,7 @@ def around_nothing(call: Callable[[], Any], rounds: int) -> float:
     import pytest
 
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-    from graph_fakes import FakeDevice, Recorder
+    from helpers.graph_fakes import FakeDevice, Recorder
 
     with pytest.MonkeyPatch.context() as patch:
         device = FakeDevice(patch)

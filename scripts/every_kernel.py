@@ -17,8 +17,8 @@ import torch
 
 STUB = os.environ.get("STUB")  # a folder: kernels go through Triton's launcher to the tests' libcuda, built there
 if STUB:
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "step"))
-    import cuda_stub
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from helpers import cuda_stub
 
     Path(STUB).mkdir(parents=True, exist_ok=True)
     driver = cuda_stub.activate(STUB)

@@ -63,7 +63,7 @@ tool() { command -v "$1" || ls -d /usr/local/cuda*/bin/"$1" 2>/dev/null | head -
 
 if [ -n "$DRY" ]; then
   export CUDA_VISIBLE_DEVICES= DEVICE=cpu TORCHDYNAMO_DISABLE=1
-  if [ -f tests/step/cuda_stub.py ] && { command -v "${CC:-gcc}" || command -v clang; } >/dev/null; then
+  if [ -f tests/helpers/cuda_stub.py ] && { command -v "${CC:-gcc}" || command -v clang; } >/dev/null; then
     STUB=$(mktemp -d) # kernels are compiled and launched, on a libcuda that does nothing
     export STUB
   else

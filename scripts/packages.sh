@@ -40,7 +40,7 @@ for python in "${@:-python3}"; do
   work=$OUT/$version && rm -rf "$work" && mkdir -p "$work/dist"
   if [ -n "${VENV:-}" ]; then bin=$VENV/bin; else
     "$python" -m venv "$work/venv" && bin=$work/venv/bin
-    "$bin/pip" install -q "${TORCH:-torch==2.13.0}" 'setuptools>=77'
+    "$bin/pip" install -q "${TORCH:-torch==2.13.0}" 'setuptools>=64'
   fi
   before=$(torch_of "$bin/python")
   cp -r csrc dss_fast tests setup.py pyproject.toml MANIFEST.in README.md CHANGELOG.md LICENSE "$work"
@@ -49,7 +49,7 @@ for python in "${@:-python3}"; do
   smoke() { (cd / && "$bin/python" -c "$SMOKE" "$@"); }
 
   install .
-  smoke "was not built" && say "pip install . : pure Python, no second torch"
+  smoke "was not built" search && say "pip install . : pure Python, no second torch; a search with its folder"
   install --no-build-isolation --no-deps .
   smoke cpp && say "pip install --no-build-isolation --no-deps . : with the extension"
   (cd / && "$bin/python" -c "import torch; torch.__version__ = '2.11.0'; $SMOKE" "built for another torch")
@@ -65,7 +65,7 @@ for python in "${@:-python3}"; do
   install --no-build-isolation --no-deps "$work"/dist/*.tar.gz
   smoke cpp && say "the sdist: with the extension"
   install "$work[all]"
-  smoke "was not built" search && say "'.[all]': a search with its folder"
+  smoke "was not built" search && say "'.[all]': a search with its folder and pictures"
   "$bin/pip" check >/dev/null && [ "$(torch_of "$bin/python")" = "$before" ] && say "torch is still $before; pip check passes"
   [ "$("$bin/dss_fast" --version)" = "$("$bin/pip" show dss_fast | sed -n 's/^Version: //p')" ]
 done

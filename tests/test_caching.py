@@ -10,6 +10,7 @@ from dss_fast import Target, find_solver, sample
 from dss_fast.draws import Draws
 from examples.mixture import Mixture
 
+pytestmark = pytest.mark.fast
 CENTRES = torch.tensor([[1.0, -1.0, 0.5], [-0.5, 1.0, 1.0], [0.0, 0.3, -1.0]])
 TARGET = Target(Mixture(CENTRES), (3,), dtype=torch.float64)
 BATCH = Draws.of(TARGET).batch("test", 0, 6)

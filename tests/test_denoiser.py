@@ -10,6 +10,7 @@ from dss_fast import VP, Flow, GaussNewton, Lion, Target, sample, search
 from dss_fast.step import multistep_step
 from dss_fast.unroll import unroll
 
+pytestmark = pytest.mark.fast
 F64 = torch.float64
 
 

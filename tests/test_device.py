@@ -11,6 +11,7 @@ from dss_fast.step import multistep_step
 from dss_fast.table import StepTable
 from dss_fast.unroll import Rollout
 
+pytestmark = pytest.mark.fast
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
 

@@ -8,6 +8,7 @@ import torch
 from dss_fast import Target
 from dss_fast.distance import Reference, criterion, energy_distance, frechet_distance, squares, three_digits
 
+pytestmark = pytest.mark.fast
 F64 = torch.float64
 
 

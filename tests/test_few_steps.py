@@ -5,6 +5,8 @@ import pytest
 from benchmarks import few_steps, rows
 from dss_fast import compare, find_solver
 
+pytestmark = [pytest.mark.fast, pytest.mark.xdist_group("few_steps")]
+
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):

@@ -1,6 +1,6 @@
 """Whole loops as CUDA graphs: equal to eager ones, for new noise, conditions and guidance; and no synchronisation.
 
-On a GPU with the real thing; without one, the order of calls, the keys and the memory's owners by graph_fakes.py.
+On a GPU with the real thing; without one, the order of calls, the keys and the memory's owners, by helpers.graph_fakes.
 """
 
 import subprocess
@@ -10,12 +10,13 @@ import warnings
 
 import pytest
 import torch
-from graph_fakes import FakeDevice
 from torch import nn
 
 from dss_fast import graph, sample
 from dss_fast.graph import forget
+from helpers.graph_fakes import FakeDevice
 
+pytestmark = pytest.mark.fast
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 no_fallback = pytest.mark.filterwarnings("error:cuda_graph=True")
 

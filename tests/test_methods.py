@@ -9,6 +9,7 @@ import torch
 from dss_fast import VP, DiscreteVP, Flow, handmade, sample
 from dss_fast.methods import METHODS
 
+pytestmark = pytest.mark.fast
 ADAMS = {"euler": 1, "ab2": 2, "ab3": 3, "ab4": 4}
 
 MIX = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 3

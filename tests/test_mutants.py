@@ -1,4 +1,4 @@
-"""A few hundred mutants of each kind of file; ``python -m tests.mutants`` runs as many as are wanted."""
+"""A few hundred mutants of each kind of file; ``python -m scripts.mutants`` runs as many as are wanted."""
 
 import random
 import warnings
@@ -9,7 +9,9 @@ pytest.importorskip("hypothesis", reason="a test dependency, in requirements-tes
 
 from hypothesis import HealthCheck, given, settings, strategies
 
-from tests.mutants import KINDS, Bench
+from scripts.mutants import KINDS, Bench
+
+pytestmark = pytest.mark.fast
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import pytest
 
 import dss_fast
 
+pytestmark = pytest.mark.xdist_group("package")
 ROOT = Path(__file__).parent.parent
 FILES = "setup.py pyproject.toml MANIFEST.in README.md CHANGELOG.md LICENSE".split()
 BUILD = "import sys; from setuptools.build_meta import build_{0} as build; build(sys.argv[1])"
@@ -31,7 +32,7 @@ def build(what, source, out):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """The sdist of a checkout, and the wheel of that sdist."""
-    pytest.importorskip("setuptools", minversion="77", reason="the build tool, in requirements.txt")
+    pytest.importorskip("setuptools", minversion="64", reason="the build tool, in requirements.txt")
     checkout, out = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("out")
     for name in FILES:
         if not (ROOT / name).exists():
@@ -99,9 +100,13 @@ def test_one_version_everywhere_and_extras_that_do_not_move_torch(built):
     (name,) = [name for name in built[1].namelist() if name.endswith(".dist-info/METADATA")]
     about = Parser().parsestr(built[1].read(name).decode())
     assert about["Version"] == dss_fast.__version__ and about["Requires-Python"] == ">=3.11"
+    assert about["License"] == "Apache-2.0" and any(name.endswith("/LICENSE") for name in built[1].namelist())
     assert f"\n## {dss_fast.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nversion: {dss_fast.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     needed = about.get_all("Requires-Dist")
-    assert [line for line in needed if "extra ==" not in line] == ["torch>=2.11"]
+    assert [line for line in needed if "extra ==" not in line] == [
+        "torch>=2.11", "numpy", "safetensors>=0.5", "tqdm>=4.60", "lion-pytorch>=0.2"
+    ]  # fmt: skip
     assert not [line for line in needed if line.startswith("torch") and "extra ==" in line]
     (everything,) = [line for line in needed if 'extra == "all"' in line]
-    assert set(re.search(r"\[(.*)\]", everything)[1].split(",")) == {"search", "plots", "triton", "diffusers"}
+    assert set(re.search(r"\[(.*)\]", everything)[1].split(",")) == {"plots", "triton", "diffusers"}

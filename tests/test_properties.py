@@ -14,6 +14,7 @@ from dss_fast import VP, DiscreteVP, Flow, Grid, Solver, sample
 from dss_fast.schedule import from_dict
 from dss_fast.table import StepTable
 
+pytestmark = pytest.mark.fast
 F64 = torch.float64
 RELAXED = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 

@@ -10,6 +10,7 @@ from torch import nn
 from dss_fast import VP, Flow, Solver, find_solver, handmade, sample
 from dss_fast.table import StepTable
 
+pytestmark = pytest.mark.fast
 GENERATOR = torch.Generator().manual_seed(0)
 MIX = torch.randn(12, 12, generator=GENERATOR, dtype=torch.float64) / 4
 

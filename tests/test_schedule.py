@@ -10,6 +10,7 @@ from dss_fast import VP, DiscreteVP, Flow
 from dss_fast.schedule import PREDICTION_TYPES
 from dss_fast.table import StepTable
 
+pytestmark = pytest.mark.fast
 U = torch.linspace(0, 1, 11, dtype=torch.float64)
 ALL = [
     Flow(),

@@ -9,6 +9,7 @@ import torch
 from dss_fast import Flow, handmade, sample
 from dss_fast.serving import Batch
 
+pytestmark = pytest.mark.fast
 SHAPE = (3, 5)
 
 

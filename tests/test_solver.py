@@ -11,6 +11,7 @@ import torch
 
 from dss_fast import VP, DiscreteVP, Flow, Grid, Solver, find_solver, handmade, sample, solver_names
 
+pytestmark = pytest.mark.fast
 PARITY = json.loads((Path(__file__).parent / "data" / "parity.json").read_text())
 GOOD = {"timesteps": (0, 0.25, 1), "coeffs": ((1, 0), (-0.5, 1.5)), "schedule": Flow()}
 

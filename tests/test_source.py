@@ -7,6 +7,7 @@ import pytest
 
 import dss_fast
 
+pytestmark = pytest.mark.fast
 ROOT = Path(dss_fast.__file__).parent
 SOURCES = sorted(ROOT.rglob("*.py"))
 NETWORKS = {

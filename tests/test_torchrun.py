@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import processes
 import pytest
 import torch
 
@@ -14,6 +13,7 @@ from dss_fast import Solver
 from dss_fast.__main__ import main
 from dss_fast.searching.processes import take_local_device
 from examples import imagenet256
+from helpers import processes
 
 ROOT = Path(__file__).parent.parent
 MODEL = """

@@ -7,6 +7,7 @@ import pytest
 from benchmarks import transfer
 from dss_fast import Solver, find_solver
 
+pytestmark = pytest.mark.xdist_group("transfer")
 MODELS = ["mixture", "mixture0.5"]
 
 

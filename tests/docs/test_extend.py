@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from pages import ROOT, blocks
+
+from helpers.pages import ROOT, blocks
 
 PAGE = "docs/extend.md"
 

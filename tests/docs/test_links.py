@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from pages import PAGES, ROOT
+
+from helpers.pages import PAGES, ROOT
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"")
 
@@ -40,6 +41,12 @@ def broken(page, root=ROOT):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links(page):
     assert list(broken(page)) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_test_that_a_page_names_is_there(page):
+    for name in re.findall(r"[\w/]*test_\w+\.py", page.read_text(encoding="utf-8")):
+        assert (ROOT / name).exists() or (ROOT / "tests" / name).exists(), name
 
 
 def test_every_page_is_linked_from_the_index():

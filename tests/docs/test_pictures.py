@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from pages import ROOT
+
+from helpers.pages import ROOT
 
 PICTURES = ROOT / "docs" / "pictures"
 PAGES = sorted(ROOT.glob("docs/*.md"))

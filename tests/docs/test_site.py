@@ -5,7 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from pages import ROOT
+
+from helpers.pages import ROOT
+
+pytestmark = pytest.mark.xdist_group("site")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,7 @@ def test_every_page_is_there(site):
 def test_the_api_page_holds_docstrings(site):
     """As lists and code: an argument's line and the equation of ``sample``."""
     page = (site / "api.html").read_text(encoding="utf-8")
-    for name in ("dss_fast.sample", "dss_fast.searching.search", "dss_fast.compare.compare", "dss_fast.Target",
+    for name in ("dss_fast.sample", "dss_fast.search", "dss_fast.compare.compare", "dss_fast.Target",
                  "dss_fast.step.multistep_step", "dss_fast.table.StepTable", "dss_fast.serving.Batch"):  # fmt: skip
         assert f'id="{name}"' in page, name
     assert "<code>guidance_scale</code>: a number" in page

@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
-from pages import ROOT, blocks, run
 
 from dss_fast import sample
 from dss_fast.__main__ import _parser
+from helpers.pages import ROOT, blocks, run
 
 PAGE = "docs/stack.md"
 NEEDS = {"integrations.diffusers": ("diffusers", "transformers"), "examples.mnist": ("safetensors",)}

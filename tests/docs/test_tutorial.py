@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
-from pages import ROOT, blocks, run
 
 from dss_fast.__main__ import _parser
+from helpers.pages import ROOT, blocks, run
 
 PAGE = "docs/tutorial.md"
 

@@ -8,10 +8,9 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' own, of NumPy 2
-from diffusers_runs import run  # noqa: E402
-
 from dss_fast import Flow, Solver  # noqa: E402
 from dss_fast.integrations.diffusers import DSSScheduler  # noqa: E402
+from helpers.diffusers_runs import run  # noqa: E402
 
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler
 

@@ -10,9 +10,9 @@ diffusers = pytest.importorskip("diffusers")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: E402
-from diffusers_runs import noise, run  # noqa: E402
 
 from dss_fast.integrations.diffusers import DSSScheduler  # noqa: E402
+from helpers.diffusers_runs import noise, run  # noqa: E402
 
 DPM, UNIPC, DEIS = (getattr(diffusers, f"{n}MultistepScheduler") for n in ("DPMSolver", "UniPC", "DEIS"))
 DDIM, EULER = diffusers.DDIMScheduler, diffusers.EulerDiscreteScheduler
@@ -182,7 +182,7 @@ def test_euler_of_sigma_space_is_the_stock_euler(spacing):
     """SDXL's own scheduler: the first state is sigma times the noise, or the noise itself under leading."""
     stock = EULER(**SD, timestep_spacing=spacing, steps_offset=1)
     mine = ours({**stock.config, "_class_name": "EulerDiscreteScheduler"}, "euler")
-    from diffusers_runs import network
+    from helpers.diffusers_runs import network
 
     for n in (6, 10):
         stock.set_timesteps(n)

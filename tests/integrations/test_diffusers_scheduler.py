@@ -9,11 +9,10 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' own, of NumPy 2
-from diffusers_runs import network, noise, run  # noqa: E402
-
 from dss_fast import VP, DiscreteVP, Flow, Grid, Solver, find_solver, handmade, sample  # noqa: E402
 from dss_fast.integrations.diffusers import DSSScheduler  # noqa: E402
 from dss_fast.integrations.diffusers.config import adopt, model_schedule  # noqa: E402
+from helpers.diffusers_runs import network, noise, run  # noqa: E402
 
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler
 DDIM = diffusers.DDIMScheduler

@@ -19,10 +19,9 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-from diffusers_runs import network, noise, run  # noqa: E402
-
 from dss_fast import find_solver  # noqa: E402
 from dss_fast.integrations.diffusers import DSSScheduler  # noqa: E402
+from helpers.diffusers_runs import network, noise, run  # noqa: E402
 
 GROUP = "vllm_omni.schedulers"
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,6 @@ import threading
 import time
 from importlib import import_module
 
-import processes
 import pytest
 import torch
 
@@ -16,6 +15,7 @@ from dss_fast import GaussNewton, Lion, Solver, Target, search
 from dss_fast import report as reporting
 from dss_fast.files import write_tensors
 from dss_fast.searching import runs as running
+from helpers import processes
 
 F64 = torch.float64
 LION = Lion(samples=96, batch_size=16, unique_samples=48, check_samples=16, check_every=2, teacher_steps=10)

@@ -5,7 +5,6 @@ import math
 from dataclasses import replace
 from importlib import import_module
 
-import processes
 import pytest
 import torch
 
@@ -22,6 +21,7 @@ from dss_fast.searching.space import Space
 from dss_fast.searching.teacher import Teacher
 from dss_fast.trajectory import dense_grid, integrate
 from examples.mixture import Mixture
+from helpers import processes
 
 F64 = torch.float64
 SHAPE = (1, 2, 3)

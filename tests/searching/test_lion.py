@@ -3,7 +3,6 @@
 import math
 from importlib import import_module
 
-import processes
 import pytest
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from dss_fast.searching.lion import imitate
 from dss_fast.searching.space import Space
 from dss_fast.trajectory import dense_grid, integrate
 from dss_fast.unroll import unroll
+from helpers import processes
 
 F64 = torch.float64
 CENTERS = torch.tensor([[1.0, 0.2], [-0.7, 0.8], [0.1, -1.1]], dtype=F64)

@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 from importlib import import_module
 
-import processes
 import pytest
 import torch
 
@@ -19,6 +18,7 @@ from dss_fast.searching.budget import Ledger
 from dss_fast.searching.job import prepare
 from dss_fast.searching.result import Event
 from dss_fast.searching.runs import RunFolder, flatten, run, unflatten
+from helpers import processes
 
 F64 = torch.float64
 

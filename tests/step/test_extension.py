@@ -14,6 +14,7 @@ import torch
 import dss_fast
 from dss_fast import extension, step, unroll
 
+pytestmark = pytest.mark.fast
 COMMAND = "pip install --no-build-isolation --no-deps ."
 
 

@@ -6,12 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cuda_stub
 import pytest
 
+from helpers import cuda_stub
+
 pytestmark = pytest.mark.xdist_group("launches")  # one process compiles
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).parents[2]
 OTHER = os.environ.get("DSS_FAST_TRITON_PYTHON")  # see test_sass.py
 
 
@@ -27,12 +27,11 @@ def found(request, tmp_path_factory):
         pytest.skip("no C compiler to build the stub with: neither CC is set nor gcc or clang installed")
     folder = tmp_path_factory.mktemp("stub")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]), "DSS_FAST_NO_EXTENSION": "1"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "DSS_FAST_NO_EXTENSION": "1"}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # torch leaves a GPU alone
     python = sys.executable if request.param == "installed" else OTHER
-    run = subprocess.run(
-        [python, HERE / "launches.py", folder], env=environment, capture_output=True, text=True, cwd=ROOT
-    )
+    command = [python, "-m", "helpers.launches", folder]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.xdist_group("sass")  # one process compiles the kernels, which takes half a minute
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).parents[2]
 # A Python that has another version of Triton, 3.6 say, and any torch that goes with it.
 OTHER = os.environ.get("DSS_FAST_TRITON_PYTHON")
 
@@ -18,7 +17,8 @@ OTHER = os.environ.get("DSS_FAST_TRITON_PYTHON")
 def rows_of(python):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "DSS_FAST_NO_EXTENSION": "1"}  # which is built for this torch alone
-    run = subprocess.run([python, HERE / "sass.py"], env=environment, capture_output=True, text=True, cwd=HERE)
+    command = [python, ROOT / "tests/helpers/sass.py"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     return [json.loads(line) for line in run.stdout.splitlines()]
 

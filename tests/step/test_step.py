@@ -7,11 +7,12 @@ import sys
 
 import pytest
 import torch
-from step_inputs import DEVICE, EPS, NAN, draw, draw_list, eager, implementation, in_float64, listed, stacked
 
 from dss_fast import step
 from dss_fast.step import multistep_pull, multistep_step, multistep_update
+from helpers.step_inputs import DEVICE, EPS, NAN, draw, draw_list, eager, implementation, in_float64, listed, stacked
 
+pytestmark = pytest.mark.fast
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [
     (F32, F32, F32),

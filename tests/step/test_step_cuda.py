@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from step_inputs import draw
 
 from dss_fast.step import multistep_step
 from dss_fast.step import reference as step_reference
+from helpers.step_inputs import draw
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+pytestmark = [pytest.mark.fast, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 
 def loop(x, history, weights, index, model):

@@ -6,6 +6,7 @@ from torch import nn
 
 from dss_fast.unroll import Rollout, unroll
 
+pytestmark = pytest.mark.fast
 SHAPE = (3, 4, 4)
 
 

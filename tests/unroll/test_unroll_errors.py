@@ -12,6 +12,8 @@ from torch import nn
 
 from dss_fast.unroll import Rollout, unroll
 
+pytestmark = pytest.mark.fast
+
 
 class Breaks(Exception):
     def __init__(self, code):

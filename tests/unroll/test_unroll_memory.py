@@ -9,7 +9,10 @@ from torch.profiler import ProfilerActivity, profile
 from dss_fast import unroll as module
 from dss_fast.unroll import Rollout, unroll
 
-pytestmark = pytest.mark.skipif(isinstance(module._extension(), Exception), reason="the reference keeps every state")
+pytestmark = [
+    pytest.mark.fast,
+    pytest.mark.skipif(isinstance(module._extension(), Exception), reason="the reference keeps every state"),
+]
 WIDE = 512
 
 

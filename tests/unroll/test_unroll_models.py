@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from dss_fast import unroll as module
 from dss_fast.unroll import Rollout, unroll
 
+pytestmark = pytest.mark.fast
 needs_extension = pytest.mark.skipif(isinstance(module._extension(), Exception), reason="the reference keeps no graphs")
 
 

@@ -1,6 +1,6 @@
 """Every kind of launch on a libcuda that does nothing: what `test_launches.py` reads, as one JSON object.
 
-python tests/step/launches.py FOLDER        # the folder where the stub is built; without TRITON_INTERPRET
+PYTHONPATH=.:tests python -m helpers.launches FOLDER    # where the stub is built; without TRITON_INTERPRET
 """
 
 import ctypes
@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 
-import cuda_stub
+from helpers import cuda_stub
 
 os.environ["TRITON_INTERPRET"] = "0"  # which step_inputs then leaves alone
 
@@ -19,13 +19,13 @@ STUB = cuda_stub.activate(sys.argv[1])
 
 import torch  # noqa: E402
 import triton  # noqa: E402
-from step_inputs import draw, listed  # noqa: E402
 from triton.backends.nvidia.driver import CudaLauncher  # noqa: E402
 
 from dss_fast import sample, step  # noqa: E402
 from dss_fast.step import multistep_step  # noqa: E402
 from dss_fast.step import triton as step_triton  # noqa: E402
 from dss_fast.step.launch import Launch  # noqa: E402
+from helpers.step_inputs import draw, listed  # noqa: E402
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [(F32,) * 3, (F32, BF16, BF16), (F16,) * 3, (F64,) * 3]

@@ -1,6 +1,6 @@
 """Mutants of every file the package reads again, and what may come of one: the same content, or an error by name.
 
-python tests/mutants.py --count 200000 [--seed 0]      # minutes; prints a line per kind of file, exits 1 on a failure
+python -m scripts.mutants --count 200000 [--seed 0]      # minutes; prints a line per kind of file, exits 1 on a failure
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Compiles the step's kernels for named GPUs without one, and prints what the machine code holds, a JSON row a kernel.
 
-python tests/step/sass.py [full]        # without TRITON_INTERPRET; full: every combination of dtypes and flags
+python tests/helpers/sass.py [full]        # without TRITON_INTERPRET; full: every combination of dtypes and flags
 """
 
 import itertools
@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 from dss_fast.step import triton as step_triton
 
-TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 STRIDES = {"size", "history_row", "history_slot", "adjoints_row", "adjoints_slot"}
 OF_STATE = ("x_ptr", "out_ptr", "next_ptr", "grad_ptr", "dx_ptr", "adjoints_ptr")
@@ -74,12 +74,17 @@ def options(name, dtypes):
     return step_triton.options() if name == "backward" else step_triton.options(state, history)
 
 
+def said(tool, *arguments):
+    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
 def inspect(compiled):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([TOOL, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-        code = subprocess.run([TOOL, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+        usage = said("cuobjdump", "-res-usage", file.name)
+        # What `cuobjdump -sass` prints, without its analysis of the data flow, which nothing here reads.
+        code = said("nvdisasm", "-c", "-ndf", file.name)
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
     return {
         "registers": registers,

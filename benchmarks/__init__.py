@@ -1,0 +1,1 @@
+"""Measurements; README.md has their tables and the commands behind them."""

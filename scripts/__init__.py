@@ -1,0 +1,1 @@
+"""Commands run by hand, each a module: `python -m scripts.kill --help`."""
