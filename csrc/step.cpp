@@ -125,6 +125,6 @@ TORCH_LIBRARY_IMPL(dss_fast, CPU, m) {
 PyMODINIT_FUNC INIT(TORCH_EXTENSION_NAME)() {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, TEXT(TORCH_EXTENSION_NAME), nullptr, -1, nullptr};
   PyObject* module = PyModule_Create(&definition);
-  for (auto fill : dss_fast::ModulePart::parts()) fill(module);
+  if (module) dss_fast::add_engine(module);
   return module;
 }

@@ -61,16 +61,16 @@ void backward(const Shape& s, int64_t bytes, const Gradient& t, const at::Tensor
       if (s.pair) {
         mix_twice(A(-1), mp, A(1), t.ms.read(b + s.batch, e, n, cond), spread, A(1), step.g, mixed, n);
         mp = mixed;
-        sums[3] += dot(spread, dm, n);
+        sums[kGuidance] += dot(spread, dm, n);
       }
-      sums[0] += dot(xp, gp, n);
-      sums[1] += dot(xp, gy, n);
-      sums[2] += dot(mp, gy, n);
+      sums[kA] += dot(xp, gp, n);
+      sums[kP] += dot(xp, gy, n);
+      sums[kQ] += dot(mp, gy, n);
       mix(step.p, xp, step.q, mp, work, n);
-      sums[kScalars + step.i] += dot(work, gp, n);
+      sums[kHistory + step.i] += dot(work, gp, n);
     }
     for (size_t k = 0; k < t.columns.size(); ++k) {
-      if (wants_row) sums[kScalars + t.columns[k]] += dot(t.past[k].read(b, e, n, work), gp, n);
+      if (wants_row) sums[kHistory + t.columns[k]] += dot(t.past[k].read(b, e, n, work), gp, n);
       if (t.dpast.empty()) continue;
       A* dh = t.dpast[k].target(b, e, work);
       scale(step.w[t.columns[k]], gp, dh, n);
@@ -103,7 +103,7 @@ void pull(const Shape& s, const at::Tensor& adjoints, const at::Tensor& weights,
       std::fill_n(gy, n, A(0));
       WeightedSlots<A> later;
       for (auto i = step.i; i < s.steps; ++i) {
-        const A w = step.table[i * s.columns + kScalars + step.i];
+        const A w = step.table[i * s.columns + kHistory + step.i];
         if (w != 0) later.push(w, gs.fetch(b, e, n, i));
       }
       later.add_to(gy, gs, n);
@@ -161,7 +161,7 @@ std::tuple<at::Tensor, at::Tensor> step_pull(const at::Tensor& adjoints, const a
   sizes[0] *= pair ? 2 : 1;
   auto dm = fresh(sizes, adjoints.options());
   const auto steps = adjoints.size(1), columns = weights.dim() == 3 ? weights.size(2) : 0;
-  const auto s = check_index(check_weights(dx, columns == kScalars + steps + 1 ? steps + 1 : steps, weights, pair), index);
+  const auto s = check_index(check_weights(dx, columns == kHistory + steps + 1 ? steps + 1 : steps, weights, pair), index);
   TORCH_CHECK_VALUE(s.steps == steps, "weights are for ", s.steps, " steps and adjoints hold ", steps);
   if (adjoints.numel() == 0) return {dx, dm};
   const auto go = adjoints.scalar_type() == at::kDouble ? pull<double> : pull<float>;

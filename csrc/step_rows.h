@@ -157,7 +157,7 @@ struct Step {
   Step(const Shape& s, const at::Tensor& weights, const int64_t* index, int64_t b)
       : i(index[s.index_per_row ? b : 0]), active(i >= 0 && i < s.steps),
         table(weights.const_data_ptr<A>() + (s.per_row ? b * s.steps * s.columns : 0)),
-        row(table + (active ? i * s.columns : 0)), a(row[0]), p(row[1]), q(row[2]), g(row[3]), w(row + kScalars) {}
+        row(table + (active ? i * s.columns : 0)), a(row[kA]), p(row[kP]), q(row[kQ]), g(row[kGuidance]), w(row + kHistory) {}
 
   int64_t i;
   bool active;
@@ -170,10 +170,10 @@ struct Step {
 Shape check_weights(const at::Tensor& state, int64_t slots, const at::Tensor& weights, bool pair) {
   const auto batch = state.size(0);
   TORCH_CHECK_VALUE(weights.dim() == 3 && (weights.size(0) == 1 || weights.size(0) == batch) &&
-                        weights.size(2) == kScalars + slots &&
+                        weights.size(2) == kHistory + slots &&
                         (slots == weights.size(1) || slots == weights.size(1) + 1),
                     "weights ", weights.sizes(), " do not fit a batch of ", batch, " and a history of ", slots,
-                    " slots: N steps take (1 or batch, N, 4 + slots) with N slots, or N + 1 when the last one holds "
+                    " slots: N steps take (1 or batch, N, ", kHistory, " + slots) with N slots, or N + 1 when the last one holds "
                     "the initial noise");
   const auto wanted = state.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   TORCH_CHECK_VALUE(weights.scalar_type() == wanted, "weights are ", weights.scalar_type(), "; a ",
@@ -202,7 +202,7 @@ void check_output(const at::Tensor& x, const at::Tensor& output) {
 Shape check_list(const at::Tensor& x, const at::Tensor& output, at::TensorList history, const at::Tensor& weights,
                  int64_t step) {
   check_output(x, output);
-  const auto s = check_weights(x, weights.dim() == 3 ? weights.size(2) - kScalars : 0, weights,
+  const auto s = check_weights(x, weights.dim() == 3 ? weights.size(2) - kHistory : 0, weights,
                                output.size(0) != x.size(0));
   TORCH_CHECK_VALUE(step >= 0 && step < s.steps, "step is ", step, "; weights ", weights.sizes(),
                     " are for the steps 0 to ", s.steps - 1);

@@ -20,11 +20,11 @@ struct Needs {
   bool x, weights, times;
 };
 
-class Rollout {
+class Engine {
  public:
   // call(step, x (B, *S), t (B,)) -> (B or 2B, *S); weights (R, N, 4 + K); times (B, N). kept: None, or a function
   // that says, once the first call has run with its graph, how many of the last graphs to keep.
-  Rollout(py::object call, Tensor x, Tensor weights, Tensor times, py::object kept, std::vector<Tensor> parameters,
+  Engine(py::object call, Tensor x, Tensor weights, Tensor times, py::object kept, std::vector<Tensor> parameters,
           Needs needs)
       : call_(held(std::move(call))),
         x_(std::move(x)),
@@ -33,7 +33,7 @@ class Rollout {
         parameters_(std::move(parameters)),
         needs_(needs),
         steps_(weights_.size(1)),
-        slots_(weights_.size(2) - kScalars),
+        slots_(weights_.size(2) - kHistory),
         index_(at::arange(steps_, x_.options().dtype(at::kLong))),
         autocast_(Autocast::now(x_.device()).without_cache()),
         random_(steps_),
@@ -61,9 +61,9 @@ class Rollout {
                 "the states of a rollout were modified in place before its gradient was taken");
     struct Release {
       ~Release() {
-        if (rollout) rollout->release();
+        if (engine) engine->release();
       }
-      Rollout* rollout;
+      Engine* engine;
     } at_exit{retain ? nullptr : this};
     at::AutoGradMode no_grad(false);
     AutocastGuard full_precision(autocast_.off(), x_.device());
@@ -162,7 +162,7 @@ class Rollout {
     else
       adjoints.select(2, N - 1).copy_(cotangents);
     Tensor grad_x = needs_.x ? at::empty(sizes, real) : Tensor();
-    Tensor grad_weights = needs_.weights ? at::zeros({C, B, N, kScalars + slots_}, real) : Tensor();
+    Tensor grad_weights = needs_.weights ? at::zeros({C, B, N, kHistory + slots_}, real) : Tensor();
     Tensor grad_times = needs_.times ? at::zeros({C, B, N}, real) : Tensor();
     std::vector<std::vector<Tensor>> grad_parameters(C, std::vector<Tensor>(parameters_.size()));
 
@@ -211,7 +211,7 @@ class Rollout {
     if (output.size(0) == B) return {rows, {}};
     Tensor uncond = rows.narrow(0, 0, B), cond = rows.narrow(0, B, B);
     Tensor spread = cond - uncond;
-    return {uncond + weights_.select(1, j).slice(1, 3, 4) * spread, spread};
+    return {uncond + weights_.select(1, j).slice(1, kGuidance, kGuidance + 1) * spread, spread};
   }
 
   // The vectors whose products with the adjoints are step j's weight gradients, (B, 3 or 4, D): x, y, m, spread.
@@ -229,21 +229,22 @@ class Rollout {
     const int64_t N = steps_;
     at::NoTF32Guard full;  // these sums settle the search's step, whatever precision the model's products may have
     Tensor products = at::bmm(adjoints.slice(1, j), probes.transpose(1, 2));
-    Tensor through = (weights_.slice(1, j).select(2, kScalars + j).unsqueeze(2) * products).sum(1);
+    Tensor through = (weights_.slice(1, j).select(2, kHistory + j).unsqueeze(2) * products).sum(1);
     Tensor row = gradient.select(1, j);
-    row.select(1, 0).copy_(products.select(1, 0).select(1, 0));
-    row.select(1, 1).copy_(through.select(1, 0));
-    row.select(1, 2).copy_(through.select(1, 2));
-    if (probes.size(1) == 4) row.select(1, 3).copy_(weights_.select(1, j).select(1, 2) * through.select(1, 3));
-    gradient.slice(1, j).select(2, kScalars + j).copy_(products.select(2, 1));
-    if (j == 0 && slots_ > N) gradient.select(2, kScalars + N).copy_(products.select(2, 0));
+    row.select(1, kA).copy_(products.select(1, 0).select(1, 0));
+    row.select(1, kP).copy_(through.select(1, 0));
+    row.select(1, kQ).copy_(through.select(1, 2));
+    if (probes.size(1) == 4)
+      row.select(1, kGuidance).copy_(weights_.select(1, j).select(1, kQ) * through.select(1, 3));
+    gradient.slice(1, j).select(2, kHistory + j).copy_(products.select(2, 1));
+    if (j == 0 && slots_ > N) gradient.select(2, kHistory + N).copy_(products.select(2, 0));
   }
 
   // What the last slot, the initial state itself, sends back: sum_i w_iN g_{i+1}.
   Tensor noise_gradient(const Tensor& g) const {
     if (slots_ == steps_) return at::zeros({}, weights_.options());
     at::NoTF32Guard full;
-    Tensor row = weights_.select(2, kScalars + steps_).unsqueeze(1).expand({x_.size(0), 1, steps_});
+    Tensor row = weights_.select(2, kHistory + steps_).unsqueeze(1).expand({x_.size(0), 1, steps_});
     return at::bmm(row, g.flatten(2)).view(x_.sizes());
   }
 
@@ -307,26 +308,24 @@ class Rollout {
   bool done_ = false;
 };
 
-std::unique_ptr<Rollout> make_rollout(py::object call, Tensor x, Tensor weights, Tensor times, py::object kept,
-                                      std::vector<Tensor> parameters, std::array<bool, 3> needs) {
-  return std::make_unique<Rollout>(std::move(call), std::move(x), std::move(weights), std::move(times),
-                                   std::move(kept), std::move(parameters), Needs{needs[0], needs[1], needs[2]});
+std::unique_ptr<Engine> make_engine(py::object call, Tensor x, Tensor weights, Tensor times, py::object kept,
+                                    std::vector<Tensor> parameters, std::array<bool, 3> needs) {
+  return std::make_unique<Engine>(std::move(call), std::move(x), std::move(weights), std::move(times),
+                                  std::move(kept), std::move(parameters), Needs{needs[0], needs[1], needs[2]});
 }
 
-Rollout::Pulled pull(Rollout& rollout, const Tensor& cotangents, bool retain) {
-  return rollout.pull(cotangents, retain);
-}
-
-void bind(PyObject* target) {
-  auto module = py::reinterpret_borrow<py::module_>(target);
-  py::class_<Rollout>(module, "Rollout")
-      .def(py::init(torch::wrap_pybind_function_no_gil(make_rollout)))
-      .def("pull", torch::wrap_pybind_function_no_gil(pull))
-      .def_property_readonly("states", &Rollout::states)
-      .def_property_readonly("history", &Rollout::history);
-}
-
-const ModulePart part(bind);
+Engine::Pulled pull(Engine& engine, const Tensor& cotangents, bool retain) { return engine.pull(cotangents, retain); }
 
 }  // namespace
+
+void add_engine(PyObject* target) {
+  auto module = py::reinterpret_borrow<py::module_>(target);
+  module.attr("columns") = std::array<int64_t, 5>{kA, kP, kQ, kGuidance, kHistory};
+  py::class_<Engine>(module, "Engine")
+      .def(py::init(torch::wrap_pybind_function_no_gil(make_engine)))
+      .def("pull", torch::wrap_pybind_function_no_gil(pull))
+      .def_property_readonly("states", &Engine::states)
+      .def_property_readonly("history", &Engine::history);
+}
+
 }  // namespace dss_fast

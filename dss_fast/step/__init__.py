@@ -26,6 +26,7 @@ from torch.autograd import forward_ad
 
 from .. import extension
 from . import reference as step_reference
+from . import shapes
 
 __all__ = ["backends", "multistep_pull", "multistep_step", "multistep_update"]
 
@@ -39,13 +40,6 @@ _SCHEMAS = {
     "multistep_pull": "(Tensor adjoints, Tensor weights, Tensor index, bool pair=False) -> (Tensor, Tensor)",
 }
 
-_extension: ModuleType | None = None
-_no_extension: str | None = None
-try:
-    _extension = extension.load()
-except ImportError as error:
-    _no_extension = str(error)
-
 _library = torch.library.Library("dss_fast", "DEF")
 
 
@@ -53,7 +47,7 @@ _library = torch.library.Library("dss_fast", "DEF")
 def _on_cpu() -> ModuleType:
     """Where the extension is missing: the reference, with one warning."""
     warnings.warn(
-        f"dss_fast runs its CPU step in plain PyTorch, several times slower: {_no_extension}.",
+        f"dss_fast runs its CPU step in plain PyTorch, several times slower: {extension.missing}.",
         RuntimeWarning,
         stacklevel=5,
     )
@@ -92,50 +86,16 @@ def _register(name: str, schema: str) -> None:
     """The reference serves every device, C++ the CPU where it is built, Triton CUDA where it is installed."""
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, getattr(step_reference, name), "CompositeExplicitAutograd")
-    if _no_extension is not None:
+    if extension.compiled is None:
         _library.impl(name, _late(name, _on_cpu), "CPU")
     _library.impl(name, _late(name, _on_cuda), "CUDA")
+    torch.library.register_fake(f"dss_fast::{name}", getattr(shapes, name), lib=_library)
 
 
 for _name, _schema in _SCHEMAS.items():
     _register(_name, _schema)
 _ops = torch.ops.dss_fast
 _step_inplace, _update = _ops.multistep_step_.default, _ops.multistep_update.default
-
-
-@torch.library.register_fake("dss_fast::multistep_step_", lib=_library)
-def _(x: Tensor, output: Tensor, history: Tensor, weights: Tensor, index: Tensor, out: Tensor) -> None:
-    return None
-
-
-@torch.library.register_fake("dss_fast::multistep_update", lib=_library)
-def _(x: Tensor, output: Tensor, history: list[Tensor], weights: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), (history[0] if history else x).new_empty(x.shape)
-
-
-@torch.library.register_fake("dss_fast::multistep_update_backward", lib=_library)
-def _(
-    grad_x_next: Tensor | None,
-    grad_y: Tensor | None,
-    x: Tensor,
-    output: Tensor,
-    history: list[Tensor],
-    weights: Tensor,
-    step: int,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
-    return (
-        x.new_empty(x.shape if needs[0] else 0),
-        output.new_empty(output.shape if needs[1] else 0),
-        [y.new_empty(y.shape) for y in history] if needs[2] else [],
-        weights.new_empty((x.shape[0], weights.shape[2]) if needs[3] else 0),
-    )
-
-
-@torch.library.register_fake("dss_fast::multistep_pull", lib=_library)
-def _(adjoints: Tensor, weights: Tensor, index: Tensor, pair: bool = False) -> tuple[Tensor, Tensor]:
-    batch, _, *sample = adjoints.shape
-    return adjoints.new_empty(batch, *sample), adjoints.new_empty(2 * batch if pair else batch, *sample)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -203,7 +163,7 @@ class _ModuleUpdate(torch.autograd.Function):
 def backends(device: torch.device) -> list[str]:
     """Names that `backend=` accepts for tensors on `device`."""
     names = ["reference"]
-    if device.type == "cpu" and _no_extension is None:
+    if device.type == "cpu" and extension.compiled is not None:
         names.append("cpp")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if (device.type == "cuda" or interpreted) and importlib.util.find_spec("triton") is not None:
@@ -214,7 +174,7 @@ def backends(device: torch.device) -> list[str]:
 def _module(backend: str, device: torch.device) -> ModuleType | None:
     """None where the dispatcher picks `backend` by itself, else the module that holds it."""
     if backend not in backends(device):
-        why = f": {_no_extension}" if backend == "cpp" and _no_extension else ""
+        why = f": {extension.missing}" if backend == "cpp" and extension.missing else ""
         raise ValueError(f"backend {backend!r} cannot run on {device}{why}; can: {backends(device)}, or None to choose")
     if backend == "reference":
         return step_reference
@@ -331,8 +291,10 @@ def multistep_update(
         # A registered op has no forward-mode rule, and its tangents would be zero; the reference is plain PyTorch.
         return step_reference.multistep_update(x, output, history, weights, step)
     if module is None:
-        return _update(x, output, history, weights, step)
-    return _ModuleUpdate.apply(module, step, x, output, weights, *history)
+        updated: tuple[Tensor, Tensor] = _update(x, output, history, weights, step)
+    else:
+        updated = _ModuleUpdate.apply(module, step, x, output, weights, *history)
+    return updated
 
 
 def multistep_pull(
@@ -351,4 +313,5 @@ def multistep_pull(
         (grad_x, grad_output) in the dtype of the adjoints; zero for rows with j outside [0, N).
     """
     module = _ops if backend is None else _module(backend, adjoints.device) or _ops
-    return module.multistep_pull(adjoints, weights, index, pair)
+    pulled: tuple[Tensor, Tensor] = module.multistep_pull(adjoints, weights, index, pair)
+    return pulled

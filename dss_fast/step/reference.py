@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..table import GUIDANCE, HISTORY, A, P, Q
+
 __all__ = [
     "check",
     "check_update",
@@ -18,8 +20,6 @@ __all__ = [
     "multistep_pull",
     "multistep_step_",
 ]
-
-SCALARS = 4  # a row begins with a, p, q and the guidance; the history's weights follow
 
 
 def check(x: Tensor, output: Tensor, history: Tensor, weights: Tensor, index: Tensor) -> None:
@@ -33,11 +33,11 @@ def check(x: Tensor, output: Tensor, history: Tensor, weights: Tensor, index: Te
     slots = history.shape[1]
     if weights.dim() != 3 or weights.shape[0] not in (1, batch):
         raise ValueError(
-            f"weights have shape {tuple(weights.shape)}; needed is (1 or {batch}, num_steps, {SCALARS + slots})"
+            f"weights have shape {tuple(weights.shape)}; needed is (1 or {batch}, num_steps, {HISTORY + slots})"
         )
-    if weights.shape[2] != SCALARS + slots or slots - weights.shape[1] not in (0, 1):
+    if weights.shape[2] != HISTORY + slots or slots - weights.shape[1] not in (0, 1):
         raise ValueError(
-            f"weights {tuple(weights.shape)} do not fit a history of {slots} slots: N steps take (R, N, {SCALARS} + "
+            f"weights {tuple(weights.shape)} do not fit a history of {slots} slots: N steps take (R, N, {HISTORY} + "
             "slots) with N slots, or N + 1 when the last one holds the initial noise"
         )
     check_dtypes(x, weights)
@@ -49,10 +49,10 @@ def check_update(x: Tensor, output: Tensor, history: Sequence[Tensor], weights: 
     _check_output(x, output)
     batch = x.shape[0]
     steps = weights.shape[1] if weights.dim() == 3 else 0
-    slots = weights.shape[-1] - SCALARS
+    slots = weights.shape[-1] - HISTORY
     if weights.dim() != 3 or weights.shape[0] not in (1, batch) or slots - steps not in (0, 1):
         raise ValueError(
-            f"weights have shape {tuple(weights.shape)}; N steps take (1 or {batch}, N, {SCALARS} + N), or one column "
+            f"weights have shape {tuple(weights.shape)}; N steps take (1 or {batch}, N, {HISTORY} + N), or one column "
             "more for the initial noise"
         )
     if not 0 <= step < steps:
@@ -106,8 +106,8 @@ class _Row:
         self.active = (self.index >= 0) & (self.index < steps)
         at = self.index.clamp(0, steps - 1)
         row = weights.expand(batch, -1, -1).gather(1, at[:, None, None].expand(batch, 1, weights.shape[2]))[:, 0]
-        self.a, self.p, self.q, self.g = row[:, :SCALARS, None].unbind(1)  # each (B, 1)
-        self.w = row[:, SCALARS:]  # (B, K)
+        self.a, self.p, self.q, self.g = row[:, :HISTORY, None].unbind(1)  # each (B, 1)
+        self.w = row[:, HISTORY:]  # (B, K)
         slot = torch.arange(slots, device=index.device)
         self.now = (slot == self.index[:, None]) & self.active[:, None]
         past = (slot < self.index[:, None]) | (slot == steps)
@@ -154,14 +154,14 @@ class _ListRow:
 
     def __init__(self, history: Sequence[Tensor], weights: Tensor, step: int):
         row, self.columns = weights[:, step], list_columns(len(history), weights, step)
-        self.a, self.p, self.q, self.g = row[:, :SCALARS, None].unbind(1)
-        self.now = row[:, SCALARS + step, None]
+        self.a, self.p, self.q, self.g = row[:, :HISTORY, None].unbind(1)
+        self.now = row[:, HISTORY + step, None]
         self.w = [row[:, column, None] for column in self.columns]
 
 
 def list_columns(count: int, weights: Tensor, step: int) -> list[int]:
     """The column of each tensor of a list: the past in order, and the initial noise behind all predictions."""
-    return [SCALARS + (j if j < step else weights.shape[1]) for j in range(count)]
+    return [HISTORY + (j if j < step else weights.shape[1]) for j in range(count)]
 
 
 def multistep_update(
@@ -229,11 +229,10 @@ def multistep_update_backward(
 
     grad_row = weights.new_zeros(batch, weights.shape[2])
     y = row.p * state + row.q * m
-    sums = [(state * g), (state * grad_now), (m * grad_now)]
-    for column, value in enumerate(sums):
+    for column, value in ((A, state * g), (P, state * grad_now), (Q, m * grad_now)):
         grad_row[:, column] = value.sum(1)
-    grad_row[:, 3] = guide[:, 0]
-    grad_row[:, SCALARS + step] = (y * g).sum(1)
+    grad_row[:, GUIDANCE] = guide[:, 0]
+    grad_row[:, HISTORY + step] = (y * g).sum(1)
     for column, slot in zip(row.columns, past, strict=True):
         grad_row[:, column] = (slot * g).sum(1)
     return (
@@ -252,8 +251,8 @@ def multistep_pull(adjoints: Tensor, weights: Tensor, index: Tensor, pair: bool 
     if adjoints.numel() == 0:
         return adjoints.new_empty(adjoints[:, 0].shape), adjoints.new_empty(rows, *adjoints.shape[2:])
     flat = adjoints.reshape(batch, steps, -1)
-    row = _Row(batch, weights.shape[2] - SCALARS, weights, index)
-    column = (SCALARS + row.index.clamp(0, steps - 1))[:, None, None].expand(batch, steps, 1)
+    row = _Row(batch, weights.shape[2] - HISTORY, weights, index)
+    column = (HISTORY + row.index.clamp(0, steps - 1))[:, None, None].expand(batch, steps, 1)
     w = weights.expand(batch, -1, -1).gather(2, column)[:, :, 0]  # (B, N): w_ij of every later step i
     pulled = torch.zeros_like(flat[:, 0], dtype=dtype)
     own = torch.zeros_like(pulled)
@@ -277,9 +276,9 @@ def check_pull(adjoints: Tensor, weights: Tensor, index: Tensor) -> None:
     batch, steps = adjoints.shape[:2]
     check_dtypes(adjoints, weights)
     check_index(index, batch)
-    slots = weights.shape[-1] - SCALARS
+    slots = weights.shape[-1] - HISTORY
     if weights.dim() != 3 or weights.shape[0] not in (1, batch) or weights.shape[1] != steps or slots < steps:
         raise ValueError(
             f"weights have shape {tuple(weights.shape)}; adjoints {tuple(adjoints.shape)} need "
-            f"(1 or {batch}, {steps}, {SCALARS} + slots)"
+            f"(1 or {batch}, {steps}, {HISTORY} + slots)"
         )

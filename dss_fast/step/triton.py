@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
 
+from .. import table
 from .launch import Launch, kind_of, launch
-from .reference import SCALARS, check, check_pull, check_update
+from .reference import check, check_pull, check_update
 
 __all__ = ["multistep_pull", "multistep_step_", "multistep_update", "multistep_update_backward"]
 
@@ -29,6 +30,9 @@ GROUP = 4  # a list of slots is padded to a multiple of this, so that not every 
 # a trip's loads one after the other; with these, and no more, all of them are under way together (sm_90, sm_80).
 REGISTERS = {(4, 4): 128, (2, 4): 128, (4, 2): 96, (2, 2): 80}
 LONGEST = 16  # a list of so many slots still fits REGISTERS without spilling
+
+# The columns of a row of weights, as the kernels read them: w_ij stands at W + j.
+A, P, Q, G, W = (constexpr(c) for c in (table.A, table.P, table.Q, table.GUIDANCE, table.HISTORY))
 
 _BY_VALUE = ["batch", "blocks", "steps", "slots", "step", "count"]  # a value of 1 or 16 of these is no other kernel
 _ANYWHERE = ["index_ptr"]  # index[i : i + 1] is aligned for even i only
@@ -88,24 +92,24 @@ def _step_kernel(
     active = (step >= 0) & (step < steps)
     i = tl.where(active, step, 0)
     read = lane < tl.where(active, left, 0)
-    scalars = weights_ptr + (row * ROW_WEIGHTS * steps + i) * (slots + 4)
+    scalars = weights_ptr + (row * ROW_WEIGHTS * steps + i) * (slots + W)
     stored = tl.load(_here(x_ptr, row, size, start) + lane, mask=mask, other=0.0)
     m = tl.load(_here(output_ptr, row, size, start) + lane, mask=read, other=0.0).to(dtype)
     if PAIR:
         cond = tl.load(_here(output_ptr, row + batch, size, start) + lane, mask=read, other=0.0).to(dtype)
-        m += tl.load(scalars + 3) * (cond - m)
+        m += tl.load(scalars + G) * (cond - m)
     x = stored.to(dtype)
-    y = tl.load(scalars + 1) * x + tl.load(scalars + 2) * m
-    total = tl.load(scalars) * x + tl.load(scalars + 4 + i) * y
+    y = tl.load(scalars + P) * x + tl.load(scalars + Q) * m
+    total = tl.load(scalars + A) * x + tl.load(scalars + W + i) * y
 
     past = _here(history_ptr, row, history_row, start)
     stride = tl.full((), history_slot, tl.int64)
     used = tl.where(active, i, 0).to(tl.int32)
     for j in range(0, used, UNROLL):
         for k in tl.static_range(UNROLL):
-            total += _slot(past + (j + k) * stride, scalars + 4 + j + k, lane, left, j + k < used)
+            total += _slot(past + (j + k) * stride, scalars + W + j + k, lane, left, j + k < used)
     noise = tl.where(active, slots, 0) > steps  # the slot behind the last step's holds the initial noise
-    total += _slot(past + steps * stride, scalars + 4 + steps, lane, left, noise)
+    total += _slot(past + steps * stride, scalars + W + steps, lane, left, noise)
 
     tl.store(_here(out_ptr, row, size, start) + lane, tl.where(active, _as(total, out_ptr), stored), mask=mask)
     tl.store(past + i * stride + lane, _as(y, history_ptr), mask=read)
@@ -159,17 +163,17 @@ def _update_kernel(
     left = size - start
     mask = lane < left
     dtype: constexpr = weights_ptr.dtype.element_ty
-    scalars = weights_ptr + (row * ROW_WEIGHTS * steps + step) * (slots + 4)
+    scalars = weights_ptr + (row * ROW_WEIGHTS * steps + step) * (slots + W)
     x = tl.load(_here(x_ptr, row, size, start) + lane, mask=mask, other=0.0).to(dtype)
     m = tl.load(_here(output_ptr, row, size, start) + lane, mask=mask, other=0.0).to(dtype)
     if PAIR:
         cond = tl.load(_here(output_ptr, row + batch, size, start) + lane, mask=mask, other=0.0).to(dtype)
-        m += tl.load(scalars + 3) * (cond - m)
-    y = tl.load(scalars + 1) * x + tl.load(scalars + 2) * m
-    total = tl.load(scalars) * x + tl.load(scalars + 4 + step) * y
+        m += tl.load(scalars + G) * (cond - m)
+    y = tl.load(scalars + P) * x + tl.load(scalars + Q) * m
+    total = tl.load(scalars + A) * x + tl.load(scalars + W + step) * y
     for k in tl.static_range(len(history)):
         column = tl.where(k < step, k, steps)  # behind the predictions stands the initial noise
-        total += _slot(_here(history[k], row, size, start), scalars + 4 + column, lane, left, k < count)
+        total += _slot(_here(history[k], row, size, start), scalars + W + column, lane, left, k < count)
     tl.store(_here(next_ptr, row, size, start) + lane, _as(total, next_ptr), mask=mask)
     tl.store(_here(y_ptr, row, size, start) + lane, _as(y, y_ptr), mask=mask)
 
@@ -191,7 +195,7 @@ def multistep_update(
     whole = [t.contiguous() for t in given]
     if any(a is not b for a, b in zip(whole, given, strict=True)):
         return multistep_update(whole[0], whole[1], whole[2:-1], whole[-1], step)
-    batch, steps, slots = x.shape[0], weights.shape[1], weights.shape[2] - SCALARS
+    batch, steps, slots = x.shape[0], weights.shape[1], weights.shape[2] - table.HISTORY
     size = x.numel() // batch
     blocks = triton.cdiv(size, BLOCK)
     chosen = options(x.dtype, y.dtype) if len(history) <= LONGEST else options()
@@ -224,8 +228,8 @@ def _update_backward_kernel(
     left = size - start
     mask = lane < left
     dtype: constexpr = weights_ptr.dtype.element_ty
-    scalars = weights_ptr + (row * ROW_WEIGHTS * steps + step) * (slots + 4)
-    p, q, now = tl.load(scalars + 1), tl.load(scalars + 2), tl.load(scalars + 4 + step)
+    scalars = weights_ptr + (row * ROW_WEIGHTS * steps + step) * (slots + W)
+    p, q, now = tl.load(scalars + P), tl.load(scalars + Q), tl.load(scalars + W + step)
 
     x = tl.load(_here(x_ptr, row, size, start) + lane, mask=mask, other=0.0).to(dtype)
     m = tl.load(_here(output_ptr, row, size, start) + lane, mask=mask, other=0.0).to(dtype)
@@ -238,7 +242,7 @@ def _update_backward_kernel(
     grad_m = q * total
     if PAIR:
         cond = tl.load(_here(output_ptr, row + batch, size, start) + lane, mask=mask, other=0.0).to(dtype)
-        scale = tl.load(scalars + 3)
+        scale = tl.load(scalars + G)
         difference = cond - m
         m += scale * difference
         if OUTPUT:
@@ -247,16 +251,16 @@ def _update_backward_kernel(
     elif OUTPUT:
         tl.store(_here(doutput_ptr, row, size, start) + lane, _as(grad_m, doutput_ptr), mask=mask)
     if X:
-        tl.store(_here(dx_ptr, row, size, start) + lane, _as(tl.load(scalars) * g + p * total, dx_ptr), mask=mask)
+        tl.store(_here(dx_ptr, row, size, start) + lane, _as(tl.load(scalars + A) * g + p * total, dx_ptr), mask=mask)
 
-    sums = sums_ptr + program * (slots + 4)
+    sums = sums_ptr + program * (slots + W)
     if ROW:
-        tl.store(sums, tl.sum(x * g, axis=0))
-        tl.store(sums + 1, tl.sum(x * total, axis=0))
-        tl.store(sums + 2, tl.sum(m * total, axis=0))
+        tl.store(sums + A, tl.sum(x * g, axis=0))
+        tl.store(sums + P, tl.sum(x * total, axis=0))
+        tl.store(sums + Q, tl.sum(m * total, axis=0))
         if PAIR:
-            tl.store(sums + 3, q * tl.sum(difference * total, axis=0))
-        tl.store(sums + 4 + step, tl.sum((p * x + q * m) * g, axis=0))
+            tl.store(sums + G, q * tl.sum(difference * total, axis=0))
+        tl.store(sums + W + step, tl.sum((p * x + q * m) * g, axis=0))
     for k in tl.static_range(0, len(history), 2):  # both loads stand before the stores, so that neither waits
         here = _here(history[k], row, size, start) + lane
         there = _here(history[k + 1], row, size, start) + lane
@@ -265,15 +269,15 @@ def _update_backward_kernel(
             slot0 = tl.load(here, mask=lane < tl.where(k < count, left, 0), other=0.0).to(dtype)
             slot1 = tl.load(there, mask=lane < tl.where(k + 1 < count, left, 0), other=0.0).to(dtype)
         if HISTORY:
-            w0 = tl.load(scalars + 4 + one, mask=k < count, other=0.0)
-            w1 = tl.load(scalars + 4 + two, mask=k + 1 < count, other=0.0)
+            w0 = tl.load(scalars + W + one, mask=k < count, other=0.0)
+            w1 = tl.load(scalars + W + two, mask=k + 1 < count, other=0.0)
             d0, d1 = dhistory[k], dhistory[k + 1]
             at0, at1 = _here(d0, row, size, start) + lane, _here(d1, row, size, start) + lane
             tl.store(at0, _as(w0 * g, d0), mask=lane < tl.where(k < count, left, 0))
             tl.store(at1, _as(w1 * g, d1), mask=lane < tl.where(k + 1 < count, left, 0))
         if ROW:
-            tl.store(sums + 4 + one, tl.sum(slot0 * g, axis=0), mask=k < count)
-            tl.store(sums + 4 + two, tl.sum(slot1 * g, axis=0), mask=k + 1 < count)
+            tl.store(sums + W + one, tl.sum(slot0 * g, axis=0), mask=k < count)
+            tl.store(sums + W + two, tl.sum(slot1 * g, axis=0), mask=k + 1 < count)
 
 
 def multistep_update_backward(
@@ -310,7 +314,7 @@ def multistep_update_backward(
         launch(
             kind, _update_backward_kernel, batch * blocks,
             (*fixed, _padded(history), _padded(slots_grads or history)),
-            (x.numel() // batch, batch, blocks, weights.shape[1], weights.shape[2] - SCALARS, step, len(history)),
+            (x.numel() // batch, batch, blocks, weights.shape[1], weights.shape[2] - table.HISTORY, step, len(history)),
             PAIR=output.shape[0] != batch, ROW_WEIGHTS=weights.shape[0] != 1, NEXT=given[0], OWN=given[1],
             X=dx, OUTPUT=doutput, HISTORY=dhistory, ROW=row, BLOCK=BLOCK, **options(),
         )  # fmt: skip
@@ -335,24 +339,24 @@ def _pull_kernel(
     active = (step >= 0) & (step < steps)
     j = tl.where(active, step, 0)
     read = lane < tl.where(active, left, 0)
-    columns = slots + 4
+    columns = slots + W
     table = weights_ptr + row * ROW_WEIGHTS * steps * columns
     scalars = table + j * columns
     stride = tl.full((), adjoints_slot, tl.int64)
     adjoints = _here(adjoints_ptr, row, adjoints_row, start)
     own = tl.load(adjoints + j * stride + lane, mask=read, other=0.0).to(dtype)
-    pulled = tl.load(scalars + 4 + j) * own
+    pulled = tl.load(scalars + W + j) * own
     first = tl.where(active, j, steps).to(tl.int32) + 1
     for i in range(first, steps, UNROLL):
         for k in tl.static_range(UNROLL):
-            later = table + (i + k) * columns + 4 + j
+            later = table + (i + k) * columns + W + j
             pulled += _slot(adjoints + (i + k) * stride, later, lane, left, i + k < steps)
 
-    dx = tl.where(active, tl.load(scalars) * own + tl.load(scalars + 1) * pulled, 0.0)
+    dx = tl.where(active, tl.load(scalars + A) * own + tl.load(scalars + P) * pulled, 0.0)
     tl.store(_here(dx_ptr, row, size, start) + lane, _as(dx, dx_ptr), mask=mask)
-    grad_m = tl.where(active, tl.load(scalars + 2) * pulled, 0.0)
+    grad_m = tl.where(active, tl.load(scalars + Q) * pulled, 0.0)
     if PAIR:
-        scale = tl.load(scalars + 3)
+        scale = tl.load(scalars + G)
         tl.store(_here(doutput_ptr, row, size, start) + lane, _as((1 - scale) * grad_m, doutput_ptr), mask=mask)
         tl.store(_here(doutput_ptr, row + batch, size, start) + lane, _as(scale * grad_m, doutput_ptr), mask=mask)
     else:
@@ -375,7 +379,7 @@ def multistep_pull(adjoints: Tensor, weights: Tensor, index: Tensor, pair: bool 
         blocks = triton.cdiv(size, BLOCK)
         launch(
             kind, _pull_kernel, batch * blocks, tensors,
-            (size, adjoints.stride(0), adjoints.stride(1), batch, blocks, steps, weights.shape[2] - SCALARS),
+            (size, adjoints.stride(0), adjoints.stride(1), batch, blocks, steps, weights.shape[2] - table.HISTORY),
             PAIR=pair, ROW_WEIGHTS=weights.shape[0] != 1, ROW_INDEX=index.shape[0] != 1,
             UNROLL=trip(steps), BLOCK=BLOCK, **options(adjoints.dtype, adjoints.dtype),
         )  # fmt: skip

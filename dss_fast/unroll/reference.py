@@ -13,8 +13,8 @@ from ..step import multistep_update
 from ..table import HISTORY
 
 
-class Rollout:
-    """See dss_fast.unroll.Rollout. Arguments are checked there; call is (step, x, t) -> output. It keeps no graphs.
+class Engine:
+    """Runs what dss_fast.unroll.Rollout has checked; call is (step, x, t) -> output. It keeps no graphs.
 
     A model that writes into a tensor it has saved gets wrong gradients here instead of an error, as it does from
     torch.utils.checkpoint anywhere.
