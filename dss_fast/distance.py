@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ class Reference:
     splits: list[tuple[Tensor, Tensor]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        set_ = lambda key, value: object.__setattr__(self, key, value)  # noqa: E731
+        set_ = partial(object.__setattr__, self)
         set_("features", self._features(self.samples))
         set_("classes", self._classes(self.samples))
         n, count = len(self.samples), SPLITS if self.features.shape[1] <= WIDE else 1

@@ -242,7 +242,7 @@ def _finite_order(line: _Line, i: int) -> int:
     return 1 + sum(1 for j in range(i) if line.log_snr[j].isfinite()) if line.log_snr[i].isfinite() else 1
 
 
-def _quadrature(nodes: Tensor, moments: list) -> Tensor:
+def _quadrature(nodes: Tensor, moments: list[Any]) -> Tensor:
     """Weights at the nodes that integrate 1, s, s^2, ... to the given moments."""
     powers = torch.stack([nodes**k for k in range(len(nodes))])
     return torch.linalg.solve(powers, torch.tensor([float(m) for m in moments], dtype=torch.float64))

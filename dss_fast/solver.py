@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -55,7 +56,7 @@ class Solver:
     free_rows: bool = False
 
     def __post_init__(self) -> None:
-        set_ = lambda key, value: object.__setattr__(self, key, value)  # noqa: E731
+        set_ = partial(object.__setattr__, self)
         set_("timesteps", _numbers("timesteps", self.timesteps))
         set_("coeffs", tuple(_numbers(f"coeffs[{i}]", row) for i, row in enumerate(_rows(self.coeffs))))
         for key in ("noise_coeffs", "network_timesteps"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class Target:
     request: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        set_ = lambda key, value: object.__setattr__(self, key, value)  # noqa: E731
+        set_ = partial(object.__setattr__, self)
         if not callable(self.model):
             raise ValueError(f"model={type(self.model).__name__}: give a callable, model(x, t, **cond) -> like x")
         if self.shape is not None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class DenseGrid:
     open: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        set_ = lambda key, value: object.__setattr__(self, key, value)  # noqa: E731
+        set_ = partial(object.__setattr__, self)
         schedule, m = self.schedule, self.intervals
         set_("end", _last_u(schedule))
         _, (end, final) = schedule.alpha_sigma(torch.tensor([self.end, 1.0], dtype=torch.float64))
@@ -244,7 +244,7 @@ _HERMITE = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [-3, -2, 3, -1], [2, 1, -2,
 _HERMITE_SLOPE = torch.tensor([[0, 1, 0, 0], [-6, -4, 6, -2], [6, 3, -6, 3], [0, 0, 0, 0]], dtype=torch.float64)
 
 
-def _lagrange(first: int, count: int) -> tuple[Callable, Callable]:
+def _lagrange(first: int, count: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """The Lagrange basis on ``count`` integers from ``first``: values and derivatives, (q,) -> (q, count)."""
     nodes = torch.arange(first, first + count, dtype=torch.float64)
     powers = range(count)
