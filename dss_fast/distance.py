@@ -73,10 +73,14 @@ def energy_distance(first: Tensor, second: Tensor, *, same_noise: bool = False) 
     if len(first) < 2 or len(second) < 2:
         return math.nan
     first, second = first.double().cpu(), second.double().cpu()
-    different = lambda pairs: pairs.fill_diagonal_(0).sum() / (len(pairs) * (len(pairs) - 1))  # noqa: E731
     between = torch.cdist(first, second)
-    mixed = different(between) if same_noise else between.mean()
-    return float(2 * mixed - different(torch.cdist(first, first)) - different(torch.cdist(second, second)))
+    mixed = _off_diagonal(between) if same_noise else between.mean()
+    return float(2 * mixed - _off_diagonal(torch.cdist(first, first)) - _off_diagonal(torch.cdist(second, second)))
+
+
+def _off_diagonal(pairs: Tensor) -> Tensor:
+    """The mean over pairs of different rows; the diagonal is zeroed."""
+    return pairs.fill_diagonal_(0).sum() / (len(pairs) * (len(pairs) - 1))
 
 
 def three_digits(value: float) -> str:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .denoiser import uncached_autocast
+
 KEPT = 8  # so many loops a device keeps, each with its inputs and output, and the largest one's activations
 CAPTURES = "cuda"  # the type of device that can capture
 
@@ -94,7 +96,7 @@ class _Device:
         """A new loop, captured, or with a warning that says why where it cannot be. Raises what the function does."""
         reason = ""
         # Inputs made in inference mode could not be written outside it.
-        with torch.inference_mode(False), torch.no_grad(), _uncached_autocast(tensors):
+        with torch.inference_mode(False), torch.no_grad(), uncached_autocast(self.stream.device):
             loop = _Loop(tensors)
             self.stream.wait_stream(loop.home)
             with torch.cuda.stream(self.stream):
@@ -198,13 +200,6 @@ def _autocast(kind: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def _uncached_autocast(tensors: Mapping[str, Tensor]) -> torch.autocast:
-    """The caller's autocast without its cache of weights, which lies outside a graph's memory."""
-    kind = next(iter(tensors.values())).device.type
-    dtype = _autocast(kind)
-    return torch.autocast(kind, dtype, enabled=dtype is not None, cache_enabled=False)
-
-
 def signature(arguments: Mapping[str, Any]) -> Hashable:
     """The part of keyword arguments that is no tensor, as a key; dicts and lists count by what they hold.
 
@@ -221,4 +216,4 @@ def _frozen(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         raise TypeError("a tensor inside a dict or list")
     hash(value)
-    return value
+    return value  # type: ignore[no-any-return]

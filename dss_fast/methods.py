@@ -12,7 +12,7 @@ is found by writing states as vectors over (x_init, y_0, ..., y_{N-1}) in float6
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -233,7 +233,7 @@ def _deis(line: _Line, i: int, order: int) -> Tensor:
 
     moments = [integral(k, rho[-1]) - integral(k, rho[-2]) for k in range(order)]
     row = _quadrature(nodes, moments)
-    drift = sum(c * line.epsilon(i - order + 1 + k) for k, c in enumerate(row))
+    drift: Tensor = sum(c * line.epsilon(i - order + 1 + k) for k, c in enumerate(row))
     return line.alpha[i + 1] * (line.states[i] / line.alpha[i] + drift)
 
 
@@ -242,13 +242,14 @@ def _finite_order(line: _Line, i: int) -> int:
     return 1 + sum(1 for j in range(i) if line.log_snr[j].isfinite()) if line.log_snr[i].isfinite() else 1
 
 
-def _quadrature(nodes: Tensor, moments: list[Any]) -> Tensor:
+def _quadrature(nodes: Tensor, moments: Sequence[float | Tensor]) -> Tensor:
     """Weights at the nodes that integrate 1, s, s^2, ... to the given moments."""
     powers = torch.stack([nodes**k for k in range(len(nodes))])
-    return torch.linalg.solve(powers, torch.tensor([float(m) for m in moments], dtype=torch.float64))
+    weights: Tensor = torch.linalg.solve(powers, torch.tensor([float(m) for m in moments], dtype=torch.float64))
+    return weights
 
 
-METHODS: dict[str, tuple[Callable, int]] = {
+METHODS: dict[str, tuple[Callable[[_Line, int, int], Tensor], int]] = {
     "euler": (_adams_uniform, 1),
     "ab2": (_adams, 2),
     "ab3": (_adams, 3),

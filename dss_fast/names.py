@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from .methods import METHODS, check_spacing, handmade
 from .schedule import Schedule, from_dict
@@ -114,6 +115,6 @@ def _table(name: str, num_steps: int) -> Solver:
 
 
 @lru_cache(None)
-def _published() -> dict:
+def _published() -> dict[str, Any]:
     files = sorted((Path(__file__).parent / "solvers").glob("*.json"))
     return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}

@@ -6,13 +6,12 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .denoiser import Denoiser
+from .denoiser import Denoiser, naming_step
 from .graph import replay, signature
 from .names import find_solver
 from .schedule import Schedule
@@ -158,16 +157,6 @@ def _replay(
         warnings.warn(f"cuda_graph=True runs eagerly: model and conditions give no key ({error})", stacklevel=4)
         return loop(x, table.weights, table.times, **given, **null)
     return replay(key, loop, {"x": x, **given, **null}, {"weights": table.weights, "times": table.times})
-
-
-@contextmanager
-def naming_step(step: int, num_steps: int) -> Iterator[None]:
-    """Adds the step to whatever the model raises, and leaves the exception as it is."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"at step {step} of {num_steps}")
-        raise
 
 
 def _start(

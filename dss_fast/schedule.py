@@ -260,7 +260,7 @@ class DiscreteVP:
         object.__setattr__(self, "_hash", hash((self.alphas_cumprod, self.prediction_type, self.final, self.name)))
 
     def __hash__(self) -> int:
-        return self._hash  # type: ignore[attr-defined]  # computed once, because 1000 numbers take 15 us
+        return self._hash  # type: ignore[attr-defined, no-any-return]  # computed once, as it takes 15 us
 
     @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float], **options: Any) -> DiscreteVP:
@@ -408,7 +408,7 @@ def from_dict(data: Mapping[str, Any]) -> Schedule:
             raise ValueError(f"schedule.{key}: unknown field of {kind}; known are {', '.join(sorted(known))}")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "kind"}
     try:
-        found = KINDS[kind](**values)
+        found: Schedule = KINDS[kind](**values)
         hash(found)
         return found
     except (TypeError, ArithmeticError, RuntimeError) as error:

@@ -77,7 +77,7 @@ class Solver:
         set_("_hash", hash(values))  # computed once: every call of ``sample`` looks its table up by solver
 
     def __hash__(self) -> int:
-        return self._hash  # type: ignore[attr-defined]  # set in __post_init__
+        return self._hash  # type: ignore[attr-defined, no-any-return]  # set in __post_init__
 
     def _check_times(self) -> None:
         u, n = self.timesteps, self.num_steps
@@ -265,7 +265,7 @@ def _first_version(data: Mapping[str, Any]) -> Schedule:
         num, ends = named.get("num"), named.get("ends")
         if named.get("name") in ("linear", "scaled_linear", "cosine") and type(num) is int and 1 < num <= 100_000:
             options = {key: named[key] for key in ("final", "prediction_type") if key in named}
-            found = getattr(DiscreteVP, named["name"])(num, **options)
+            found: DiscreteVP = getattr(DiscreteVP, named["name"])(num, **options)
             table = found.alphas_cumprod
             # Pipelines made their tables in float32, which is 1e-4 off at the noisy end.
             pairs = zip(_numbers("provenance.schedule.ends", ends), (table[0], table[-1]), strict=True)

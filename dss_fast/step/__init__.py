@@ -95,7 +95,8 @@ def _register(name: str, schema: str) -> None:
 for _name, _schema in _SCHEMAS.items():
     _register(_name, _schema)
 _ops = torch.ops.dss_fast
-_step_inplace, _update = _ops.multistep_step_.default, _ops.multistep_update.default
+_step_inplace = _ops.multistep_step_.default
+_update: Callable[..., tuple[Tensor, Tensor]] = _ops.multistep_update.default
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -158,6 +159,9 @@ class _ModuleUpdate(torch.autograd.Function):
         op = ctx.module.multistep_update_backward
         x, output, history, weights, _ = _backward(ctx, grad_x_next, grad_y, op, needs)
         return None, None, x, output, weights, *history
+
+
+_update_by: Callable[..., tuple[Tensor, Tensor]] = _ModuleUpdate.apply
 
 
 def backends(device: torch.device) -> list[str]:
@@ -291,10 +295,8 @@ def multistep_update(
         # A registered op has no forward-mode rule, and its tangents would be zero; the reference is plain PyTorch.
         return step_reference.multistep_update(x, output, history, weights, step)
     if module is None:
-        updated: tuple[Tensor, Tensor] = _update(x, output, history, weights, step)
-    else:
-        updated = _ModuleUpdate.apply(module, step, x, output, weights, *history)
-    return updated
+        return _update(x, output, history, weights, step)
+    return _update_by(module, step, x, output, weights, *history)
 
 
 def multistep_pull(
@@ -313,5 +315,4 @@ def multistep_pull(
         (grad_x, grad_output) in the dtype of the adjoints; zero for rows with j outside [0, N).
     """
     module = _ops if backend is None else _module(backend, adjoints.device) or _ops
-    pulled: tuple[Tensor, Tensor] = module.multistep_pull(adjoints, weights, index, pair)
-    return pulled
+    return module.multistep_pull(adjoints, weights, index, pair)  # type: ignore[no-any-return]

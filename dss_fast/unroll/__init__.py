@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from ..denoiser import NO_GRAPH, check_untouched, modules_of, versions
+from ..denoiser import NO_GRAPH, check_untouched, modules_of, naming_step, versions
 from ..table import HISTORY
 from . import reference
 from .kept import FirstCall, Kept, budget_bytes
@@ -136,8 +136,7 @@ def unroll(
     create_graph raises RuntimeError.
     """
     options = dict(memory_budget=memory_budget, backend=backend)
-    states: Tensor = _Unroll.apply(model, options, x, weights, times, *parameters)
-    return states
+    return _unrolled(model, options, x, weights, times, *parameters)
 
 
 class _Unroll(torch.autograd.Function):
@@ -176,6 +175,9 @@ class _Unroll(torch.autograd.Function):
         return None, None, gx, gw, gt, *gp  # model and options have no gradient
 
 
+_unrolled: Callable[..., Tensor] = _Unroll.apply
+
+
 def backends() -> list[str]:
     """Names that `backend=` accepts."""
     return ["reference"] if extension.compiled is None else ["reference", "cpp"]
@@ -198,12 +200,12 @@ def _guard(model: Model, x: Tensor, steps: int, first: FirstCall | None) -> Call
     shapes = x.shape, (2 * len(x), *x.shape[1:])
 
     def call(step: int, x: Tensor, t: Tensor) -> Tensor:
-        try:
-            # A compiled model may give its saved buffers away in backward, and then allows one cotangent only.
-            config = sys.modules.get("torch._functorch.config")
-            watching = first.watching(x) if first else nullcontext()
-            given = {"x": x, "t": t}
-            before = versions(given)
+        # A compiled model may give its saved buffers away in backward, and then allows one cotangent only.
+        config = sys.modules.get("torch._functorch.config")
+        watching = first.watching(x) if first else nullcontext()
+        given = {"x": x, "t": t}
+        before = versions(given)
+        with naming_step(step, steps):
             with config.patch(donated_buffer=False) if config else nullcontext(), watching:
                 output = model(x, t)
             check_untouched(given, before)
@@ -223,9 +225,6 @@ def _guard(model: Model, x: Tensor, steps: int, first: FirstCall | None) -> Call
                 )
             if first:
                 first.settle(output)
-        except Exception as error:
-            error.add_note(f"at step {step} of {steps}")
-            raise
         return output
 
     return call

@@ -323,8 +323,8 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             u = torch.tensor([self.solver.timesteps[i] for i in points], dtype=torch.float64)
             alpha, sigma = self.schedule.alpha_sigma(u)
         shape = (-1,) + (1,) * (like.ndim - 1)
-        place = lambda v: v.to(like.dtype).to(like.device, non_blocking=True).reshape(shape)  # noqa: E731
-        return place(alpha), place(sigma)
+        alpha, sigma = (v.to(like.dtype).to(like.device, non_blocking=True).reshape(shape) for v in (alpha, sigma))
+        return alpha, sigma
 
     def _points(self, timesteps: Tensor) -> list[int] | None:
         """Which points of this run are meant; None: training times."""
