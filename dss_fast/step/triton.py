@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.language import constexpr, tensor
 
 from .. import table
+from . import shapes
 from .launch import Launch, kind_of, launch
 from .reference import check, check_pull, check_update
 
@@ -53,6 +54,14 @@ def trip(steps: int) -> int:
 
 
 @triton.jit
+def _block(size: tensor, blocks: tensor, BLOCK: constexpr) -> tl.tuple:
+    """A program's row, its block's first element, the lanes [BLOCK], how many elements are left, and which lanes do."""
+    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
+    lane, left = tl.arange(0, BLOCK), size - start
+    return (tl.program_id(0) // blocks).to(tl.int64), start, lane, left, lane < left
+
+
+@triton.jit
 def _here(pointer: tensor, row: tensor, stride: tensor, start: tensor) -> tensor:
     """Address of element `start` of a row, in 64 bits; lanes add their own 32-bit offset."""
     return pointer + row * stride + start
@@ -81,11 +90,7 @@ def _step_kernel(
     blocks: tensor, steps: tensor, slots: tensor,
     PAIR: constexpr, ROW_WEIGHTS: constexpr, ROW_INDEX: constexpr, UNROLL: constexpr, BLOCK: constexpr,
 ) -> None:  # fmt: skip
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
-    lane = tl.arange(0, BLOCK)  # [BLOCK]
-    left = size - start
-    mask = lane < left
+    row, start, lane, left, mask = _block(size, blocks, BLOCK)
     dtype: constexpr = weights_ptr.dtype.element_ty
 
     step = tl.load(index_ptr + row * ROW_INDEX)
@@ -157,11 +162,7 @@ def _update_kernel(
     slots: tensor, step: tensor, count: tensor,
     PAIR: constexpr, ROW_WEIGHTS: constexpr, BLOCK: constexpr,
 ) -> None:  # fmt: skip
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
-    lane = tl.arange(0, BLOCK)  # [BLOCK]
-    left = size - start
-    mask = lane < left
+    row, start, lane, left, mask = _block(size, blocks, BLOCK)
     dtype: constexpr = weights_ptr.dtype.element_ty
     scalars = weights_ptr + (row * ROW_WEIGHTS * steps + step) * (slots + W)
     x = tl.load(_here(x_ptr, row, size, start) + lane, mask=mask, other=0.0).to(dtype)
@@ -181,7 +182,7 @@ def _update_kernel(
 def multistep_update(
     x: Tensor, output: Tensor, history: Sequence[Tensor], weights: Tensor, step: int
 ) -> tuple[Tensor, Tensor]:
-    x_next, y = x.new_empty(x.shape), (history[0] if history else x).new_empty(x.shape)
+    x_next, y = shapes.multistep_update(x, output, history, weights, step)
     fixed = x, output, weights, x_next, y
     kind, pointers = kind_of((*fixed, *history), "update", step)
     known = Launch.known.get(kind)
@@ -221,12 +222,7 @@ def _update_backward_kernel(
     PAIR: constexpr, ROW_WEIGHTS: constexpr, NEXT: constexpr, OWN: constexpr,
     X: constexpr, OUTPUT: constexpr, HISTORY: constexpr, ROW: constexpr, BLOCK: constexpr,
 ) -> None:  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
-    lane = tl.arange(0, BLOCK)  # [BLOCK]
-    left = size - start
-    mask = lane < left
+    row, start, lane, left, mask = _block(size, blocks, BLOCK)
     dtype: constexpr = weights_ptr.dtype.element_ty
     scalars = weights_ptr + (row * ROW_WEIGHTS * steps + step) * (slots + W)
     p, q, now = tl.load(scalars + P), tl.load(scalars + Q), tl.load(scalars + W + step)
@@ -253,7 +249,7 @@ def _update_backward_kernel(
     if X:
         tl.store(_here(dx_ptr, row, size, start) + lane, _as(tl.load(scalars + A) * g + p * total, dx_ptr), mask=mask)
 
-    sums = sums_ptr + program * (slots + W)
+    sums = sums_ptr + tl.program_id(0).to(tl.int64) * (slots + W)
     if ROW:
         tl.store(sums + A, tl.sum(x * g, axis=0))
         tl.store(sums + P, tl.sum(x * total, axis=0))
@@ -328,11 +324,7 @@ def _pull_kernel(
     blocks: tensor, steps: tensor, slots: tensor,
     PAIR: constexpr, ROW_WEIGHTS: constexpr, ROW_INDEX: constexpr, UNROLL: constexpr, BLOCK: constexpr,
 ) -> None:  # fmt: skip
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
-    lane = tl.arange(0, BLOCK)  # [BLOCK]
-    left = size - start
-    mask = lane < left
+    row, start, lane, left, mask = _block(size, blocks, BLOCK)
     dtype: constexpr = weights_ptr.dtype.element_ty
 
     step = tl.load(index_ptr + row * ROW_INDEX)
@@ -365,9 +357,8 @@ def _pull_kernel(
 
 def multistep_pull(adjoints: Tensor, weights: Tensor, index: Tensor, pair: bool = False) -> tuple[Tensor, Tensor]:
     check_pull(adjoints, weights, index)
-    batch, steps, *sample = adjoints.shape
-    dx = adjoints.new_empty(batch, *sample)
-    doutput = adjoints.new_empty(2 * batch if pair else batch, *sample)
+    batch, steps = adjoints.shape[:2]
+    dx, doutput = shapes.multistep_pull(adjoints, weights, index, pair)
     adjoints, weights, index = _samples_contiguous(adjoints), weights.contiguous(), index.contiguous()
     tensors = adjoints, weights, index, dx, doutput
     kind, pointers = kind_of(tensors, "pull")
