@@ -29,15 +29,12 @@ void write_output(const Rows& dms, const Shape& s, A guidance, const A* grad_m, 
 struct Gradient {
   Rows next, own, xs, ms;  // the gradients of x_{i+1} and y_i, then x and the output
   std::vector<Rows> past;
-  std::vector<int64_t> columns;  // of the past's weights in a row
   Rows dxs, dms;
   std::vector<Rows> dpast;  // none where they are not wanted
   at::Tensor row;           // (B, columns), or empty
 };
 
-// One pass over all tensors. With G the gradient of x_{i+1}, H that of y_i and Y = w_ii G + H:
-//   grad x = a G + p Y    grad m = q Y    grad y_j = w_ij G
-//   d/da = <x, G>    d/dp = <x, Y>    d/dq = <m, Y>    d/dg = q <m_cond - m_uncond, Y>    d/dw_ij = <y_j, G>
+// One pass over all tensors. The formulas stand in dss_fast/step/__init__.py.
 template <class A>
 void backward(const Shape& s, int64_t bytes, const Gradient& t, const at::Tensor& weights, int64_t index) {
   const bool wants_row = t.row.numel();
@@ -69,11 +66,12 @@ void backward(const Shape& s, int64_t bytes, const Gradient& t, const at::Tensor
       mix(step.p, xp, step.q, mp, work, n);
       sums[kHistory + step.i] += dot(work, gp, n);
     }
-    for (size_t k = 0; k < t.columns.size(); ++k) {
-      if (wants_row) sums[kHistory + t.columns[k]] += dot(t.past[k].read(b, e, n, work), gp, n);
+    for (size_t k = 0; k < t.past.size(); ++k) {
+      const auto w = column(s, step.i, k);
+      if (wants_row) sums[kHistory + w] += dot(t.past[k].read(b, e, n, work), gp, n);
       if (t.dpast.empty()) continue;
       A* dh = t.dpast[k].target(b, e, work);
-      scale(step.w[t.columns[k]], gp, dh, n);
+      scale(step.w[w], gp, dh, n);
       t.dpast[k].write(dh, b, e, n);
     }
   });
@@ -144,7 +142,7 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>, at::Tensor> update_b
     using A = decltype(zero);
     backward<A>(s, bytes,
                 Gradient{rows(next, "grad_x_next"), rows(own, "grad_y"), rows(*state, "x"), rows(*model, "output"),
-                 rows_of(past, bytes > kLargeBytes), columns_of(past, s, step), rows(dx, "x"), rows(dm, "output"),
+                 rows_of(past, bytes > kLargeBytes), rows(dx, "x"), rows(dm, "output"),
                  rows_of(dh, bytes > kLargeBytes), row},
                 *table, step);
   };

@@ -217,7 +217,7 @@ Shape check_list(const at::Tensor& x, const at::Tensor& output, at::TensorList h
   return s;
 }
 
-// A list's tensors, contiguous, as rows, and the columns of their weights: the initial noise's is the last.
+// A list's tensors, contiguous, as rows, and which of a row's weights is the k-th's: the initial noise's is the last.
 std::vector<at::Tensor> contiguous(at::TensorList list) {
   std::vector<at::Tensor> all;
   for (const auto& t : list) all.push_back(t.contiguous());
@@ -230,11 +230,7 @@ std::vector<Rows> rows_of(const std::vector<at::Tensor>& list, bool large) {
   return all;
 }
 
-std::vector<int64_t> columns_of(const std::vector<at::Tensor>& list, const Shape& s, int64_t step) {
-  std::vector<int64_t> all;
-  for (int64_t k = 0; k < static_cast<int64_t>(list.size()); ++k) all.push_back(k < step ? k : s.steps);
-  return all;
-}
+int64_t column(const Shape& s, int64_t step, int64_t k) { return k < step ? k : s.steps; }
 
 // body(row, first element, count, number of the chunk) for every block of every row; `bytes` are moved in all.
 template <class Body>

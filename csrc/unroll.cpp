@@ -75,11 +75,6 @@ class Engine {
     Tensor x, t, output;
   };
 
-  // The guided output m (B, D), and m_cond - m_uncond (B, D), which is undefined without guidance.
-  struct Mixed {
-    Tensor output, spread;
-  };
-
   void check_held() const {
     TORCH_CHECK(!done_,
                 "Trying to use a rollout a second time: its states and graphs were let go by the first pull. "
@@ -186,11 +181,11 @@ class Engine {
         if (graph) {
           bool last = c == C - 1 && !(kept && retain);
           auto found = vjp(*graph, grad_output, !last);
-          if (found.x.defined()) grad_state.add_(found.x);
-          if (found.t.defined()) grad_times.select(0, c).select(1, j).copy_(found.t);
+          if (found[0].defined()) grad_state.add_(found[0]);
+          if (found[1].defined()) grad_times.select(0, c).select(1, j).copy_(found[1]);
           for (size_t k = 0; k < parameters_.size(); ++k) {
             auto& sum = grad_parameters[c][k];
-            if (found.parameters[k].defined()) sum = sum.defined() ? sum + found.parameters[k] : found.parameters[k];
+            if (const auto& own = found[2 + k]; own.defined()) sum = sum.defined() ? sum + own : own;
           }
         }
         if (needs_.weights) add_weight_gradients(grad_weights.select(0, c), j, g.flatten(2), probes);
@@ -204,22 +199,17 @@ class Engine {
     return {defined(grad_x), defined(grad_weights), defined(grad_times), stack(grad_parameters)};
   }
 
-  // Step j's m = m_uncond + g (m_cond - m_uncond), from the network's output of B or 2B rows.
-  Mixed mixed(int64_t j, const Tensor& output) const {
-    const int64_t B = x_.size(0);
-    Tensor rows = output.flatten(1).to(weights_.scalar_type());
-    if (output.size(0) == B) return {rows, {}};
-    Tensor uncond = rows.narrow(0, 0, B), cond = rows.narrow(0, B, B);
-    Tensor spread = cond - uncond;
-    return {uncond + weights_.select(1, j).slice(1, kGuidance, kGuidance + 1) * spread, spread};
-  }
-
-  // The vectors whose products with the adjoints are step j's weight gradients, (B, 3 or 4, D): x, y, m, spread.
+  // The vectors whose products with the adjoints are step j's weight gradients, (B, 3 or 4, D): x, y, the guided output
+  // m and, with guidance, m_cond - m_uncond.
   Tensor weight_probes(int64_t j, const Tensor& x, const Tensor& y, const Tensor& output) const {
     const auto real = weights_.scalar_type();
-    auto [m, spread] = mixed(j, output);
-    std::vector<Tensor> probes{x.flatten(1).to(real), y.flatten(1).to(real), m};
-    if (spread.defined()) probes.push_back(spread);
+    const int64_t B = x_.size(0);
+    Tensor m = output.flatten(1).to(real);
+    std::vector<Tensor> probes{x.flatten(1).to(real), y.flatten(1).to(real), m.narrow(0, 0, B)};
+    if (output.size(0) != B) {
+      probes.push_back(m.narrow(0, B, B) - probes[2]);
+      probes[2] = probes[2] + weights_.select(1, j).slice(1, kGuidance, kGuidance + 1) * probes[3];
+    }
     return at::stack(probes, 1);
   }
 
@@ -248,25 +238,20 @@ class Engine {
     return at::bmm(row, g.flatten(2)).view(x_.sizes());
   }
 
-  struct Gradients {
-    Tensor x, t;
-    std::vector<Tensor> parameters;
-  };
-
-  // The products of a call's Jacobians with a cotangent (B or 2B, *S) of its output; undefined where nothing depends.
-  Gradients vjp(const Call& call, const Tensor& grad_output, bool retain) const {
-    std::vector<Tensor> inputs;
-    if (call.x.requires_grad()) inputs.push_back(call.x);
-    if (call.t.requires_grad()) inputs.push_back(call.t);
-    inputs.insert(inputs.end(), parameters_.begin(), parameters_.end());
-    Gradients found{{}, {}, std::vector<Tensor>(parameters_.size())};
+  // The products of a call's Jacobians with a cotangent (B or 2B, *S) of its output: of x, t and each parameter;
+  // undefined where nothing depends or is wanted.
+  std::vector<Tensor> vjp(const Call& call, const Tensor& grad_output, bool retain) const {
+    std::vector<Tensor> all{call.x, call.t}, inputs;
+    all.insert(all.end(), parameters_.begin(), parameters_.end());
+    for (const auto& t : all)
+      if (t.requires_grad()) inputs.push_back(t);
+    std::vector<Tensor> found(all.size());
     if (inputs.empty() || !call.output.requires_grad()) return found;
     auto gradients = torch::autograd::grad({call.output}, inputs, {grad_output.to(call.output.scalar_type())}, retain,
                                            /*create_graph=*/false, /*allow_unused=*/true);
     size_t next = 0;
-    if (call.x.requires_grad()) found.x = gradients[next++];
-    if (call.t.requires_grad()) found.t = gradients[next++];
-    for (auto& gradient : found.parameters) gradient = gradients[next++];
+    for (size_t k = 0; k < all.size(); ++k)
+      if (all[k].requires_grad()) found[k] = gradients[next++];
     return found;
   }
 

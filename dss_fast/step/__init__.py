@@ -1,9 +1,5 @@
 """One solver step, fused: guidance, prediction and multistep sum, on a stacked history or on a list.
 
-    m_i     = m_uncond + g_i * (m_cond - m_uncond)          when output holds both halves, 2B rows
-    y_i     = p_i * x_i + q_i * m_i
-    x_{i+1} = a_i * x_i + sum_{j<=i} w_ij * y_j [+ w_iN * x_init]
-
 `multistep_step` writes y_i into a history that is one tensor and reads its index on the device: for sampling, graphs
 and serving. `multistep_update` takes the history as a list, returns y_i and is differentiable: for training.
 

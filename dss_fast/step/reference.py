@@ -199,11 +199,7 @@ def multistep_update_backward(
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
     """The gradients of x, of the output, of each past tensor and of each sample's row of weights (B, 4 + K).
 
-    With G that of x_{i+1}, H that of y_i (None: zero) and Y = w_ii G + H:
-
-        grad x = a G + p Y      grad m = q Y      grad y_j = w_ij G
-        d/da = <x, G>   d/dp = <x, Y>   d/dq = <m, Y>   d/dg = q <m_cond - m_uncond, Y>   d/dw_ij = <y_j, G>
-
+    The formulas stand in `dss_fast.step`. grad_x_next, grad_y: None for zero.
     needs: which of the four are wanted; the others come back empty.
     """
     batch, dtype = x.shape[0], weights.dtype
