@@ -32,7 +32,7 @@ class Denoiser:
         doubled batch, unconditional rows first, and the output has 2B rows. Values: anything that
         expands to B rows. None: no guidance.
     guided_channels: guide only the first channels of a sample, as DiT does with 3 of 4: the unconditional rows get
-        the conditional ones' other channels, between which any guidance is none. None: all.
+        the conditional ones' other channels, where guidance then changes nothing. None: all.
     check_finite: raise FloatingPointError when the output holds NaN or Inf. Reads one number back from
         the device per call. None: on the CPU only.
 
@@ -263,15 +263,8 @@ def modules_of(model: Any, depth: int = 3) -> list[nn.Module]:
     elif isinstance(model, types.MethodType):
         held = [model.__self__]
     elif isinstance(model, types.FunctionType):
-        held = [cell.cell_contents for cell in model.__closure__ or () if _filled(cell)]
+        held = [cell.cell_contents for cell in model.__closure__ or () if cell != types.CellType()]  # not empty yet
         held += [v for v in (model.__globals__.get(n) for n in model.__code__.co_names) if isinstance(v, nn.Module)]
     elif callable(model):
         held = list(getattr(model, "__dict__", {}).values())
     return [module for item in held for module in modules_of(item, depth - 1)]
-
-
-def _filled(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False

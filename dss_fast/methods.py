@@ -68,14 +68,8 @@ def handmade(
         rows[i] = (state - line.a[i] * line.states[i])[1:] / line.b[i]
         line.states.append(state)
     label = f"{method}/{n}" + (f"@{spacing}" if spacing != "uniform" else "")
-    rows = torch.tril(rows)
-    return Solver(
-        tuple(u.tolist()),
-        tuple(map(tuple, rows.tolist())),
-        schedule,
-        name=label,
-        source="hand-made",
-    )
+    coeffs = tuple(map(tuple, torch.tril(rows).tolist()))
+    return Solver(tuple(u.tolist()), coeffs, schedule, name=label, source="hand-made")
 
 
 def grid(num_steps: int, schedule: Schedule, spacing: str = "uniform") -> Tensor:

@@ -33,7 +33,7 @@ class Name:
 
     @classmethod
     def parse(cls, text: str) -> Name:
-        """Raises ValueError for what is no name, listing those that exist."""
+        """Raises ValueError for any other text, listing the names that exist."""
         rest, at, spacing = text.partition("@")
         name, slash, steps = rest.partition("/")
         if name not in METHODS and name not in _published():
@@ -67,7 +67,7 @@ def find_solver(
     if name.handmade:
         if steps is None:
             raise ValueError(f"solver={str(solver)!r}: how many steps? Write for example '{name.name}/10'")
-        return _handmade(name.name, steps, schedule, name.spacing or "uniform")
+        return _handmade(name.name, steps, schedule, spacing=name.spacing or "uniform")
     if steps not in published_steps(name.name):
         raise ValueError(f"no published solver is called {name.name}/{steps}; there are {known()}")
     return _table(name.name, steps)
@@ -99,9 +99,7 @@ def known() -> str:
     return f"{', '.join(published)}; hand-made: {', '.join(f'{m}/N' for m in METHODS)}; or a path ending in .json"
 
 
-@lru_cache(64)
-def _handmade(method: str, num_steps: int, schedule: Schedule | None, spacing: str) -> Solver:
-    return handmade(method, num_steps, schedule, spacing=spacing)
+_handmade = lru_cache(64)(handmade)
 
 
 @lru_cache(None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -204,22 +203,14 @@ def _scale(target: Target, given: Guidance | None, rows: int, num_steps: int) ->
             f"the target's guidance_scale is a range, {target.guidance_scale}; give the one to sample with"
         )
     scale = guidance_table(target.guidance_scale if given is None else given, rows, num_steps)
-    if isinstance(scale, Tensor) and scale.device.type == "cpu" and bool((scale == 1).all()):
-        scale = 1.0
-    if isinstance(scale, tuple) and set(scale) == {1.0}:
-        scale = 1.0
-    if not _finite(scale):
-        raise ValueError(f"guidance_scale={scale!r}: must be finite")
+    if not (isinstance(scale, Tensor) and scale.is_cuda):  # a scale on a GPU is not waited for
+        known = torch.as_tensor(scale)
+        if not bool(known.isfinite().all()):
+            raise ValueError(f"guidance_scale={scale!r}: must be finite")
+        scale = 1.0 if bool((known == 1).all()) else scale
     if target.uncond is None and not (isinstance(scale, int | float) and scale == 1):
         raise ValueError(f"guidance_scale={given!r} needs uncond, the arguments of the unconditional branch")
     return scale
-
-
-def _finite(scale: float | tuple[float, ...] | Tensor) -> bool:
-    """Whether a scale is finite, as far as is known without waiting for the device."""
-    if isinstance(scale, Tensor):
-        return scale.is_cuda or bool(scale.isfinite().all())
-    return all(map(math.isfinite, scale if isinstance(scale, tuple) else (scale,)))
 
 
 def _report(i: int, solver: Solver, schedule: Schedule, x: Tensor, history: Tensor) -> dict[str, Any]:

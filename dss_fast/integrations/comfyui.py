@@ -173,8 +173,18 @@ async def comfy_entrypoint() -> Any:
     folder = Path(folder_paths.models_dir) / "dss_fast"
     add_to_ksampler(comfy.samplers, sampling, folder)
 
-    def settings() -> list[Any]:
-        return [
+    class DSSExtension(ComfyExtension):
+        async def get_node_list(self) -> list[Any]:
+            return _nodes(io, comfy.samplers, folder)
+
+    return DSSExtension()
+
+
+def _nodes(io: Any, samplers: Any, folder: Path) -> list[Any]:
+    """The nodes' classes, of ComfyUI's modules comfy_api.latest.io and comfy.samplers."""
+
+    class Node(io.ComfyNode):
+        settings = (
             io.Combo.Input(
                 "solver",
                 options=solver_names(folder),
@@ -182,55 +192,42 @@ async def comfy_entrypoint() -> Any:
             ),
             io.Int.Input("steps", default=8, min=1, max=100),
             io.String.Input("file", default="", tooltip="a solver's JSON file, instead of the name above"),
-        ]
+        )
 
-    class DSSSampler(io.ComfyNode):
+        @classmethod
+        def fingerprint_inputs(cls, solver: str, file: str = "", **_: Any) -> str:
+            return fingerprint(solver, file, folder)
+
+    class DSSSampler(Node):
         @classmethod
         def define_schema(cls) -> Any:
             return io.Schema(
                 node_id="DSSSampler",
                 display_name="DSS Sampler",
                 category=CATEGORY,
-                inputs=[*settings(), io.Boolean.Input("strict", default=True)],
+                inputs=[*cls.settings, io.Boolean.Input("strict", default=True)],
                 outputs=[io.Sampler.Output()],
             )
 
         @classmethod
-        def fingerprint_inputs(cls, solver: str, file: str = "", **_: Any) -> str:
-            return fingerprint(solver, file, folder)
-
-        @classmethod
         def execute(cls, solver: str, steps: int, file: str = "", strict: bool = True) -> Any:
-            sampler = make_sampler(read_solver(solver, file, folder), strict)
-            return io.NodeOutput(comfy.samplers.KSAMPLER(sampler))
+            return io.NodeOutput(samplers.KSAMPLER(make_sampler(read_solver(solver, file, folder), strict)))
 
-    class DSSSigmas(io.ComfyNode):
+    class DSSSigmas(Node):
         @classmethod
         def define_schema(cls) -> Any:
+            denoise = io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01)
             return io.Schema(
                 node_id="DSSSigmas",
                 display_name="DSS Sigmas",
                 category=CATEGORY,
-                inputs=[
-                    io.Model.Input("model"),
-                    *settings(),
-                    io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01),
-                ],
+                inputs=[io.Model.Input("model"), *cls.settings, denoise],
                 outputs=[io.Sigmas.Output()],
             )
 
         @classmethod
-        def fingerprint_inputs(cls, solver: str, file: str = "", **_: Any) -> str:
-            return fingerprint(solver, file, folder)
-
-        @classmethod
         def execute(cls, model: Any, solver: str, steps: int, file: str = "", denoise: float = 1.0) -> Any:
-            tables = read_solver(solver, file, folder)
-            noise = model.get_model_object("model_sampling")
-            return io.NodeOutput(make_sigmas(noise, tables, steps, denoise, comfy.samplers.calculate_sigmas))
+            tables, noise = read_solver(solver, file, folder), model.get_model_object("model_sampling")
+            return io.NodeOutput(make_sigmas(noise, tables, steps, denoise, samplers.calculate_sigmas))
 
-    class DSSExtension(ComfyExtension):
-        async def get_node_list(self) -> list[Any]:
-            return [DSSSampler, DSSSigmas]
-
-    return DSSExtension()
+    return [DSSSampler, DSSSigmas]

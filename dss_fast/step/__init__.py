@@ -39,30 +39,27 @@ _SCHEMAS = {
 _library = torch.library.Library("dss_fast", "DEF")
 
 
-@functools.cache
-def _on_cpu() -> ModuleType:
-    """Where the extension is missing: the reference, with one warning."""
-    warnings.warn(
-        f"dss_fast runs its CPU step in plain PyTorch, several times slower: {extension.missing}.",
-        RuntimeWarning,
-        stacklevel=5,
-    )
+def _plain(device: str, why: str) -> ModuleType:
+    """The reference, with a warning that says why."""
+    message = f"dss_fast runs its {device} step in plain PyTorch, several times slower: {why}."
+    warnings.warn(message, RuntimeWarning, stacklevel=6)
     return step_reference
 
 
 @functools.cache
+def _on_cpu() -> ModuleType:
+    """What runs where the extension is missing; warns once."""
+    return _plain("CPU", extension.missing)
+
+
+@functools.cache
 def _on_cuda() -> ModuleType:
-    """Triton's kernels, or, where Triton cannot be imported, the reference with one warning."""
+    """Triton's kernels, or what runs where Triton cannot be imported; warns once."""
     try:
         from . import triton
     except ImportError as error:
-        warnings.warn(
-            f"dss_fast runs its CUDA step in plain PyTorch, several times slower: {error}. Install Triton, "
-            "`pip install triton`, on Windows `pip install triton-windows`.",
-            RuntimeWarning,
-            stacklevel=5,
-        )
-        return step_reference
+        how = "Install Triton, `pip install triton`, on Windows `pip install triton-windows`"
+        return _plain("CUDA", f"{error}. {how}")
     return triton
 
 

@@ -60,22 +60,9 @@ def from_pipeline(
     one, two = (record(pipe, chunk, ASKED, generator, arguments) for chunk in first)
     layout = _Layout.read(one, two, list(scales_of(pipe, arguments).values()))
 
-    cond: list[dict[str, Tensor]] = []
-    uncond: list[dict[str, Tensor]] = []
-    for start in range(0, count, batch_size):
-        chosen = list(range(start, min(start + batch_size, count)))
-        notes = record(pipe, _take(rows, chosen), 1, generator, arguments)
-        branches = layout.conditions(notes.steps[0], len(chosen))
-        cond.append(branches[layout.cond])
-        uncond.append(branches[1 - layout.cond] if layout.guided else {})
-    conditions = {key: _join(key, [c[key] for c in cond]) for key in cond[0]}
-    null = {key: _common(key, [c[key] for c in uncond], conditions.get(key)) for key in uncond[0]}
-    for key, rows_of in conditions.items():
-        if key in null and all(torch.equal(row, null[key][0]) for row in rows_of):
-            del null[key]
-    if layout.guided and not null:
-        raise ValueError("both branches of the pipeline's guidance get the same arguments; nothing to guide with")
-
+    chunks = [list(range(k, min(k + batch_size, count))) for k in range(0, count, batch_size)]
+    steps = [record(pipe, _take(rows, chosen), 1, generator, arguments).steps[0] for chosen in chunks]
+    conditions, null = layout.joined(steps, [len(chosen) for chosen in chunks])
     model = PipelineModel(one.module, layout)
     _check(two, layout, model)
     shape = tuple(one.steps[0].sample.shape[1:])
@@ -260,6 +247,19 @@ class _Layout:
                     rows[key] = value[half * prompts : (half + 1) * prompts] if len(value) > prompts else value
                 branches.append(rows)
         return branches
+
+    def joined(self, steps: Sequence[Step], prompts: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The conditions of all prompts, and what replaces them in the unconditional branch, from their first steps."""
+        branches = [self.conditions(step, n) for step, n in zip(steps, prompts, strict=True)]
+        cond = {key: _join(key, [b[self.cond][key] for b in branches]) for key in branches[0][self.cond]}
+        if not self.guided:
+            return cond, {}
+        other = 1 - self.cond
+        null = {key: _common(key, [b[other][key] for b in branches], cond.get(key)) for key in branches[0][other]}
+        null = {k: v for k, v in null.items() if k not in cond or not all(torch.equal(row, v[0]) for row in cond[k])}
+        if not null:
+            raise ValueError("both branches of the pipeline's guidance get the same arguments; nothing to guide with")
+        return cond, null
 
     def arguments(self, cond: Mapping[str, Any], rows: int) -> dict[str, Any]:
         given = {k: self.as_given(k, v.flatten(0, 1) if self.per_row.get(k, 1) > 1 else v) for k, v in cond.items()}

@@ -61,13 +61,13 @@ class NoteTaker(DSSScheduler):
     _notes: Notes
     _wanted: int
 
-    @wraps(DSSScheduler.set_timesteps)  # type: ignore[override]  # pipelines read its signature
-    def set_timesteps(self, *arguments: Any, **options: Any) -> None:
+    @wraps(DSSScheduler.set_timesteps)  # pipelines read its signature
+    def set_timesteps(self, *arguments: Any, **options: Any) -> None:  # type: ignore[override]
         super().set_timesteps(*arguments, **options)
         self._notes.mu = options.get("mu")
 
-    @wraps(DSSScheduler.step)  # type: ignore[override]
-    def step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, *rest: Any, **options: Any) -> Any:
+    @wraps(DSSScheduler.step)
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *rest: Any, **options: Any) -> Any:  # type: ignore[override]
         calls, self._notes.calls = self._notes.calls, []
         t = float(self.timesteps[self._locate(timestep)])
         output = self._towards_noise(model_output.clone(), options.get("per_token_timesteps"))
