@@ -93,6 +93,12 @@ def published_steps(name: str) -> list[int]:
     return [int(n) for n in _published()[name]["steps"]]
 
 
+def published(name: Name) -> list[Solver]:
+    """The tables that a published name means: one, or without ``/N`` all of them."""
+    steps = published_steps(name.name) if name.num_steps is None else [name.num_steps]
+    return [find_solver(name.name, None, n) for n in steps]
+
+
 def known() -> str:
     """What exists, for messages."""
     published = [f"{name}/{{{','.join(map(str, published_steps(name)))}}}" for name in _published()]

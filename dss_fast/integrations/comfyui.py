@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..methods import METHODS
-from ..names import Name, families, find_solver, published_steps
+from ..names import Name, families, published
 from ..solver import Solver
 from .k_diffusion import place_of, sample_dss, sigmas_of
 
@@ -47,10 +47,7 @@ def read_solver(solver: str, file: str = "", folder: Path | None = None) -> dict
         table = Solver.load(Path(file.strip()).expanduser())
         return {table.num_steps: table}
     name = Name.parse(OURS.get(solver, solver))
-    if name.handmade:
-        return solver
-    steps = published_steps(name.name) if name.num_steps is None else [name.num_steps]
-    return {n: find_solver(name.name, None, n) for n in steps}
+    return solver if name.handmade else {table.num_steps: table for table in published(name)}
 
 
 def is_flow(model_sampling: Any) -> bool:
@@ -173,9 +170,11 @@ async def comfy_entrypoint() -> Any:
     folder = Path(folder_paths.models_dir) / "dss_fast"
     add_to_ksampler(comfy.samplers, sampling, folder)
 
+    nodes = _nodes(io, comfy.samplers, folder)
+
     class DSSExtension(ComfyExtension):
         async def get_node_list(self) -> list[Any]:
-            return _nodes(io, comfy.samplers, folder)
+            return nodes
 
     return DSSExtension()
 
@@ -184,15 +183,15 @@ def _nodes(io: Any, samplers: Any, folder: Path) -> list[Any]:
     """The nodes' classes, of ComfyUI's modules comfy_api.latest.io and comfy.samplers."""
 
     class Node(io.ComfyNode):
-        settings = (
-            io.Combo.Input(
-                "solver",
-                options=solver_names(folder),
-                tooltip="dpmpp_2m is ComfyUI's own; on flow models dpmpp_2m_logsnr is the one of diffusers",
-            ),
-            io.Int.Input("steps", default=8, min=1, max=100),
-            io.String.Input("file", default="", tooltip="a solver's JSON file, instead of the name above"),
-        )
+        @staticmethod
+        def settings() -> list[Any]:
+            """Asked for at every look at the schema, so that new files in the folder are offered."""
+            tooltip = "dpmpp_2m is ComfyUI's own; on flow models dpmpp_2m_logsnr is the one of diffusers"
+            return [
+                io.Combo.Input("solver", options=solver_names(folder), tooltip=tooltip),
+                io.Int.Input("steps", default=8, min=1, max=100),
+                io.String.Input("file", default="", tooltip="a solver's JSON file, instead of the name above"),
+            ]
 
         @classmethod
         def fingerprint_inputs(cls, solver: str, file: str = "", **_: Any) -> str:
@@ -205,7 +204,7 @@ def _nodes(io: Any, samplers: Any, folder: Path) -> list[Any]:
                 node_id="DSSSampler",
                 display_name="DSS Sampler",
                 category=CATEGORY,
-                inputs=[*cls.settings, io.Boolean.Input("strict", default=True)],
+                inputs=[*cls.settings(), io.Boolean.Input("strict", default=True)],
                 outputs=[io.Sampler.Output()],
             )
 
@@ -221,7 +220,7 @@ def _nodes(io: Any, samplers: Any, folder: Path) -> list[Any]:
                 node_id="DSSSigmas",
                 display_name="DSS Sigmas",
                 category=CATEGORY,
-                inputs=[io.Model.Input("model"), *cls.settings, denoise],
+                inputs=[io.Model.Input("model"), *cls.settings(), denoise],
                 outputs=[io.Sigmas.Output()],
             )
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...methods import handmade
-from ...names import Name, find_solver, is_file, published_steps
+from ...names import Name, is_file, published
 from ...schedule import FLOOR, VP, DiscreteVP, Flow, Grid, Schedule
 from ...solver import Solver
 
@@ -421,8 +421,7 @@ def read_solvers(solver: Any) -> tuple[dict[int, Solver], list[Name], list[str],
             if name.handmade:
                 methods.append(name)
             else:
-                steps = published_steps(name.name) if name.num_steps is None else [name.num_steps]
-                found = [find_solver(name.name, num_steps=n) for n in steps]
+                found = published(name)
         for table in found:
             if table.num_steps in tables:
                 raise ValueError(

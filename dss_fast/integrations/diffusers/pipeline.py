@@ -9,7 +9,7 @@ understand (guidance that is not linear, image latents beside the noisy ones) is
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ def from_pipeline(
     layout = _Layout.read(one, two, list(scales_of(pipe, arguments).values()))
 
     chunks = [list(range(k, min(k + batch_size, count))) for k in range(0, count, batch_size)]
-    steps = [record(pipe, _take(rows, chosen), 1, generator, arguments).steps[0] for chosen in chunks]
+    steps = (record(pipe, _take(rows, chosen), 1, generator, arguments).steps[0] for chosen in chunks)
     conditions, null = layout.joined(steps, [len(chosen) for chosen in chunks])
     model = PipelineModel(one.module, layout)
     _check(two, layout, model)
@@ -248,7 +248,7 @@ class _Layout:
                 branches.append(rows)
         return branches
 
-    def joined(self, steps: Sequence[Step], prompts: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def joined(self, steps: Iterable[Step], prompts: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The conditions of all prompts, and what replaces them in the unconditional branch, from their first steps."""
         branches = [self.conditions(step, n) for step, n in zip(steps, prompts, strict=True)]
         cond = {key: _join(key, [b[self.cond][key] for b in branches]) for key in branches[0][self.cond]}
