@@ -24,8 +24,7 @@ void write_output(const Rows& dms, const Shape& s, A guidance, const A* grad_m, 
   dms.write(half, b + s.batch, e, n);
 }
 
-// What the gradient reads and writes. Rows without data stand for a zero gradient where they are read, and for one that
-// nobody wants where they are written.
+// What the gradient reads and writes. Rows without data are read as zero, and written nowhere.
 struct Gradient {
   Rows next, own, xs, ms;  // the gradients of x_{i+1} and y_i, then x and the output
   std::vector<Rows> past;

@@ -19,11 +19,11 @@
 namespace dss_fast {
 namespace {
 
-constexpr int64_t kBlock = 512;              // so many elements stay in the cache: 6 float blocks are 12 KB of 32
+constexpr int64_t kBlock = 512;              // elements that stay in the cache: 6 float blocks are 12 KB of 32
 // Rows from 4 MB on, which come from memory, take shorter ones: the processor's prefetcher then follows all streams,
 // and the step takes 0.85 times as long. In the cache the short ones take 1.4 times as long.
 constexpr int64_t kShortBlock = 128, kLongRow = 1 << 20;
-constexpr int64_t kChunk = 16 * kBlock;      // a thread takes so many elements, and adds one partial sum of a gradient
+constexpr int64_t kChunk = 16 * kBlock;      // elements a thread takes at a time, with one partial sum of a gradient
 constexpr int64_t kSerialBytes = 512 << 10;  // below this, waking a second thread costs more than it brings
 constexpr int64_t kLargeBytes = 12 << 20;    // above this, results leave the cache before anyone reads them
 
@@ -40,7 +40,7 @@ at::Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
   return t;
 }
 
-// A tensor as rows of bytes, read or written a block at a time. One without data is a result that nobody wants.
+// A tensor as rows of bytes, read or written a block at a time. One without data stands for a result that is not asked for.
 struct Rows {
   char* data = nullptr;
   int64_t row = 0, slot = 0, width = 0;  // bytes; width is one element's

@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 def load_target(name: str, device: str | None = None) -> Target:
     """The Target behind ``module:attribute``, moved to a device if one is given.
 
-    Raises ValueError saying which part does not exist or is no Target.
+    Raises ValueError saying which part does not exist or is not a Target.
     """
     module, _, attribute = name.partition(":")
     if not module or not attribute:

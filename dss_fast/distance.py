@@ -14,9 +14,9 @@ from torch import Tensor
 from .target import Target
 
 CRITERIA = ("rmse", "median", "features")
-SWITCH = 0.5  # a sample that is off by this part of the median distance between two references may be another one
-CHUNK = 64  # features and classify see so many samples at a time
-SPLITS, WIDE = 16, 4096  # a distance is averaged over so many halvings of the noises, one beyond so many features
+SWITCH = 0.5  # a sample further off than this part of the median distance between references counts as switched
+CHUNK = 64  # samples that features and classify see at a time
+SPLITS, WIDE = 16, 4096  # halvings of the noises to average a distance over; with more than WIDE features only one
 
 
 def squares(x: Tensor, reference: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def criterion(select: str, errors: Tensor, features: Tensor | None = None) -> fl
         rmse: sqrt(mean_b errors_b)    median: sqrt(median_b errors_b)    features: sqrt(mean_b features_b)
 
     errors, features: (B,) :func:`squares` of the samples and of their features, each to the reference from the same
-    noise; infinite where a solver left the numbers. Paired, so that two solvers differ by what they do and not by
+    noise; infinite where a solver diverged to NaN or Inf. Paired, so that two solvers differ by what they do and not by
     the noise they got. Raises ValueError for another name, and for "features" without any.
     """
     if select not in CRITERIA:

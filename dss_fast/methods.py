@@ -21,7 +21,7 @@ from .schedule import Flow, Schedule, inverse
 from .solver import Solver
 
 SPACINGS = ("uniform", "lambda", "karras")
-LAST_U = 1e-3  # log-SNR spacings stop so far from an end that is infinite, as a table of 1000 steps does
+LAST_U = 1e-3  # where log-SNR is infinite at an end, spacings stop this far before it, as a table of 1000 steps does
 
 
 def handmade(

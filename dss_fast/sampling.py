@@ -60,7 +60,7 @@ def sample(
         N differs from B, or (B, N). At 1 everywhere the unconditional branch is not run.
     guided_channels, device: as in :class:`Target`.
     strict: refuse a solver made for another path than the schedule's, see :meth:`Solver.on`.
-    callback: called after each step with a dict of step, num_steps, u (reached), x, x0 (preview), its own to keep.
+    callback: called after each step with a dict of step, num_steps, u (reached), x, x0 (preview), which it may keep.
     return_trajectory: also return the states x_0..x_N, (N + 1, B, *S).
     history_dtype: storage of the predictions; the state's dtype by default. Sums are in float32.
     check_finite: raise when the model returns NaN or Inf. None: on the CPU only, where it costs no sync.

@@ -32,7 +32,7 @@ class Batch:
     A tick calls model(x, t, **cond) -> (places, *S), or the guided pair, unconditional rows first, once for all places
     and takes one step of each. When the model raises, nothing has happened and the tick can be tried again. Which
     places finish is known on the host from the solvers' lengths: nothing waits for the device. A request gets the bits
-    it would have got alone, as far as the model gives every row the bits it would have got alone.
+    it would get alone, if the model gives every row the bits it would get alone.
 
     Shapes and addresses never change, so a compiled model, or a whole tick without its count, stays as it is:
 

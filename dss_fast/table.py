@@ -18,7 +18,7 @@ from .schedule import Schedule
 from .solver import Solver
 
 A, P, Q, GUIDANCE, HISTORY = range(5)  # the columns of a row; from HISTORY on they weigh the history
-CACHED = 128  # so many tables are kept, a few kilobytes each
+CACHED = 128  # tables kept, a few kilobytes each
 
 Guidance = float | Sequence[float] | Tensor
 

@@ -86,7 +86,7 @@ def make_sigmas(
     denoise: float = 1.0,
     simple: Callable[[Any, str, int], Tensor] | None = None,
 ) -> Tensor:
-    """(steps + 1,) float32, the sigmas of a solver for a model; none at all at denoise 0.
+    """(steps + 1,) float32, the sigmas of a solver for a model; (0,) at denoise 0.
 
     denoise: as everywhere in ComfyUI: below 1 the last ``steps`` of int(steps / denoise).
     simple: ComfyUI's calculate_sigmas, which serves hand-made methods with its ``simple`` scheduler.

@@ -25,17 +25,17 @@ __all__ = ["multistep_pull", "multistep_step_", "multistep_update", "multistep_u
 # 8 elements a thread make one 128-bit access of a 16-bit tensor and two of a 32-bit one. An H100 needs about 15 KB
 # under way on each multiprocessor (3.35 TB/s x 600 ns / 132); one block of 128 threads with 8 slots asks for 16 KB.
 BLOCK = 1024
-TRIP = 9  # so many slots are loaded together: in float32 they take 72 registers
+TRIP = 9  # slots loaded together: in float32 they take 72 registers
 GROUP = 4  # a list of slots is padded to a multiple of this, so that not every length is compiled
 # Registers a thread, by bytes of the state's elements and of a slot's. Left alone, ptxas aims at 64 or fewer and takes
 # a trip's loads one after the other; with these, and no more, all of them are under way together (sm_90, sm_80).
 REGISTERS = {(4, 4): 128, (2, 4): 128, (4, 2): 96, (2, 2): 80}
-LONGEST = 16  # a list of so many slots still fits REGISTERS without spilling
+LONGEST = 16  # the longest list of slots that fits REGISTERS without spilling
 
 # The columns of a row of weights, as the kernels read them: w_ij stands at W + j.
 A, P, Q, G, W = (constexpr(c) for c in (table.A, table.P, table.Q, table.GUIDANCE, table.HISTORY))
 
-_BY_VALUE = ["batch", "blocks", "steps", "slots", "step", "count"]  # a value of 1 or 16 of these is no other kernel
+_BY_VALUE = ["batch", "blocks", "steps", "slots", "step", "count"]  # a value of 1 or 16 compiles no other kernel
 _ANYWHERE = ["index_ptr"]  # index[i : i + 1] is aligned for even i only
 
 

@@ -150,7 +150,7 @@ class _Unroll(torch.autograd.Function):
         ctx.save_for_backward(x, weights, times)
         if wrt or parameters:
             ctx.rollout = rollout
-        # The output is a tensor of its own, because the engine must not hold what holds the engine.
+        # The output is a tensor of its own: it holds this node, which holds the rollout and its states.
         states: Tensor = rollout.states.to(x.device).detach()
         return states
 

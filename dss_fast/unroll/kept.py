@@ -52,7 +52,7 @@ class FirstCall:
             if tensor.device == x.device and tensor.layout == torch.strided:
                 storage = tensor.untyped_storage()
                 self.saved[storage.data_ptr()] = storage.nbytes()
-            return tensor.detach(), tensor._version  # undetached it would hold the graph that holds it
+            return tensor.detach(), tensor._version  # undetached it would keep its own graph alive
 
         return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
 

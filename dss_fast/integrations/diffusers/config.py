@@ -62,7 +62,7 @@ OTHER = {
     "HeliosScheduler": "it changes the resolution between its stages",
     "PiflowScheduler": "its network returns a policy for several steps",
 }
-STILL = 1e-9  # a last step that stands still in the stock scheduler falls by this part instead
+STILL = 1e-9  # a grid must fall: a last step that does not move in the stock scheduler falls by this part
 
 
 def adopt(config: Config) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def family_of(config: Config) -> str:
     whose = config.get("_class_name") or ", ".join(map(str, config))
     raise ValueError(
         f"this scheduler config ({whose}) describes neither a flow (shift, flow_prediction) nor a VP model at discrete "
-        "times (beta_schedule); DSSScheduler knows no other kind"
+        "times (beta_schedule); DSSScheduler knows only these two"
     )
 
 
@@ -333,7 +333,7 @@ def _vp_grid(
         log_ratio = 0.5 * np.log(1 / table - 1)
         return _ratio_grid(ratio, np.interp(np.log(ratio[:-1]), log_ratio, np.arange(len(table))).tolist(), kind)
     stock = stock_scheduler(name, config)
-    if config.get("snr_shift_scale") is None:  # which no other scheduler knows: there the model's own noise counts
+    if config.get("snr_shift_scale") is None:  # one with that setting keeps the model's own noise
         there = stock.alphas_cumprod.double().clamp_min(1e-30).numpy()
         if there.shape != table.shape or np.abs(there - table).max() > 1e-3:
             warnings.warn(
