@@ -1,6 +1,4 @@
 // The step on the CPU. Every tensor passes through once; the sums live in a block of accumulators.
-#include <Python.h>
-
 #include "step_rows.h"
 
 #include <torch/library.h>
@@ -114,16 +112,3 @@ TORCH_LIBRARY_IMPL(dss_fast, CPU, m) {
 }
 
 }  // namespace dss_fast
-
-// The build names the module after the version of torch (setup.py).
-#define NAME_OF_INIT(name) PyInit_##name
-#define INIT(name) NAME_OF_INIT(name)
-#define NAME_AS_TEXT(name) #name
-#define TEXT(name) NAME_AS_TEXT(name)
-
-PyMODINIT_FUNC INIT(TORCH_EXTENSION_NAME)() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, TEXT(TORCH_EXTENSION_NAME), nullptr, -1, nullptr};
-  PyObject* module = PyModule_Create(&definition);
-  if (module) dss_fast::add_engine(module);
-  return module;
-}

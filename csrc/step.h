@@ -1,13 +1,11 @@
-// What step.cpp and unroll.cpp share: the row's columns, the step as C++ calls that reach every device through the
-// dispatcher, and the filling of the Python module.
+// What step.cpp and unroll.cpp share: the row's columns, and the step as C++ calls that reach every device through
+// the dispatcher.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <tuple>
-
-struct _object;  // PyObject
 
 namespace dss_fast {
 
@@ -32,8 +30,5 @@ inline std::tuple<at::Tensor, at::Tensor> multistep_pull(const at::Tensor& adjoi
       c10::Dispatcher::singleton().findSchemaOrThrow("dss_fast::multistep_pull", "").typed<Signature>();
   return op.call(adjoints, weights, index, pair);
 }
-
-// The unroll's part of the Python module.
-void add_engine(_object* module);
 
 }  // namespace dss_fast

@@ -6,6 +6,9 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <pybind11/functional.h>
+
+#include <functional>
 #include <optional>
 
 #include "step.h"
@@ -22,11 +25,15 @@ struct Needs {
 
 class Engine {
  public:
-  // call(step, x (B, *S), t (B,)) -> (B or 2B, *S); weights (R, N, 4 + K); times (B, N). kept: None, or a function
-  // that says, once the first call has run with its graph, how many of the last graphs to keep.
-  Engine(py::object call, Tensor x, Tensor weights, Tensor times, py::object kept, std::vector<Tensor> parameters,
-          Needs needs)
-      : call_(held(std::move(call))),
+  // Functions of Python, which take the interpreter's lock while they run.
+  using Call = std::function<Tensor(int64_t, const Tensor&, const Tensor&)>;
+  using Count = std::function<int64_t()>;
+
+  // call(step, x (B, *S), t (B,)) -> (B or 2B, *S); weights (R, N, 4 + K); times (B, N). kept: none, or what says, once
+  // the first call has run with its graph, how many of the last graphs to keep.
+  Engine(Call call, Tensor x, Tensor weights, Tensor times, const Count& kept, std::vector<Tensor> parameters,
+         Needs needs)
+      : call_(std::move(call)),
         x_(std::move(x)),
         weights_(std::move(weights)),
         times_(std::move(times)),
@@ -41,7 +48,7 @@ class Engine {
     at::AutoGradMode no_grad(false);
     // The model casts as it likes; sums over steps and gradients keep their own precision.
     AutocastGuard full_precision(autocast_.off(), x_.device());
-    forward(std::move(kept));
+    forward(kept);
   }
 
   Tensor states() const {
@@ -71,7 +78,7 @@ class Engine {
   }
 
  private:
-  struct Call {
+  struct Graph {
     Tensor x, t, output;
   };
 
@@ -81,17 +88,8 @@ class Engine {
                 "Specify retain_graph=True in that one.");
   }
 
-  // A Python object that a thread without the interpreter may let go.
-  static std::shared_ptr<py::object> held(py::object object) {
-    return {new py::object(std::move(object)), [](py::object* held) {
-              py::gil_scoped_acquire gil;
-              delete held;
-            }};
-  }
-
-  void forward(py::object ask) {
-    const auto asks = held(std::move(ask));
-    const bool measured = !asks->is_none();
+  void forward(const Count& ask) {
+    const bool measured = bool(ask);
     auto shape = x_.sizes().vec();
     auto stacked = shape;
     stacked.insert(stacked.begin() + 1, slots_);
@@ -103,10 +101,7 @@ class Engine {
     Tensor x = x_;
     for (int64_t i = 0; i < steps_; ++i) {
       Tensor output = first_run(i, x, i >= steps_ - kept || (i == 0 && measured));
-      if (i == 0 && measured) {
-        py::gil_scoped_acquire gil;
-        kept = py::cast<int64_t>((*asks)());
-      }
+      if (i == 0 && measured) kept = ask();
       if (i == 0 && kept < steps_) graphs_[0].reset();
       if (i == 0 && !differentiates(0)) first_output_ = output;
       Tensor next = states_.select(0, i);
@@ -124,20 +119,19 @@ class Engine {
     return output;
   }
 
-  const Call& run_with_graph(int64_t step, const Tensor& x) {
+  const Graph& run_with_graph(int64_t step, const Tensor& x) {
     at::AutoGradMode grad(true);
     // A detached state would share its version with the states written later, and would count as modified.
-    Call call{x.variable_data(), times_.select(1, step).detach().clone(), {}};
-    call.x.set_requires_grad(step > 0 || needs_.x);
-    call.t.set_requires_grad(needs_.times);
-    call.output = run(step, call.x, call.t);
-    return graphs_[step].emplace(std::move(call));
+    Graph graph{x.variable_data(), times_.select(1, step).detach().clone(), {}};
+    graph.x.set_requires_grad(step > 0 || needs_.x);
+    graph.t.set_requires_grad(needs_.times);
+    graph.output = run(step, graph.x, graph.t);
+    return graphs_[step].emplace(std::move(graph));
   }
 
   Tensor run(int64_t step, const Tensor& x, const Tensor& t) {
     AutocastGuard autocast(autocast_, x_.device());
-    py::gil_scoped_acquire gil;
-    return py::cast<Tensor>((*call_)(step, x, t));
+    return call_(step, x, t);
   }
 
   // Whether any wanted gradient passes through the model's call at a step.
@@ -240,7 +234,7 @@ class Engine {
 
   // The products of a call's Jacobians with a cotangent (B or 2B, *S) of its output: of x, t and each parameter;
   // undefined where nothing depends or is wanted.
-  std::vector<Tensor> vjp(const Call& call, const Tensor& grad_output, bool retain) const {
+  std::vector<Tensor> vjp(const Graph& call, const Tensor& grad_output, bool retain) const {
     std::vector<Tensor> all{call.x, call.t}, inputs;
     all.insert(all.end(), parameters_.begin(), parameters_.end());
     for (const auto& t : all)
@@ -279,7 +273,7 @@ class Engine {
     first_output_.reset();
   }
 
-  std::shared_ptr<py::object> call_;
+  Call call_;
   Tensor x_, weights_, times_;
   std::vector<Tensor> parameters_;
   Needs needs_;
@@ -287,24 +281,26 @@ class Engine {
   Tensor index_;
   Autocast autocast_;
   std::vector<optional<Random>> random_;
-  std::vector<optional<Call>> graphs_;
+  std::vector<optional<Graph>> graphs_;
   Tensor states_, history_, first_output_;
   int64_t version_ = 0;
   bool done_ = false;
 };
 
-std::unique_ptr<Engine> make_engine(py::object call, Tensor x, Tensor weights, Tensor times, py::object kept,
+std::unique_ptr<Engine> make_engine(Engine::Call call, Tensor x, Tensor weights, Tensor times, Engine::Count kept,
                                     std::vector<Tensor> parameters, std::array<bool, 3> needs) {
-  return std::make_unique<Engine>(std::move(call), std::move(x), std::move(weights), std::move(times),
-                                  std::move(kept), std::move(parameters), Needs{needs[0], needs[1], needs[2]});
+  return std::make_unique<Engine>(std::move(call), std::move(x), std::move(weights), std::move(times), kept,
+                                  std::move(parameters), Needs{needs[0], needs[1], needs[2]});
 }
 
 Engine::Pulled pull(Engine& engine, const Tensor& cotangents, bool retain) { return engine.pull(cotangents, retain); }
 
 }  // namespace
+}  // namespace dss_fast
 
-void add_engine(PyObject* target) {
-  auto module = py::reinterpret_borrow<py::module_>(target);
+// The build names the module after the version of torch (setup.py).
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  using namespace dss_fast;
   module.attr("columns") = std::array<int64_t, 5>{kA, kP, kQ, kGuidance, kHistory};
   py::class_<Engine>(module, "Engine")
       .def(py::init(torch::wrap_pybind_function_no_gil(make_engine)))
@@ -312,5 +308,3 @@ void add_engine(PyObject* target) {
       .def_property_readonly("states", &Engine::states)
       .def_property_readonly("history", &Engine::history);
 }
-
-}  // namespace dss_fast
