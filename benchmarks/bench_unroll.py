@@ -123,7 +123,7 @@ class Case:
     def ours(self, cotangents=1, budget=None):
         rollout = Rollout(self.model, *self.inputs, memory_budget=budget)
         found = rollout.pull(self.cotangents[:cotangents])
-        self.plan = rollout.plan
+        self.kept = rollout.kept
         return [(found.x[c], found.weights[c].sum(0, keepdim=True), found.times[c].sum(0)) for c in range(cotangents)]
 
     def one_call(self):
@@ -215,7 +215,7 @@ def test_table(name, rounds):
         for ours, plain in zip(mine, theirs, strict=True):
             torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4 * plain.abs().max().item())
     case.ours(budget=1)
-    size = case.plan.activation_bytes
+    size = case.kept.activation_bytes
     half, whole = int((N // 2 + 0.5) * size), 2 * N * size
     ways = {
         "plain": case.plain,

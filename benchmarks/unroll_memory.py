@@ -2,7 +2,7 @@
 
     python benchmarks/unroll_memory.py ROWS.jsonl [--tiny]
 
-For each network: the graph of one call as ``Rollout.plan`` measured it and as it stands in torch.cuda.memory_stats;
+For each network: the graph of one call as ``Rollout.kept`` measured it and as it stands in torch.cuda.memory_stats;
 and the peak of forward and backward with no graph kept, with half of them and with all, beside plain autograd's.
 """
 
@@ -43,7 +43,7 @@ def graph_bytes(case: Case) -> int | None:
 def measure(name: str, steps: int, tiny: bool) -> dict:
     case = Case(name, steps)
     case.ours(budget=1)
-    planned = case.plan.activation_bytes
+    planned = case.kept.activation_bytes
     half, whole = int((steps // 2 + 0.5) * planned), 2 * steps * planned
     ways = {
         "plain": case.plain,

@@ -1,6 +1,4 @@
 // The step on the CPU. Every tensor passes through once; the sums live in a block of accumulators.
-#include <Python.h>
-
 #include "step_rows.h"
 
 #include <torch/library.h>
@@ -10,8 +8,7 @@ namespace {
 
 // The slots that a row's step reads, and where its own y goes: a stacked history, or a list and a new tensor.
 struct Slots {
-  std::vector<Rows> past;        // a stacked history has one for all slots, a list one each
-  std::vector<int64_t> columns;  // where a list's weights stand in a row
+  std::vector<Rows> past;  // a stacked history has one for all slots, a list one each
   Rows own;
   bool stacked;
 
@@ -21,8 +18,8 @@ struct Slots {
       for (int64_t j = 0; j < s.slots; ++j)
         if ((j < step.i || j == s.steps) && step.w[j] != 0) sum.push(step.w[j], past[0].fetch(b, e, n, j));
     } else {
-      for (size_t k = 0; k < columns.size(); ++k)
-        if (step.w[columns[k]] != 0) sum.push(step.w[columns[k]], past[k].fetch(b, e, n));
+      for (size_t k = 0; k < past.size(); ++k)
+        if (const A w = step.w[column(s, step.i, k)]; w != 0) sum.push(w, past[k].fetch(b, e, n));
     }
   }
 };
@@ -79,7 +76,7 @@ void step_inplace(const at::Tensor& x, const at::Tensor& output, at::Tensor& his
     using A = decltype(zero);
     const Rows xs(*state, "x", large), rows(stored, "history", large);
     const Rows outs(target, "out", large && target.const_data_ptr() != state->const_data_ptr());
-    forward<A>(s, bytes, xs, Rows(*model, "output", large), Slots{{rows}, {}, rows, true}, outs, *table,
+    forward<A>(s, bytes, xs, Rows(*model, "output", large), Slots{{rows}, rows, true}, outs, *table,
                at->const_data_ptr<int64_t>());
   };
   x.scalar_type() == at::kDouble ? go(double()) : go(float());
@@ -100,7 +97,7 @@ std::tuple<at::Tensor, at::Tensor> update(const at::Tensor& x, const at::Tensor&
   const auto go = [&](auto zero) {
     using A = decltype(zero);
     forward<A>(s, bytes, Rows(*state, "x", large), Rows(*model, "output", large),
-               Slots{rows_of(past, large), columns_of(past, s, step), Rows(y, "history", large), false},
+               Slots{rows_of(past, large), Rows(y, "history", large), false},
                Rows(out, "x", large), *table, &step);
   };
   x.scalar_type() == at::kDouble ? go(double()) : go(float());
@@ -115,16 +112,3 @@ TORCH_LIBRARY_IMPL(dss_fast, CPU, m) {
 }
 
 }  // namespace dss_fast
-
-// The build names the module after the version of torch (setup.py).
-#define NAME_OF_INIT(name) PyInit_##name
-#define INIT(name) NAME_OF_INIT(name)
-#define NAME_AS_TEXT(name) #name
-#define TEXT(name) NAME_AS_TEXT(name)
-
-PyMODINIT_FUNC INIT(TORCH_EXTENSION_NAME)() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, TEXT(TORCH_EXTENSION_NAME), nullptr, -1, nullptr};
-  PyObject* module = PyModule_Create(&definition);
-  for (auto fill : dss_fast::ModulePart::parts()) fill(module);
-  return module;
-}

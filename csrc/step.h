@@ -1,19 +1,16 @@
-// What step.cpp and unroll.cpp share: the step as C++ calls that reach every device through the dispatcher, and the
-// list of functions that fill the Python module.
+// What step.cpp and unroll.cpp share: the row's columns, and the step as C++ calls that reach every device through
+// the dispatcher.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <tuple>
-#include <vector>
-
-struct _object;  // PyObject
 
 namespace dss_fast {
 
-// a, p, q and the guidance stand before the history's weights in every row of `weights`.
-constexpr int64_t kScalars = 4;
+// The columns of a row of `weights`, as in dss_fast/table.py: from kHistory on they weigh the history.
+enum Column : int64_t { kA, kP, kQ, kGuidance, kHistory };
 
 // x_next goes to `out` (may be x), y to history's slot. Schemas and equations: dss_fast/step/__init__.py.
 inline void multistep_step_(const at::Tensor& x, const at::Tensor& output, at::Tensor& history,
@@ -33,17 +30,5 @@ inline std::tuple<at::Tensor, at::Tensor> multistep_pull(const at::Tensor& adjoi
       c10::Dispatcher::singleton().findSchemaOrThrow("dss_fast::multistep_pull", "").typed<Signature>();
   return op.call(adjoints, weights, index, pair);
 }
-
-// A file with something to put into the module keeps one of these at namespace scope; step.cpp's init calls it.
-struct ModulePart {
-  using Fill = void (*)(_object* module);
-  explicit ModulePart(Fill fill) {
-    parts().push_back(fill);
-  }
-  static std::vector<Fill>& parts() {
-    static std::vector<Fill> all;
-    return all;
-  }
-};
 
 }  // namespace dss_fast

@@ -24,20 +24,16 @@ void write_output(const Rows& dms, const Shape& s, A guidance, const A* grad_m, 
   dms.write(half, b + s.batch, e, n);
 }
 
-// What the gradient reads and writes. Rows without data stand for a zero gradient where they are read, and for one that
-// nobody wants where they are written.
+// What the gradient reads and writes. Rows without data are read as zero, and written nowhere.
 struct Gradient {
   Rows next, own, xs, ms;  // the gradients of x_{i+1} and y_i, then x and the output
   std::vector<Rows> past;
-  std::vector<int64_t> columns;  // of the past's weights in a row
   Rows dxs, dms;
   std::vector<Rows> dpast;  // none where they are not wanted
   at::Tensor row;           // (B, columns), or empty
 };
 
-// One pass over all tensors. With G the gradient of x_{i+1}, H that of y_i and Y = w_ii G + H:
-//   grad x = a G + p Y    grad m = q Y    grad y_j = w_ij G
-//   d/da = <x, G>    d/dp = <x, Y>    d/dq = <m, Y>    d/dg = q <m_cond - m_uncond, Y>    d/dw_ij = <y_j, G>
+// One pass over all tensors. The formulas stand in dss_fast/step/__init__.py.
 template <class A>
 void backward(const Shape& s, int64_t bytes, const Gradient& t, const at::Tensor& weights, int64_t index) {
   const bool wants_row = t.row.numel();
@@ -61,19 +57,20 @@ void backward(const Shape& s, int64_t bytes, const Gradient& t, const at::Tensor
       if (s.pair) {
         mix_twice(A(-1), mp, A(1), t.ms.read(b + s.batch, e, n, cond), spread, A(1), step.g, mixed, n);
         mp = mixed;
-        sums[3] += dot(spread, dm, n);
+        sums[kGuidance] += dot(spread, dm, n);
       }
-      sums[0] += dot(xp, gp, n);
-      sums[1] += dot(xp, gy, n);
-      sums[2] += dot(mp, gy, n);
+      sums[kA] += dot(xp, gp, n);
+      sums[kP] += dot(xp, gy, n);
+      sums[kQ] += dot(mp, gy, n);
       mix(step.p, xp, step.q, mp, work, n);
-      sums[kScalars + step.i] += dot(work, gp, n);
+      sums[kHistory + step.i] += dot(work, gp, n);
     }
-    for (size_t k = 0; k < t.columns.size(); ++k) {
-      if (wants_row) sums[kScalars + t.columns[k]] += dot(t.past[k].read(b, e, n, work), gp, n);
+    for (size_t k = 0; k < t.past.size(); ++k) {
+      const auto w = column(s, step.i, k);
+      if (wants_row) sums[kHistory + w] += dot(t.past[k].read(b, e, n, work), gp, n);
       if (t.dpast.empty()) continue;
       A* dh = t.dpast[k].target(b, e, work);
-      scale(step.w[t.columns[k]], gp, dh, n);
+      scale(step.w[w], gp, dh, n);
       t.dpast[k].write(dh, b, e, n);
     }
   });
@@ -103,7 +100,7 @@ void pull(const Shape& s, const at::Tensor& adjoints, const at::Tensor& weights,
       std::fill_n(gy, n, A(0));
       WeightedSlots<A> later;
       for (auto i = step.i; i < s.steps; ++i) {
-        const A w = step.table[i * s.columns + kScalars + step.i];
+        const A w = step.table[i * s.columns + kHistory + step.i];
         if (w != 0) later.push(w, gs.fetch(b, e, n, i));
       }
       later.add_to(gy, gs, n);
@@ -144,7 +141,7 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>, at::Tensor> update_b
     using A = decltype(zero);
     backward<A>(s, bytes,
                 Gradient{rows(next, "grad_x_next"), rows(own, "grad_y"), rows(*state, "x"), rows(*model, "output"),
-                 rows_of(past, bytes > kLargeBytes), columns_of(past, s, step), rows(dx, "x"), rows(dm, "output"),
+                 rows_of(past, bytes > kLargeBytes), rows(dx, "x"), rows(dm, "output"),
                  rows_of(dh, bytes > kLargeBytes), row},
                 *table, step);
   };
@@ -161,7 +158,7 @@ std::tuple<at::Tensor, at::Tensor> step_pull(const at::Tensor& adjoints, const a
   sizes[0] *= pair ? 2 : 1;
   auto dm = fresh(sizes, adjoints.options());
   const auto steps = adjoints.size(1), columns = weights.dim() == 3 ? weights.size(2) : 0;
-  const auto s = check_index(check_weights(dx, columns == kScalars + steps + 1 ? steps + 1 : steps, weights, pair), index);
+  const auto s = check_index(check_weights(dx, columns == kHistory + steps + 1 ? steps + 1 : steps, weights, pair), index);
   TORCH_CHECK_VALUE(s.steps == steps, "weights are for ", s.steps, " steps and adjoints hold ", steps);
   if (adjoints.numel() == 0) return {dx, dm};
   const auto go = adjoints.scalar_type() == at::kDouble ? pull<double> : pull<float>;

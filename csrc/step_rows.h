@@ -19,11 +19,11 @@
 namespace dss_fast {
 namespace {
 
-constexpr int64_t kBlock = 512;              // so many elements stay in the cache: 6 float blocks are 12 KB of 32
+constexpr int64_t kBlock = 512;              // elements that stay in the cache: 6 float blocks are 12 KB of 32
 // Rows from 4 MB on, which come from memory, take shorter ones: the processor's prefetcher then follows all streams,
 // and the step takes 0.85 times as long. In the cache the short ones take 1.4 times as long.
 constexpr int64_t kShortBlock = 128, kLongRow = 1 << 20;
-constexpr int64_t kChunk = 16 * kBlock;      // a thread takes so many elements, and adds one partial sum of a gradient
+constexpr int64_t kChunk = 16 * kBlock;      // elements a thread takes at a time, with one partial sum of a gradient
 constexpr int64_t kSerialBytes = 512 << 10;  // below this, waking a second thread costs more than it brings
 constexpr int64_t kLargeBytes = 12 << 20;    // above this, results leave the cache before anyone reads them
 
@@ -40,7 +40,7 @@ at::Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
   return t;
 }
 
-// A tensor as rows of bytes, read or written a block at a time. One without data is a result that nobody wants.
+// A tensor as rows of bytes, read or written a block at a time. One without data stands for a result that is not asked for.
 struct Rows {
   char* data = nullptr;
   int64_t row = 0, slot = 0, width = 0;  // bytes; width is one element's
@@ -157,7 +157,7 @@ struct Step {
   Step(const Shape& s, const at::Tensor& weights, const int64_t* index, int64_t b)
       : i(index[s.index_per_row ? b : 0]), active(i >= 0 && i < s.steps),
         table(weights.const_data_ptr<A>() + (s.per_row ? b * s.steps * s.columns : 0)),
-        row(table + (active ? i * s.columns : 0)), a(row[0]), p(row[1]), q(row[2]), g(row[3]), w(row + kScalars) {}
+        row(table + (active ? i * s.columns : 0)), a(row[kA]), p(row[kP]), q(row[kQ]), g(row[kGuidance]), w(row + kHistory) {}
 
   int64_t i;
   bool active;
@@ -170,10 +170,10 @@ struct Step {
 Shape check_weights(const at::Tensor& state, int64_t slots, const at::Tensor& weights, bool pair) {
   const auto batch = state.size(0);
   TORCH_CHECK_VALUE(weights.dim() == 3 && (weights.size(0) == 1 || weights.size(0) == batch) &&
-                        weights.size(2) == kScalars + slots &&
+                        weights.size(2) == kHistory + slots &&
                         (slots == weights.size(1) || slots == weights.size(1) + 1),
                     "weights ", weights.sizes(), " do not fit a batch of ", batch, " and a history of ", slots,
-                    " slots: N steps take (1 or batch, N, 4 + slots) with N slots, or N + 1 when the last one holds "
+                    " slots: N steps take (1 or batch, N, ", kHistory, " + slots) with N slots, or N + 1 when the last one holds "
                     "the initial noise");
   const auto wanted = state.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   TORCH_CHECK_VALUE(weights.scalar_type() == wanted, "weights are ", weights.scalar_type(), "; a ",
@@ -202,7 +202,7 @@ void check_output(const at::Tensor& x, const at::Tensor& output) {
 Shape check_list(const at::Tensor& x, const at::Tensor& output, at::TensorList history, const at::Tensor& weights,
                  int64_t step) {
   check_output(x, output);
-  const auto s = check_weights(x, weights.dim() == 3 ? weights.size(2) - kScalars : 0, weights,
+  const auto s = check_weights(x, weights.dim() == 3 ? weights.size(2) - kHistory : 0, weights,
                                output.size(0) != x.size(0));
   TORCH_CHECK_VALUE(step >= 0 && step < s.steps, "step is ", step, "; weights ", weights.sizes(),
                     " are for the steps 0 to ", s.steps - 1);
@@ -217,7 +217,7 @@ Shape check_list(const at::Tensor& x, const at::Tensor& output, at::TensorList h
   return s;
 }
 
-// A list's tensors, contiguous, as rows, and the columns of their weights: the initial noise's is the last.
+// A list's tensors, contiguous, as rows, and which of a row's weights is the k-th's: the initial noise's is the last.
 std::vector<at::Tensor> contiguous(at::TensorList list) {
   std::vector<at::Tensor> all;
   for (const auto& t : list) all.push_back(t.contiguous());
@@ -230,11 +230,7 @@ std::vector<Rows> rows_of(const std::vector<at::Tensor>& list, bool large) {
   return all;
 }
 
-std::vector<int64_t> columns_of(const std::vector<at::Tensor>& list, const Shape& s, int64_t step) {
-  std::vector<int64_t> all;
-  for (int64_t k = 0; k < static_cast<int64_t>(list.size()); ++k) all.push_back(k < step ? k : s.steps);
-  return all;
-}
+int64_t column(const Shape& s, int64_t step, int64_t k) { return k < step ? k : s.steps; }
 
 // body(row, first element, count, number of the chunk) for every block of every row; `bytes` are moved in all.
 template <class Body>

@@ -6,6 +6,9 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <pybind11/functional.h>
+
+#include <functional>
 #include <optional>
 
 #include "step.h"
@@ -20,20 +23,24 @@ struct Needs {
   bool x, weights, times;
 };
 
-class Rollout {
+class Engine {
  public:
-  // call(step, x (B, *S), t (B,)) -> (B or 2B, *S); weights (R, N, 4 + K); times (B, N). kept: None, or a function
-  // that says, once the first call has run with its graph, how many of the last graphs to keep.
-  Rollout(py::object call, Tensor x, Tensor weights, Tensor times, py::object kept, std::vector<Tensor> parameters,
-          Needs needs)
-      : call_(held(std::move(call))),
+  // Functions of Python, which take the interpreter's lock while they run.
+  using Call = std::function<Tensor(int64_t, const Tensor&, const Tensor&)>;
+  using Count = std::function<int64_t()>;
+
+  // call(step, x (B, *S), t (B,)) -> (B or 2B, *S); weights (R, N, 4 + K); times (B, N). kept: none, or what says, once
+  // the first call has run with its graph, how many of the last graphs to keep.
+  Engine(Call call, Tensor x, Tensor weights, Tensor times, const Count& kept, std::vector<Tensor> parameters,
+         Needs needs)
+      : call_(std::move(call)),
         x_(std::move(x)),
         weights_(std::move(weights)),
         times_(std::move(times)),
         parameters_(std::move(parameters)),
         needs_(needs),
         steps_(weights_.size(1)),
-        slots_(weights_.size(2) - kScalars),
+        slots_(weights_.size(2) - kHistory),
         index_(at::arange(steps_, x_.options().dtype(at::kLong))),
         autocast_(Autocast::now(x_.device()).without_cache()),
         random_(steps_),
@@ -41,7 +48,7 @@ class Rollout {
     at::AutoGradMode no_grad(false);
     // The model casts as it likes; sums over steps and gradients keep their own precision.
     AutocastGuard full_precision(autocast_.off(), x_.device());
-    forward(std::move(kept));
+    forward(kept);
   }
 
   Tensor states() const {
@@ -61,9 +68,9 @@ class Rollout {
                 "the states of a rollout were modified in place before its gradient was taken");
     struct Release {
       ~Release() {
-        if (rollout) rollout->release();
+        if (engine) engine->release();
       }
-      Rollout* rollout;
+      Engine* engine;
     } at_exit{retain ? nullptr : this};
     at::AutoGradMode no_grad(false);
     AutocastGuard full_precision(autocast_.off(), x_.device());
@@ -71,13 +78,8 @@ class Rollout {
   }
 
  private:
-  struct Call {
+  struct Graph {
     Tensor x, t, output;
-  };
-
-  // The guided output m (B, D), and m_cond - m_uncond (B, D), which is undefined without guidance.
-  struct Mixed {
-    Tensor output, spread;
   };
 
   void check_held() const {
@@ -86,17 +88,8 @@ class Rollout {
                 "Specify retain_graph=True in that one.");
   }
 
-  // A Python object that a thread without the interpreter may let go.
-  static std::shared_ptr<py::object> held(py::object object) {
-    return {new py::object(std::move(object)), [](py::object* held) {
-              py::gil_scoped_acquire gil;
-              delete held;
-            }};
-  }
-
-  void forward(py::object ask) {
-    const auto asks = held(std::move(ask));
-    const bool measured = !asks->is_none();
+  void forward(const Count& ask) {
+    const bool measured = bool(ask);
     auto shape = x_.sizes().vec();
     auto stacked = shape;
     stacked.insert(stacked.begin() + 1, slots_);
@@ -108,10 +101,7 @@ class Rollout {
     Tensor x = x_;
     for (int64_t i = 0; i < steps_; ++i) {
       Tensor output = first_run(i, x, i >= steps_ - kept || (i == 0 && measured));
-      if (i == 0 && measured) {
-        py::gil_scoped_acquire gil;
-        kept = py::cast<int64_t>((*asks)());
-      }
+      if (i == 0 && measured) kept = ask();
       if (i == 0 && kept < steps_) graphs_[0].reset();
       if (i == 0 && !differentiates(0)) first_output_ = output;
       Tensor next = states_.select(0, i);
@@ -129,20 +119,19 @@ class Rollout {
     return output;
   }
 
-  const Call& run_with_graph(int64_t step, const Tensor& x) {
+  const Graph& run_with_graph(int64_t step, const Tensor& x) {
     at::AutoGradMode grad(true);
     // A detached state would share its version with the states written later, and would count as modified.
-    Call call{x.variable_data(), times_.select(1, step).detach().clone(), {}};
-    call.x.set_requires_grad(step > 0 || needs_.x);
-    call.t.set_requires_grad(needs_.times);
-    call.output = run(step, call.x, call.t);
-    return graphs_[step].emplace(std::move(call));
+    Graph graph{x.variable_data(), times_.select(1, step).detach().clone(), {}};
+    graph.x.set_requires_grad(step > 0 || needs_.x);
+    graph.t.set_requires_grad(needs_.times);
+    graph.output = run(step, graph.x, graph.t);
+    return graphs_[step].emplace(std::move(graph));
   }
 
   Tensor run(int64_t step, const Tensor& x, const Tensor& t) {
     AutocastGuard autocast(autocast_, x_.device());
-    py::gil_scoped_acquire gil;
-    return py::cast<Tensor>((*call_)(step, x, t));
+    return call_(step, x, t);
   }
 
   // Whether any wanted gradient passes through the model's call at a step.
@@ -162,7 +151,7 @@ class Rollout {
     else
       adjoints.select(2, N - 1).copy_(cotangents);
     Tensor grad_x = needs_.x ? at::empty(sizes, real) : Tensor();
-    Tensor grad_weights = needs_.weights ? at::zeros({C, B, N, kScalars + slots_}, real) : Tensor();
+    Tensor grad_weights = needs_.weights ? at::zeros({C, B, N, kHistory + slots_}, real) : Tensor();
     Tensor grad_times = needs_.times ? at::zeros({C, B, N}, real) : Tensor();
     std::vector<std::vector<Tensor>> grad_parameters(C, std::vector<Tensor>(parameters_.size()));
 
@@ -186,11 +175,11 @@ class Rollout {
         if (graph) {
           bool last = c == C - 1 && !(kept && retain);
           auto found = vjp(*graph, grad_output, !last);
-          if (found.x.defined()) grad_state.add_(found.x);
-          if (found.t.defined()) grad_times.select(0, c).select(1, j).copy_(found.t);
+          if (found[0].defined()) grad_state.add_(found[0]);
+          if (found[1].defined()) grad_times.select(0, c).select(1, j).copy_(found[1]);
           for (size_t k = 0; k < parameters_.size(); ++k) {
             auto& sum = grad_parameters[c][k];
-            if (found.parameters[k].defined()) sum = sum.defined() ? sum + found.parameters[k] : found.parameters[k];
+            if (const auto& own = found[2 + k]; own.defined()) sum = sum.defined() ? sum + own : own;
           }
         }
         if (needs_.weights) add_weight_gradients(grad_weights.select(0, c), j, g.flatten(2), probes);
@@ -204,22 +193,17 @@ class Rollout {
     return {defined(grad_x), defined(grad_weights), defined(grad_times), stack(grad_parameters)};
   }
 
-  // Step j's m = m_uncond + g (m_cond - m_uncond), from the network's output of B or 2B rows.
-  Mixed mixed(int64_t j, const Tensor& output) const {
-    const int64_t B = x_.size(0);
-    Tensor rows = output.flatten(1).to(weights_.scalar_type());
-    if (output.size(0) == B) return {rows, {}};
-    Tensor uncond = rows.narrow(0, 0, B), cond = rows.narrow(0, B, B);
-    Tensor spread = cond - uncond;
-    return {uncond + weights_.select(1, j).slice(1, 3, 4) * spread, spread};
-  }
-
-  // The vectors whose products with the adjoints are step j's weight gradients, (B, 3 or 4, D): x, y, m, spread.
+  // The vectors whose products with the adjoints are step j's weight gradients, (B, 3 or 4, D): x, y, the guided output
+  // m and, with guidance, m_cond - m_uncond.
   Tensor weight_probes(int64_t j, const Tensor& x, const Tensor& y, const Tensor& output) const {
     const auto real = weights_.scalar_type();
-    auto [m, spread] = mixed(j, output);
-    std::vector<Tensor> probes{x.flatten(1).to(real), y.flatten(1).to(real), m};
-    if (spread.defined()) probes.push_back(spread);
+    const int64_t B = x_.size(0);
+    Tensor m = output.flatten(1).to(real);
+    std::vector<Tensor> probes{x.flatten(1).to(real), y.flatten(1).to(real), m.narrow(0, 0, B)};
+    if (output.size(0) != B) {
+      probes.push_back(m.narrow(0, B, B) - probes[2]);
+      probes[2] = probes[2] + weights_.select(1, j).slice(1, kGuidance, kGuidance + 1) * probes[3];
+    }
     return at::stack(probes, 1);
   }
 
@@ -229,43 +213,39 @@ class Rollout {
     const int64_t N = steps_;
     at::NoTF32Guard full;  // these sums settle the search's step, whatever precision the model's products may have
     Tensor products = at::bmm(adjoints.slice(1, j), probes.transpose(1, 2));
-    Tensor through = (weights_.slice(1, j).select(2, kScalars + j).unsqueeze(2) * products).sum(1);
+    Tensor through = (weights_.slice(1, j).select(2, kHistory + j).unsqueeze(2) * products).sum(1);
     Tensor row = gradient.select(1, j);
-    row.select(1, 0).copy_(products.select(1, 0).select(1, 0));
-    row.select(1, 1).copy_(through.select(1, 0));
-    row.select(1, 2).copy_(through.select(1, 2));
-    if (probes.size(1) == 4) row.select(1, 3).copy_(weights_.select(1, j).select(1, 2) * through.select(1, 3));
-    gradient.slice(1, j).select(2, kScalars + j).copy_(products.select(2, 1));
-    if (j == 0 && slots_ > N) gradient.select(2, kScalars + N).copy_(products.select(2, 0));
+    row.select(1, kA).copy_(products.select(1, 0).select(1, 0));
+    row.select(1, kP).copy_(through.select(1, 0));
+    row.select(1, kQ).copy_(through.select(1, 2));
+    if (probes.size(1) == 4)
+      row.select(1, kGuidance).copy_(weights_.select(1, j).select(1, kQ) * through.select(1, 3));
+    gradient.slice(1, j).select(2, kHistory + j).copy_(products.select(2, 1));
+    if (j == 0 && slots_ > N) gradient.select(2, kHistory + N).copy_(products.select(2, 0));
   }
 
   // What the last slot, the initial state itself, sends back: sum_i w_iN g_{i+1}.
   Tensor noise_gradient(const Tensor& g) const {
     if (slots_ == steps_) return at::zeros({}, weights_.options());
     at::NoTF32Guard full;
-    Tensor row = weights_.select(2, kScalars + steps_).unsqueeze(1).expand({x_.size(0), 1, steps_});
+    Tensor row = weights_.select(2, kHistory + steps_).unsqueeze(1).expand({x_.size(0), 1, steps_});
     return at::bmm(row, g.flatten(2)).view(x_.sizes());
   }
 
-  struct Gradients {
-    Tensor x, t;
-    std::vector<Tensor> parameters;
-  };
-
-  // The products of a call's Jacobians with a cotangent (B or 2B, *S) of its output; undefined where nothing depends.
-  Gradients vjp(const Call& call, const Tensor& grad_output, bool retain) const {
-    std::vector<Tensor> inputs;
-    if (call.x.requires_grad()) inputs.push_back(call.x);
-    if (call.t.requires_grad()) inputs.push_back(call.t);
-    inputs.insert(inputs.end(), parameters_.begin(), parameters_.end());
-    Gradients found{{}, {}, std::vector<Tensor>(parameters_.size())};
+  // The products of a call's Jacobians with a cotangent (B or 2B, *S) of its output: of x, t and each parameter;
+  // undefined where nothing depends or is wanted.
+  std::vector<Tensor> vjp(const Graph& call, const Tensor& grad_output, bool retain) const {
+    std::vector<Tensor> all{call.x, call.t}, inputs;
+    all.insert(all.end(), parameters_.begin(), parameters_.end());
+    for (const auto& t : all)
+      if (t.requires_grad()) inputs.push_back(t);
+    std::vector<Tensor> found(all.size());
     if (inputs.empty() || !call.output.requires_grad()) return found;
     auto gradients = torch::autograd::grad({call.output}, inputs, {grad_output.to(call.output.scalar_type())}, retain,
                                            /*create_graph=*/false, /*allow_unused=*/true);
     size_t next = 0;
-    if (call.x.requires_grad()) found.x = gradients[next++];
-    if (call.t.requires_grad()) found.t = gradients[next++];
-    for (auto& gradient : found.parameters) gradient = gradients[next++];
+    for (size_t k = 0; k < all.size(); ++k)
+      if (all[k].requires_grad()) found[k] = gradients[next++];
     return found;
   }
 
@@ -293,7 +273,7 @@ class Rollout {
     first_output_.reset();
   }
 
-  std::shared_ptr<py::object> call_;
+  Call call_;
   Tensor x_, weights_, times_;
   std::vector<Tensor> parameters_;
   Needs needs_;
@@ -301,32 +281,30 @@ class Rollout {
   Tensor index_;
   Autocast autocast_;
   std::vector<optional<Random>> random_;
-  std::vector<optional<Call>> graphs_;
+  std::vector<optional<Graph>> graphs_;
   Tensor states_, history_, first_output_;
   int64_t version_ = 0;
   bool done_ = false;
 };
 
-std::unique_ptr<Rollout> make_rollout(py::object call, Tensor x, Tensor weights, Tensor times, py::object kept,
-                                      std::vector<Tensor> parameters, std::array<bool, 3> needs) {
-  return std::make_unique<Rollout>(std::move(call), std::move(x), std::move(weights), std::move(times),
-                                   std::move(kept), std::move(parameters), Needs{needs[0], needs[1], needs[2]});
+std::unique_ptr<Engine> make_engine(Engine::Call call, Tensor x, Tensor weights, Tensor times, Engine::Count kept,
+                                    std::vector<Tensor> parameters, std::array<bool, 3> needs) {
+  return std::make_unique<Engine>(std::move(call), std::move(x), std::move(weights), std::move(times), kept,
+                                  std::move(parameters), Needs{needs[0], needs[1], needs[2]});
 }
 
-Rollout::Pulled pull(Rollout& rollout, const Tensor& cotangents, bool retain) {
-  return rollout.pull(cotangents, retain);
-}
-
-void bind(PyObject* target) {
-  auto module = py::reinterpret_borrow<py::module_>(target);
-  py::class_<Rollout>(module, "Rollout")
-      .def(py::init(torch::wrap_pybind_function_no_gil(make_rollout)))
-      .def("pull", torch::wrap_pybind_function_no_gil(pull))
-      .def_property_readonly("states", &Rollout::states)
-      .def_property_readonly("history", &Rollout::history);
-}
-
-const ModulePart part(bind);
+Engine::Pulled pull(Engine& engine, const Tensor& cotangents, bool retain) { return engine.pull(cotangents, retain); }
 
 }  // namespace
 }  // namespace dss_fast
+
+// The build names the module after the version of torch (setup.py).
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  using namespace dss_fast;
+  module.attr("columns") = std::array<int64_t, 5>{kA, kP, kQ, kGuidance, kHistory};
+  py::class_<Engine>(module, "Engine")
+      .def(py::init(torch::wrap_pybind_function_no_gil(make_engine)))
+      .def("pull", torch::wrap_pybind_function_no_gil(pull))
+      .def_property_readonly("states", &Engine::states)
+      .def_property_readonly("history", &Engine::history);
+}

@@ -17,34 +17,31 @@ using std::optional;
 class Random {
  public:
   static Random now(c10::Device device) {
-    Random state;
-    state.devices_.push_back(c10::Device(at::kCPU));
-    if (!device.is_cpu()) state.devices_.push_back(device);
-    for (auto where : state.devices_) {
+    Random random;
+    for (auto where : {c10::Device(at::kCPU), device}) {
+      if (where.is_cpu() && !random.states_.empty()) continue;
       auto generator = at::globalContext().defaultGenerator(where);
       std::lock_guard<std::mutex> lock(generator.mutex());
-      state.states_.push_back(generator.get_state());
+      random.states_.emplace_back(generator, generator.get_state());
     }
-    return state;
+    return random;
   }
 
   bool operator==(const Random& other) const {
     for (size_t i = 0; i < states_.size(); ++i)
-      if (!at::equal(states_[i], other.states_[i])) return false;
+      if (!at::equal(states_[i].second, other.states_[i].second)) return false;
     return true;
   }
 
   void restore() const {
-    for (size_t i = 0; i < devices_.size(); ++i) {
-      auto generator = at::globalContext().defaultGenerator(devices_[i]);
+    for (auto [generator, state] : states_) {
       std::lock_guard<std::mutex> lock(generator.mutex());
-      generator.set_state(states_[i]);
+      generator.set_state(state);
     }
   }
 
  private:
-  std::vector<c10::Device> devices_;
-  std::vector<Tensor> states_;
+  std::vector<std::pair<at::Generator, Tensor>> states_;
 };
 
 // Replays a call's random numbers and puts the generators back afterwards. For a call that drew none it does nothing.

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,9 @@ from .searching import METHODS, GaussNewton, Method, search
 from .searching.processes import take_local_device
 from .searching.space import SPACES
 from .target import Target
+
+if TYPE_CHECKING:
+    from .integrations.diffusers.command import Prompted
 
 INTERRUPTED = 130  # the exit status of Ctrl-C, so that ``search && deploy`` does not deploy half a search
 
@@ -56,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
 def load_target(name: str, device: str | None = None) -> Target:
     """The Target behind ``module:attribute``, moved to a device if one is given.
 
-    Raises ValueError saying which part does not exist or is no Target.
+    Raises ValueError saying which part does not exist or is not a Target.
     """
     module, _, attribute = name.partition(":")
     if not module or not attribute:
@@ -90,37 +94,41 @@ def load_target(name: str, device: str | None = None) -> Target:
 
 
 def _search(options: argparse.Namespace) -> int:
-    method = _method(options)
+    method, out = _method(options), Path(options.out)
     take_local_device()  # the model is built on the current device, so this comes first
-    pipelines = [name for name in options.models if ":" not in name]
-    if pipelines and len(options.models) > 1:
-        raise ValueError(
-            f"model {pipelines[0]!r}: a pipeline of diffusers is searched alone; of several models each is "
-            "module:attribute, as in examples.mnist:flow"
-        )
-    if pipelines:
-        return _search_pipeline(pipelines[0], options, method)
-    for key in ("prompts", "call", "dtype"):
-        if getattr(options, key):
-            raise ValueError(
-                f"--{key} goes with a pipeline of diffusers, and {options.models[0]!r} is a module's attribute"
-            )
-    targets = [load_target(name, options.device) for name in options.models]
+    first = int(os.environ.get("RANK", "0")) == 0
+    prompted = _prompted(options)
+    if prompted is None:
+        targets = [load_target(name, options.device) for name in options.models]
+    else:
+        targets = [prompted.target()]
+        if first:
+            print(f"{prompted}, latents {targets[0].shape}, guidance {targets[0].guidance_scale}", flush=True)
     result = search(
-        targets,
-        options.steps,
-        method=method,
-        budget=options.budget,
-        seed=options.seed,
-        out=options.out,
-        resume=options.resume,
+        targets, options.steps, method=method, budget=options.budget, seed=options.seed, out=out, resume=options.resume
     )
-    if int(os.environ.get("RANK", "0")) == 0:
+    if first:
         print(result)
+        if prompted is not None:
+            prompted.show(result, out, options.seed)
     return INTERRUPTED if result.interrupted else 0
 
 
-def _search_pipeline(name: str, options: argparse.Namespace, method: Method) -> int:
+def _prompted(options: argparse.Namespace) -> Prompted | None:
+    """The pipeline of diffusers that is to be searched, loaded; None where the models are attributes of modules."""
+    name = next((model for model in options.models if ":" not in model), None)
+    if name is None:
+        for key in ("prompts", "call", "dtype"):
+            if getattr(options, key):
+                raise ValueError(
+                    f"--{key} goes with a pipeline of diffusers, and {options.models[0]!r} is a module's attribute"
+                )
+        return None
+    if len(options.models) > 1:
+        raise ValueError(
+            f"model {name!r}: a pipeline of diffusers is searched alone; of several models each is "
+            "module:attribute, as in examples.mnist:flow"
+        )
     if not (Path(name) / "model_index.json").is_file() and name.count("/") != 1:
         raise ValueError(
             f"model {name!r}: write module:attribute, as in examples.mnist:flow, or a pipeline of diffusers: "
@@ -128,22 +136,10 @@ def _search_pipeline(name: str, options: argparse.Namespace, method: Method) -> 
         )
     if not options.prompts:
         raise ValueError(f"the pipeline {name!r} needs --prompts, a file with one prompt a line")
-    from .integrations.diffusers.command import search_pipeline
+    check_writable(options.out)
+    from .integrations.diffusers.command import Prompted
 
-    result = search_pipeline(
-        name,
-        options.prompts,
-        options.steps,
-        options.out,
-        method=method,
-        call=options.call or (),
-        dtype=options.dtype,
-        device=options.device,
-        budget=options.budget,
-        seed=options.seed,
-        resume=options.resume,
-    )
-    return INTERRUPTED if result.interrupted else 0
+    return Prompted.load(name, options.prompts, options.call or (), options.dtype, options.device)
 
 
 def _method(options: argparse.Namespace) -> Method:

@@ -32,7 +32,7 @@ class Denoiser:
         doubled batch, unconditional rows first, and the output has 2B rows. Values: anything that
         expands to B rows. None: no guidance.
     guided_channels: guide only the first channels of a sample, as DiT does with 3 of 4: the unconditional rows get
-        the conditional ones' other channels, between which any guidance is none. None: all.
+        the conditional ones' other channels, where guidance then changes nothing. None: all.
     check_finite: raise FloatingPointError when the output holds NaN or Inf. Reads one number back from
         the device per call. None: on the CPU only.
 
@@ -41,7 +41,7 @@ class Denoiser:
 
     def __init__(
         self,
-        model: Callable,
+        model: Callable[..., Any],
         cond: Mapping[str, Any] | None = None,
         uncond: Mapping[str, Any] | None = None,
         *,
@@ -77,13 +77,13 @@ class Denoiser:
         rows = {k: v for k, v in given.items() if isinstance(v, Tensor) and v.ndim and len(v) == len(x)}
         before = {} if torch.compiler.is_compiling() else versions(rows)
         try:
-            output: Any = self.model(given["x"], given["t"], **cond)
+            returned: Any = self.model(given["x"], given["t"], **cond)
         except Exception as error:
             error.add_note(f"called as model({', '.join(_described(k, v) for k, v in given.items())})")
             raise
         check_untouched(rows, before)
-        output = output[0] if isinstance(output, tuple) and output else getattr(output, "sample", output)
-        self._check(output, x, t)
+        found = returned[0] if isinstance(returned, tuple) and returned else getattr(returned, "sample", returned)
+        output = self._checked(found, x, t)
         self.nfe += 2 if self.guided else 1
         if self.guided and channels is not None:
             uncond, guided = output.chunk(2)
@@ -109,7 +109,7 @@ class Denoiser:
             self._doubled = arguments
         return arguments
 
-    def _check(self, output: Any, x: Tensor, t: Tensor) -> None:
+    def _checked(self, output: Any, x: Tensor, t: Tensor) -> Tensor:
         if not isinstance(output, Tensor) or output.shape != x.shape or not output.is_floating_point():
             got = "an empty tuple" if output == () else type(output).__name__
             if isinstance(output, Tensor):
@@ -135,6 +135,7 @@ class Denoiser:
                         "does it ignore that keyword? Guidance has no effect",
                         stacklevel=4,
                     )
+        return output
 
 
 def _rows(value: Any, rows: int, device: torch.device) -> Any:
@@ -164,7 +165,7 @@ def _pair(key: str, uncond: Any, cond: Any, rows: int) -> Any:
     return cond
 
 
-def _check_signature(model: Callable, arguments: Mapping[str, Any]) -> None:
+def _check_signature(model: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
     """Raises before any work when the model cannot be called as it will be."""
     try:
         parameters = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters
@@ -208,6 +209,22 @@ def check_untouched(tensors: Mapping[str, Any], before: Mapping[str, int]) -> No
             )
 
 
+@contextmanager
+def naming_step(step: int, num_steps: int) -> Iterator[None]:
+    """Adds the step to whatever the model raises, and leaves the exception as it is."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"at step {step} of {num_steps}")
+        raise
+
+
+def uncached_autocast(device: torch.device) -> torch.autocast:
+    """The caller's autocast without its cache of weights, which would outlive, or lack, the graph that needs a cast."""
+    dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, dtype, enabled=enabled, cache_enabled=False)
+
+
 def _described(name: str, value: Any) -> str:
     if not isinstance(value, Tensor):
         return f"{name}={type(value).__name__}"
@@ -215,7 +232,7 @@ def _described(name: str, value: Any) -> str:
     return f"{name} {text}".strip() if name in ("x", "t", "") else f"{name}={text}"
 
 
-def _warn_of_train_mode(model: Callable) -> None:
+def _warn_of_train_mode(model: Callable[..., Any]) -> None:
     for module in modules_of(model):
         for name, part in module.named_modules() if module.training else ():
             if part.training and _depends_on_mode(part):
@@ -246,7 +263,7 @@ def modules_of(model: Any, depth: int = 3) -> list[nn.Module]:
     elif isinstance(model, types.MethodType):
         held = [model.__self__]
     elif isinstance(model, types.FunctionType):
-        held = [cell.cell_contents for cell in model.__closure__ or () if _filled(cell)]
+        held = [cell.cell_contents for cell in model.__closure__ or () if cell != types.CellType()]  # not empty yet
         held += [v for v in (model.__globals__.get(n) for n in model.__code__.co_names) if isinstance(v, nn.Module)]
     elif callable(model):
         held = list(getattr(model, "__dict__", {}).values())
@@ -270,10 +287,3 @@ def frozen(models: Sequence[Any]) -> Iterator[None]:
             parameter.requires_grad_(wanted)
         for module, mode in zip(modules, before[1], strict=True):
             module.training = mode
-
-
-def _filled(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False

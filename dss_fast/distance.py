@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor
 from .target import Target
 
 CRITERIA = ("rmse", "median", "features")
-SWITCH = 0.5  # a sample that is off by this part of the median distance between two references may be another one
-CHUNK = 64  # features and classify see so many samples at a time
-SPLITS, WIDE = 16, 4096  # a distance is averaged over so many halvings of the noises, one beyond so many features
+SWITCH = 0.5  # a sample further off than this part of the median distance between references counts as switched
+CHUNK = 64  # samples that features and classify see at a time
+SPLITS, WIDE = 16, 4096  # halvings of the noises to average a distance over; with more than WIDE features only one
 
 
 def squares(x: Tensor, reference: Tensor) -> Tensor:
@@ -29,7 +30,7 @@ def criterion(select: str, errors: Tensor, features: Tensor | None = None) -> fl
         rmse: sqrt(mean_b errors_b)    median: sqrt(median_b errors_b)    features: sqrt(mean_b features_b)
 
     errors, features: (B,) :func:`squares` of the samples and of their features, each to the reference from the same
-    noise; infinite where a solver left the numbers. Paired, so that two solvers differ by what they do and not by
+    noise; infinite where a solver diverged to NaN or Inf. Paired, so that two solvers differ by what they do and not by
     the noise they got. Raises ValueError for another name, and for "features" without any.
     """
     if select not in CRITERIA:
@@ -72,10 +73,14 @@ def energy_distance(first: Tensor, second: Tensor, *, same_noise: bool = False) 
     if len(first) < 2 or len(second) < 2:
         return math.nan
     first, second = first.double().cpu(), second.double().cpu()
-    different = lambda pairs: pairs.fill_diagonal_(0).sum() / (len(pairs) * (len(pairs) - 1))  # noqa: E731
     between = torch.cdist(first, second)
-    mixed = different(between) if same_noise else between.mean()
-    return float(2 * mixed - different(torch.cdist(first, first)) - different(torch.cdist(second, second)))
+    mixed = _off_diagonal(between) if same_noise else between.mean()
+    return float(2 * mixed - _off_diagonal(torch.cdist(first, first)) - _off_diagonal(torch.cdist(second, second)))
+
+
+def _off_diagonal(pairs: Tensor) -> Tensor:
+    """The mean over pairs of different rows; the diagonal is zeroed."""
+    return pairs.fill_diagonal_(0).sum() / (len(pairs) * (len(pairs) - 1))
 
 
 def three_digits(value: float) -> str:
@@ -103,7 +108,7 @@ class Reference:
     splits: list[tuple[Tensor, Tensor]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        set_ = lambda key, value: object.__setattr__(self, key, value)  # noqa: E731
+        set_ = partial(object.__setattr__, self)
         set_("features", self._features(self.samples))
         set_("classes", self._classes(self.samples))
         n, count = len(self.samples), SPLITS if self.features.shape[1] <= WIDE else 1

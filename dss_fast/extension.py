@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["load"]
+__all__ = ["compiled", "load", "missing"]
 
 
 def load() -> ModuleType:
@@ -38,3 +38,11 @@ def load() -> ModuleType:
         raise ImportError(f"its C++ extension was not built; with a C++ compiler, {build} builds it") from None
     except ImportError as error:
         raise ImportError(f"its C++ extension does not load ({error}); {build} builds it again") from error
+
+
+compiled: ModuleType | None = None  # the loaded extension
+missing = ""  # the reason why there is none
+try:
+    compiled = load()
+except ImportError as error:
+    missing = str(error)

@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KEPT = 8  # so many loops a device keeps, each with its inputs and output, and the largest one's activations
+from .denoiser import uncached_autocast
+
+LOOPS = 8  # loops a device keeps: the inputs and output of each, and the activations of the largest
 CAPTURES = "cuda"  # the type of device that can capture
 
 _lock = threading.RLock()
@@ -56,7 +58,7 @@ class _Loop:
                     cause = error
                     raise
         except BaseException as error:
-            generator.graphsafe_set_state(state)  # left capturing (ACE-Step-1.5 issue 587)
+            generator.graphsafe_set_state(state)  # a failed capture leaves it capturing (ACE-Step-1.5 issue 587)
             self.output = None
             _abandon(graph, device, pool)
             raise cause or error from None
@@ -94,13 +96,13 @@ class _Device:
         """A new loop, captured, or with a warning that says why where it cannot be. Raises what the function does."""
         reason = ""
         # Inputs made in inference mode could not be written outside it.
-        with torch.inference_mode(False), torch.no_grad(), _uncached_autocast(tensors):
+        with torch.inference_mode(False), torch.no_grad(), uncached_autocast(self.stream.device):
             loop = _Loop(tensors)
             self.stream.wait_stream(loop.home)
             with torch.cuda.stream(self.stream):
                 # What is made at the first call (handles, autotuning, Triton's modules) cannot be made in a capture.
                 function(**loop.inputs)
-                # What a model's own autocast keeps would be freed under the replays, or read before there was any.
+                # Casts that the model's own autocast has cached would be freed while replays still read them.
                 torch.clear_autocast_cache()
                 try:
                     loop.capture(function, self.stream, self._pool())
@@ -113,7 +115,7 @@ class _Device:
                         self.pool = None  # PyTorch may think that it is still captured into
             loop.home.wait_stream(self.stream)
         self.loops[key] = loop  # a failed one is kept too, so that it is not tried again
-        while len(self.loops) > KEPT:
+        while len(self.loops) > LOOPS:
             self.drop(next(iter(self.loops)))
         if reason:
             warnings.warn(
@@ -142,7 +144,7 @@ def replay(
     """function(**tensors, **constants) by a captured graph; without one where that is impossible, saying why.
 
     key: everything beside the tensors' values that settles what the function does, the model among it. Captures are
-    kept per key, autocast state and shape and dtype of the tensors, :data:`KEPT` on each device.
+    kept per key, autocast state and shape and dtype of the tensors, :data:`LOOPS` on each device.
     tensors, constants: on one device; a constant's values never change, so that the same one is copied once.
     """
     given = {**tensors, **constants}
@@ -187,7 +189,7 @@ def _abandon(graph: Any, device: int, pool: Any) -> None:
     graph.reset()
     try:
         torch._C._cuda_endAllocateToPool(device, pool)
-    except RuntimeError:  # the capture had ended, what failed was the model in it
+    except RuntimeError:  # the capture had ended properly: the model in it failed
         return
     torch._C._cuda_releasePool(device, pool)
     _abandoned.append(graph)
@@ -198,17 +200,10 @@ def _autocast(kind: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def _uncached_autocast(tensors: Mapping[str, Tensor]) -> torch.autocast:
-    """The caller's autocast without its cache of weights, which lies outside a graph's memory."""
-    kind = next(iter(tensors.values())).device.type
-    dtype = _autocast(kind)
-    return torch.autocast(kind, dtype, enabled=dtype is not None, cache_enabled=False)
-
-
 def signature(arguments: Mapping[str, Any]) -> Hashable:
-    """The part of keyword arguments that is no tensor, as a key; dicts and lists count by what they hold.
+    """The keyword arguments beside the tensors, as a key; dicts and lists count by what they hold.
 
-    Raises TypeError for what cannot be one, a tensor inside a dict or list among them: a replay could not change it.
+    Raises TypeError for what cannot be hashed, and for a tensor inside a dict or list, which a replay could not change.
     """
     return _frozen({k: v for k, v in arguments.items() if not isinstance(v, Tensor)})
 
@@ -221,4 +216,4 @@ def _frozen(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         raise TypeError("a tensor inside a dict or list")
     hash(value)
-    return value
+    return value  # type: ignore[no-any-return]

@@ -12,7 +12,7 @@ is found by writing states as vectors over (x_init, y_0, ..., y_{N-1}) in float6
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from .schedule import Flow, Schedule, inverse
 from .solver import Solver
 
 SPACINGS = ("uniform", "lambda", "karras")
-LAST_U = 1e-3  # log-SNR spacings stop so far from an end that is infinite, as a table of 1000 steps does
+LAST_U = 1e-3  # where log-SNR is infinite at an end, spacings stop this far before it, as a table of 1000 steps does
 
 
 def handmade(
@@ -68,14 +68,8 @@ def handmade(
         rows[i] = (state - line.a[i] * line.states[i])[1:] / line.b[i]
         line.states.append(state)
     label = f"{method}/{n}" + (f"@{spacing}" if spacing != "uniform" else "")
-    rows = torch.tril(rows)
-    return Solver(
-        tuple(u.tolist()),
-        tuple(map(tuple, rows.tolist())),
-        schedule,
-        name=label,
-        source="hand-made",
-    )
+    coeffs = tuple(map(tuple, torch.tril(rows).tolist()))
+    return Solver(tuple(u.tolist()), coeffs, schedule, name=label, source="hand-made")
 
 
 def grid(num_steps: int, schedule: Schedule, spacing: str = "uniform") -> Tensor:
@@ -233,7 +227,7 @@ def _deis(line: _Line, i: int, order: int) -> Tensor:
 
     moments = [integral(k, rho[-1]) - integral(k, rho[-2]) for k in range(order)]
     row = _quadrature(nodes, moments)
-    drift = sum(c * line.epsilon(i - order + 1 + k) for k, c in enumerate(row))
+    drift: Tensor = sum(c * line.epsilon(i - order + 1 + k) for k, c in enumerate(row))
     return line.alpha[i + 1] * (line.states[i] / line.alpha[i] + drift)
 
 
@@ -242,13 +236,14 @@ def _finite_order(line: _Line, i: int) -> int:
     return 1 + sum(1 for j in range(i) if line.log_snr[j].isfinite()) if line.log_snr[i].isfinite() else 1
 
 
-def _quadrature(nodes: Tensor, moments: list) -> Tensor:
+def _quadrature(nodes: Tensor, moments: Sequence[float | Tensor]) -> Tensor:
     """Weights at the nodes that integrate 1, s, s^2, ... to the given moments."""
     powers = torch.stack([nodes**k for k in range(len(nodes))])
-    return torch.linalg.solve(powers, torch.tensor([float(m) for m in moments], dtype=torch.float64))
+    weights: Tensor = torch.linalg.solve(powers, torch.tensor([float(m) for m in moments], dtype=torch.float64))
+    return weights
 
 
-METHODS: dict[str, tuple[Callable, int]] = {
+METHODS: dict[str, tuple[Callable[[_Line, int, int], Tensor], int]] = {
     "euler": (_adams_uniform, 1),
     "ab2": (_adams, 2),
     "ab3": (_adams, 3),

@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from .methods import METHODS, check_spacing, handmade
 from .schedule import Schedule, from_dict
@@ -32,7 +33,7 @@ class Name:
 
     @classmethod
     def parse(cls, text: str) -> Name:
-        """Raises ValueError for what is no name, listing those that exist."""
+        """Raises ValueError for any other text, listing the names that exist."""
         rest, at, spacing = text.partition("@")
         name, slash, steps = rest.partition("/")
         if name not in METHODS and name not in _published():
@@ -66,7 +67,7 @@ def find_solver(
     if name.handmade:
         if steps is None:
             raise ValueError(f"solver={str(solver)!r}: how many steps? Write for example '{name.name}/10'")
-        return _handmade(name.name, steps, schedule, name.spacing or "uniform")
+        return _handmade(name.name, steps, schedule, spacing=name.spacing or "uniform")
     if steps not in published_steps(name.name):
         raise ValueError(f"no published solver is called {name.name}/{steps}; there are {known()}")
     return _table(name.name, steps)
@@ -92,15 +93,19 @@ def published_steps(name: str) -> list[int]:
     return [int(n) for n in _published()[name]["steps"]]
 
 
+def published(name: Name) -> list[Solver]:
+    """The tables that a published name means: one, or without ``/N`` all of them."""
+    steps = published_steps(name.name) if name.num_steps is None else [name.num_steps]
+    return [find_solver(name.name, None, n) for n in steps]
+
+
 def known() -> str:
     """What exists, for messages."""
     published = [f"{name}/{{{','.join(map(str, published_steps(name)))}}}" for name in _published()]
     return f"{', '.join(published)}; hand-made: {', '.join(f'{m}/N' for m in METHODS)}; or a path ending in .json"
 
 
-@lru_cache(64)
-def _handmade(method: str, num_steps: int, schedule: Schedule | None, spacing: str) -> Solver:
-    return handmade(method, num_steps, schedule, spacing=spacing)
+_handmade = lru_cache(64)(handmade)
 
 
 @lru_cache(None)
@@ -114,6 +119,6 @@ def _table(name: str, num_steps: int) -> Solver:
 
 
 @lru_cache(None)
-def _published() -> dict:
+def _published() -> dict[str, Any]:
     files = sorted((Path(__file__).parent / "solvers").glob("*.json"))
     return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}

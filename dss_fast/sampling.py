@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .denoiser import Denoiser
+from .denoiser import Denoiser, naming_step
 from .graph import replay, signature
 from .names import find_solver
 from .schedule import Schedule
@@ -62,7 +60,7 @@ def sample(
         N differs from B, or (B, N). At 1 everywhere the unconditional branch is not run.
     guided_channels, device: as in :class:`Target`.
     strict: refuse a solver made for another path than the schedule's, see :meth:`Solver.on`.
-    callback: called after each step with a dict of step, num_steps, u (reached), x, x0 (preview), its own to keep.
+    callback: called after each step with a dict of step, num_steps, u (reached), x, x0 (preview), which it may keep.
     return_trajectory: also return the states x_0..x_N, (N + 1, B, *S).
     history_dtype: storage of the predictions; the state's dtype by default. Sums are in float32.
     check_finite: raise when the model returns NaN or Inf. None: on the CPU only, where it costs no sync.
@@ -160,16 +158,6 @@ def _replay(
     return replay(key, loop, {"x": x, **given, **null}, {"weights": table.weights, "times": table.times})
 
 
-@contextmanager
-def naming_step(step: int, num_steps: int) -> Iterator[None]:
-    """Adds the step to whatever the model raises, and leaves the exception as it is."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"at step {step} of {num_steps}")
-        raise
-
-
 def _start(
     target: Target,
     noise: Tensor | Sequence[int] | int,
@@ -215,22 +203,14 @@ def _scale(target: Target, given: Guidance | None, rows: int, num_steps: int) ->
             f"the target's guidance_scale is a range, {target.guidance_scale}; give the one to sample with"
         )
     scale = guidance_table(target.guidance_scale if given is None else given, rows, num_steps)
-    if isinstance(scale, Tensor) and scale.device.type == "cpu" and bool((scale == 1).all()):
-        scale = 1.0
-    if isinstance(scale, tuple) and set(scale) == {1.0}:
-        scale = 1.0
-    if not _finite(scale):
-        raise ValueError(f"guidance_scale={scale!r}: must be finite")
+    if not (isinstance(scale, Tensor) and scale.is_cuda):  # a scale on a GPU is not waited for
+        known = torch.as_tensor(scale)
+        if not bool(known.isfinite().all()):
+            raise ValueError(f"guidance_scale={scale!r}: must be finite")
+        scale = 1.0 if bool((known == 1).all()) else scale
     if target.uncond is None and not (isinstance(scale, int | float) and scale == 1):
         raise ValueError(f"guidance_scale={given!r} needs uncond, the arguments of the unconditional branch")
     return scale
-
-
-def _finite(scale: float | tuple[float, ...] | Tensor) -> bool:
-    """Whether a scale is finite, as far as is known without waiting for the device."""
-    if isinstance(scale, Tensor):
-        return scale.is_cuda or bool(scale.isfinite().all())
-    return all(map(math.isfinite, scale if isinstance(scale, tuple) else (scale,)))
 
 
 def _report(i: int, solver: Solver, schedule: Schedule, x: Tensor, history: Tensor) -> dict[str, Any]:

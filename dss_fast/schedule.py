@@ -26,9 +26,13 @@ FLOOR = 2.0**-24  # alphas_cumprod stay above this: zero has no log, and diffuse
 
 
 class Schedule(Protocol):
-    """What the package asks of a schedule. ``Flow``, ``VP``, ``DiscreteVP`` and ``Grid`` are the ones it has."""
+    """What the package asks of a schedule: the path and the interface, and what follows from them.
 
-    def __hash__(self) -> int: ...
+    ``Flow``, ``VP``, ``DiscreteVP`` and ``Grid`` are the ones it has. All tensors are float64.
+    """
+
+    def __hash__(self) -> int:
+        return super().__hash__()
 
     @property
     def family(self) -> str:
@@ -46,89 +50,65 @@ class Schedule(Protocol):
         ...
 
     def alpha_sigma(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma at u, float64, u's shape."""
+        """alpha and sigma at u, u's shape."""
         ...
 
     def time(self, u: Tensor) -> Tensor:
-        """The time the network is called with at u, float64, u's shape."""
+        """The time the network is called with at u, u's shape."""
         ...
 
     def prediction(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """(p, q) with y = p * x + q * output: what a history stores, from what the network returns at u."""
-        ...
+        alpha, sigma = self.alpha_sigma(u)
+        one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
+        kind = self.prediction_type
+        if self.family == "flow":
+            if kind == "velocity":
+                return zero, -one if self.convention == "diffusers" else one
+            if kind == "x0":
+                return -1 / sigma, 1 / sigma
+            norm = alpha**2 + sigma**2
+            return (alpha - sigma) / norm, -(alpha + sigma) / norm
+        if kind == "x0":
+            return zero, one
+        if kind == "epsilon":
+            return 1 / alpha, -sigma / alpha
+        if kind == "v_prediction":
+            return alpha, -sigma
+        return 1 / (alpha + sigma), sigma / (alpha + sigma)
 
     def transition(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """(a, b) with x_next = a * x + b * sum_j c_j y_j for the N steps between the N + 1 points u."""
-        ...
+        """(a, b) with x_next = a * x + b * sum_j c_j y_j for the N steps between the N + 1 points u.
+
+        Flow: a = 1, b = sigma - sigma'. VP: a = sigma'/sigma, b = alpha' - sigma' alpha / sigma (DDIM when c is the
+        newest y alone).
+        """
+        alpha, sigma = self.alpha_sigma(u)
+        if self.family == "flow":
+            return torch.ones_like(sigma[1:]), sigma[:-1] - sigma[1:]
+        ratio = sigma[1:] / sigma[:-1]
+        return ratio, alpha[1:] - ratio * alpha[:-1]
 
     def clock(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """(scale, tau) of the sampling ODE d(x / scale) / dtau = y."""
-        ...
+        """(scale, tau) of the ODE d(x / scale) / dtau = y: (1, -sigma) for flows, (sigma, alpha / sigma) for VP."""
+        alpha, sigma = self.alpha_sigma(u)
+        return (torch.ones_like(sigma), -sigma) if self.family == "flow" else (sigma, alpha / sigma)
 
     def x0(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """(r, s) with x0 = r * x + s * y: the clean sample that a stored prediction implies at u."""
-        ...
+        """(r, s) with x0 = r * x + s * y at u: x + sigma * y of a flow, y itself for VP."""
+        _, sigma = self.alpha_sigma(u)
+        one, zero = torch.ones_like(sigma), torch.zeros_like(sigma)
+        return (one, sigma) if self.family == "flow" else (zero, one)
 
     def to_dict(self) -> dict[str, Any]:
-        """The schedule as JSON data, lossless: ``from_dict`` gives an equal one back."""
-        ...
-
-
-def _prediction(self: Schedule, u: Tensor) -> tuple[Tensor, Tensor]:
-    """(p, q) with y = p * x + q * output, (n,) float64 each: y is the velocity x0 - epsilon of a flow, x0 for VP."""
-    alpha, sigma = self.alpha_sigma(u)
-    one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
-    kind = self.prediction_type
-    if self.family == "flow":
-        if kind == "velocity":
-            return zero, -one if self.convention == "diffusers" else one
-        if kind == "x0":
-            return -1 / sigma, 1 / sigma
-        norm = alpha**2 + sigma**2
-        return (alpha - sigma) / norm, -(alpha + sigma) / norm
-    if kind == "x0":
-        return zero, one
-    if kind == "epsilon":
-        return 1 / alpha, -sigma / alpha
-    if kind == "v_prediction":
-        return alpha, -sigma
-    return 1 / (alpha + sigma), sigma / (alpha + sigma)
-
-
-def _transition(self: Schedule, u: Tensor) -> tuple[Tensor, Tensor]:
-    """(a, b) with x_next = a * x + b * sum_j c_j y_j for the N steps between the N + 1 points u, (N,) float64 each.
-
-    Flow: a = 1, b = sigma - sigma'. VP: a = sigma'/sigma, b = alpha' - sigma' alpha / sigma (DDIM when c is the
-    newest y alone).
-    """
-    alpha, sigma = self.alpha_sigma(u)
-    if self.family == "flow":
-        return torch.ones_like(sigma[1:]), sigma[:-1] - sigma[1:]
-    ratio = sigma[1:] / sigma[:-1]
-    return ratio, alpha[1:] - ratio * alpha[:-1]
-
-
-def _clock(self: Schedule, u: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale, tau) of the ODE d(x / scale) / dtau = y: (1, -sigma) for flows, (sigma, alpha / sigma) for VP."""
-    alpha, sigma = self.alpha_sigma(u)
-    return (torch.ones_like(sigma), -sigma) if self.family == "flow" else (sigma, alpha / sigma)
-
-
-def _x0(self: Schedule, u: Tensor) -> tuple[Tensor, Tensor]:
-    """(r, s) with x0 = r * x + s * y: x + sigma * y of a flow, y itself for VP."""
-    _, sigma = self.alpha_sigma(u)
-    one, zero = torch.ones_like(sigma), torch.zeros_like(sigma)
-    return (one, sigma) if self.family == "flow" else (zero, one)
-
-
-def _to_dict(self: Any) -> dict[str, Any]:
-    """The schedule as JSON data: its kind and every field."""
-    values = {f.name: getattr(self, f.name) for f in fields(self)}
-    return {"kind": self.kind, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
+        """The schedule as JSON data, its kind and every field: ``from_dict`` gives an equal one back."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]  # a dataclass
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {"kind": self.kind, **plain}  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
-class Flow:
+class Flow(Schedule):
     """Rectified flow: alpha = 1 - sigma, and sigma = s * (1 - u) / (1 + (s - 1) * (1 - u)) with s = ``shift``.
 
     The history of a flow holds velocities x0 - epsilon.
@@ -172,21 +152,17 @@ class Flow:
         return cls(shift=math.exp(mu) if kind == "exponential" else mu, **options)
 
     def alpha_sigma(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma at u, float64, u's shape."""
         noise = 1 - u.double()
         sigma = self.shift * noise / (1 + (self.shift - 1) * noise)
         return 1 - sigma, sigma
 
     def time(self, u: Tensor) -> Tensor:
-        """The time the network is called with at u, float64, u's shape."""
         alpha, sigma = self.alpha_sigma(u)
         return alpha if self.convention == "paper" else self.time_scale * sigma
 
-    prediction, transition, clock, x0, to_dict = _prediction, _transition, _clock, _x0, _to_dict
-
 
 @dataclass(frozen=True)
-class VP:
+class VP(Schedule):
     """Continuous variance preserving: alpha = exp(-1/2 int_0^t beta), beta(t) = beta_min + (beta_max - beta_min) t.
 
     t = max(t_start - u, t_end); the network's time is ``time_scale * t``. The history of a VP model holds x0
@@ -215,20 +191,16 @@ class VP:
         return (self.t_start - u.double()).clamp_min(self.t_end)
 
     def alpha_sigma(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma at u, float64, u's shape."""
         t = self._t(u)
         log_alpha = -0.5 * (self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t * t)
         return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
 
     def time(self, u: Tensor) -> Tensor:
-        """The time the network is called with at u, float64, u's shape."""
         return self.time_scale * self._t(u)
-
-    prediction, transition, clock, x0, to_dict = _prediction, _transition, _clock, _x0, _to_dict
 
 
 @dataclass(frozen=True)
-class DiscreteVP:
+class DiscreteVP(Schedule):
     """Variance preserving from a table of ``alphas_cumprod`` (= alpha^2), as DDPM checkpoints carry it.
 
     log alpha is interpolated linearly in the table's index n; the network's time is n. With
@@ -260,7 +232,7 @@ class DiscreteVP:
         object.__setattr__(self, "_hash", hash((self.alphas_cumprod, self.prediction_type, self.final, self.name)))
 
     def __hash__(self) -> int:
-        return self._hash  # type: ignore[attr-defined]  # computed once, because 1000 numbers take 15 us
+        return self._hash  # type: ignore[attr-defined, no-any-return]  # computed once, as it takes 15 us
 
     @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float], **options: Any) -> DiscreteVP:
@@ -293,7 +265,6 @@ class DiscreteVP:
         return num * (1 - u) - 1 if self.final == "zero" else (num - 1) * (1 - u)
 
     def alpha_sigma(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma at u, float64, u's shape."""
         n = self._n(u)
         table: Tensor = self._log_alpha.to(n.device)  # type: ignore[attr-defined]  # set in __post_init__
         lower = n.detach().floor().clamp(-1, len(table) - 3).long()
@@ -305,14 +276,11 @@ class DiscreteVP:
         return log_alpha.exp(), (0 - torch.expm1(2 * log_alpha)).sqrt()
 
     def time(self, u: Tensor) -> Tensor:
-        """The time the network is called with at u, float64, u's shape."""
         return self._n(u).clamp_min(0)
-
-    prediction, transition, clock, x0, to_dict = _prediction, _transition, _clock, _x0, _to_dict
 
 
 @dataclass(frozen=True)
-class Grid:
+class Grid(Schedule):
     """alpha, sigma and the network's time known at N + 1 points only, as a host program's list of sigmas gives them.
 
     Point i stands at u = i / N; between the points alpha, sigma and time are interpolated linearly. Hand-made
@@ -370,11 +338,9 @@ class Grid:
         return torch.linspace(0, 1, len(self.sigmas), dtype=torch.float64)
 
     def alpha_sigma(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma at u, float64, u's shape."""
         return self._at(self.alphas, u), self._at(self.sigmas, u)
 
     def time(self, u: Tensor) -> Tensor:
-        """The time the network is called with at u, float64, u's shape."""
         return self._at(self.times, u)
 
     def _at(self, values: tuple[float, ...], u: Tensor) -> Tensor:
@@ -387,8 +353,6 @@ class Grid:
         upper = (lower + 1).clamp_max(len(table) - 1)
         fraction = place - lower
         return torch.where(fraction == 0, table[lower], table[lower] * (1 - fraction) + table[upper] * fraction)
-
-    prediction, transition, clock, x0, to_dict = _prediction, _transition, _clock, _x0, _to_dict
 
 
 # What ``from_dict`` can build; a schedule of your own joins with its kind, and has ``to_dict`` and these fields.
@@ -408,7 +372,7 @@ def from_dict(data: Mapping[str, Any]) -> Schedule:
             raise ValueError(f"schedule.{key}: unknown field of {kind}; known are {', '.join(sorted(known))}")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "kind"}
     try:
-        found = KINDS[kind](**values)
+        found: Schedule = KINDS[kind](**values)
         hash(found)
         return found
     except (TypeError, ArithmeticError, RuntimeError) as error:

@@ -32,7 +32,7 @@ class Batch:
     A tick calls model(x, t, **cond) -> (places, *S), or the guided pair, unconditional rows first, once for all places
     and takes one step of each. When the model raises, nothing has happened and the tick can be tried again. Which
     places finish is known on the host from the solvers' lengths: nothing waits for the device. A request gets the bits
-    it would have got alone, as far as the model gives every row the bits it would have got alone.
+    it would get alone, if the model gives every row the bits it would get alone.
 
     Shapes and addresses never change, so a compiled model, or a whole tick without its count, stays as it is:
 
@@ -63,7 +63,6 @@ class Batch:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         history_dtype: torch.dtype | None = None,
-        backend: str | None = None,
     ) -> None:
         real = torch.float64 if dtype is torch.float64 else torch.float32
         self.x = torch.zeros(places, *shape, device=device, dtype=dtype)
@@ -71,15 +70,15 @@ class Batch:
         self.weights, self._times = idle.weights, idle.times
         self.history = torch.zeros(places, idle.slots, *shape, device=device, dtype=history_dtype or dtype)
         self.index = torch.full((places,), max_steps, device=device)  # at max_steps and beyond a place is idle
-        self.max_steps, self.schedule, self.backend = max_steps, schedule, backend
+        self.max_steps, self.schedule = max_steps, schedule
         self.cond = {key: value.to(self.x.device, copy=True) for key, value in (cond or {}).items()}
         for key, value in self.cond.items():
             if value.ndim < 1 or len(value) != places:
                 raise ValueError(
                     f"cond[{key!r}] has shape {tuple(value.shape)}; give a row for each of {places} places"
                 )
-        self._steps = torch.zeros(places, dtype=torch.long, device=device)  # each place's solver has so many
-        self._left: list[int | None] = [None] * places  # each place has so many to go; 0 is finished, None is free
+        self._steps = torch.zeros(places, dtype=torch.long, device=device)  # of each place's solver
+        self._left: list[int | None] = [None] * places  # steps to go; 0 is finished, None is free
         self._lock = threading.Lock()
 
     @property
@@ -161,7 +160,7 @@ class Batch:
     @torch.no_grad()
     def advance(self, output: Tensor) -> None:
         """The part of a step that is on the device: nothing of it depends on the host."""
-        multistep_step(self.x, output, self.history, self.weights, self.index, out=self.x, backend=self.backend)
+        multistep_step(self.x, output, self.history, self.weights, self.index, out=self.x)
         later = self.index + 1
         self.index.copy_(torch.where(later < self._steps, later, self.max_steps))
 

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -55,7 +56,7 @@ class Solver:
     free_rows: bool = False
 
     def __post_init__(self) -> None:
-        set_ = lambda key, value: object.__setattr__(self, key, value)  # noqa: E731
+        set_ = partial(object.__setattr__, self)
         set_("timesteps", _numbers("timesteps", self.timesteps))
         set_("coeffs", tuple(_numbers(f"coeffs[{i}]", row) for i, row in enumerate(_rows(self.coeffs))))
         for key in ("noise_coeffs", "network_timesteps"):
@@ -76,7 +77,7 @@ class Solver:
         set_("_hash", hash(values))  # computed once: every call of ``sample`` looks its table up by solver
 
     def __hash__(self) -> int:
-        return self._hash  # type: ignore[attr-defined]  # set in __post_init__
+        return self._hash  # type: ignore[attr-defined, no-any-return]  # set in __post_init__
 
     def _check_times(self) -> None:
         u, n = self.timesteps, self.num_steps
@@ -172,13 +173,8 @@ class Solver:
             raise ValueError(f"timedeltas: need at least one number and all above 0, got {deltas!r}")
         total = math.fsum(deltas)
         steps = [0.0, *(s / total for s in accumulate(deltas[:-1])), 1.0]
-        rows = []
-        for i, row in enumerate(_rows(lower)):
-            row = _numbers(f"lower[{i}]", row)
-            if len(row) != i:
-                raise ValueError(f"lower[{i}]: need {i} numbers, got {len(row)}")
-            rows.append((*row, 1 - math.fsum(row), *[0.0] * (len(deltas) - i - 1)))
-        return cls(tuple(steps), tuple(rows), schedule, **fields)
+        rows = [(*row, 1 - math.fsum(row)) for row in _triangle("lower", _rows(lower), 0)]
+        return cls(tuple(steps), tuple((*row, *[0.0] * (len(deltas) - len(row))) for row in rows), schedule, **fields)
 
     def to_dict(self) -> dict[str, Any]:
         """The solver as JSON data; :meth:`from_dict` gives an equal one back, bit for bit."""
@@ -226,14 +222,8 @@ class Solver:
         n, ragged = data["num_steps"], _rows(data["coeffs"])
         if type(n) is not int or n != len(ragged):
             raise ValueError(f"num_steps={n!r}: but coeffs has {len(ragged)} rows, and it must be a whole number")
-        rows = []
-        for i, row in enumerate(ragged):
-            row = _numbers(f"coeffs[{i}]", row)
-            if len(row) != i + 1:
-                raise ValueError(f"coeffs[{i}]: need {i + 1} numbers, got {len(row)}")
-            rows.append((*row, *[0.0] * (n - i - 1)))
-        fields = {key: data[key] for key in optional & data.keys()}
-        return cls(data["timesteps"], tuple(rows), schedule, **fields)
+        rows = tuple((*row, *[0.0] * (n - len(row))) for row in _triangle("coeffs", ragged, 1))
+        return cls(data["timesteps"], rows, schedule, **{key: data[key] for key in optional & data.keys()})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the solver as JSON: a temporary file beside ``path``, synced, then renamed over it."""
@@ -265,7 +255,7 @@ def _first_version(data: Mapping[str, Any]) -> Schedule:
         num, ends = named.get("num"), named.get("ends")
         if named.get("name") in ("linear", "scaled_linear", "cosine") and type(num) is int and 1 < num <= 100_000:
             options = {key: named[key] for key in ("final", "prediction_type") if key in named}
-            found = getattr(DiscreteVP, named["name"])(num, **options)
+            found: DiscreteVP = getattr(DiscreteVP, named["name"])(num, **options)
             table = found.alphas_cumprod
             # Pipelines made their tables in float32, which is 1e-4 off at the noisy end.
             pairs = zip(_numbers("provenance.schedule.ends", ends), (table[0], table[-1]), strict=True)
@@ -277,6 +267,15 @@ def _first_version(data: Mapping[str, Any]) -> Schedule:
         "provenance.schedule: a file of version 1 only names this schedule; give it, as in Solver.load(path, "
         "schedule=DiscreteVP(alphas_cumprod)), and save the solver again"
     )
+
+
+def _triangle(key: str, rows: Sequence[Any], first: int) -> list[tuple[float, ...]]:
+    """Rows of ``first``, ``first`` + 1, ... numbers, checked."""
+    found = [_numbers(f"{key}[{i}]", row) for i, row in enumerate(rows)]
+    for i, row in enumerate(found):
+        if len(row) != first + i:
+            raise ValueError(f"{key}[{i}]: need {first + i} numbers, got {len(row)}")
+    return found
 
 
 def _rows(value: Any) -> tuple[Any, ...]:

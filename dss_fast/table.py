@@ -18,7 +18,7 @@ from .schedule import Schedule
 from .solver import Solver
 
 A, P, Q, GUIDANCE, HISTORY = range(5)  # the columns of a row; from HISTORY on they weigh the history
-CACHED = 128  # so many tables are kept, a few kilobytes each
+CACHED = 128  # tables kept, a few kilobytes each
 
 Guidance = float | Sequence[float] | Tensor
 
@@ -119,8 +119,8 @@ class StepTable:
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> StepTable:
         """The table on a device, in float64 for float64 states and float32 for all others; differentiable."""
         real = None if dtype is None else torch.float64 if dtype == torch.float64 else torch.float32
-        place = lambda t: t.to(real).to(device, non_blocking=True)  # noqa: E731
-        return StepTable(place(self.weights), place(self.times))
+        weights, times = (t.to(real).to(device, non_blocking=True) for t in (self.weights, self.times))
+        return StepTable(weights, times)
 
     def guided(self, scale: Guidance) -> StepTable:
         """The table with a guidance scale: a number, (N,) a value per step, (B, 1) one per sample or (B, N) both.

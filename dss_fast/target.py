@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from .denoiser import Denoiser
 from .schedule import Schedule
 
 Model = Callable[..., Any]
-Draw = Callable[[int, torch.Generator], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class Target:
     model: Model
     shape: tuple[int, ...] | None = None
     schedule: Schedule | None = None
-    cond: Draw | Mapping[str, Any] | None = None
+    cond: Callable[[int, torch.Generator], Mapping[str, Any]] | Mapping[str, Any] | None = None
     uncond: Mapping[str, Any] | None = None
     guidance_scale: float | tuple[float, float] = 1.0
     guided_channels: int | None = None
@@ -63,7 +63,7 @@ class Target:
     request: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        set_ = lambda key, value: object.__setattr__(self, key, value)  # noqa: E731
+        set_ = partial(object.__setattr__, self)
         if not callable(self.model):
             raise ValueError(f"model={type(self.model).__name__}: give a callable, model(x, t, **cond) -> like x")
         if self.shape is not None:
@@ -94,7 +94,7 @@ class Target:
     def of(cls, target: Target | Model, **given: Any) -> Target:
         """The Target itself, or one around a bare callable, with the given fields that are not None put in.
 
-        Raises ValueError for a field there is none of.
+        Raises ValueError for a field that a Target does not have.
         """
         known = [f.name for f in fields(cls)]
         for name in given:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class DenseGrid:
     open: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        set_ = lambda key, value: object.__setattr__(self, key, value)  # noqa: E731
+        set_ = partial(object.__setattr__, self)
         schedule, m = self.schedule, self.intervals
         set_("end", _last_u(schedule))
         _, (end, final) = schedule.alpha_sigma(torch.tensor([self.end, 1.0], dtype=torch.float64))
@@ -90,14 +90,14 @@ class DenseGrid:
 
     def s(self, u: Tensor) -> Tensor:
         """The grid variable at u, 0 to 1; differentiable."""
-        low, high = self._log_snr(torch.tensor([0.0, self.end], dtype=torch.float64, device=u.device))
-        linear, log = u.double() / self.end, (self._log_snr(u) - low) / (high - low)
+        ends = self._log_snr(torch.tensor([0.0, self.end], dtype=torch.float64, device=u.device))
+        linear, log = u.double() / self.end, (self._log_snr(u) - ends[0]) / (ends[1] - ends[0])
         return (1 - self.share) * linear + self.share * log
 
     def inverse(self, s: Tensor) -> Tensor:
         """u at s."""
         u = inverse(self.s, s, 0.0, self.end)
-        return torch.where(s <= 0, 0.0, torch.where(s >= 1, self.end, u))
+        return u.masked_fill(s >= 1, self.end).masked_fill(s <= 0, 0.0)
 
     def _log_snr(self, u: Tensor) -> Tensor:
         alpha, sigma = self.schedule.alpha_sigma(u)
@@ -160,7 +160,7 @@ class Trajectory:
         k = k.to(self.states.device)
         picked = (self.states[:, k], self.slopes[:, k], self.states[:, k + 1], self.slopes[:, k + 1])
         parts = [sent(part, self.last.device) for part in picked]
-        x: Any = sum(_column(scaled[:, i], part) * part for i, part in enumerate(parts))
+        x: Tensor = sum(_column(scaled[:, i], part) * part for i, part in enumerate(parts))  # type: ignore[assignment]
         if grid.end < 1 and basis is _HERMITE:
             beyond = ((u - grid.end) / (1 - grid.end)).clamp_min(0)
             x = x + _column(beyond, x) * (self.last - sent(self.states[:, -1], self.last.device))[:, None]
@@ -244,7 +244,7 @@ _HERMITE = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [-3, -2, 3, -1], [2, 1, -2,
 _HERMITE_SLOPE = torch.tensor([[0, 1, 0, 0], [-6, -4, 6, -2], [6, 3, -6, 3], [0, 0, 0, 0]], dtype=torch.float64)
 
 
-def _lagrange(first: int, count: int) -> tuple[Callable, Callable]:
+def _lagrange(first: int, count: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """The Lagrange basis on ``count`` integers from ``first``: values and derivatives, (q,) -> (q, count)."""
     nodes = torch.arange(first, first + count, dtype=torch.float64)
     powers = range(count)

@@ -18,12 +18,12 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from dss_fast.searching.store import Store
 
 from dss_fast import VP, DiscreteVP, Flow, GaussNewton, Solver, Target, handmade, search
 from dss_fast.draws import Draws
 from dss_fast.searching import runs as running
 from dss_fast.searching.runs import RunFolder
-from dss_fast.searching.store import Store
 
 KINDS = ("solver", "edited", "checkpoint", "config", "log", "teacher")
 SLOW = 5.0  # seconds of CPU time for one file: a hang

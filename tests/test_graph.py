@@ -345,14 +345,14 @@ def test_so_many_are_kept_in_one_pool(fake):
     def run(rows):
         sample(net, torch.randn(rows, 16), "ab2/4", cond={"y": torch.ones(rows)}, cuda_graph=True)
 
-    for rows in range(1, graph.KEPT + 1):
+    for rows in range(1, graph.LOOPS + 1):
         run(rows)
     run(1)
     fake.calls.clear()
-    run(graph.KEPT + 1)
+    run(graph.LOOPS + 1)
     assert fake.calls.count("main waits for the event") == 2  # the memory of the one let go, and the replay
     (device,) = graph._devices.values()
-    assert sorted(len(loop.output) for loop in device.loops.values()) == [1, *range(3, graph.KEPT + 2)]
+    assert sorted(len(loop.output) for loop in device.loops.values()) == [1, *range(3, graph.LOOPS + 2)]
     assert {loop.pool for loop in device.loops.values()} == {(0, 1)} and fake.pools == 1
     fake.calls.clear()
     run(2)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..methods import METHODS
-from ..names import Name, families, find_solver, published_steps
+from ..names import Name, families, published
 from ..solver import Solver
 from .k_diffusion import place_of, sample_dss, sigmas_of
 
@@ -47,10 +47,7 @@ def read_solver(solver: str, file: str = "", folder: Path | None = None) -> dict
         table = Solver.load(Path(file.strip()).expanduser())
         return {table.num_steps: table}
     name = Name.parse(OURS.get(solver, solver))
-    if name.handmade:
-        return solver
-    steps = published_steps(name.name) if name.num_steps is None else [name.num_steps]
-    return {n: find_solver(name.name, None, n) for n in steps}
+    return solver if name.handmade else {table.num_steps: table for table in published(name)}
 
 
 def is_flow(model_sampling: Any) -> bool:
@@ -89,7 +86,7 @@ def make_sigmas(
     denoise: float = 1.0,
     simple: Callable[[Any, str, int], Tensor] | None = None,
 ) -> Tensor:
-    """(steps + 1,) float32, the sigmas of a solver for a model; none at all at denoise 0.
+    """(steps + 1,) float32, the sigmas of a solver for a model; (0,) at denoise 0.
 
     denoise: as everywhere in ComfyUI: below 1 the last ``steps`` of int(steps / denoise).
     simple: ComfyUI's calculate_sigmas, which serves hand-made methods with its ``simple`` scheduler.
@@ -173,64 +170,63 @@ async def comfy_entrypoint() -> Any:
     folder = Path(folder_paths.models_dir) / "dss_fast"
     add_to_ksampler(comfy.samplers, sampling, folder)
 
-    def settings() -> list[Any]:
-        return [
-            io.Combo.Input(
-                "solver",
-                options=solver_names(folder),
-                tooltip="dpmpp_2m is ComfyUI's own; on flow models dpmpp_2m_logsnr is the one of diffusers",
-            ),
-            io.Int.Input("steps", default=8, min=1, max=100),
-            io.String.Input("file", default="", tooltip="a solver's JSON file, instead of the name above"),
-        ]
+    nodes = _nodes(io, comfy.samplers, folder)
 
-    class DSSSampler(io.ComfyNode):
+    class DSSExtension(ComfyExtension):
+        async def get_node_list(self) -> list[Any]:
+            return nodes
+
+    return DSSExtension()
+
+
+def _nodes(io: Any, samplers: Any, folder: Path) -> list[Any]:
+    """The nodes' classes, of ComfyUI's modules comfy_api.latest.io and comfy.samplers."""
+
+    class Node(io.ComfyNode):
+        @staticmethod
+        def settings() -> list[Any]:
+            """Asked for at every look at the schema, so that new files in the folder are offered."""
+            tooltip = "dpmpp_2m is ComfyUI's own; on flow models dpmpp_2m_logsnr is the one of diffusers"
+            return [
+                io.Combo.Input("solver", options=solver_names(folder), tooltip=tooltip),
+                io.Int.Input("steps", default=8, min=1, max=100),
+                io.String.Input("file", default="", tooltip="a solver's JSON file, instead of the name above"),
+            ]
+
+        @classmethod
+        def fingerprint_inputs(cls, solver: str, file: str = "", **_: Any) -> str:
+            return fingerprint(solver, file, folder)
+
+    class DSSSampler(Node):
         @classmethod
         def define_schema(cls) -> Any:
             return io.Schema(
                 node_id="DSSSampler",
                 display_name="DSS Sampler",
                 category=CATEGORY,
-                inputs=[*settings(), io.Boolean.Input("strict", default=True)],
+                inputs=[*cls.settings(), io.Boolean.Input("strict", default=True)],
                 outputs=[io.Sampler.Output()],
             )
 
         @classmethod
-        def fingerprint_inputs(cls, solver: str, file: str = "", **_: Any) -> str:
-            return fingerprint(solver, file, folder)
-
-        @classmethod
         def execute(cls, solver: str, steps: int, file: str = "", strict: bool = True) -> Any:
-            sampler = make_sampler(read_solver(solver, file, folder), strict)
-            return io.NodeOutput(comfy.samplers.KSAMPLER(sampler))
+            return io.NodeOutput(samplers.KSAMPLER(make_sampler(read_solver(solver, file, folder), strict)))
 
-    class DSSSigmas(io.ComfyNode):
+    class DSSSigmas(Node):
         @classmethod
         def define_schema(cls) -> Any:
+            denoise = io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01)
             return io.Schema(
                 node_id="DSSSigmas",
                 display_name="DSS Sigmas",
                 category=CATEGORY,
-                inputs=[
-                    io.Model.Input("model"),
-                    *settings(),
-                    io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01),
-                ],
+                inputs=[io.Model.Input("model"), *cls.settings(), denoise],
                 outputs=[io.Sigmas.Output()],
             )
 
         @classmethod
-        def fingerprint_inputs(cls, solver: str, file: str = "", **_: Any) -> str:
-            return fingerprint(solver, file, folder)
-
-        @classmethod
         def execute(cls, model: Any, solver: str, steps: int, file: str = "", denoise: float = 1.0) -> Any:
-            tables = read_solver(solver, file, folder)
-            noise = model.get_model_object("model_sampling")
-            return io.NodeOutput(make_sigmas(noise, tables, steps, denoise, comfy.samplers.calculate_sigmas))
+            tables, noise = read_solver(solver, file, folder), model.get_model_object("model_sampling")
+            return io.NodeOutput(make_sigmas(noise, tables, steps, denoise, samplers.calculate_sigmas))
 
-    class DSSExtension(ComfyExtension):
-        async def get_node_list(self) -> list[Any]:
-            return [DSSSampler, DSSSigmas]
-
-    return DSSExtension()
+    return [DSSSampler, DSSSigmas]

@@ -59,7 +59,7 @@ def sample_dss(
     sigmas = torch.as_tensor(sigmas)
     given = sigmas.detach().double().cpu()
     table, first = _table(solver, given, family, strict)
-    own = sigmas_at(table.schedule, torch.tensor(table.timesteps, dtype=torch.float64))
+    own = _own_sigmas(table)
     last = first + len(given) - 1
     grid = _grid(table.family, torch.cat([own[:first], given, own[last + 1 :]]))
     steps = StepTable.of(replace(table, timesteps=tuple(grid.timesteps.tolist()), schedule=grid), dtype=torch.float64)
@@ -102,8 +102,11 @@ def _calls_elsewhere(table: Solver) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def sigmas_of(solver: Solver | str | os.PathLike[str], num_steps: int | None = None) -> Tensor:
     """The (N + 1,) float32 sigmas that a learned solver runs on: sigma of a flow, sigma / alpha otherwise."""
-    table = find_solver(solver, None, num_steps)
-    return sigmas_at(table.schedule, torch.tensor(table.timesteps, dtype=torch.float64)).float()
+    return _own_sigmas(find_solver(solver, None, num_steps)).float()
+
+
+def _own_sigmas(table: Solver) -> Tensor:
+    return sigmas_at(table.schedule, torch.tensor(table.timesteps, dtype=torch.float64))
 
 
 def sigmas_at(schedule: Schedule, u: Tensor) -> Tensor:
@@ -136,7 +139,7 @@ def _table(
         if first and table.noise_coeffs is not None:
             raise ValueError(f"{table.label} weighs the initial noise, which a run that starts part-way does not have")
         return table, first
-    own = sigmas_at(table.schedule, torch.tensor(table.timesteps, dtype=torch.float64))
+    own = _own_sigmas(table)
     message = (
         f"sigmas of {n} steps from {sigmas[0]:.5g} to {sigmas[-1]:.5g} do not belong to {table.label}, which has "
         f"{table.num_steps} steps from {own[0]:.5g} to {own[-1]:.5g}; its coefficients are good for its own sigmas, or "
@@ -151,7 +154,7 @@ def _table(
 
 def place_of(table: Solver, sigmas: Tensor) -> int | None:
     """The step at which sigmas (n + 1,) begin in a learned solver's own; None when they are not those in a row."""
-    own = sigmas_at(table.schedule, torch.tensor(table.timesteps, dtype=torch.float64))
+    own = _own_sigmas(table)
     sigmas, n = sigmas.detach().double().cpu(), len(sigmas) - 1
     for first in range(table.num_steps - n, -1, -1):
         wanted = own[first : first + n + 1].clone()

@@ -46,7 +46,7 @@ _groups = count()  # alike on every process, because all make the same searches 
 
 
 @cache
-def _rendezvous() -> tuple[torch.distributed.Store, int, int]:
+def _rendezvous() -> tuple[Any, int, int]:
     """The store that the processes meet at, this one's rank and how many they are.
 
     Kept until the process ends: if each search made its own, a process that is early could meet the one before, just

@@ -1,9 +1,5 @@
 """One solver step, fused: guidance, prediction and multistep sum, on a stacked history or on a list.
 
-    m_i     = m_uncond + g_i * (m_cond - m_uncond)          when output holds both halves, 2B rows
-    y_i     = p_i * x_i + q_i * m_i
-    x_{i+1} = a_i * x_i + sum_{j<=i} w_ij * y_j [+ w_iN * x_init]
-
 `multistep_step` writes y_i into a history that is one tensor and reads its index on the device: for sampling, graphs
 and serving. `multistep_update` takes the history as a list, returns y_i and is differentiable: for training.
 
@@ -26,6 +22,7 @@ from torch.autograd import forward_ad
 
 from .. import extension
 from . import reference as step_reference
+from . import shapes
 
 __all__ = ["backends", "multistep_pull", "multistep_step", "multistep_update"]
 
@@ -39,40 +36,30 @@ _SCHEMAS = {
     "multistep_pull": "(Tensor adjoints, Tensor weights, Tensor index, bool pair=False) -> (Tensor, Tensor)",
 }
 
-_extension: ModuleType | None = None
-_no_extension: str | None = None
-try:
-    _extension = extension.load()
-except ImportError as error:
-    _no_extension = str(error)
-
 _library = torch.library.Library("dss_fast", "DEF")
 
 
-@functools.cache
-def _on_cpu() -> ModuleType:
-    """Where the extension is missing: the reference, with one warning."""
-    warnings.warn(
-        f"dss_fast runs its CPU step in plain PyTorch, several times slower: {_no_extension}.",
-        RuntimeWarning,
-        stacklevel=5,
-    )
+def _plain(device: str, why: str) -> ModuleType:
+    """The reference, with a warning that says why."""
+    message = f"dss_fast runs its {device} step in plain PyTorch, several times slower: {why}."
+    warnings.warn(message, RuntimeWarning, stacklevel=6)
     return step_reference
 
 
 @functools.cache
+def _on_cpu() -> ModuleType:
+    """What runs where the extension is missing; warns once."""
+    return _plain("CPU", extension.missing)
+
+
+@functools.cache
 def _on_cuda() -> ModuleType:
-    """Triton's kernels, or, where Triton cannot be imported, the reference with one warning."""
+    """Triton's kernels, or what runs where Triton cannot be imported; warns once."""
     try:
         from . import triton
     except ImportError as error:
-        warnings.warn(
-            f"dss_fast runs its CUDA step in plain PyTorch, several times slower: {error}. Install Triton, "
-            "`pip install triton`, on Windows `pip install triton-windows`.",
-            RuntimeWarning,
-            stacklevel=5,
-        )
-        return step_reference
+        how = "Install Triton, `pip install triton`, on Windows `pip install triton-windows`"
+        return _plain("CUDA", f"{error}. {how}")
     return triton
 
 
@@ -92,50 +79,17 @@ def _register(name: str, schema: str) -> None:
     """The reference serves every device, C++ the CPU where it is built, Triton CUDA where it is installed."""
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, getattr(step_reference, name), "CompositeExplicitAutograd")
-    if _no_extension is not None:
+    if extension.compiled is None:
         _library.impl(name, _late(name, _on_cpu), "CPU")
     _library.impl(name, _late(name, _on_cuda), "CUDA")
+    torch.library.register_fake(f"dss_fast::{name}", getattr(shapes, name), lib=_library)
 
 
 for _name, _schema in _SCHEMAS.items():
     _register(_name, _schema)
 _ops = torch.ops.dss_fast
-_step_inplace, _update = _ops.multistep_step_.default, _ops.multistep_update.default
-
-
-@torch.library.register_fake("dss_fast::multistep_step_", lib=_library)
-def _(x: Tensor, output: Tensor, history: Tensor, weights: Tensor, index: Tensor, out: Tensor) -> None:
-    return None
-
-
-@torch.library.register_fake("dss_fast::multistep_update", lib=_library)
-def _(x: Tensor, output: Tensor, history: list[Tensor], weights: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), (history[0] if history else x).new_empty(x.shape)
-
-
-@torch.library.register_fake("dss_fast::multistep_update_backward", lib=_library)
-def _(
-    grad_x_next: Tensor | None,
-    grad_y: Tensor | None,
-    x: Tensor,
-    output: Tensor,
-    history: list[Tensor],
-    weights: Tensor,
-    step: int,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
-    return (
-        x.new_empty(x.shape if needs[0] else 0),
-        output.new_empty(output.shape if needs[1] else 0),
-        [y.new_empty(y.shape) for y in history] if needs[2] else [],
-        weights.new_empty((x.shape[0], weights.shape[2]) if needs[3] else 0),
-    )
-
-
-@torch.library.register_fake("dss_fast::multistep_pull", lib=_library)
-def _(adjoints: Tensor, weights: Tensor, index: Tensor, pair: bool = False) -> tuple[Tensor, Tensor]:
-    batch, _, *sample = adjoints.shape
-    return adjoints.new_empty(batch, *sample), adjoints.new_empty(2 * batch if pair else batch, *sample)
+_step_inplace = _ops.multistep_step_.default
+_update: Callable[..., tuple[Tensor, Tensor]] = _ops.multistep_update.default
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -200,10 +154,13 @@ class _ModuleUpdate(torch.autograd.Function):
         return None, None, x, output, weights, *history
 
 
+_update_by: Callable[..., tuple[Tensor, Tensor]] = _ModuleUpdate.apply
+
+
 def backends(device: torch.device) -> list[str]:
     """Names that `backend=` accepts for tensors on `device`."""
     names = ["reference"]
-    if device.type == "cpu" and _no_extension is None:
+    if device.type == "cpu" and extension.compiled is not None:
         names.append("cpp")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if (device.type == "cuda" or interpreted) and importlib.util.find_spec("triton") is not None:
@@ -214,7 +171,7 @@ def backends(device: torch.device) -> list[str]:
 def _module(backend: str, device: torch.device) -> ModuleType | None:
     """None where the dispatcher picks `backend` by itself, else the module that holds it."""
     if backend not in backends(device):
-        why = f": {_no_extension}" if backend == "cpp" and _no_extension else ""
+        why = f": {extension.missing}" if backend == "cpp" and extension.missing else ""
         raise ValueError(f"backend {backend!r} cannot run on {device}{why}; can: {backends(device)}, or None to choose")
     if backend == "reference":
         return step_reference
@@ -332,7 +289,7 @@ def multistep_update(
         return step_reference.multistep_update(x, output, history, weights, step)
     if module is None:
         return _update(x, output, history, weights, step)
-    return _ModuleUpdate.apply(module, step, x, output, weights, *history)
+    return _update_by(module, step, x, output, weights, *history)
 
 
 def multistep_pull(
@@ -351,4 +308,4 @@ def multistep_pull(
         (grad_x, grad_output) in the dtype of the adjoints; zero for rows with j outside [0, N).
     """
     module = _ops if backend is None else _module(backend, adjoints.device) or _ops
-    return module.multistep_pull(adjoints, weights, index, pair)
+    return module.multistep_pull(adjoints, weights, index, pair)  # type: ignore[no-any-return]

@@ -1,8 +1,8 @@
 """Launches that go straight to a compiled kernel.
 
 Triton's `kernel[grid](...)` inspects every argument of every launch, which takes 14 to 17 microseconds of the host's
-time. Here that happens once for each kind of call: a kind is what a kernel is compiled for, and what its grid and its
-numbers follow from. Later calls of the kind hand their pointers to Triton's launcher, which takes 3.
+time. Here that happens once for each kind of call: calls with the same devices, dtypes, shapes, strides and alignments
+share a compiled kernel, its grid and its integers. Later calls hand their pointers to Triton's launcher, which takes 3.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from torch import Tensor
 
 __all__ = ["Kind", "Launch", "kind_of", "launch"]
 
-KINDS = 4096  # so many launches are kept, a kilobyte each
+KINDS = 4096  # launches kept, a kilobyte each
 ALIGNED = 15  # Triton compiles wide accesses for pointers that are multiples of 16
 
 Kind = tuple[Any, ...]
 
 
 def kind_of(tensors: Sequence[Tensor], *rest: Any) -> tuple[Kind, list[int]]:
-    """What tells one kind of call from another, where, dtypes, shapes, strides and alignments, and the pointers."""
+    """The kind of a call (devices, dtypes, shapes, strides, alignments and the rest), and its tensors' pointers."""
     pointers = [t.data_ptr() for t in tensors]
     each = [(t.get_device(), t.dtype, t.shape, t.stride(), p & ALIGNED) for t, p in zip(tensors, pointers, strict=True)]
     return (*each, *rest), pointers

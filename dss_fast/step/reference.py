@@ -10,6 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..table import GUIDANCE, HISTORY, A, P, Q
+from . import shapes
+
 __all__ = [
     "check",
     "check_update",
@@ -19,7 +22,8 @@ __all__ = [
     "multistep_step_",
 ]
 
-SCALARS = 4  # a row begins with a, p, q and the guidance; the history's weights follow
+
+SLOTS = HISTORY, HISTORY + 1  # columns beyond one for each step: without and with the initial noise
 
 
 def check(x: Tensor, output: Tensor, history: Tensor, weights: Tensor, index: Tensor) -> None:
@@ -31,30 +35,20 @@ def check(x: Tensor, output: Tensor, history: Tensor, weights: Tensor, index: Te
             f"history has shape {tuple(history.shape)}; x {tuple(x.shape)} needs (batch {batch}, slots, {sample})"
         )
     slots = history.shape[1]
-    if weights.dim() != 3 or weights.shape[0] not in (1, batch):
+    _check_weights(weights, x)
+    if weights.shape[2] != HISTORY + slots:
         raise ValueError(
-            f"weights have shape {tuple(weights.shape)}; needed is (1 or {batch}, num_steps, {SCALARS + slots})"
-        )
-    if weights.shape[2] != SCALARS + slots or slots - weights.shape[1] not in (0, 1):
-        raise ValueError(
-            f"weights {tuple(weights.shape)} do not fit a history of {slots} slots: N steps take (R, N, {SCALARS} + "
+            f"weights {tuple(weights.shape)} do not fit a history of {slots} slots: N steps take (R, N, {HISTORY} + "
             "slots) with N slots, or N + 1 when the last one holds the initial noise"
         )
-    check_dtypes(x, weights)
-    check_index(index, batch)
+    _check_index(index, batch)
 
 
 def check_update(x: Tensor, output: Tensor, history: Sequence[Tensor], weights: Tensor, step: int) -> None:
     """Raise ValueError where the arguments break the contract of `dss_fast.step.multistep_update`."""
     _check_output(x, output)
-    batch = x.shape[0]
-    steps = weights.shape[1] if weights.dim() == 3 else 0
-    slots = weights.shape[-1] - SCALARS
-    if weights.dim() != 3 or weights.shape[0] not in (1, batch) or slots - steps not in (0, 1):
-        raise ValueError(
-            f"weights have shape {tuple(weights.shape)}; N steps take (1 or {batch}, N, {SCALARS} + N), or one column "
-            "more for the initial noise"
-        )
+    _check_weights(weights, x)
+    steps, slots = weights.shape[1], weights.shape[2] - HISTORY
     if not 0 <= step < steps:
         raise ValueError(f"step is {step}; weights {tuple(weights.shape)} are for the steps 0 to {steps - 1}")
     wanted = step + slots - steps
@@ -70,7 +64,17 @@ def check_update(x: Tensor, output: Tensor, history: Sequence[Tensor], weights: 
                 f"history[{j}] is {y.dtype} {tuple(y.shape)}; needed is {history[0].dtype} {tuple(x.shape)} like x "
                 "and like the rest of the history"
             )
-    check_dtypes(x, weights)
+
+
+def check_pull(adjoints: Tensor, weights: Tensor, index: Tensor) -> None:
+    """Raise ValueError where shapes or dtypes break the contract of `dss_fast.step.multistep_pull`."""
+    if adjoints.dim() < 2:
+        raise ValueError(f"adjoints have shape {tuple(adjoints.shape)}; needed is (batch, steps, *sample)")
+    batch, steps = adjoints.shape[:2]
+    _check_weights(weights, adjoints)
+    _check_index(index, batch)
+    if weights.shape[1] != steps:
+        raise ValueError(f"weights {tuple(weights.shape)} are for {weights.shape[1]} steps and adjoints hold {steps}")
 
 
 def _check_output(x: Tensor, output: Tensor) -> None:
@@ -82,15 +86,20 @@ def _check_output(x: Tensor, output: Tensor) -> None:
         )
 
 
-def check_dtypes(x: Tensor, weights: Tensor) -> None:
-    """Raise ValueError unless the weights are float64 for a float64 state and float32 for any other."""
+def _check_weights(weights: Tensor, x: Tensor) -> None:
+    """N rows of HISTORY + N or N + 1 columns for x's rows; float64 for a float64 state and float32 for any other."""
+    batch = x.shape[0]
+    if weights.dim() != 3 or weights.shape[0] not in (1, batch) or weights.shape[2] - weights.shape[1] not in SLOTS:
+        raise ValueError(
+            f"weights have shape {tuple(weights.shape)}; N steps take (1 or {batch}, N, {HISTORY} + N), or one column "
+            "more for the initial noise"
+        )
     wanted = torch.float64 if x.dtype is torch.float64 else torch.float32
     if weights.dtype is not wanted:
         raise ValueError(f"weights are {weights.dtype}; a {x.dtype} state needs {wanted}, use weights.to(...)")
 
 
-def check_index(index: Tensor, batch: int) -> None:
-    """Raise ValueError unless the index is int64 of shape (1,) or (batch,)."""
+def _check_index(index: Tensor, batch: int) -> None:
     if index.dtype is not torch.int64 or index.dim() != 1 or index.shape[0] not in (1, batch):
         raise ValueError(
             f"index is {index.dtype} {tuple(index.shape)}; needed is torch.int64 of shape (1,) or ({batch},)"
@@ -103,15 +112,13 @@ class _Row:
     def __init__(self, batch: int, slots: int, weights: Tensor, index: Tensor):
         steps = weights.shape[1]
         self.index = index.expand(batch)
-        self.active = (self.index >= 0) & (self.index < steps)
-        at = self.index.clamp(0, steps - 1)
+        self.active, at = (self.index >= 0) & (self.index < steps), self.index.clamp(0, steps - 1)
         row = weights.expand(batch, -1, -1).gather(1, at[:, None, None].expand(batch, 1, weights.shape[2]))[:, 0]
-        self.a, self.p, self.q, self.g = row[:, :SCALARS, None].unbind(1)  # each (B, 1)
-        self.w = row[:, SCALARS:]  # (B, K)
+        self.a, self.p, self.q, self.g = row[:, :HISTORY, None].unbind(1)  # each (B, 1)
+        self.w = row[:, HISTORY:]  # (B, K)
         slot = torch.arange(slots, device=index.device)
         self.now = (slot == self.index[:, None]) & self.active[:, None]
-        past = (slot < self.index[:, None]) | (slot == steps)
-        self.past = past & self.active[:, None]
+        self.past = ((slot < self.index[:, None]) | (slot == steps)) & self.active[:, None]
         self.w_now = torch.where(self.now, self.w, 0).sum(1, keepdim=True)
 
 
@@ -150,18 +157,15 @@ def multistep_step_(
 
 
 class _ListRow:
-    """The scalars of one step, (R, 1) each, and the weights of the tensors of a list, (R, k)."""
+    """The scalars of one step, (R, 1) each, and of each tensor of a list its column and its weights (R, 1)."""
 
     def __init__(self, history: Sequence[Tensor], weights: Tensor, step: int):
-        row, self.columns = weights[:, step], list_columns(len(history), weights, step)
-        self.a, self.p, self.q, self.g = row[:, :SCALARS, None].unbind(1)
-        self.now = row[:, SCALARS + step, None]
+        row, steps = weights[:, step], weights.shape[1]
+        # Behind all predictions stands the initial noise.
+        self.columns = [HISTORY + (j if j < step else steps) for j in range(len(history))]
+        self.a, self.p, self.q, self.g = row[:, :HISTORY, None].unbind(1)
+        self.now = row[:, HISTORY + step, None]
         self.w = [row[:, column, None] for column in self.columns]
-
-
-def list_columns(count: int, weights: Tensor, step: int) -> list[int]:
-    """The column of each tensor of a list: the past in order, and the initial noise behind all predictions."""
-    return [SCALARS + (j if j < step else weights.shape[1]) for j in range(count)]
 
 
 def multistep_update(
@@ -171,7 +175,7 @@ def multistep_update(
     check_update(x, output, history, weights, step)
     kept = history[0].dtype if history else x.dtype
     if x.numel() == 0:
-        return torch.empty_like(x), torch.empty_like(x, dtype=kept)
+        return shapes.multistep_update(x, output, history, weights, step)
     batch, dtype = x.shape[0], weights.dtype
     row = _ListRow(history, weights, step)
     state = x.reshape(batch, -1).to(dtype)
@@ -195,22 +199,15 @@ def multistep_update_backward(
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
     """The gradients of x, of the output, of each past tensor and of each sample's row of weights (B, 4 + K).
 
-    With G that of x_{i+1}, H that of y_i (None: zero) and Y = w_ii G + H:
-
-        grad x = a G + p Y      grad m = q Y      grad y_j = w_ij G
-        d/da = <x, G>   d/dp = <x, Y>   d/dq = <m, Y>   d/dg = q <m_cond - m_uncond, Y>   d/dw_ij = <y_j, G>
-
+    The formulas stand in `dss_fast.step`. grad_x_next, grad_y: None for zero.
     needs: which of the four are wanted; the others come back empty.
     """
     batch, dtype = x.shape[0], weights.dtype
     needs_x, needs_output, needs_history, needs_row = needs
     if x.numel() == 0:
-        return (
-            x.new_empty(x.shape if needs_x else 0),
-            output.new_empty(output.shape if needs_output else 0),
-            [y.new_empty(y.shape) for y in history] if needs_history else [],
-            weights.new_zeros((batch, weights.shape[2]) if needs_row else 0),
-        )
+        grads = shapes.multistep_update_backward(grad_x_next, grad_y, x, output, history, weights, step, needs)
+        grads[3].zero_()
+        return grads
     row = _ListRow(history, weights, step)
     state, past = x.reshape(batch, -1).to(dtype), [y.reshape(batch, -1).to(dtype) for y in history]
     m, difference = _combine(output, batch, row.g, dtype)
@@ -229,11 +226,10 @@ def multistep_update_backward(
 
     grad_row = weights.new_zeros(batch, weights.shape[2])
     y = row.p * state + row.q * m
-    sums = [(state * g), (state * grad_now), (m * grad_now)]
-    for column, value in enumerate(sums):
+    for column, value in ((A, state * g), (P, state * grad_now), (Q, m * grad_now)):
         grad_row[:, column] = value.sum(1)
-    grad_row[:, 3] = guide[:, 0]
-    grad_row[:, SCALARS + step] = (y * g).sum(1)
+    grad_row[:, GUIDANCE] = guide[:, 0]
+    grad_row[:, HISTORY + step] = (y * g).sum(1)
     for column, slot in zip(row.columns, past, strict=True):
         grad_row[:, column] = (slot * g).sum(1)
     return (
@@ -250,10 +246,10 @@ def multistep_pull(adjoints: Tensor, weights: Tensor, index: Tensor, pair: bool 
     batch, steps, dtype = adjoints.shape[0], adjoints.shape[1], weights.dtype
     rows = 2 * batch if pair else batch
     if adjoints.numel() == 0:
-        return adjoints.new_empty(adjoints[:, 0].shape), adjoints.new_empty(rows, *adjoints.shape[2:])
+        return shapes.multistep_pull(adjoints, weights, index, pair)
     flat = adjoints.reshape(batch, steps, -1)
-    row = _Row(batch, weights.shape[2] - SCALARS, weights, index)
-    column = (SCALARS + row.index.clamp(0, steps - 1))[:, None, None].expand(batch, steps, 1)
+    row = _Row(batch, weights.shape[2] - HISTORY, weights, index)
+    column = (HISTORY + row.index.clamp(0, steps - 1))[:, None, None].expand(batch, steps, 1)
     w = weights.expand(batch, -1, -1).gather(2, column)[:, :, 0]  # (B, N): w_ij of every later step i
     pulled = torch.zeros_like(flat[:, 0], dtype=dtype)
     own = torch.zeros_like(pulled)
@@ -268,18 +264,3 @@ def multistep_pull(adjoints: Tensor, weights: Tensor, index: Tensor, pair: bool 
         grad_output = torch.cat(((1 - row.g) * grad_output, row.g * grad_output))
     shape = adjoints.shape[2:]
     return grad_x.to(adjoints.dtype).reshape(batch, *shape), grad_output.to(adjoints.dtype).reshape(rows, *shape)
-
-
-def check_pull(adjoints: Tensor, weights: Tensor, index: Tensor) -> None:
-    """Raise ValueError where shapes or dtypes break the contract of `dss_fast.step.multistep_pull`."""
-    if adjoints.dim() < 2:
-        raise ValueError(f"adjoints have shape {tuple(adjoints.shape)}; needed is (batch, steps, *sample)")
-    batch, steps = adjoints.shape[:2]
-    check_dtypes(adjoints, weights)
-    check_index(index, batch)
-    slots = weights.shape[-1] - SCALARS
-    if weights.dim() != 3 or weights.shape[0] not in (1, batch) or weights.shape[1] != steps or slots < steps:
-        raise ValueError(
-            f"weights have shape {tuple(weights.shape)}; adjoints {tuple(adjoints.shape)} need "
-            f"(1 or {batch}, {steps}, {SCALARS} + slots)"
-        )

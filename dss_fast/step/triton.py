@@ -15,22 +15,27 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
 
+from .. import table
+from . import shapes
 from .launch import Launch, kind_of, launch
-from .reference import SCALARS, check, check_pull, check_update
+from .reference import check, check_pull, check_update
 
 __all__ = ["multistep_pull", "multistep_step_", "multistep_update", "multistep_update_backward"]
 
 # 8 elements a thread make one 128-bit access of a 16-bit tensor and two of a 32-bit one. An H100 needs about 15 KB
 # under way on each multiprocessor (3.35 TB/s x 600 ns / 132); one block of 128 threads with 8 slots asks for 16 KB.
 BLOCK = 1024
-TRIP = 9  # so many slots are loaded together: in float32 they take 72 registers
+TRIP = 9  # slots loaded together: in float32 they take 72 registers
 GROUP = 4  # a list of slots is padded to a multiple of this, so that not every length is compiled
 # Registers a thread, by bytes of the state's elements and of a slot's. Left alone, ptxas aims at 64 or fewer and takes
 # a trip's loads one after the other; with these, and no more, all of them are under way together (sm_90, sm_80).
 REGISTERS = {(4, 4): 128, (2, 4): 128, (4, 2): 96, (2, 2): 80}
-LONGEST = 16  # a list of so many slots still fits REGISTERS without spilling
+LONGEST = 16  # the longest list of slots that fits REGISTERS without spilling
 
-_BY_VALUE = ["batch", "blocks", "steps", "slots", "step", "count"]  # a value of 1 or 16 of these is no other kernel
+# The columns of a row of weights, as the kernels read them: w_ij stands at W + j.
+A, P, Q, G, W = (constexpr(c) for c in (table.A, table.P, table.Q, table.GUIDANCE, table.HISTORY))
+
+_BY_VALUE = ["batch", "blocks", "steps", "slots", "step", "count"]  # a value of 1 or 16 compiles no other kernel
 _ANYWHERE = ["index_ptr"]  # index[i : i + 1] is aligned for even i only
 
 
@@ -46,6 +51,14 @@ def trip(steps: int) -> int:
     """How many slots the step's loop takes at a time: all that the last of N steps reads, in equal trips."""
     past = max(1, steps - 1)
     return -(-past // -(-past // TRIP))
+
+
+@triton.jit
+def _block(size: tensor, blocks: tensor, BLOCK: constexpr) -> tl.tuple:
+    """A program's row, its block's first element, the lanes [BLOCK], how many elements are left, and which lanes do."""
+    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
+    lane, left = tl.arange(0, BLOCK), size - start
+    return (tl.program_id(0) // blocks).to(tl.int64), start, lane, left, lane < left
 
 
 @triton.jit
@@ -77,35 +90,31 @@ def _step_kernel(
     blocks: tensor, steps: tensor, slots: tensor,
     PAIR: constexpr, ROW_WEIGHTS: constexpr, ROW_INDEX: constexpr, UNROLL: constexpr, BLOCK: constexpr,
 ) -> None:  # fmt: skip
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
-    lane = tl.arange(0, BLOCK)  # [BLOCK]
-    left = size - start
-    mask = lane < left
+    row, start, lane, left, mask = _block(size, blocks, BLOCK)
     dtype: constexpr = weights_ptr.dtype.element_ty
 
     step = tl.load(index_ptr + row * ROW_INDEX)
     active = (step >= 0) & (step < steps)
     i = tl.where(active, step, 0)
     read = lane < tl.where(active, left, 0)
-    scalars = weights_ptr + (row * ROW_WEIGHTS * steps + i) * (slots + 4)
+    scalars = weights_ptr + (row * ROW_WEIGHTS * steps + i) * (slots + W)
     stored = tl.load(_here(x_ptr, row, size, start) + lane, mask=mask, other=0.0)
     m = tl.load(_here(output_ptr, row, size, start) + lane, mask=read, other=0.0).to(dtype)
     if PAIR:
         cond = tl.load(_here(output_ptr, row + batch, size, start) + lane, mask=read, other=0.0).to(dtype)
-        m += tl.load(scalars + 3) * (cond - m)
+        m += tl.load(scalars + G) * (cond - m)
     x = stored.to(dtype)
-    y = tl.load(scalars + 1) * x + tl.load(scalars + 2) * m
-    total = tl.load(scalars) * x + tl.load(scalars + 4 + i) * y
+    y = tl.load(scalars + P) * x + tl.load(scalars + Q) * m
+    total = tl.load(scalars + A) * x + tl.load(scalars + W + i) * y
 
     past = _here(history_ptr, row, history_row, start)
     stride = tl.full((), history_slot, tl.int64)
     used = tl.where(active, i, 0).to(tl.int32)
     for j in range(0, used, UNROLL):
         for k in tl.static_range(UNROLL):
-            total += _slot(past + (j + k) * stride, scalars + 4 + j + k, lane, left, j + k < used)
+            total += _slot(past + (j + k) * stride, scalars + W + j + k, lane, left, j + k < used)
     noise = tl.where(active, slots, 0) > steps  # the slot behind the last step's holds the initial noise
-    total += _slot(past + steps * stride, scalars + 4 + steps, lane, left, noise)
+    total += _slot(past + steps * stride, scalars + W + steps, lane, left, noise)
 
     tl.store(_here(out_ptr, row, size, start) + lane, tl.where(active, _as(total, out_ptr), stored), mask=mask)
     tl.store(past + i * stride + lane, _as(y, history_ptr), mask=read)
@@ -153,23 +162,19 @@ def _update_kernel(
     slots: tensor, step: tensor, count: tensor,
     PAIR: constexpr, ROW_WEIGHTS: constexpr, BLOCK: constexpr,
 ) -> None:  # fmt: skip
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
-    lane = tl.arange(0, BLOCK)  # [BLOCK]
-    left = size - start
-    mask = lane < left
+    row, start, lane, left, mask = _block(size, blocks, BLOCK)
     dtype: constexpr = weights_ptr.dtype.element_ty
-    scalars = weights_ptr + (row * ROW_WEIGHTS * steps + step) * (slots + 4)
+    scalars = weights_ptr + (row * ROW_WEIGHTS * steps + step) * (slots + W)
     x = tl.load(_here(x_ptr, row, size, start) + lane, mask=mask, other=0.0).to(dtype)
     m = tl.load(_here(output_ptr, row, size, start) + lane, mask=mask, other=0.0).to(dtype)
     if PAIR:
         cond = tl.load(_here(output_ptr, row + batch, size, start) + lane, mask=mask, other=0.0).to(dtype)
-        m += tl.load(scalars + 3) * (cond - m)
-    y = tl.load(scalars + 1) * x + tl.load(scalars + 2) * m
-    total = tl.load(scalars) * x + tl.load(scalars + 4 + step) * y
+        m += tl.load(scalars + G) * (cond - m)
+    y = tl.load(scalars + P) * x + tl.load(scalars + Q) * m
+    total = tl.load(scalars + A) * x + tl.load(scalars + W + step) * y
     for k in tl.static_range(len(history)):
         column = tl.where(k < step, k, steps)  # behind the predictions stands the initial noise
-        total += _slot(_here(history[k], row, size, start), scalars + 4 + column, lane, left, k < count)
+        total += _slot(_here(history[k], row, size, start), scalars + W + column, lane, left, k < count)
     tl.store(_here(next_ptr, row, size, start) + lane, _as(total, next_ptr), mask=mask)
     tl.store(_here(y_ptr, row, size, start) + lane, _as(y, y_ptr), mask=mask)
 
@@ -177,7 +182,7 @@ def _update_kernel(
 def multistep_update(
     x: Tensor, output: Tensor, history: Sequence[Tensor], weights: Tensor, step: int
 ) -> tuple[Tensor, Tensor]:
-    x_next, y = x.new_empty(x.shape), (history[0] if history else x).new_empty(x.shape)
+    x_next, y = shapes.multistep_update(x, output, history, weights, step)
     fixed = x, output, weights, x_next, y
     kind, pointers = kind_of((*fixed, *history), "update", step)
     known = Launch.known.get(kind)
@@ -191,7 +196,7 @@ def multistep_update(
     whole = [t.contiguous() for t in given]
     if any(a is not b for a, b in zip(whole, given, strict=True)):
         return multistep_update(whole[0], whole[1], whole[2:-1], whole[-1], step)
-    batch, steps, slots = x.shape[0], weights.shape[1], weights.shape[2] - SCALARS
+    batch, steps, slots = x.shape[0], weights.shape[1], weights.shape[2] - table.HISTORY
     size = x.numel() // batch
     blocks = triton.cdiv(size, BLOCK)
     chosen = options(x.dtype, y.dtype) if len(history) <= LONGEST else options()
@@ -217,15 +222,10 @@ def _update_backward_kernel(
     PAIR: constexpr, ROW_WEIGHTS: constexpr, NEXT: constexpr, OWN: constexpr,
     X: constexpr, OUTPUT: constexpr, HISTORY: constexpr, ROW: constexpr, BLOCK: constexpr,
 ) -> None:  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
-    lane = tl.arange(0, BLOCK)  # [BLOCK]
-    left = size - start
-    mask = lane < left
+    row, start, lane, left, mask = _block(size, blocks, BLOCK)
     dtype: constexpr = weights_ptr.dtype.element_ty
-    scalars = weights_ptr + (row * ROW_WEIGHTS * steps + step) * (slots + 4)
-    p, q, now = tl.load(scalars + 1), tl.load(scalars + 2), tl.load(scalars + 4 + step)
+    scalars = weights_ptr + (row * ROW_WEIGHTS * steps + step) * (slots + W)
+    p, q, now = tl.load(scalars + P), tl.load(scalars + Q), tl.load(scalars + W + step)
 
     x = tl.load(_here(x_ptr, row, size, start) + lane, mask=mask, other=0.0).to(dtype)
     m = tl.load(_here(output_ptr, row, size, start) + lane, mask=mask, other=0.0).to(dtype)
@@ -238,7 +238,7 @@ def _update_backward_kernel(
     grad_m = q * total
     if PAIR:
         cond = tl.load(_here(output_ptr, row + batch, size, start) + lane, mask=mask, other=0.0).to(dtype)
-        scale = tl.load(scalars + 3)
+        scale = tl.load(scalars + G)
         difference = cond - m
         m += scale * difference
         if OUTPUT:
@@ -247,16 +247,16 @@ def _update_backward_kernel(
     elif OUTPUT:
         tl.store(_here(doutput_ptr, row, size, start) + lane, _as(grad_m, doutput_ptr), mask=mask)
     if X:
-        tl.store(_here(dx_ptr, row, size, start) + lane, _as(tl.load(scalars) * g + p * total, dx_ptr), mask=mask)
+        tl.store(_here(dx_ptr, row, size, start) + lane, _as(tl.load(scalars + A) * g + p * total, dx_ptr), mask=mask)
 
-    sums = sums_ptr + program * (slots + 4)
+    sums = sums_ptr + tl.program_id(0).to(tl.int64) * (slots + W)
     if ROW:
-        tl.store(sums, tl.sum(x * g, axis=0))
-        tl.store(sums + 1, tl.sum(x * total, axis=0))
-        tl.store(sums + 2, tl.sum(m * total, axis=0))
+        tl.store(sums + A, tl.sum(x * g, axis=0))
+        tl.store(sums + P, tl.sum(x * total, axis=0))
+        tl.store(sums + Q, tl.sum(m * total, axis=0))
         if PAIR:
-            tl.store(sums + 3, q * tl.sum(difference * total, axis=0))
-        tl.store(sums + 4 + step, tl.sum((p * x + q * m) * g, axis=0))
+            tl.store(sums + G, q * tl.sum(difference * total, axis=0))
+        tl.store(sums + W + step, tl.sum((p * x + q * m) * g, axis=0))
     for k in tl.static_range(0, len(history), 2):  # both loads stand before the stores, so that neither waits
         here = _here(history[k], row, size, start) + lane
         there = _here(history[k + 1], row, size, start) + lane
@@ -265,15 +265,15 @@ def _update_backward_kernel(
             slot0 = tl.load(here, mask=lane < tl.where(k < count, left, 0), other=0.0).to(dtype)
             slot1 = tl.load(there, mask=lane < tl.where(k + 1 < count, left, 0), other=0.0).to(dtype)
         if HISTORY:
-            w0 = tl.load(scalars + 4 + one, mask=k < count, other=0.0)
-            w1 = tl.load(scalars + 4 + two, mask=k + 1 < count, other=0.0)
+            w0 = tl.load(scalars + W + one, mask=k < count, other=0.0)
+            w1 = tl.load(scalars + W + two, mask=k + 1 < count, other=0.0)
             d0, d1 = dhistory[k], dhistory[k + 1]
             at0, at1 = _here(d0, row, size, start) + lane, _here(d1, row, size, start) + lane
             tl.store(at0, _as(w0 * g, d0), mask=lane < tl.where(k < count, left, 0))
             tl.store(at1, _as(w1 * g, d1), mask=lane < tl.where(k + 1 < count, left, 0))
         if ROW:
-            tl.store(sums + 4 + one, tl.sum(slot0 * g, axis=0), mask=k < count)
-            tl.store(sums + 4 + two, tl.sum(slot1 * g, axis=0), mask=k + 1 < count)
+            tl.store(sums + W + one, tl.sum(slot0 * g, axis=0), mask=k < count)
+            tl.store(sums + W + two, tl.sum(slot1 * g, axis=0), mask=k + 1 < count)
 
 
 def multistep_update_backward(
@@ -310,7 +310,7 @@ def multistep_update_backward(
         launch(
             kind, _update_backward_kernel, batch * blocks,
             (*fixed, _padded(history), _padded(slots_grads or history)),
-            (x.numel() // batch, batch, blocks, weights.shape[1], weights.shape[2] - SCALARS, step, len(history)),
+            (x.numel() // batch, batch, blocks, weights.shape[1], weights.shape[2] - table.HISTORY, step, len(history)),
             PAIR=output.shape[0] != batch, ROW_WEIGHTS=weights.shape[0] != 1, NEXT=given[0], OWN=given[1],
             X=dx, OUTPUT=doutput, HISTORY=dhistory, ROW=row, BLOCK=BLOCK, **options(),
         )  # fmt: skip
@@ -324,35 +324,31 @@ def _pull_kernel(
     blocks: tensor, steps: tensor, slots: tensor,
     PAIR: constexpr, ROW_WEIGHTS: constexpr, ROW_INDEX: constexpr, UNROLL: constexpr, BLOCK: constexpr,
 ) -> None:  # fmt: skip
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
-    lane = tl.arange(0, BLOCK)  # [BLOCK]
-    left = size - start
-    mask = lane < left
+    row, start, lane, left, mask = _block(size, blocks, BLOCK)
     dtype: constexpr = weights_ptr.dtype.element_ty
 
     step = tl.load(index_ptr + row * ROW_INDEX)
     active = (step >= 0) & (step < steps)
     j = tl.where(active, step, 0)
     read = lane < tl.where(active, left, 0)
-    columns = slots + 4
+    columns = slots + W
     table = weights_ptr + row * ROW_WEIGHTS * steps * columns
     scalars = table + j * columns
     stride = tl.full((), adjoints_slot, tl.int64)
     adjoints = _here(adjoints_ptr, row, adjoints_row, start)
     own = tl.load(adjoints + j * stride + lane, mask=read, other=0.0).to(dtype)
-    pulled = tl.load(scalars + 4 + j) * own
+    pulled = tl.load(scalars + W + j) * own
     first = tl.where(active, j, steps).to(tl.int32) + 1
     for i in range(first, steps, UNROLL):
         for k in tl.static_range(UNROLL):
-            later = table + (i + k) * columns + 4 + j
+            later = table + (i + k) * columns + W + j
             pulled += _slot(adjoints + (i + k) * stride, later, lane, left, i + k < steps)
 
-    dx = tl.where(active, tl.load(scalars) * own + tl.load(scalars + 1) * pulled, 0.0)
+    dx = tl.where(active, tl.load(scalars + A) * own + tl.load(scalars + P) * pulled, 0.0)
     tl.store(_here(dx_ptr, row, size, start) + lane, _as(dx, dx_ptr), mask=mask)
-    grad_m = tl.where(active, tl.load(scalars + 2) * pulled, 0.0)
+    grad_m = tl.where(active, tl.load(scalars + Q) * pulled, 0.0)
     if PAIR:
-        scale = tl.load(scalars + 3)
+        scale = tl.load(scalars + G)
         tl.store(_here(doutput_ptr, row, size, start) + lane, _as((1 - scale) * grad_m, doutput_ptr), mask=mask)
         tl.store(_here(doutput_ptr, row + batch, size, start) + lane, _as(scale * grad_m, doutput_ptr), mask=mask)
     else:
@@ -361,9 +357,8 @@ def _pull_kernel(
 
 def multistep_pull(adjoints: Tensor, weights: Tensor, index: Tensor, pair: bool = False) -> tuple[Tensor, Tensor]:
     check_pull(adjoints, weights, index)
-    batch, steps, *sample = adjoints.shape
-    dx = adjoints.new_empty(batch, *sample)
-    doutput = adjoints.new_empty(2 * batch if pair else batch, *sample)
+    batch, steps = adjoints.shape[:2]
+    dx, doutput = shapes.multistep_pull(adjoints, weights, index, pair)
     adjoints, weights, index = _samples_contiguous(adjoints), weights.contiguous(), index.contiguous()
     tensors = adjoints, weights, index, dx, doutput
     kind, pointers = kind_of(tensors, "pull")
@@ -375,7 +370,7 @@ def multistep_pull(adjoints: Tensor, weights: Tensor, index: Tensor, pair: bool 
         blocks = triton.cdiv(size, BLOCK)
         launch(
             kind, _pull_kernel, batch * blocks, tensors,
-            (size, adjoints.stride(0), adjoints.stride(1), batch, blocks, steps, weights.shape[2] - SCALARS),
+            (size, adjoints.stride(0), adjoints.stride(1), batch, blocks, steps, weights.shape[2] - table.HISTORY),
             PAIR=pair, ROW_WEIGHTS=weights.shape[0] != 1, ROW_INDEX=index.shape[0] != 1,
             UNROLL=trip(steps), BLOCK=BLOCK, **options(adjoints.dtype, adjoints.dtype),
         )  # fmt: skip

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..denoiser import uncached_autocast
 from ..step import multistep_update
 from ..table import HISTORY
 
 
-class Rollout:
-    """See dss_fast.unroll.Rollout. Arguments are checked there; call is (step, x, t) -> output. It keeps no graphs.
+class Engine:
+    """Runs what dss_fast.unroll.Rollout has checked; call is (step, x, t) -> output. It keeps no graphs.
 
     A model that writes into a tensor it has saved gets wrong gradients here instead of an error, as it does from
     torch.utils.checkpoint anywhere.
@@ -43,7 +44,7 @@ class Rollout:
             for i in range(N):
                 run = (call, i, x, times[:, i].clone())
                 # A cast cached by the first run would be missing from the graph of the second.
-                with _without_cast_cache(x.device):
+                with uncached_autocast(x.device):
                     output = checkpoint(*run, use_reentrant=False) if self._differentiates else call(*run[1:])
                 x, y = multistep_update(x, output, [*history, *noise], weights, i)
                 states.append(x)
@@ -76,12 +77,3 @@ class Rollout:
             found.append([*own, *row[len(leaves) :]])
         stacked = iter([None if column[0] is None else torch.stack(column) for column in zip(*found, strict=True)])
         return *(next(stacked) if t.requires_grad else None for t in self._leaves), list(stacked)
-
-
-def _without_cast_cache(device: torch.device) -> torch.autocast:
-    return torch.autocast(
-        device.type,
-        dtype=torch.get_autocast_dtype(device.type),
-        enabled=torch.is_autocast_enabled(device.type),
-        cache_enabled=False,
-    )

@@ -228,7 +228,7 @@ def test_guidance_that_is_not_linear_is_refused(name, options):
     if name == "qwen":
         rows |= {"negative_prompt_embeds": torch.randn(1, 16, 16)}
         rows |= {"negative_prompt_embeds_mask": torch.ones(1, 16, dtype=torch.long)}
-    with pytest.raises(ValueError, match="no linear guidance"):
+    with pytest.raises(ValueError, match="not a linear guidance"):
         from_pipeline(pipe, rows, **{**arguments, **options})
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import dss_fast
-from dss_fast import extension, step, unroll
+from dss_fast import extension, step, table, unroll
 
 pytestmark = pytest.mark.fast
 COMMAND = "pip install --no-build-isolation --no-deps ."
@@ -33,7 +33,12 @@ def test_a_checkout_has_it():
     source = Path(dss_fast.__file__).parents[1]
     if os.environ.get("DSS_FAST_NO_EXTENSION") or not (source / "csrc").is_dir() or shutil.which("c++") is None:
         pytest.skip("switched off, or nothing to build it from or with")
-    assert step._no_extension is None, "DSS_FAST_NO_EXTENSION=1 runs the tests without it"
+    assert extension.compiled is not None, "DSS_FAST_NO_EXTENSION=1 runs the tests without it"
+
+
+@pytest.mark.skipif(extension.compiled is None, reason="there is no extension")
+def test_its_rows_have_the_columns_of_a_table():
+    assert extension.compiled.columns == [table.A, table.P, table.Q, table.GUIDANCE, table.HISTORY]
 
 
 def test_never_built(package):
@@ -64,14 +69,13 @@ def test_switched_off(package, monkeypatch):
 
 def test_the_reason_is_what_users_read(monkeypatch):
     """In the one warning of a step, and in the refusals of a named backend."""
-    monkeypatch.setattr(step, "_extension", None)
-    monkeypatch.setattr(step, "_no_extension", "it is Sunday; wait")
+    monkeypatch.setattr(extension, "compiled", None)
+    monkeypatch.setattr(extension, "missing", "it is Sunday; wait")
     with pytest.warns(RuntimeWarning, match="in plain PyTorch, several times slower: it is Sunday; wait"):
         step._on_cpu.__wrapped__()
     with pytest.raises(ValueError, match="it is Sunday"):
         step._module("cpp", torch.device("cpu"))
-    monkeypatch.setattr(unroll, "_extension", unroll._extension.__wrapped__)
-    with pytest.raises(RuntimeError, match="backend='cpp' cannot run here: it is Sunday.*backend='reference'"):
+    with pytest.raises(ValueError, match="backend 'cpp' cannot run here: it is Sunday.*'reference'"):
         unroll._engine("cpp")
 
 

@@ -11,11 +11,11 @@ from test_unroll import Net, close, leaves, plain, problem
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dss_fast import unroll as module
-from dss_fast.unroll import Rollout, unroll
+from dss_fast import extension
+from dss_fast.unroll import Kept, Rollout, _engine, unroll
 
 pytestmark = pytest.mark.fast
-needs_extension = pytest.mark.skipif(isinstance(module._extension(), Exception), reason="the reference keeps no graphs")
+needs_extension = pytest.mark.skipif(extension.compiled is None, reason="the reference keeps no graphs")
 
 
 def compare(model, tensors, backend, tolerance=1e-10, parameters=(), seed=5, **options):
@@ -249,7 +249,7 @@ def test_other_threads_run_between_two_calls_of_the_model(backend):
         return start > end
 
     x, weights, times = torch.randn(2, 300_000), torch.ones(1, 2, 6), torch.ones(2, 2)
-    engine = module._engine(backend)  # without the checks around the model, which are Python and operators too
+    engine = _engine(backend)  # without the checks around the model, which are Python and operators too
     interval, thread = sys.getswitchinterval(), threading.Thread(target=counting)
     sys.setswitchinterval(1e3)
     thread.start()
@@ -274,16 +274,17 @@ def test_other_threads_run_between_two_calls_of_the_model(backend):
 
 
 @needs_extension
-def test_plan_is_readable_and_fits():
+def test_kept_graphs_fit_the_budget():
     model, *tensors = problem(steps=6, rows=64)
-    size = Rollout(model, *tensors, memory_budget=1).plan.activation_bytes
+    size = Rollout(model, *tensors, memory_budget=1).kept.activation_bytes
     assert size > 64 * 32 * 8
-    for kept in (0, 1, 3, 6):
-        plan = Rollout(model, *tensors, memory_budget=kept * size + size // 2).plan
-        assert (plan.kept, plan.steps) == (kept, 6) and f"the graphs of {kept} of 6" in str(plan)
-    assert Rollout(model, *tensors).plan.kept == 0
-    assert Rollout(model, *tensors, memory_budget=0.5).plan.kept == 6
-    assert Rollout(model, *tensors, memory_budget=0.5, backend="reference").plan.kept == 0
+    for graphs in (0, 1, 3, 6):
+        budget = graphs * size + size // 2
+        assert Rollout(model, *tensors, memory_budget=budget).kept == Kept(6, graphs, size, budget)
+    assert Rollout(model, *tensors).kept.graphs == 0
+    assert Rollout(model, *tensors, memory_budget=0.5).kept.graphs == 6
+    assert Rollout(model, *tensors, memory_budget="auto").kept == Kept(6, 6, size, 512 << 20)
+    assert Rollout(model, *tensors, memory_budget=0.5, backend="reference").kept.graphs == 0
 
 
 @needs_extension
@@ -292,7 +293,7 @@ def test_frozen_weights_do_not_count_as_activations():
     wide = nn.Sequential(nn.Linear(48, 4096), nn.Tanh(), nn.Linear(4096, 48)).double().requires_grad_(False)
     _, *tensors = problem()
     rollout = Rollout(lambda x, t: wide(x.flatten(1)).reshape(x.shape), *tensors, memory_budget=1)
-    assert rollout.plan.activation_bytes < 2 * 3 * 4096 * 8
+    assert rollout.kept.activation_bytes < 2 * 3 * 4096 * 8
 
 
 def test_budget_saves_calls(backend):
@@ -303,7 +304,7 @@ def test_budget_saves_calls(backend):
         next(calls)
         return net(x, t)
 
-    size = Rollout(model, *tensors, memory_budget=1, backend=backend).plan.activation_bytes or 4000
+    size = Rollout(model, *tensors, memory_budget=1, backend=backend).kept.activation_bytes or 4000
     kept = (2, 4) if backend == "cpp" else (0, 0)
     for budget, expected in ((None, 8), (2 * size, 8 - kept[0]), (10**9, 8 - kept[1])):
         calls = itertools.count()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...methods import handmade
-from ...names import Name, find_solver, is_file, published_steps
+from ...names import Name, is_file, published
 from ...schedule import FLOOR, VP, DiscreteVP, Flow, Grid, Schedule
 from ...solver import Solver
 
@@ -32,7 +32,6 @@ PREDICTIONS = {
     "v_prediction": "v_prediction",
     "flow_prediction": "velocity",
 }
-
 
 # A method walks the grid of this scheduler, by the first part of its name; the rest DPMSolverMultistepScheduler's.
 MULTISTEP = {
@@ -63,7 +62,7 @@ OTHER = {
     "HeliosScheduler": "it changes the resolution between its stages",
     "PiflowScheduler": "its network returns a policy for several steps",
 }
-STILL = 1e-9  # a last step that stands still in the stock scheduler falls by this part instead
+STILL = 1e-9  # a grid must fall: a last step that does not move in the stock scheduler falls by this part
 
 
 def adopt(config: Config) -> dict[str, Any]:
@@ -76,7 +75,7 @@ def adopt(config: Config) -> dict[str, Any]:
     unset = set(config.pop("_use_default_values", None) or ())
     stock = _class_of(config)
     if stock is not None:
-        for key, parameter in inspect.signature(stock.__init__).parameters.items():
+        for key, parameter in _keywords(stock).items():
             if parameter.default is not inspect.Parameter.empty and key not in config:
                 config[key] = parameter.default
                 unset.add(key)
@@ -91,7 +90,7 @@ def _class_of(config: Config) -> Any:
         return getattr(diffusers, str(config["_class_name"]), None)
     keys = {key for key in config if not key.startswith("_")}
     for name in (*SIGMA_SPACE, *STOCK, "SASolverScheduler", "DPMSolverSinglestepScheduler"):
-        if keys == set(inspect.signature(getattr(diffusers, name).__init__).parameters) - {"self"}:
+        if keys == set(_keywords(getattr(diffusers, name))):
             return getattr(diffusers, name)
     return None
 
@@ -115,7 +114,7 @@ def family_of(config: Config) -> str:
     whose = config.get("_class_name") or ", ".join(map(str, config))
     raise ValueError(
         f"this scheduler config ({whose}) describes neither a flow (shift, flow_prediction) nor a VP model at discrete "
-        "times (beta_schedule); DSSScheduler knows no other kind"
+        "times (beta_schedule); DSSScheduler knows only these two"
     )
 
 
@@ -132,8 +131,7 @@ def prediction_of(config: Config) -> str:
 def stock_scheduler(name: str, config: Config) -> Any:
     """The scheduler of diffusers that its own ``from_config`` makes of the pipeline's config, as far as grids go."""
     stock = getattr(diffusers, name)
-    known = inspect.signature(stock.__init__).parameters
-    takes = {key for key in known if key not in ("algorithm_type", "solver_type")}  # other classes refuse DEIS'
+    takes = _keywords(stock).keys() - {"algorithm_type", "solver_type"}  # other classes refuse DEIS'
     fallen = () if name == config.get("stock_class") else config.get("stock_defaults") or ()
     given = {key: value for key, value in config.items() if key in takes and value is not None and key not in fallen}
     try:
@@ -142,13 +140,18 @@ def stock_scheduler(name: str, config: Config) -> Any:
         raise ValueError(f"{name} cannot take the pipeline's config: {error}") from None
 
 
+def _keywords(stock: Any) -> dict[str, inspect.Parameter]:
+    """What a scheduler's class takes."""
+    return {key: value for key, value in inspect.signature(stock.__init__).parameters.items() if key != "self"}
+
+
 def _knows(name: str, key: str) -> bool:
-    return key in inspect.signature(getattr(diffusers, name, object).__init__).parameters
+    return key in _keywords(getattr(diffusers, name, object))
 
 
 def settings() -> set[str]:
     """The keywords that the schedulers in ``STOCK``, which are asked for grids, take."""
-    return {key for name in STOCK for key in inspect.signature(getattr(diffusers, name).__init__).parameters} - {"self"}
+    return {key for name in STOCK for key in _keywords(getattr(diffusers, name))}
 
 
 def training_scheduler(config: Config) -> Any:
@@ -330,7 +333,7 @@ def _vp_grid(
         log_ratio = 0.5 * np.log(1 / table - 1)
         return _ratio_grid(ratio, np.interp(np.log(ratio[:-1]), log_ratio, np.arange(len(table))).tolist(), kind)
     stock = stock_scheduler(name, config)
-    if config.get("snr_shift_scale") is None:  # which no other scheduler knows: there the model's own noise counts
+    if config.get("snr_shift_scale") is None:  # one with that setting keeps the model's own noise
         there = stock.alphas_cumprod.double().clamp_min(1e-30).numpy()
         if there.shape != table.shape or np.abs(there - table).max() > 1e-3:
             warnings.warn(
@@ -398,9 +401,7 @@ def read_solvers(solver: Any) -> tuple[dict[int, Solver], list[Name], list[str],
     embed in it. Raises ValueError naming what exists.
     """
     tables: dict[int, Solver] = {}
-    methods: list[Name] = []
-    names: list[str] = []
-    embedded: list[dict[str, Any]] = []
+    methods, names, embedded = list[Name](), list[str](), list[dict[str, Any]]()
     for entry in solver if isinstance(solver, list | tuple) else [solver]:
         if isinstance(entry, Mapping):
             entry = Solver.from_dict(entry)
@@ -420,8 +421,7 @@ def read_solvers(solver: Any) -> tuple[dict[int, Solver], list[Name], list[str],
             if name.handmade:
                 methods.append(name)
             else:
-                steps = published_steps(name.name) if name.num_steps is None else [name.num_steps]
-                found = [find_solver(name.name, num_steps=n) for n in steps]
+                found = published(name)
         for table in found:
             if table.num_steps in tables:
                 raise ValueError(

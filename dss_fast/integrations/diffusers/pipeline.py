@@ -9,7 +9,7 @@ understand (guidance that is not linear, image latents beside the noisy ones) is
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,20 +60,9 @@ def from_pipeline(
     one, two = (record(pipe, chunk, ASKED, generator, arguments) for chunk in first)
     layout = _Layout.read(one, two, list(scales_of(pipe, arguments).values()))
 
-    cond: list[dict[str, Tensor]] = []
-    uncond: list[dict[str, Tensor]] = []
-    for start in range(0, count, batch_size):
-        chosen = list(range(start, min(start + batch_size, count)))
-        notes = record(pipe, _take(rows, chosen), 1, generator, arguments)
-        branches = layout.conditions(notes.steps[0], len(chosen))
-        cond.append(branches[layout.cond])
-        uncond.append(branches[1 - layout.cond] if layout.guided else {})
-    conditions = {key: _join(key, [c[key] for c in cond]) for key in cond[0]}
-    null = {key: _common(key, [c[key] for c in uncond], conditions.get(key)) for key in uncond[0]}
-    null = {key: value for key, value in null.items() if not _repeats(conditions.get(key), value)}
-    if layout.guided and not null:
-        raise ValueError("both branches of the pipeline's guidance get the same arguments; nothing to guide with")
-
+    chunks = [list(range(k, min(k + batch_size, count))) for k in range(0, count, batch_size)]
+    steps = (record(pipe, _take(rows, chosen), 1, generator, arguments).steps[0] for chosen in chunks)
+    conditions, null = layout.joined(steps, [len(chosen) for chosen in chunks])
     model = PipelineModel(one.module, layout)
     _check(two, layout, model)
     shape = tuple(one.steps[0].sample.shape[1:])
@@ -81,7 +70,7 @@ def from_pipeline(
         model,
         shape,
         model_schedule(adopt(pipe.scheduler.config), one.mu),
-        cond=_Draw(conditions),
+        cond=_Prompts(conditions),
         uncond=null if layout.guided else None,
         guidance_scale=layout.scale,
         decode=_decoder(pipe, shape, arguments),
@@ -220,7 +209,7 @@ class _Layout:
         total = float(weights.sum())
         if error > self.tolerance or abs(abs(total) - 1) > self.tolerance:
             raise ValueError(
-                f"the pipeline's output is no linear guidance of its network's ({error:.1e} off, weights "
+                f"the pipeline's output is not a linear guidance of its network's ({error:.1e} off, weights "
                 f"{[round(float(w), 4) for w in weights]}): it may rescale or renormalise. Switch that off "
                 "(guidance_rescale=0, true_cfg_scale=1), or take a distilled guidance"
             )
@@ -235,7 +224,7 @@ class _Layout:
             if known and not close:
                 raise ValueError(
                     f"the pipeline's guidance acts like {seen:.5g} where its call says {scales}: it rescales, "
-                    "normalises or changes on the way, and is no linear guidance. Switch that off"
+                    "normalises or changes on the way, so it is not linear. Switch that off"
                 )
             self.scale = min(close, key=lambda s: abs(s - seen), default=float(f"{seen:.5g}"))
 
@@ -259,6 +248,19 @@ class _Layout:
                 branches.append(rows)
         return branches
 
+    def joined(self, steps: Iterable[Step], prompts: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The conditions of all prompts, and what replaces them in the unconditional branch, from their first steps."""
+        branches = [self.conditions(step, n) for step, n in zip(steps, prompts, strict=True)]
+        cond = {key: _join(key, [b[self.cond][key] for b in branches]) for key in branches[0][self.cond]}
+        if not self.guided:
+            return cond, {}
+        other = 1 - self.cond
+        null = {key: _common(key, [b[other][key] for b in branches], cond.get(key)) for key in branches[0][other]}
+        null = {k: v for k, v in null.items() if k not in cond or not all(torch.equal(row, v[0]) for row in cond[k])}
+        if not null:
+            raise ValueError("both branches of the pipeline's guidance get the same arguments; nothing to guide with")
+        return cond, null
+
     def arguments(self, cond: Mapping[str, Any], rows: int) -> dict[str, Any]:
         given = {k: self.as_given(k, v.flatten(0, 1) if self.per_row.get(k, 1) > 1 else v) for k, v in cond.items()}
         flat = {**self.fixed, **{k: v * rows for k, v in self.repeated.items()}, **given}
@@ -272,8 +274,8 @@ class _Layout:
         return nested
 
 
-class _Draw:
-    """cond(n, generator): rows of the conditions drawn at random with replacement."""
+class _Prompts:
+    """cond(n, generator): rows of the prompts' conditions, drawn at random with replacement."""
 
     def __init__(self, conditions: dict[str, Tensor]) -> None:
         self.conditions = conditions
@@ -416,21 +418,17 @@ def _rows(prompts: str | Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
     if not count or set(lengths.values()) - {1, count}:
         raise ValueError(f"prompts: every entry needs as many rows, or one for all; got {lengths or prompts!r}")
     first = next(k for k, n in lengths.items() if n == count)
-    order = {first: rows.pop(first), **rows}
-    return {
-        k: v * count if isinstance(v, list | tuple) and len(v) == 1 else _expand(v, count) for k, v in order.items()
-    }
-
-
-def _expand(value: Any, count: int) -> Any:
-    return value.expand(count, *value.shape[1:]) if isinstance(value, Tensor) and len(value) == 1 else value
+    return {first: rows.pop(first), **rows}
 
 
 def _take(rows: Mapping[str, Any], chosen: list[int]) -> dict[str, Any]:
+    """Some prompts' rows; an entry with one row serves all, and what has no rows goes along."""
+
     def pick(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[chosen]
-        return [value[i] for i in chosen] if isinstance(value, list | tuple) else value
+        if not isinstance(value, Tensor | list | tuple):
+            return value
+        indices = chosen if len(value) > 1 else [0] * len(chosen)
+        return value[indices] if isinstance(value, Tensor) else [value[i] for i in indices]
 
     return {key: pick(value) for key, value in rows.items()}
 
@@ -452,7 +450,3 @@ def _common(key: str, parts: list[Tensor], like: Tensor | None) -> Tensor:
     if not all(torch.equal(row, rows[0]) for row in rows):
         raise ValueError(f"the unconditional {key} differs between prompts; give one negative prompt for all")
     return rows[:1]
-
-
-def _repeats(rows: Tensor | None, row: Tensor) -> bool:
-    return rows is not None and all(torch.equal(r, row[0]) for r in rows)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor, nn
 
 from .scheduler import DSSScheduler
 
-ASKED = 4  # a recorded run is asked for so many steps
+ASKED = 4  # the steps that a recorded run is asked for
 
 
 @dataclass
@@ -61,35 +61,22 @@ class NoteTaker(DSSScheduler):
     _notes: Notes
     _wanted: int
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: torch.device | str | None = None,
-        sigmas: Sequence[float] | None = None,
-        mu: float | None = None,
-        timesteps: Sequence[float] | None = None,
-    ) -> None:
-        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
-        self._notes.mu = mu
+    @wraps(DSSScheduler.set_timesteps)  # pipelines read its signature
+    def set_timesteps(self, *arguments: Any, **options: Any) -> None:  # type: ignore[override]
+        super().set_timesteps(*arguments, **options)
+        self._notes.mu = options.get("mu")
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        generator: torch.Generator | None = None,
-        return_dict: bool = True,
-        per_token_timesteps: Tensor | None = None,
-    ) -> SchedulerOutput | tuple[Tensor]:
+    @wraps(DSSScheduler.step)
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *rest: Any, **options: Any) -> Any:  # type: ignore[override]
         calls, self._notes.calls = self._notes.calls, []
         t = float(self.timesteps[self._locate(timestep)])
-        output = self._towards_noise(model_output.clone(), per_token_timesteps)
+        output = self._towards_noise(model_output.clone(), options.get("per_token_timesteps"))
         if self._upwards:
             t = self.config["num_train_timesteps"] - t
         self._notes.steps.append(Step(calls, t, sample.clone(), output))
         if len(self._notes.steps) == self._wanted:
             raise Enough
-        return super().step(model_output, timestep, sample, generator, return_dict, per_token_timesteps)
+        return super().step(model_output, timestep, sample, *rest, **options)
 
 
 def record(

@@ -23,7 +23,7 @@ def check_request(pipe: Any, solver: Solver, **arguments: Any) -> list[str]:
     """How a call of a pipeline differs from what a table was searched for, also as a warning; empty when it does not.
 
     arguments: of the pipeline's call; sizes, where given, and guidance scales are compared, these to 5 %. A table
-    without a request (a hand-made or published one) is searched for none.
+    without a request (a hand-made or published one) differs in nothing.
     """
     request = solver.provenance.get("request") or {}
     found = {**_whose(pipe), **{key: arguments[key] for key in SIZES if arguments.get(key) is not None}}

@@ -61,7 +61,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
     invert_sigmas: of Mochi, whose times and sigmas rise and whose network returns x0 - epsilon.
     num_train_timesteps, beta_*, trained_betas, rescale_betas_zero_snr, snr_shift_scale, prediction_type: the model's.
     stock_class, stock_defaults: filled in by ``from_config``: the class the config comes from, and what it left unset.
-    thresholding: refused, unless not strict: clipping x0 is no linear step. clip_sample: warned about.
+    thresholding: refused, unless not strict: clipping x0 is not linear. clip_sample: warned about.
 
     A run that starts part-way in, as in img2img and inpainting, has no predictions before its first step k. The
     weights that the rows give to y_0..y_{k-1} go to y_k, as if the prediction had been constant until then, so that
@@ -151,7 +151,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             embedded = config.pop("_solvers", None)
             if "solver" not in config:
                 config = adopt(config)
-            if kwargs.keys() & {"use_flow_sigmas", "prediction_type"}:  # what the caller says of the family counts
+            if kwargs.keys() & {"use_flow_sigmas", "prediction_type"}:  # the caller's word on the family goes first
                 config["family"] = family_of({**config, "family": None, **kwargs})
             given_back = config.get("stock_defaults") or ()
             unset = config.pop("_use_default_values", None)
@@ -323,8 +323,8 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             u = torch.tensor([self.solver.timesteps[i] for i in points], dtype=torch.float64)
             alpha, sigma = self.schedule.alpha_sigma(u)
         shape = (-1,) + (1,) * (like.ndim - 1)
-        place = lambda v: v.to(like.dtype).to(like.device, non_blocking=True).reshape(shape)  # noqa: E731
-        return place(alpha), place(sigma)
+        alpha, sigma = (v.to(like.dtype).to(like.device, non_blocking=True).reshape(shape) for v in (alpha, sigma))
+        return alpha, sigma
 
     def _points(self, timesteps: Tensor) -> list[int] | None:
         """Which points of this run are meant; None: training times."""
