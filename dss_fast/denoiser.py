@@ -82,8 +82,9 @@ class Denoiser:
             error.add_note(f"called as model({', '.join(_described(k, v) for k, v in given.items())})")
             raise
         check_untouched(rows, before)
-        found = returned[0] if isinstance(returned, tuple) and returned else getattr(returned, "sample", returned)
-        output = self._checked(found, x, t)
+        tensor = returned[0] if isinstance(returned, tuple) and returned else getattr(returned, "sample", returned)
+        self._check(tensor, x, t)
+        output: Tensor = tensor
         self.nfe += 2 if self.guided else 1
         if self.guided and channels is not None:
             uncond, guided = output.chunk(2)
@@ -109,7 +110,7 @@ class Denoiser:
             self._doubled = arguments
         return arguments
 
-    def _checked(self, output: Any, x: Tensor, t: Tensor) -> Tensor:
+    def _check(self, output: Any, x: Tensor, t: Tensor) -> None:
         if not isinstance(output, Tensor) or output.shape != x.shape or not output.is_floating_point():
             got = "an empty tuple" if output == () else type(output).__name__
             if isinstance(output, Tensor):
@@ -135,7 +136,6 @@ class Denoiser:
                         "does it ignore that keyword? Guidance has no effect",
                         stacklevel=4,
                     )
-        return output
 
 
 def _rows(value: Any, rows: int, device: torch.device) -> Any:
