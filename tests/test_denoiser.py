@@ -310,8 +310,8 @@ def test_a_wrong_schedule_is_doubted_and_the_right_one_named(schedule):
 def test_a_search_of_small_budget_is_not_spent_on_doubts():
     calls = []
     counted = lambda x, t: (calls.append(len(x)), gaussian(x, t))[1]  # noqa: E731
-    options = {**QUICK, "budget": 1_000}
-    assert search(counted, 3, shape=(3,), key="gaussian", **options).evaluations <= 1_000
+    options = {**QUICK, "budget": 3_000}
+    assert search(counted, 3, shape=(3,), key="gaussian", **options).evaluations <= 3_000
     with pytest.raises(ValueError, match="budget=3: the look at the model alone takes 8"):
         search(gaussian, 3, shape=(3,), **{**QUICK, "budget": 3})
 

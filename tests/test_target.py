@@ -225,14 +225,14 @@ def test_a_step_of_sample_is_four_frames_from_its_launch(backend, monkeypatch):
     assert len(seen) == 3 and max(map(len, seen)) <= 4, seen
 
 
-# ---- torch alone
+# ---- what is needed
 
 
-def test_sample_and_search_need_torch_alone():
-    """An environment without numpy, tqdm, safetensors, matplotlib, lion-pytorch and Triton."""
+def test_sample_search_and_compare_need_no_picture_kernel_or_pipeline():
+    """An environment without matplotlib, Triton, diffusers and, for the default search, lion-pytorch."""
     code = """
         import sys, warnings
-        gone = {"numpy", "tqdm", "safetensors", "matplotlib", "lion_pytorch", "triton", "diffusers"}
+        gone = {"matplotlib", "lion_pytorch", "triton", "diffusers", "jinja2"}
 
         class Gone:
             def find_spec(self, name, path=None, target=None):
