@@ -45,7 +45,8 @@ class Quadratic:
         scale = self.matrix.diagonal().clamp_min(1e-12 * float(self.matrix.diagonal().max())).sqrt()
         system = self.matrix / scale[:, None] / scale
         system = system + damping * torch.eye(len(scale), dtype=torch.float64)
-        return -torch.linalg.solve(system, self.gradient / scale) / scale
+        step: Tensor = torch.linalg.solve(system, self.gradient / scale) / scale
+        return -step
 
     def gain(self, step: Tensor) -> float:
         """How much smaller the loss should become by a step."""
@@ -89,4 +90,5 @@ def robust(values: Tensor, scale: float) -> float:
 def signs_beside(residual: Tensor, signs: Tensor) -> Tensor:
     """Signs (B, R) made orthogonal to the residual of each sample."""
     unit = residual / residual.norm(dim=1, keepdim=True).clamp_min(1e-30)
-    return signs - (signs * unit).sum(1, keepdim=True) * unit
+    along: Tensor = (signs * unit).sum(1, keepdim=True) * unit
+    return signs - along

@@ -133,7 +133,7 @@ def settings_of(method: str | Method) -> Method:
 def described(settings: Method) -> dict[str, Any]:
     """The settings as JSON data, for the run folder; a function is named by its type."""
     values = {f.name: getattr(settings, f.name) for f in fields(settings)}
-    plain = str | int | float | bool | list | tuple | None
+    plain = (str, int, float, bool, list, tuple, type(None))
     return {name: value if isinstance(value, plain) else repr(type(value)) for name, value in values.items()}
 
 

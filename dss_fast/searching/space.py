@@ -98,7 +98,8 @@ class Space:
 
     def noise(self, theta: Tensor) -> Tensor:
         """The weights on the noise, a view of theta; empty where the space has none."""
-        return theta.split(self.sizes())[2]
+        parts: tuple[Tensor, ...] = theta.split(self.sizes())
+        return parts[2]
 
     def table(self, theta: Tensor, guidance: Guidance = 1.0) -> StepTable:
         """The table that steps read, float64, differentiable."""
@@ -123,7 +124,8 @@ class Space:
             table = self.table(theta)
             return torch.cat([table.weights.flatten(), table.times, self.targets(theta)])
 
-        return torch.autograd.functional.jacobian(flat, theta)
+        found: Tensor = torch.autograd.functional.jacobian(flat, theta)
+        return found
 
     def move(self, theta: Tensor, step: Tensor) -> Tensor:
         """theta + step, the step shortened to what is trusted, times kept in [0, 1]."""
