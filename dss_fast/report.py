@@ -1,439 +1,241 @@
-"""What a search leaves for people to keep: report.html, one file that holds all, and report.md with its pictures."""
+"""What a search leaves for people to keep: report.html, one file that holds all, and report.md with its pictures.
+
+A view of a :class:`dss_fast.compare.Comparison`: what it says stands in templates/report.jinja, how it is written in
+html.jinja and markdown.jinja beside it. A user's words (a model's name, an error) go in through their ``code``.
+"""
 
 from __future__ import annotations
 
+import base64
 import json
-import math
-import os
+import re
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .distance import Reference, squares, three_digits
-from .draws import Draws
+from .bench import PICTURES, Row
+from .compare import Comparison, Given, Verdict, compare
+from .distance import three_digits
 from .files import json_text, write_text
-from .methods import handmade
-from .page import Block, Code, Heading, Picture, Table, Text, code, html, markdown
-from .plots import (
-    SEARCHED,
-    cells_height,
-    draw_coefficients,
-    draw_timesteps,
-    log_scale,
-    plot_samples,
-    pyplot,
-    write_figure,
-)
-from .sampling import sample
-from .searching.lion import Lion
-from .searching.runs import SearchResult
-from .searching.two_stage import GaussNewton
+from .plots import Curves, plot_overview, plot_stages, pyplot
+from .schedule import Flow, Schedule
 from .solver import Solver
-from .target import Samples, Target
-from .trajectory import Trajectory, dense_grid, evaluations, integrate
+from .target import Target
 
-FILES = ("report.html", "report.md")
-SAMPLES = 32  # the report draws a batch of its own
-REFERENCE_EVALUATIONS = 48  # its fine trajectories take so many calls, and err by 0.0006 on the MNIST flow
-SCREENED = 8  # the first so many samples choose the best hand-made solver
-RIVALS = tuple(
-    f"{method}@{spacing}" for spacing in ("uniform", "shift3") for method in ("euler", "ab2", "dpmpp_2m", "unip2")
-)
-SHOWN, WORST = 8, 3  # of each solver the first samples are drawn, and those that err most
-HAND_MADE = "#2980b9"
-HELD_OUT = (
-    "Held-out RMSE: the same unit, on other samples, those by which the search chose its table. The two often differ "
-    "by a factor of two or three: a few samples carry most of a mean square (compare the median with the worst), and "
-    "each set of samples has its own few."
-)
+FILES = {"report.html": "html", "report.md": "markdown"}
+LEAST = 4_000  # evaluations a report may take, or as many as the search where that is more
+NUMBER = re.compile(r"[\d\N{MINUS SIGN}-]")
+DPI = 140  # of the pictures; a CSS pixel is 1/96 inch
 
 
-@dataclass(frozen=True, eq=False)
-class Run:
-    """A solver on the report's noise.
+@dataclass(frozen=True)
+class SearchRecord:
+    """What a search tells of itself.
 
-    states: x_1..x_N, (B, N, *S). errors: (B,) float64, the mean square of each sample's difference from the reference.
-    figures: see ``Reference.measure``.
+    solvers: its tables by N. starts: the tables that it started from, or their names. evaluations: spent, of at most
+    budget. seconds: from the first event to the last. loss, held_out: evaluations and values by N. call: Python that
+    searches again. settings: all of them, JSON data. others: the names of further targets of the same tables.
     """
 
-    name: str
-    solver: Solver
-    states: Tensor
-    errors: Tensor
-    figures: dict[str, Any]
+    solvers: Mapping[int, Solver]
+    evaluations: int
+    call: str
+    settings: Mapping[str, Any]
+    starts: Sequence[Given] = ()
+    budget: int | None = None
+    seconds: float | None = None
+    loss: Curves = field(default_factory=dict)
+    held_out: Curves = field(default_factory=dict)
+    others: Sequence[str] = ()
 
 
-@dataclass(frozen=True, eq=False)
-class Match:
-    """The best hand-made solver of one N, and the searched one. screened: RMSE of all of ``RIVALS``, on few samples."""
+@dataclass(frozen=True)
+class Picture:
+    """A PNG file in a section of the report, and what it shows in a few words."""
 
-    best: Run
-    mine: Run
-    screened: dict[str, float]
+    section: str
+    path: Path
+    alt: str
 
     @property
-    def runs(self) -> tuple[Run, Run]:
-        """Before and after."""
-        return self.best, self.mine
+    def data(self) -> str:
+        """The file in base64."""
+        return base64.b64encode(self.path.read_bytes()).decode()
+
+    @property
+    def width(self) -> int:
+        """In CSS pixels, from the header of the file."""
+        return int.from_bytes(self.path.read_bytes()[16:20]) * 96 // DPI
 
 
-Matches = dict[int, Match]
-Draw = Callable[[str, str, Callable[[Path], object]], list[Block]]
+def write_report(out: Path, target: Target, record: SearchRecord, *, progress: bool = False) -> Path:
+    """Writes report.html and report.md with its pictures into a folder; returns the former.
 
-
-@torch.no_grad()
-def write_report(result: SearchResult, draws: Draws, config: dict[str, Any]) -> Path:
-    """Writes report.html and report.md with its pictures into the run folder; returns the former.
-
-    It compares with the best of a few hand-made solvers, on noise of its own that the search's evaluations do not
-    include. Without matplotlib it has no pictures, and says so.
+    It compares on noise of its own, for at most as many evaluations as the search took or ``LEAST``, which are not
+    among the search's. Without matplotlib it has no pictures, without a decode that works no samples, and says so.
+    Raises FloatingPointError where the fine reference diverges, OSError where it cannot write, and what the model
+    raises.
     """
-    assert result.out is not None
-    out, batch = result.out, draws.alone.batch("report", 0, SAMPLES)
-    trajectory = integrate(batch.predictor(), batch.noise, dense_grid(batch.schedule, REFERENCE_EVALUATIONS))
-    asked = None if batch.target.labels is None else batch.target.labels(batch.cond).cpu()
-    reference = Reference(batch.target, trajectory.last, asked)
-    matches = {n: _match(batch, solver, reference) for n, solver in result.solvers.items()}
-    calls = evaluations(trajectory.grid)
+    budget = max(LEAST, record.evaluations)
+    rivals = ("all", *record.starts)
+    comparison = compare(target, list(record.solvers.values()), rivals=rivals, budget=budget, progress=progress)
+    pairs = {v.num_steps: _pair(comparison, v) for v in comparison.verdicts}
+    images, missing = [], ""
     try:
         pyplot()
-        missing: list[Block] = []
+        images = _pictures(out, target, record, comparison, pairs)
     except ImportError as error:
-        warnings.warn(f"the report has no pictures: {error}", stacklevel=4)
-        missing = [Text(f"This report has no pictures: {error}.")]
-
-    def picture(name: str, alt: str, draw: Callable[[Path], object]) -> list[Block]:
-        if missing:
-            return []
-        draw(out / name)
-        return [Picture(out / name, alt)]
-
-    blocks = [
-        Heading("Better than the best hand-made solver?"),
-        *([Text(_several(draws))] if draws.others else []),
-        *_answer(result, matches, reference),
-        *missing,
-        Heading("Before and after"),
-        *_samples(matches, reference, calls, picture),
-        Heading("Error by stage"),
-        *_stages(matches, trajectory, picture),
-        Heading("Coefficients and timesteps"),
-        *_tables(result, batch, picture),
-        Heading("What it cost"),
-        *_cost(result, batch, config, calls),
-        Heading("Use a table"),
-        *_use(result, batch),
-        Heading("Search again"),
-        *_again(config, "[target, *others]" if draws.others else "target"),
-    ]
-    named = "" if batch.target.name == Target.name else f" for {code(batch.target.name)}"
-    title = f"Search{named}: {', '.join(f'N = {n}' for n in result.solvers)}"
-    for name, page in zip(FILES, (html, markdown), strict=True):
-        write_text(out / name, page(title, blocks))
-    return out / FILES[0]
+        missing = str(error)
+        warnings.warn(f"the report has no pictures: {missing}", stacklevel=4)
+    schedule = target.schedule or Flow()
+    told = {
+        "target": target,
+        "record": record,
+        "comparison": comparison,
+        "model": "" if target.name == Target.name else target.name,
+        "steps": [f"N = {n}" for n in record.solvers],
+        "others": record.others,
+        "schedule": repr(schedule),
+        "images": images,
+        "no_pictures": missing,
+        "staged": min(PICTURES, comparison.rows[0].samples),
+        "figures": _figures(comparison, record),
+        "stages": [_stages(n, pair) for n, pair in pairs.items()],
+        "tables": [_table(solver, schedule) for solver in record.solvers.values()],
+        "curves": [_curve(n, *curve) for n, curve in record.held_out.items() if len(curve[1]) > 1],
+        "request": ", ".join(f"{key} {value}" for key, value in (target.request or {}).items()),
+        "use": _use(next(iter(record.solvers)), target),
+        "settings": json.dumps(record.settings, indent=1),
+    }
+    for name, kind in FILES.items():
+        write_text(out / name, _rendered(kind, told))
+    return out / "report.html"
 
 
-def _answer(result: SearchResult, matches: Matches, reference: Reference) -> list[Block]:
-    """Whether each solver is better than the best hand-made one, the figures, and what they are."""
-    digits = lambda value: "-" if value is None else three_digits(value)  # noqa: E731
-    rows = []
-    held_out = {n: min(values) for n in matches if (values := result.curve("held_out", n)[1])}
-    for n, match in matches.items():
-        for run, chosen_by in zip(match.runs, ("-", digits(held_out.get(n))), strict=True):
-            f, worst = run.figures, math.sqrt(float(run.errors.max()))
-            cells = [str(n), code(run.name), digits(f["rmse"]), f"{digits(f['rmse_low'])} to {digits(f['rmse_high'])}"]
-            cells += [digits(value) for value in (f["median"], f["p90"], worst)]
-            cells += ["-" if f["switched"] is None else f"{100 * f['switched']:.0f} %"]
-            rows.append([*cells, digits(f["frechet"]), digits(f["energy"]), *([chosen_by] if held_out else [])])
+def _rendered(kind: str, told: Mapping[str, Any]) -> str:
+    """The page in HTML, where all that is told is escaped, or in Markdown."""
+    import jinja2
+    from markupsafe import Markup
+
+    page = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=kind == "html",
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    whole = Markup if kind == "html" else str
+
+    def sentence(verdict: Verdict, code: Callable[[str], str]) -> str:
+        names: list[str] = []
+
+        def mark(name: str) -> str:
+            names.append(code(name))
+            return f"\0{len(names) - 1}\0"
+
+        parts = verdict.sentence(mark).split("\0")
+        return whole("").join(names[int(part)] if k % 2 else part for k, part in enumerate(parts))
+
+    page.filters |= {
+        "flowing": lambda text: whole(" ".join(text.split())),
+        "one_line": lambda text: " ".join(str(text).replace("`", "'").split()) or " ",
+        "digits": _digits,
+        "fence": lambda text: "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0)),
+        "numeric": lambda rows: [all(NUMBER.match(c or "0") for c in column) for column in zip(*rows, strict=True)],
+    }
+    text = page.get_template("report.jinja").render(told, format=kind, sentence=sentence)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _digits(value: float | None) -> str:
+    return "-" if value is None else three_digits(value)
+
+
+def _pair(comparison: Comparison, verdict: Verdict) -> tuple[Row, Row]:
+    """The rows of the best rival and of the table itself."""
+    rows = {row.solver: row for row in comparison.rows}
+    return rows[verdict.best], rows[verdict.solver]
+
+
+def _figures(comparison: Comparison, record: SearchRecord) -> dict[str, Any]:
+    """All rows, best first within each N."""
+    held_out = {n: min(values) for n, (_, values) in record.held_out.items() if values}
     titles = ["N", "solver", "RMSE", "95 % interval", "median", "90 %", "worst", "switched", "Frechet", "energy"]
-    few = [["searched", *(digits(float(m.mine.errors[:SCREENED].mean().sqrt())) for m in matches.values())]]
-    few += [[code(name), *(digits(m.screened[name]) for m in matches.values())] for name in RIVALS]
-    floor = reference.distances()
-    switched = (
-        "the classifier reads as another class than the reference's"
-        if reference.target.classify is not None
-        else f"ends further than {three_digits(reference.reach)} from the reference (root mean square, half of the "
-        "median distance between two samples)"
-    )
-    compared = "features" if reference.target.features is not None else "samples"
-    return [
-        *(Text(_verdict(n, match)) for n, match in matches.items()),
-        Table([*titles, *(["held-out RMSE"] if held_out else [])], rows),
-        Text(
-            "RMSE: the root mean square difference per element from a fine trajectory that starts at the same noise, "
-            f"over {SAMPLES} samples that the search has not seen. Median, 90 % and worst: of the samples' own."
-        ),
-        *([Text(HELD_OUT)] if held_out else []),
-        Text(
-            f"Switched: the share of samples that {switched}. Frechet and energy: distances between distributions, of "
-            f"{compared}, to the reference from other noises; two draws of the reference of {SAMPLES // 2} noises each "
-            f"are {digits(floor['frechet'])} and {digits(floor['energy'])} apart."
-        ),
-        Text(f"RMSE on the first {SCREENED} samples of every hand-made solver tried, which chose the best of them:"),
-        Table(["solver", *(f"N = {n}" for n in matches)], few),
-        Text("`dss_fast.compare` measures more solvers on more samples."),
-    ]
-
-
-def _several(draws: Draws) -> str:
-    """Which of several targets the figures are of."""
-    others = ", ".join(code(other.name) for other in draws.others)
-    return (
-        f"The tables were searched for {len(draws.targets)} targets. All figures here but the held-out RMSE are of "
-        f"the first, {code(draws.target.name)}; `dss_fast.compare` measures the same tables on the others, {others}."
-    )
-
-
-def _verdict(n: int, match: Match) -> str:
-    """Yes where it errs less in mean and median, and is nearer on more samples than chance gives one time in forty."""
-    mine, best = match.mine, match.best
-    errors = [(title, mine.figures[k], best.figures[k]) for k, title in (("rmse", "RMSE"), ("median", "median"))]
-    less, nearer = [own < other for _, own, other in errors], int((mine.errors < best.errors).sum())
-    word = (
-        "No" if not any(less) else "Yes" if all(less) and nearer > (SAMPLES + 2 * SAMPLES**0.5) / 2 else "Not clearly"
-    )
-    times = (
-        f"{title} {three_digits(own)} against {three_digits(other)}"
-        + (f" (x {three_digits(own / other)})" * (other > 0))
-        for title, own, other in errors
-    )
-    return (
-        f"N = {n}: **{word}**. Against {code(best.name)}, the best of {len(RIVALS)} hand-made ones: "
-        f"{', '.join(times)}; nearer to the reference on {nearer} of {SAMPLES} samples."
-    )
-
-
-def _samples(matches: Matches, reference: Reference, calls: int, picture: Draw) -> list[Block]:
-    """Samples of both solvers and the reference for each N, and each solver's own worst."""
-    decode = reference.target.decode
-    if decode is None:
-        return [Text("The target has no `decode`, so there are no samples to look at.")]
-    blocks: list[Block] = [
-        Text(
-            "From the same noise above each other: the best hand-made solver, the searched one, and the reference. At "
-            f"the end of a row are the {WORST} samples at which that solver errs most, each beside its reference."
-        )
-    ]
-    for n, match in matches.items():
-
-        def draw(path: Path, n: int = n, match: Match = match) -> object:
-            ends = {f"{run.name}\n{n} calls": run.states[:, -1] for run in match.runs}
-            rows = {title: decode(x[:SHOWN]) for title, x in ends.items()}
-            rows[f"reference\n{calls} calls"] = decode(reference.samples[:SHOWN])
-            worst = {t: torch.cat([decode(part) for part in reference.worst(x, WORST)], -1) for t, x in ends.items()}
-            return plot_samples(rows, path, count=SHOWN, worst=worst)
-
-        blocks += picture(f"samples-{n}.png", f"samples at N = {n}", draw)
-    return blocks
-
-
-def _stages(matches: Matches, trajectory: Trajectory, picture: Draw) -> list[Block]:
-    """How far the state after each step is from the fine trajectory at the same u."""
-
-    def errors(run: Run) -> list[float]:
-        u = torch.tensor(run.solver.timesteps[1:], dtype=torch.float64)
-        return (run.states - trajectory.at(u)).square().flatten(2).mean((0, 2)).sqrt().tolist()
-
-    found = {n: [(run, errors(run)) for run in match.runs] for n, match in matches.items()}
-    blocks: list[Block] = [
-        Text(
-            "The RMSE of the state after each step, to the fine trajectory at the same u. The end, u = 1, is what "
-            "counts: later rows of a table make up for earlier ones, so a larger error midway is no failure."
-        ),
-        *picture("stages.png", "error of the state after each step", lambda path: _draw_stages(found, path)),
-    ]
-    for n, pair in found.items():
-        rows = []
-        for run, values in pair:
-            rows.append([code(run.name), "u", *(f"{u:.3f}" for u in run.solver.timesteps[1:])])
-            rows.append(["", "RMSE", *map(three_digits, values)])
-        blocks.append(Table(["after step", "", *(str(i + 1) for i in range(n))], rows))
-    return blocks
-
-
-def _draw_stages(found: dict[int, list[tuple[Run, list[float]]]], path: Path) -> Path:
-    """Full dots at the end, which counts, and faint ones before it."""
-    size = (4.6 * len(found), 3.6)
-    figure, axes = pyplot().subplots(1, len(found), figsize=size, squeeze=False, layout="constrained")
-    for axis, (n, pair) in zip(axes[0], found.items(), strict=True):
-        for (run, error), color in zip(pair, (HAND_MADE, SEARCHED), strict=True):
-            u, last = run.solver.timesteps[1:], error[-1]
-            axis.plot(u, error, marker="o", ms=4, mfc="white", lw=1, ls=":", color=color, alpha=0.7)
-            axis.plot(1, last, marker="o", ms=9, ls="", color=color, label=run.name)
-            beside = {"xytext": (9, 0), "textcoords": "offset points", "va": "center", "color": color}
-            axis.annotate(three_digits(last), (1, last), **beside)
-        axis.set(title=f"N = {n}", xlabel="u reached (0 noise, 1 data)", xlim=(0, 1.2))
-        log_scale(axis)
-        axis.set_xticks([0, 0.25, 0.5, 0.75, 1])
-        axis.grid(alpha=0.25)
-        axis.legend(frameon=False, fontsize=8, title="at the end", title_fontsize=8)
-    axes[0, 0].set_ylabel("RMSE to the fine trajectory")
-    return write_figure(figure, path)
-
-
-def _tables(result: SearchResult, batch: Samples, picture: Draw) -> list[Block]:
-    """Each searched table: in the picture, as numbers to read, and as a file to save."""
-    blocks: list[Block] = [
-        Text(
-            "With the state x and the predictions y (velocities of a flow, clean samples for VP) a step is "
-            "`x_{i+1} = a_i x_i + b_i (c_i0 y_0 + ... + c_ii y_i)`; a weight on the initial noise, where the table has "
-            "one, adds to the sum. The scalars a and b follow from u and the schedule, "
-            f"{code(repr(batch.schedule))}; the time is what the network is told."
-        ),
-        *picture("overview.png", "error, coefficients and timesteps", lambda path: overview(result, path)),
-    ]
-    for n, solver in result.solvers.items():
-        u, noise, asked = solver.timesteps, solver.noise_coeffs, solver.network_timesteps
-        times = batch.schedule.time(torch.tensor(asked or u[:-1], dtype=torch.float64)).tolist()
-        rows = []
-        for i, row in enumerate(solver.coeffs):
-            weights = [*([] if noise is None else [noise[i]]), *row[: i + 1]]
-            cells = [f"{value:.3f}".replace("-", "\N{MINUS SIGN}") for value in weights] + [""] * (n - 1 - i)
-            told = [*([] if asked is None else [f"{asked[i]:.4f}"]), f"{times[i]:.4g}"]
-            rows.append([str(i), f"{u[i]:.4f}", *told, *cells])
-        titles = ["step", "u", *([] if asked is None else ["asked at"]), "time", *([] if noise is None else ["noise"])]
-        data = {key: value for key, value in solver.to_dict().items() if key != "provenance"}
-        blocks += [
-            Text(f"{code(solver.name)}:"),
-            Table([*titles, *(f"c_i{j}" for j in range(n))], rows),
-            Code(json_text(data), "json", f"solver-{n}.json in full digits, to save where the file itself is lost"),
+    rows = []
+    for row in sorted(comparison.rows, key=lambda row: (list(record.solvers).index(row.num_steps), row.rmse)):
+        cells = [str(row.num_steps), row.solver, _digits(row.rmse)]
+        cells += [
+            f"{_digits(row.rmse_low)} to {_digits(row.rmse_high)}",
+            *map(_digits, (row.median, row.p90, row.worst)),
         ]
-    return blocks
+        cells += [
+            "-" if row.switched is None else f"{100 * row.switched:.0f} %",
+            *map(_digits, (row.frechet, row.energy)),
+        ]
+        chosen_by = held_out.get(row.num_steps) if row.searched else None
+        rows.append([*cells, *([_digits(chosen_by)] if held_out else [])])
+    return {"titles": [*titles, *(["held-out RMSE"] if held_out else [])], "rows": rows}
 
 
-def _cost(result: SearchResult, batch: Samples, config: dict[str, Any], calls: int) -> list[Block]:
-    """What the search and this report took, and what a sample takes from now on."""
-    steps, twice = list(result.solvers), " guided calls" if batch.target.guided else " calls"
-    own = SAMPLES * calls + sum((len(RIVALS) * SCREENED + 2 * SAMPLES) * n for n in steps)
-    limit = f" of at most {config['budget']:,}" if isinstance(config["budget"], int) else ""
-    times = [event["time"] for event in result.history if "time" in event]
-    took = f", in {times[-1] - times[0]:,.0f} s from the first event to the last" if times else ""
-    found = [
-        f"{result.evaluations:,} model evaluations{limit}{took}; for each sample a forward counts 1 and a backward 2, "
-        f"with guidance too. This report took {own:,} more. A sample takes {' or '.join(map(str, steps))}{twice} from "
-        f"now on, where the reference takes {calls}."
-    ]
-    for n in steps:
-        at, values = result.curve("held_out", n)
-        if len(values) > 1:
-            k = values.index(min(values))
-            found.append(
-                f"N = {n}: held-out RMSE {three_digits(values[0])} at the start, {three_digits(values[k])} after "
-                f"{at[k]:,} evaluations, the least of {len(values)} looks."
-            )
-    return [Text(text) for text in found]
+def _pictures(
+    out: Path, target: Target, record: SearchRecord, comparison: Comparison, pairs: Mapping[int, tuple[Row, Row]]
+) -> list[Picture]:
+    """Samples of both solvers and the reference for each N, the errors by stage, and the tables."""
+    found = []
+    for n, pair in pairs.items() if target.decode is not None and not comparison.unseen else ():
+        path = comparison.plot_samples(out / f"samples-{n}.png", [row.solver for row in pair])
+        found.append(Picture("samples", path, f"samples at N = {n}"))
+    if pairs and all(row.stages for pair in pairs.values() for row in pair):
+        path = plot_stages(pairs, out / "stages.png")
+        found.append(Picture("stages", path, "error of the state after each step"))
+    path = plot_overview(record.solvers, record.loss, record.held_out, out / "overview.png")
+    return [*found, Picture("overview", path, "error, coefficients and timesteps")]
 
 
-def _use(result: SearchResult, batch: Samples) -> list[Block]:
-    """Lines to copy: in Python, in a shell and in a pipeline."""
-    n, scale = next(iter(result.solvers)), batch.target.guidance_scale
+def _stages(n: int, pair: tuple[Row, Row]) -> dict[str, Any]:
+    """How far the state after each step is from the fine trajectory at the same u."""
+    rows = []
+    for row in pair:
+        rows.append([row.solver, "u", *(f"{u:.3f}" for u in row.timesteps[1:])])
+        rows.append(["", "RMSE", *(map(three_digits, row.stages) if row.stages else ["-"] * n)])
+    return {"titles": ["after step", "", *(str(i + 1) for i in range(n))], "rows": rows}
+
+
+def _table(solver: Solver, schedule: Schedule) -> dict[str, Any]:
+    """A searched table as numbers to read, and as a file to save."""
+    u, noise, asked, n = solver.timesteps, solver.noise_coeffs, solver.network_timesteps, solver.num_steps
+    times = schedule.time(torch.tensor(asked or u[:-1], dtype=torch.float64)).tolist()
+    rows = []
+    for i, row in enumerate(solver.coeffs):
+        weights = [*([] if noise is None else [noise[i]]), *row[: i + 1]]
+        cells = [f"{value:.3f}".replace("-", "\N{MINUS SIGN}") for value in weights] + [""] * (n - 1 - i)
+        told = [*([] if asked is None else [f"{asked[i]:.4f}"]), f"{times[i]:.4g}"]
+        rows.append([str(i), f"{u[i]:.4f}", *told, *cells])
+    titles = ["step", "u", *([] if asked is None else ["asked at"]), "time", *([] if noise is None else ["noise"])]
+    data = {key: value for key, value in solver.to_dict().items() if key != "provenance"}
+    columns = [*titles, *(f"c_i{j}" for j in range(n))]
+    return {"name": solver.name, "num_steps": n, "titles": columns, "rows": rows, "json": json_text(data)}
+
+
+def _curve(n: int, at: Sequence[int], values: Sequence[float]) -> tuple[int, int, float, float, int]:
+    """N, evaluations at the least held-out RMSE, the first, the least, and how many looks."""
+    k = min(range(len(values)), key=lambda k: values[k])
+    return n, at[k], values[0], values[k], len(values)
+
+
+def _use(n: int, target: Target) -> str:
+    """Lines to copy: in Python, or for a pipeline."""
+    if target.request:
+        lines = ["from dss_fast.integrations.diffusers import DSSScheduler", ""]
+        given = f'pipe.scheduler.config, solver="solver-{n}.json"'
+        lines += [f"pipe.scheduler = DSSScheduler.from_config({given})", f"pipe(prompt, num_inference_steps={n})"]
+        return "\n".join(lines)
+    scale = target.guidance_scale
     guided = f", guidance_scale={scale[1]}" if isinstance(scale, tuple) else ""
-    python = [
-        "from dss_fast import Solver, sample",
-        "",
-        f'solver = Solver.load("solver-{n}.json")  # in this folder',
-        f"x = sample(target, 16, solver{guided})  # the Target searched on, or the bare model with your noise",
-    ]
-    pipeline = [
-        "from dss_fast.integrations.diffusers import DSSScheduler",
-        "",
-        f'pipe.scheduler = DSSScheduler.from_config(pipe.scheduler.config, solver="solver-{n}.json")',
-        f"pipe(prompt, num_inference_steps={n})",
-    ]
-    found: list[Block] = [Code("\n".join(python), "python")]
-    if batch.target.request:
-        asked = ", ".join(f"{key} {value}" for key, value in batch.target.request.items())
-        found = [Text(f"It was searched for {code(asked)}."), Code("\n".join(pipeline), "python")]
-    return [
-        *found,
-        Text("A table is for the model, the schedule and the guidance that it was searched on."),
-    ]
-
-
-def _again(config: dict[str, Any], given_to: str) -> list[Block]:
-    """The call that was made, and what to change in it. given_to: its first argument."""
-    kind = {kind.name: kind for kind in (GaussNewton, Lion)}[config["method"]]
-    defaults = {f.name: f.default for f in fields(kind)}
-    given = {key: value for key, value in config["settings"].items() if value != defaults[key]}
-    python, arguments = ["from dss_fast import compare, search"], [f"{given_to}, {config['num_steps']!r}"]
-    if given or kind is Lion:
-        python.append(f"from dss_fast.searching import {kind.__name__}")
-        arguments.append(f"method={kind.__name__}({', '.join(f'{key}={value!r}' for key, value in given.items())})")
-    if config["initial"] is not None:
-        arguments.append(f"initial={config['initial']!r}" if isinstance(config["initial"], str) else "initial=solver")
-    arguments += [f"{key}={config[key]!r}" for key in ("budget", "seed")]
-    python += ["", f'result = search({", ".join(arguments)}, out="another-folder")', ""]
-    python += ['compare(target, [*result.solvers.values(), "ab2", "unip3"], num_steps=list(result.solvers))']
-    return [
-        Code("\n".join(python), "python"),
-        Text(
-            "The same call gives the same table, a larger budget usually a better one, another seed one from other "
-            "samples. Search again for another model, schedule or guidance. An interrupted search goes on with "
-            "`resume=True` and its own folder."
-        ),
-        Code(json.dumps(config, indent=1), "json", "All settings of this search"),
-    ]
-
-
-def overview(result: SearchResult, path: str | os.PathLike[str]) -> None:
-    """One picture: error over evaluations, then coefficients and timesteps of each solver."""
-    solvers = result.solvers
-    heights = [2.8, *(cells_height(solver) for solver in solvers.values())]
-    figure, axes = pyplot().subplots(
-        1 + len(solvers),
-        2,
-        figsize=(5 + max(heights[1:]), sum(heights)),
-        height_ratios=heights,
-        width_ratios=[max(heights[1:]), 4.5],
-        squeeze=False,
-        layout="constrained",
-    )
-    for axis, key, title in (
-        (axes[0, 0], "loss", "training loss"),
-        (axes[0, 1], "held_out", "held-out RMSE"),
-    ):
-        curves = {n: curve for n in solvers if (curve := result.curve(key, n))[0]}
-        for n, (at, values) in curves.items():
-            axis.plot(at, values, marker="." if len(at) < 50 else None, lw=1, label=f"N = {n}")
-        if curves:
-            axis.set(title=title, xlabel="model evaluations")
-            axis.locator_params(axis="x", nbins=5)
-            log_scale(axis)
-            axis.grid(alpha=0.3)
-            axis.legend()
-        else:
-            axis.axis("off")
-            axis.text(0.5, 0.5, f"no {title}: the budget allowed no such samples", ha="center", color="0.4")
-    for row, (n, solver) in zip(axes[1:], solvers.items(), strict=True):
-        draw_coefficients(row[0], solver, f"N = {n}")
-        draw_timesteps(row[1], solver)
-    write_figure(figure, path)
-
-
-def _match(batch: Samples, solver: Solver, reference: Reference) -> Match:
-    """A searched solver and the one of ``RIVALS`` that errs least on a few of the samples."""
-    few, errors, tables = batch.rows(slice(SCREENED)), {}, {}
-    for name in RIVALS:
-        method, _, spacing = name.partition("@")
-        tables[name] = handmade(method, solver.num_steps, batch.schedule, spacing=spacing)
-        error = squares(_states(few, tables[name])[:, -1], reference.samples[:SCREENED]).mean()
-        errors[name] = float(error.sqrt())
-    best = tables[min(errors, key=lambda name: errors[name])]
-    return Match(_run(batch, best, reference, best.name), _run(batch, solver, reference, solver.name), errors)
-
-
-def _run(batch: Samples, solver: Solver, reference: Reference, name: str) -> Run:
-    states = _states(batch, solver)
-    return Run(name, solver, states, squares(states[:, -1], reference.samples), reference.measure(states[:, -1]))
-
-
-def _states(batch: Samples, solver: Solver) -> Tensor:
-    """The states x_1..x_N, (B, N, *S)."""
-    target, scale = batch.target, batch.guidance
-    _, states = sample(target, batch.noise, solver, cond=batch.cond, guidance_scale=scale, return_trajectory=True)
-    return states[1:].transpose(0, 1)
+    lines = ["from dss_fast import Solver, sample", "", f'solver = Solver.load("solver-{n}.json")  # in this folder']
+    lines += [f"x = sample(target, 16, solver{guided})  # the Target searched on, or the bare model with your noise"]
+    return "\n".join(lines)

@@ -6,8 +6,10 @@ import datetime
 import os
 import platform
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from ..denoiser import modules_of
 from ..draws import Draws, targets_of
 from ..files import check_writable
+from ..names import find_solver
 from ..solver import Solver
 from ..target import Model, Target
 from .ledger import Ledger
@@ -148,7 +151,7 @@ def search(
                     draws=draws,
                 )
             if folder is not None and report and not result.interrupted:
-                _report(result, draws, config, again=not finished)
+                _report(result, draws, config, not finished, progress)
         if own_cache is not None and not result.interrupted and draws.rank == 0:
             shutil.rmtree(own_cache, ignore_errors=True)  # trajectories there only serve resuming
     except Exception as error:
@@ -173,16 +176,62 @@ def _name_the_first(error: Exception, rank: int) -> None:
             store.set(FAILED, f"process {rank}: {type(error).__name__}: {error}")
 
 
-def _report(result: SearchResult, draws: Draws, config: dict[str, Any], again: bool) -> None:
-    """Writes the report; Ctrl-C leaves it out. again: also where there is one."""
-    from ..report import FILES, write_report
+def _report(result: SearchResult, draws: Draws, config: dict[str, Any], again: bool, progress: bool = False) -> None:
+    """Writes the report; Ctrl-C leaves it out, and so does an error, which is told. again: also where there is one."""
+    from ..report import FILES, SearchRecord, write_report
 
     assert result.out is not None
+    times = [event["time"] for event in result.history if "time" in event]
+    curves = {key: {n: result.curve(key, n) for n in result.solvers} for key in ("loss", "held_out")}
+    record = SearchRecord(
+        result.solvers,
+        result.evaluations,
+        _call(config, "[target, *others]" if draws.others else "target"),
+        config,
+        starts=_starts(result, config, draws),
+        budget=config["budget"] if isinstance(config["budget"], int) else None,
+        seconds=times[-1] - times[0] if times else None,
+        **curves,
+        others=[other.name for other in draws.others],
+    )
     try:
         if again or not all((result.out / name).exists() for name in FILES):
-            write_report(result, draws, config)
+            write_report(result.out, draws.target, record, progress=progress)
     except KeyboardInterrupt:
         print(f"interrupted: the search is finished and saved in {result.out}, without its report")
+    except Exception as error:  # the report calls the user's own code; what it raises must not cost the result
+        what = f"{type(error).__name__}: {error}"
+        warnings.warn(f"the search is finished and saved in {result.out}, without its report: {what}", stacklevel=3)
+
+
+def _starts(result: SearchResult, config: dict[str, Any], draws: Draws) -> list[Solver]:
+    """The tables that a search started from, by their names."""
+    first = {e["num_steps"]: e["start"] for e in result.history if isinstance(e.get("start"), str)}
+    found = []
+    for n in result.solvers:
+        given = first.get(n) or config["initial"] or ("euler" if config["method"] == "lion" else None)
+        if given is not None:
+            found.append(
+                Solver.from_dict(given) if isinstance(given, dict) else find_solver(given, draws.schedule, n)
+            )
+    return found
+
+
+def _call(config: dict[str, Any], given_to: str) -> str:
+    """The lines of Python that search again and compare. given_to: the call's first argument."""
+    kind = METHODS[config["method"]]
+    defaults = {f.name: f.default for f in fields(kind)}
+    given = {key: value for key, value in config["settings"].items() if value != defaults[key]}
+    named, arguments = "", [f"{given_to}, {config['num_steps']!r}"]
+    if given or kind is Lion:
+        named = f"{kind.__name__}, "
+        arguments.append(f"method={kind.__name__}({', '.join(f'{key}={value!r}' for key, value in given.items())})")
+    if config["initial"] is not None:
+        arguments.append(f"initial={config['initial']!r}" if isinstance(config["initial"], str) else "initial=solver")
+    arguments += [f"{key}={config[key]!r}" for key in ("budget", "seed")]
+    lines = [f"from dss_fast import {named}compare, search", ""]
+    lines += [f'result = search({", ".join(arguments)}, out="another-folder")', ""]
+    return "\n".join([*lines, "print(compare(target, list(result.solvers.values())))"])
 
 
 def _config(

@@ -97,9 +97,10 @@ class SearchResult:
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws loss curve, coefficients and timesteps of every solver into a picture file."""
-        from ..report import overview
+        from ..plots import plot_overview
 
-        overview(self, path)
+        loss, held_out = ({n: self.curve(key, n) for n in self.solvers} for key in ("loss", "held_out"))
+        plot_overview(self.solvers, loss, held_out, path)
 
 
 class RunFolder:
