@@ -27,6 +27,7 @@ from .target import Model, Target
 REFERENCE_EVALUATIONS = 160  # with so many calls the fourth-order teacher errs far less than any few-step solver
 # Samples and calls of the reference, by what a budget allows; 48 err by 0.0006 on the MNIST flow.
 LADDER = ((256, REFERENCE_EVALUATIONS), (128, 96), (64, 48), (32, 32))
+FEW = 8  # samples have no interval to speak of
 RESAMPLED = 2_000  # times, for the interval of a ratio
 CONTEST = 0.75  # of what a budget leaves goes into the hand-made names, the rest into how many calls they need
 
@@ -63,9 +64,11 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """Yes where the interval is below 1, No where it is at 1 or above."""
+        """Yes where the interval is below 1, No where it is at 1 or above; neither on fewer than ``FEW`` samples."""
         if self.doubt:
             return "No answer"
+        if self.samples < FEW:
+            return "Not clearly"
         return "Yes" if self.high < 1 else "No" if self.low >= 1 else "Not clearly"
 
     def sentence(self, code: Callable[[str], str] = str) -> str:
@@ -226,6 +229,7 @@ def compare(
         raise ValueError("no solvers to compare")
     judged = [title for title, solver in named.items() if not is_rival(solver)]
     steps = tuple(dict.fromkeys(named[title].num_steps for title in judged))
+    rivals = (rivals,) if isinstance(rivals, str) else rivals
     every, further = "all" in rivals, _expand([r for r in rivals if r != "all"], draws.schedule, steps, named)
     if every and steps:
         published = [table for n in steps for table in published_tables(draws.schedule, n)]
@@ -240,19 +244,17 @@ def compare(
         }
         share = left if left == math.inf else (1 - CONTEST) * left / max(1, len(judged))
         verdicts = [_judged(bench, title, contests.get(named[title].num_steps), share) for title in judged]
-    images: dict[str, Tensor] = {}
-    worst: dict[str, Tensor] = {}
-    unseen = ""
+    rows, found = [run.row for run in bench.runs.values()], [verdict for verdict in verdicts if verdict is not None]
+    reach = bench.reference.reach if bench.reference.classes is None else None
+    return Comparison(rows, found, bench.evaluations, calls, reach, *_images(bench))
+
+
+def _images(bench: Bench) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
+    """Why there are none, the first samples and the worst by title."""
     try:
-        images, worst = bench.images()
+        return "", *bench.images()
     except Exception as error:  # the user's own code must not cost what was measured
-        unseen = f"the target's decode failed: {type(error).__name__}: {shortened(error)}"
-    rows, reach = (
-        [run.row for run in bench.runs.values()],
-        None if bench.reference.classes is not None else bench.reference.reach,
-    )
-    found = [verdict for verdict in verdicts if verdict is not None]
-    return Comparison(rows, found, bench.evaluations, calls, reach, unseen, images, worst)
+        return f"the target's decode failed: {type(error).__name__}: {shortened(error)}", {}, {}
 
 
 def _effort(
@@ -319,8 +321,9 @@ def _ratio(mine: Tensor, rivals: Tensor, seed: int = 0) -> tuple[float, float, f
     picks = torch.randint(len(mine), (RESAMPLED, len(mine)), generator=torch.Generator().manual_seed(seed))
     counts = torch.zeros(picks.shape, dtype=torch.float64)
     counts.scatter_add_(1, picks, torch.ones_like(counts))
-    ratios = (counts @ mine).clamp_min(tiny) / (counts @ rivals.T).amin(1).clamp_min(tiny)
-    low, high = ratios.sqrt().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    ratios = ((counts @ mine).clamp_min(tiny) / (counts @ rivals.T).amin(1).clamp_min(tiny)).sqrt()
+    ends = ratios.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    low, high = (round(end, 9) for end in ends.tolist())  # two sums of the same numbers differ in their last bits
     return ratio, min(low, ratio), max(high, ratio)
 
 
