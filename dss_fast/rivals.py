@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -28,7 +30,8 @@ FEWEST = 4  # are tried, whatever the limit
 Errors = Callable[[Solver, int, int], Tensor]  # (table, start, stop) -> (stop - start,) float64, inf where it diverges
 
 
-def handmade_tables(schedule: Schedule, num_steps: int) -> dict[Solver, int]:
+@lru_cache(32)  # half a second for N = 10: 91 tables are more than ``find_solver`` keeps
+def handmade_tables(schedule: Schedule, num_steps: int) -> Mapping[Solver, int]:
     """Every hand-made table of N steps, likely ones first, and by how many of the names method@spacing it goes."""
     names = [name if "@" in name else f"{name}@uniform" for name in LIKELY[schedule.family]]
     for spacing in SPACINGS:
@@ -38,7 +41,7 @@ def handmade_tables(schedule: Schedule, num_steps: int) -> dict[Solver, int]:
     for name in dict.fromkeys(names):
         table = find_solver(name, schedule, num_steps)
         found[table] = found.get(table, 0) + 1
-    return found
+    return MappingProxyType(found)
 
 
 def published_tables(schedule: Schedule, num_steps: int) -> list[Solver]:
