@@ -160,7 +160,7 @@ def plot_stages(stages: Mapping[int, Sequence[Any]], path: str | os.PathLike[str
             axis.plot(1, last, marker="o", ms=9, ls="", color=color, label=row.solver)
             beside = {"xytext": (9, 0), "textcoords": "offset points", "va": "center", "color": color}
             axis.annotate(f"{last:.3g}", (1, last), **beside)
-        axis.set(title=f"N = {n}", xlabel="u reached (0 noise, 1 data)", xlim=(0, 1.2))
+        axis.set(title=f"N = {n}", xlabel="u reached (0 noise, 1 data)", xlim=(0, 1.3))
         log_scale(axis)
         axis.set_xticks([0, 0.25, 0.5, 0.75, 1])
         axis.grid(alpha=0.25)

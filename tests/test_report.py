@@ -1,11 +1,14 @@
 """What a finished search writes for people: a view of a comparison, its pictures legible, nothing read as markup."""
 
+import ast
 import base64
 import json
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -275,6 +278,17 @@ def test_without_matplotlib_the_report_has_no_pictures_and_says_so(tmp_path, mon
     assert (
         any("dss_fast[plots]" in words for words in page.words("p")) and "N = 3" in (tmp_path / "report.md").read_text()
     )
+
+
+def test_imports_go_one_way():
+    """Nothing below the search imports it, and the package loads no templates before it writes some."""
+    code = "import dss_fast.compare, dss_fast.report, sys; print('jinja2' in sys.modules, 'matplotlib' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", f"import torch; {code}"], capture_output=True, text=True)
+    assert run.stdout.split() == ["False", "False"], run.stderr
+    for name in ("rivals", "bench", "compare", "report", "plots"):
+        tree = ast.parse((Path(report.__file__).parent / f"{name}.py").read_text())
+        found = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        assert not [module for module in found if module.startswith(("searching", "integrations"))]
 
 
 def test_an_empty_curve_is_no_empty_diagram(tmp_path, monkeypatch):
