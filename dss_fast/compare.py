@@ -73,11 +73,9 @@ class Verdict:
 
     def sentence(self, code: Callable[[str], str] = str) -> str:
         """The figures in words. code: how names are written."""
-        tried = f"all {self.known} hand-made names" if self.tried == self.known else ""
-        tried = tried or f"{self.tried} tried of {self.known} hand-made names"
-        rivals = [tried] * bool(self.known) + [f"{self.others} other rival{'s' * (self.others > 1)}"] * bool(
-            self.others
-        )
+        tried = f"all {self.known}" if self.tried == self.known else f"{self.tried} tried of {self.known}"
+        others = f"{self.others} other rival{'s' * (self.others > 1)}"
+        rivals = [f"{tried} hand-made names"] * bool(self.known) + [others] * bool(self.others)
         digits = [three_digits(value) for value in (self.ratio, self.low, self.high, self.median)]
         text = (
             f"{code(self.solver)} against {code(self.best)}, the best of {' and '.join(rivals)}: RMSE x {digits[0]} "

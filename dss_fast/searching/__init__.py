@@ -211,9 +211,7 @@ def _starts(result: SearchResult, config: dict[str, Any], draws: Draws) -> list[
     for n in result.solvers:
         given = first.get(n) or config["initial"] or ("euler" if config["method"] == "lion" else None)
         if given is not None:
-            found.append(
-                Solver.from_dict(given) if isinstance(given, dict) else find_solver(given, draws.schedule, n)
-            )
+            found.append(Solver.from_dict(given) if isinstance(given, dict) else find_solver(given, draws.schedule, n))
     return found
 
 
