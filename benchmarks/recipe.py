@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def main() -> None:
             "torch": torch.__version__,
             "date": datetime.date.today().isoformat(),
         }
-        _replace(stamp["model"], [{**stamp, **r} for r in table.rows])
+        _replace(stamp["model"], [{**stamp, **asdict(r)} for r in table.rows])
 
 
 def _replace(model: str, new: list[dict[str, Any]]) -> None:

@@ -25,17 +25,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import rows  # noqa: E402
-from dss_fast import GaussNewton, Lion, Solver, Target, find_solver, handmade, sample, search  # noqa: E402  # noqa: E402
+from dss_fast import GaussNewton, Lion, Solver, Target, find_solver, sample, search  # noqa: E402
 from dss_fast.distance import squares  # noqa: E402
 from dss_fast.draws import Draws  # noqa: E402
 from dss_fast.files import replacing  # noqa: E402
-from dss_fast.methods import METHODS  # noqa: E402
+from dss_fast.rivals import contest  # noqa: E402
 from dss_fast.trajectory import dense_grid, integrate  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "search.jsonl"
-SPACINGS = ("uniform", "lambda", "karras", "shift0.5", "shift1.5", "shift2", "shift3")
 FRESH = 512_000  # a seed of its own for the held-out noise; nothing was ever chosen by it
-SCREENED = 64  # of the held-out samples rank the hand-made solvers, all of them the best six
 SIZE = 64  # of a batch
 # The mixtures' error is in few samples: 20 of 8,192 carry half of the mean square.
 COUNTS = {"mixture": 8192, "mixture0.2": 2048, "mixture0.5": 2048}
@@ -73,34 +71,36 @@ class Fresh:
         with replacing(path) as part:  # several tables may be under way
             torch.save(known, part)
 
-    def samples(self, solver: Solver, count: int | None = None) -> torch.Tensor:
-        """Where the solver takes the first ``count`` noises, whole batches of them, (n, *S)."""
-        batches = self.batches[: count and -(-count // SIZE)]
-        return torch.cat([sample(self.target, batch.noise, solver, cond=batch.cond) for batch, _ in batches])
+    def samples(self, solver: Solver) -> torch.Tensor:
+        """Where the solver takes the noises, (n, *S)."""
+        return torch.cat([sample(self.target, batch.noise, solver, cond=batch.cond) for batch, _ in self.batches])
 
-    def errors(self, solver: Solver, count: int | None = None) -> torch.Tensor:
-        """(n,) mean of squares of each sample."""
-        x = self.samples(solver, count)
-        last = torch.cat([last for _, last in self.batches])[: len(x)]
-        return squares(x, last)
+    def squares(self, solver: Solver, start: int, stop: int) -> torch.Tensor:
+        """(stop - start,) mean of squares of some samples; infinite where the solver diverges."""
+        found = []
+        for k in range(start // SIZE, -(-stop // SIZE)):
+            batch, last = self.batches[k]
+            part = slice(max(start - k * SIZE, 0), min(stop - k * SIZE, SIZE))
+            rows = batch.rows(part)
+            try:
+                found.append(squares(sample(self.target, rows.noise, solver, cond=rows.cond), last[part]))
+            except FloatingPointError:
+                found.append(torch.full((len(rows),), math.inf, dtype=torch.float64))
+        return torch.cat(found)
 
-    def row(self, solver: Solver, count: int | None = None) -> dict[str, float]:
-        errors = self.errors(solver, count)
-        return {"rmse": math.sqrt(float(errors.mean())), "median": math.sqrt(float(errors.median()))}
+    def row(self, solver: Solver) -> dict[str, float]:
+        return _row(self.squares(solver, 0, self.count))
 
 
 def best_of(fresh: Fresh, num_steps: int) -> tuple[dict[str, float], Solver]:
-    """The hand-made solver of least RMSE over all methods and spacings, and its errors."""
-    found = []
-    for method in METHODS:
-        for spacing in SPACINGS:
-            solver = handmade(method, num_steps, fresh.target.schedule, spacing=spacing)
-            try:
-                found.append((fresh.row(solver, SCREENED)["rmse"], solver))
-            except FloatingPointError:
-                continue
-    best = [solver for _, solver in sorted(found, key=lambda pair: pair[0])[:6]]
-    return min(((fresh.row(solver), solver) for solver in best), key=lambda pair: pair[0]["rmse"])
+    """The hand-made solver of least RMSE over all names, found as ``compare`` finds it, and its errors."""
+    found = contest(fresh.squares, fresh.target.schedule, num_steps, fresh.count)
+    solver, errors = next(iter(found.best.items()))
+    return _row(errors), solver
+
+
+def _row(errors: torch.Tensor) -> dict[str, float]:
+    return {"rmse": math.sqrt(float(errors.mean())), "median": math.sqrt(float(errors.median()))}
 
 
 def best_handmade(name: str, steps: list[int]) -> None:

@@ -8,7 +8,7 @@
     python -m benchmarks.transfer show --write docs/transfer.md  # puts them between its marks
 
 A row's table is searched on its model, or on several, and run on each column's, all of one family. Figures: its RMSE
-over that of the best hand-made solver on the column's model (all methods and spacings, see search_table.py), on noise
+over that of the best hand-made solver on the column's model (all 91 names, found as ``compare`` does), on noise
 that no search draws; below 1 it wins. What is in the rows already is not run again: delete the file to start over.
 """
 

@@ -188,6 +188,7 @@ def _compare(options: argparse.Namespace) -> None:
         options.solvers or DEFAULT_SOLVERS,
         num_steps=options.steps,
         samples=options.samples,
+        budget=options.budget,
         seed=options.seed,
     )
     print(result)
@@ -195,9 +196,11 @@ def _compare(options: argparse.Namespace) -> None:
     result.save(out / "compare.json")
     result.plot(out / "compare.png")
     pictures = ["compare.png"]
-    for n in sorted({row["num_steps"] for row in result.rows}) if target.decode is not None else []:
-        best = [row["solver"] for row in (result.best(n), result.best(n, searched=True)) if row is not None]
-        pictures.append(result.plot_samples(out / f"samples-{n}.png", best).name)
+    for n in sorted({row.num_steps for row in result.rows}) if target.decode is not None and not result.unseen else ():
+        best = [row.solver for row in (result.best(n), result.best(n, searched=True)) if row is not None]
+        pictures.append(result.plot_samples(out / f"compare-samples-{n}.png", best).name)
+    if result.unseen:
+        print(f"no pictures of samples: {result.unseen}")
     print(f"\nsaved in {out}: compare.txt, compare.json, {', '.join(pictures)}")
 
 
@@ -302,7 +305,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("compare", _compare, "solvers side by side on a model", "out")
     sub.add_argument("solvers", nargs="*", help="names or JSON files; by default the usual hand-made ones")
     sub.add_argument("--steps", type=_steps, default=[5, 10], help="for names without /N (default 5,10)")
-    sub.add_argument("--samples", type=_count, default=256, help="to measure on (default 256)")
+    sub.add_argument("--samples", type=_count, default=None, help="to measure on (default 256, or by --budget)")
+    sub.add_argument("--budget", type=_count, default=None, help="most model evaluations, of the rivals too")
     sub.set_defaults(seed=20_000)
 
     sub = command("show", _show, "print a solver, or list those that exist")

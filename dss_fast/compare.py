@@ -1,12 +1,11 @@
-"""compare: solvers side by side on one model, from the same noise, against a fine reference."""
+"""compare: solvers side by side on one model, from the same noise, against a fine reference and all their rivals."""
 
 from __future__ import annotations
 
+import math
 import os
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +13,99 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .distance import Reference, three_digits
+from .bench import CHECKED, COARSER, Bench, Row
+from .distance import three_digits
 from .draws import Draws
-from .files import write_json
-from .names import Name, families, find_solver, is_file, known, published_steps
+from .files import shortened, write_json
+from .names import Name, find_solver, is_file, known, published_steps
 from .plots import plot_errors, plot_samples
-from .sampling import sample
+from .rivals import Contest, calls_like, contest, contest_cost, handmade_tables, is_rival, published_tables
 from .schedule import Schedule
 from .solver import Solver
-from .target import Model, Samples, Target
-from .trajectory import dense_grid, integrate
+from .target import Model, Target
 
 REFERENCE_EVALUATIONS = 160  # with so many calls the fourth-order teacher errs far less than any few-step solver
-PICTURES, WORST = 16, 4  # of each solver the first samples are kept, and those that err most
+# Samples and calls of the reference, by what a budget allows; 48 err by 0.0006 on the MNIST flow.
+LADDER = ((256, REFERENCE_EVALUATIONS), (128, 96), (64, 48), (32, 32))
+FEW = 8  # samples have no interval to speak of
+RESAMPLED = 2_000  # times, for the interval of a ratio
+CONTEST = 0.75  # of what a budget leaves goes into the hand-made names, the rest into how many calls they need
+
+Given = Solver | str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a table errs less than the best of all rivals.
+
+        ratio = RMSE / min over rivals of their RMSE
+
+    low, high: its 95 % interval, over resampled noises, each of which chooses its own best rival. median: the ratio of
+    the medians. nearer: the samples on which the table errs less. tried, known: hand-made names; others: further
+    rivals. calls: as many of the best hand-made solver, ``like``, err no more than ``num_steps`` of this; without
+    ``like`` more than ``calls`` are needed. doubt: why the figures mean nothing, "" where they do.
+    """
+
+    solver: str
+    num_steps: int
+    best: str
+    ratio: float
+    low: float
+    high: float
+    median: float
+    nearer: int
+    samples: int
+    tried: int
+    known: int
+    others: int
+    calls: int | None = None
+    like: str | None = None
+    doubt: str = ""
+
+    @property
+    def word(self) -> str:
+        """Yes where the interval is below 1, No where it is at 1 or above; neither on fewer than ``FEW`` samples."""
+        if self.doubt:
+            return "No answer"
+        if self.samples < FEW:
+            return "Not clearly"
+        return "Yes" if self.high < 1 else "No" if self.low >= 1 else "Not clearly"
+
+    def sentence(self, code: Callable[[str], str] = str) -> str:
+        """The figures in words. code: how names are written."""
+        tried = f"all {self.known}" if self.tried == self.known else f"{self.tried} tried of {self.known}"
+        others = f"{self.others} other rival{'s' * (self.others > 1)}"
+        rivals = [f"{tried} hand-made names"] * bool(self.known) + [others] * bool(self.others)
+        digits = [three_digits(value) for value in (self.ratio, self.low, self.high, self.median)]
+        text = (
+            f"{code(self.solver)} against {code(self.best)}, the best of {' and '.join(rivals)}: RMSE x {digits[0]} "
+            f"(95 % interval {digits[1]} to {digits[2]}), median x {digits[3]}, nearer to the reference on "
+            f"{self.nearer} of {self.samples} samples."
+        )
+        if self.calls is not None and self.word == "Yes":
+            calls = f"{self.calls}" if self.like else f"more than {self.calls}"
+            by = f", {code(self.like)}" if self.like else ""
+            text += f" {self.num_steps} calls of this table err like {calls} of the best hand-made solver{by}."
+        return f"{self.doubt} {text}".strip()
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What :func:`compare` measured.
+    """What tables are worth: what :func:`compare` measured, and what the report of a search shows.
 
-    rows: one dict per solver. images: title -> its first samples (B, C, H, W), "reference" among them. worst: title ->
-    its samples that err most, each with the reference from the same noise on its right, (B, C, H, 2 W).
+    rows: one per solver. verdicts: one per table that is neither hand-made nor published, where it has rivals.
+    evaluations: of the model, spent on all this. reference: calls of the fine reference. reach: how far from it a
+    sample counts as another one, None where a classifier says it. unseen: why there are no images. images: title -> its
+    first samples (B, C, H, W), "reference" among them. worst: title -> its samples that err most, each with the
+    reference from the same noise on its right, (B, C, H, 2 W).
     """
 
-    rows: list[dict[str, Any]]
+    rows: list[Row]
+    verdicts: list[Verdict]
+    evaluations: int
+    reference: int
+    reach: float | None
+    unseen: str
     images: dict[str, Tensor] = field(repr=False)
     worst: dict[str, Tensor] = field(repr=False)
 
@@ -45,48 +113,44 @@ class Comparison:
         return self.table()
 
     def table(self) -> str:
-        """The rows as aligned text, best error first within each number of steps, and the answer to "better than the
-        best hand-made?" below; errors in three digits, the noise floor of a distance in its title."""
-        rows = sorted(self.rows, key=lambda r: (r["num_steps"], r["rmse"]))
+        """The rows as aligned text, best error first within each number of steps, and the verdicts below; errors in
+        three digits, the noise floor of a distance in its title."""
+        rows = sorted(self.rows, key=lambda r: (r.num_steps, r.rmse))
         titles = {"solver": "solver", "nfe": "NFE", "rmse": "RMSE", "interval": "95 % interval"}
-        titles |= {k: t for k, t in _OPTIONAL.items() if any(r.get(k) is not None for r in rows)}
+        titles |= {k: t for k, t in _OPTIONAL.items() if any(getattr(r, k) is not None for r in rows)}
         for key in ("frechet", "energy"):
-            if key in titles and rows[0][f"{key}_floor"] is not None:
-                titles[key] += f" (floor {three_digits(rows[0][f'{key}_floor'])})"
+            floor = next((f for r in rows if (f := getattr(r, f"{key}_floor")) is not None), None)
+            if key in titles and floor is not None:
+                titles[key] += f" (floor {three_digits(floor)})"
         titles["ms_per_sample"] = "ms/sample"
         lines = [list(titles.values())]
         for row in rows:
-            interval = f"{three_digits(row['rmse_low'])} to {three_digits(row['rmse_high'])}"
-            lines.append([_cell(key, {**row, "interval": interval}.get(key)) for key in titles])
+            interval = f"{three_digits(row.rmse_low)} to {three_digits(row.rmse_high)}"
+            lines.append([_cell(key, interval if key == "interval" else getattr(row, key)) for key in titles])
         widths = [max(len(line[k]) for line in lines) for k in range(len(titles))]
         text = [
             "  ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(line, widths, strict=True)))
             for line in lines
         ]
-        return "\n".join([text[0], "-" * len(text[0]), *text[1:], "", *self._verdicts()]).rstrip()
+        said = [f"N = {v.num_steps}: {v.word}. {v.sentence()}" for v in self.verdicts]
+        return "\n".join([text[0], "-" * len(text[0]), *text[1:], "", *said, self.cost])
 
-    def best(self, num_steps: int, searched: bool = False) -> dict[str, Any] | None:
+    @property
+    def cost(self) -> str:
+        """What it took, in words."""
+        about = f"{self.rows[0].samples} samples, a reference of {self.reference} calls"
+        return f"{about}, {self.evaluations:,} model evaluations in all"
+
+    def best(self, num_steps: int, searched: bool = False) -> Row | None:
         """The row of least RMSE among the hand-made and published solvers, or among the others, of N; None: none."""
-        rows = [r for r in self.rows if r["num_steps"] == num_steps and r["searched"] == searched]
-        return min(rows, key=lambda r: r["rmse"], default=None)
-
-    def _verdicts(self) -> list[str]:
-        """Per N the best hand-made or published solver, and what part of its errors each searched one has."""
-        lines = []
-        for n in sorted({r["num_steps"] for r in self.rows}):
-            best, mine = self.best(n), [r for r in self.rows if r["num_steps"] == n and r["searched"]]
-            if best is None:
-                continue
-            line = f"N = {n}: the best hand-made or published solver is {best['solver']}"
-            for row in mine:
-                parts = (f"{name} x {three_digits(row[k] / best[k])}" for k, name in _RATIOS if best[k])
-                line += f"; {row['solver']} against it: {', '.join(parts)}"
-            lines.append(line)
-        return lines
+        rows = [r for r in self.rows if r.num_steps == num_steps and r.searched == searched]
+        return min(rows, key=lambda r: r.rmse, default=None)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """The rows as JSON."""
-        write_json(path, self.rows)
+        """Rows, verdicts and cost as JSON, null for what is infinite."""
+        parts: dict[str, Sequence[Row | Verdict]] = {"rows": self.rows, "verdicts": self.verdicts}
+        data = {key: [{k: _json(v) for k, v in asdict(one).items()} for one in part] for key, part in parts.items()}
+        write_json(path, {**data, "evaluations": self.evaluations, "reference": self.reference})
 
     def plot(self, path: str | os.PathLike[str], *, metric: str = "rmse") -> Path:
         """Error against steps, a line per method. Needs matplotlib."""
@@ -96,31 +160,34 @@ class Comparison:
         self, path: str | os.PathLike[str], solvers: Sequence[str] | None = None, *, count: int = 8
     ) -> Path:
         """Samples above each other from the same noise, the reference last; at the end of each row the solver's own
-        worst, beside the reference from the same noise. Needs matplotlib."""
+        worst, beside the reference from the same noise. Needs matplotlib; raises ValueError where there are none."""
+        if self.unseen:
+            raise ValueError(self.unseen)
         titles = list(self.images) if solvers is None else [*solvers, "reference"]
         worst = {t: self.worst[t] for t in titles if t in self.worst}
-        return plot_samples({t: self.images[t] for t in titles}, path, count=count, worst=worst)
+        return plot_samples({t: self.images[t] for t in titles if t in self.images}, path, count=count, worst=worst)
 
 
 _OPTIONAL = {"median": "median", "p90": "90 %", "switched": "switched", "frechet": "Frechet", "energy": "energy"}
 _OPTIONAL |= {"accuracy": "label acc."}
-_RATIOS = (("rmse", "RMSE"), ("median", "median"))
 
 
 @torch.no_grad()
 def compare(
     target: Target | Model,
-    solvers: Sequence[Solver | str | os.PathLike[str]],
+    solvers: Sequence[Given],
     *,
     num_steps: Sequence[int] = (5, 10),
-    samples: int = 256,
+    rivals: Sequence[Given] = ("all",),
+    samples: int | None = None,
+    budget: int | None = None,
     batch_size: int = 64,
     seed: int = 20_000,
     real_features: Tensor | None = None,
     progress: bool = True,
     **fields: Any,
 ) -> Comparison:
-    """Runs each solver on the same fresh noise and measures it.
+    """Runs each solver on the same fresh noise, measures it, and says whether a searched one beats all rivals.
 
         RMSE = sqrt(mean over samples and elements of (x_solver - x_reference)^2)
 
@@ -136,96 +203,153 @@ def compare(
     target: a Target with a shape, or the model alone, with ``fields`` of a :class:`Target` as keyword arguments.
         Its ``features`` are what both distances compare, or else the flattened samples; its ``classify`` and
         ``labels`` give the share of samples read as what was asked; its ``decode`` the pictures. Samples live where
-        the target does.
+        the target does, each at a guidance of its own where the target has a range.
     real_features: (R, F) to compare the features of all samples with, instead of the reference's from other noises.
     solvers: Solvers, names or paths; a name without ``/N`` is run at each of num_steps, a published one at those of
         them that it exists for.
-    samples, batch_size, seed: of the noise. The seed's noises are used by no search.
+    rivals: what a table that is neither hand-made nor published has to beat at its N, beside such solvers named above.
+        ``"all"``: every hand-made name on seven spacings, by successive halving, and the published tables of the path;
+        Solvers, names and paths beside or instead of it. The best of them gets a row.
+    samples: 256 without a budget, or as many as the budget allows.
+    budget: the most model evaluations to spend, which chooses samples, calls of the reference and how many names are
+        tried; not less than the solvers named take on 32 samples. None: as many as it takes.
+    batch_size, seed: of the noise. The seed's noises are used by no search.
 
-    Returns a :class:`Comparison`; its rows hold solver, method, searched (neither hand-made nor published), num_steps,
-    nfe, rmse, rmse_low, rmse_high, median, p90, switched, accuracy, frechet, energy, frechet_floor, energy_floor,
-    ms_per_sample, samples; None where one cannot be told. Raises ValueError before any work when a solver does not
-    fit the target's schedule, and for a target whose guidance_scale is a range.
+    Returns a :class:`Comparison`. A solver that diverges has infinite errors. Raises ValueError before any work when a
+    solver does not fit the target's schedule, and FloatingPointError when the reference itself diverges.
     """
     draws = Draws.of(Target.of(target, **fields), seed).alone  # each process of a group measures everything
-    target, schedule = draws.target, draws.target.schedule
-    assert schedule is not None
-    if isinstance(target.guidance_scale, tuple):
-        raise ValueError(f"the target's guidance_scale is a range, {target.guidance_scale}; give one to compare at")
-    if samples < 1 or batch_size < 1:
-        raise ValueError(f"samples={samples!r}, batch_size={batch_size!r}: need at least 1 of each")
-    table = _expand(solvers, schedule, num_steps)
-    grid = dense_grid(schedule, REFERENCE_EVALUATIONS)
-    sizes = [min(batch_size, samples - k) for k in range(0, samples, batch_size)]
-    batches = [draws.batch("compare", number, size) for number, size in enumerate(sizes)]
-    decode = target.decode or (lambda x: x)
-    rows, images, worst = [], {}, {}
-    with tqdm(disable=not progress, total=len(sizes) * (len(table) + 1), leave=False) as shown:
-
-        def run(title: str, one: Callable[[Samples], Tensor]) -> tuple[Tensor, float]:
-            """Samples of all batches, and the median over batches of the milliseconds per sample."""
-            shown.set_description(title)
-            found, times = [], []
-            for batch in batches:
-                start = time.perf_counter()
-                found.append(one(batch))
-                times.append(1000 * (time.perf_counter() - start) / len(batch))
-                shown.update()
-            return torch.cat(found), sorted(times)[len(times) // 2]
-
-        last, _ = run("reference", lambda batch: integrate(batch.predictor(), batch.noise, grid).last)
-        asked = None if target.labels is None else torch.cat([target.labels(batch.cond) for batch in batches]).cpu()
-        reference = Reference(target, last, asked, real_features)
-        floor = {f"{name}_floor": value for name, value in reference.distances().items()}
-        for title, solver in table.items():
-            x, milliseconds = run(title, partial(_run, target, solver))
-            images[title] = decode(x[:PICTURES]).cpu()
-            worst[title] = torch.cat([decode(part) for part in reference.worst(x, WORST)], -1).cpu()
-            rows.append(
-                {
-                    "solver": title,
-                    "method": title.partition("/")[0] + ("@" + title.partition("@")[2] if "@" in title else ""),
-                    "searched": solver.source != "hand-made" and title.partition("/")[0] not in families(),
-                    "num_steps": solver.num_steps,
-                    "nfe": f"{solver.num_steps}{'x2' if target.guided else ''}",
-                    **reference.measure(x),
-                    **floor,
-                    "ms_per_sample": milliseconds,
-                }
-            )
-    images["reference"] = decode(last[:PICTURES]).cpu()
-    return Comparison(rows, images, worst)
+    for name, value in (("samples", samples), ("budget", budget), ("batch_size", batch_size)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}={value!r}: give a whole number from 1")
+    named = _expand(solvers, draws.schedule, num_steps)
+    if not named:
+        raise ValueError("no solvers to compare")
+    judged = [title for title, solver in named.items() if not is_rival(solver)]
+    steps = tuple(dict.fromkeys(named[title].num_steps for title in judged))
+    rivals = (rivals,) if isinstance(rivals, str) else rivals
+    every, further = "all" in rivals, _expand([r for r in rivals if r != "all"], draws.schedule, steps, named)
+    if every and steps:
+        published = [table for n in steps for table in published_tables(draws.schedule, n)]
+        further = _expand(published, draws.schedule, (), {**named, **further}) | further
+    count, calls, left = _effort(draws.schedule, {**named, **further}, steps if every else (), samples, budget)
+    with tqdm(disable=not progress, leave=False, unit=" evaluations") as shown:
+        bench = Bench(draws, count, calls, batch_size, real_features, shown)
+        for title, solver in {**named, **further}.items():
+            bench.measure(title, solver, searched=title in judged)
+        contests = {
+            n: contest(bench.squares, draws.schedule, n, count, CONTEST * left * n / sum(steps)) for n in steps if every
+        }
+        share = left if left == math.inf else (1 - CONTEST) * left / max(1, len(judged))
+        verdicts = [_judged(bench, title, contests.get(named[title].num_steps), share) for title in judged]
+    rows, found = [run.row for run in bench.runs.values()], [verdict for verdict in verdicts if verdict is not None]
+    reach = bench.reference.reach if bench.reference.classes is None else None
+    return Comparison(rows, found, bench.evaluations, calls, reach, *_images(bench))
 
 
-def _run(target: Target, solver: Solver, batch: Samples) -> Tensor:
-    """The samples (B, *S) of a batch; FloatingPointError where the model returns NaN or Inf."""
-    x = sample(target, batch.noise, solver, cond=batch.cond, check_finite=True)
-    assert isinstance(x, Tensor)
-    return x
+def _images(bench: Bench) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
+    """Why there are none, the first samples and the worst by title."""
+    try:
+        return "", *bench.images()
+    except Exception as error:  # the user's own code must not cost what was measured
+        return f"the target's decode failed: {type(error).__name__}: {shortened(error)}", {}, {}
+
+
+def _effort(
+    schedule: Schedule, tables: Mapping[str, Solver], steps: Sequence[int], samples: int | None, budget: int | None
+) -> tuple[int, int, float]:
+    """Samples, calls of the reference, and what is left for the hand-made names of these steps: the first of ``LADDER``
+    that tries every name within the budget, or else the last."""
+    if budget is None:
+        return samples or LADDER[0][0], REFERENCE_EVALUATIONS, math.inf
+    own = sum(table.num_steps for table in tables.values()) + sum(steps)  # the best of each N runs once more
+    for count, calls in LADDER:
+        count = samples or count
+        left = budget - count * (calls + own) - round(CHECKED * COARSER * calls)
+        if left * CONTEST >= sum(n * contest_cost(len(handmade_tables(schedule, n)), count) for n in steps):
+            break
+    return count, calls, max(0, left)
+
+
+def _judged(bench: Bench, title: str, contest: Contest | None, limit: float) -> Verdict | None:
+    """Whether a table beats its rivals; None where it has none. limit: evaluations for the calls it is worth."""
+    n, mine = bench.runs[title].solver.num_steps, bench.runs[title].errors
+    named = {run.solver: run for run in bench.runs.values() if run.row.num_steps == n and not run.row.searched}
+    rivals = {**(contest.best if contest else {}), **{solver: run.errors for solver, run in named.items()}}
+    if not rivals:
+        return None
+    best = min(rivals, key=lambda solver: float(rivals[solver].mean()))
+    if best not in named:
+        titles = {title: run.solver for title, run in bench.runs.items()}
+        named[best] = bench.measure(_free(best, titles), best, searched=False)
+    theirs = rivals[best]
+    ratio, low, high = _ratio(mine, torch.stack([e for e in rivals.values() if bool(e.isfinite().all())] or [theirs]))
+    handmade = handmade_tables(bench.schedule, n) if contest else {}
+    found = Verdict(
+        solver=title,
+        num_steps=n,
+        best=named[best].row.solver,
+        ratio=ratio,
+        low=low,
+        high=high,
+        median=math.sqrt(float(mine.median()) / max(float(theirs.median()), 1e-300)),
+        nearer=int((mine < theirs).sum()),
+        samples=len(mine),
+        tried=contest.tried if contest else 0,
+        known=contest.known if contest else 0,
+        others=sum(solver not in handmade for solver in named),
+        doubt=bench.doubt(mine, theirs),
+    )
+    if found.word != "Yes" or contest is None:
+        return found
+    calls, like = calls_like(bench.squares, bench.schedule, contest.best, mine, limit)
+    return replace(found, calls=calls, like=like) if calls > n else found
+
+
+def _ratio(mine: Tensor, rivals: Tensor, seed: int = 0) -> tuple[float, float, float]:
+    """sqrt(mean mine / min_k mean rivals_k), and its 95 % interval, from resampling the samples of all alike.
+
+    mine: (S,) squares, rivals: (K, S). Each resampling has its own best rival, so that the interval holds how uncertain
+    that choice is too. Infinite for a table that diverges, 1 where nobody errs.
+    """
+    tiny = 1e-300
+    ratio = math.sqrt(max(float(mine.mean()), tiny) / max(float(rivals.mean(1).min()), tiny))
+    if not math.isfinite(ratio) or not bool(rivals.isfinite().all()):
+        return ratio, ratio, ratio
+    picks = torch.randint(len(mine), (RESAMPLED, len(mine)), generator=torch.Generator().manual_seed(seed))
+    counts = torch.zeros(picks.shape, dtype=torch.float64)
+    counts.scatter_add_(1, picks, torch.ones_like(counts))
+    ratios = ((counts @ mine).clamp_min(tiny) / (counts @ rivals.T).amin(1).clamp_min(tiny)).sqrt()
+    ends = ratios.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    low, high = (round(end, 9) for end in ends.tolist())  # two sums of the same numbers differ in their last bits
+    return ratio, min(low, ratio), max(high, ratio)
 
 
 def _expand(
-    solvers: Sequence[Solver | str | os.PathLike[str]], schedule: Schedule, num_steps: Sequence[int]
+    solvers: Sequence[Given], schedule: Schedule, num_steps: Sequence[int], before: Mapping[str, Solver] | None = None
 ) -> dict[str, Solver]:
-    """title -> solver, in order, names without steps once for each number of steps."""
-    table: dict[str, Solver] = {}
+    """title -> solver, in order, names without steps once for each number of steps; none that is there before."""
+    table = dict(before or {})
     for item in solvers:
         for n in _open_steps(item, num_steps):
             solver = find_solver(item, schedule, n)
             solver.on(schedule)
-            title = given = solver.name or f"solver {len(table) + 1}/{solver.num_steps}"
-            name, slash, rest = given.partition("/")
-            number = 1
-            while table.get(title, solver) != solver:  # two files may hold solvers of one name
-                number += 1
-                title = f"{name}-{number}{slash}{rest}"
-            table[title] = solver
-    if not table:
-        raise ValueError("no solvers to compare")
-    return table
+            table[_free(solver, table)] = solver
+    return {title: solver for title, solver in table.items() if title not in (before or {})}
 
 
-def _open_steps(item: Solver | str | os.PathLike[str], num_steps: Sequence[int]) -> Sequence[int | None]:
+def _free(solver: Solver, table: Mapping[str, Solver]) -> str:
+    """A title for a solver that no other one in the table has: two files may hold solvers of one name."""
+    title = given = solver.name or f"solver {len(table) + 1}/{solver.num_steps}"
+    name, slash, rest = given.partition("/")
+    number, same = 1, (solver, is_rival(solver))
+    while title in table and (table[title], is_rival(table[title])) != same:
+        number += 1
+        title = f"{name}-{number}{slash}{rest}"
+    return title
+
+
+def _open_steps(item: Given, num_steps: Sequence[int]) -> Sequence[int | None]:
     """The numbers of steps to run an item at; [None] where it says itself."""
     if not isinstance(item, str) or is_file(item):
         return [None]
@@ -247,3 +371,8 @@ def _cell(key: str, value: Any) -> str:
     if key in ("accuracy", "switched"):
         return f"{100 * value:.1f} %"
     return three_digits(value) if isinstance(value, float) else str(value)
+
+
+def _json(value: Any) -> Any:
+    """A value as JSON can hold it."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -122,7 +122,7 @@ class Reference:
         """The figures of samples x (n, *S) from the same noises; None where one cannot be told.
 
         rmse, rmse_low, rmse_high: sqrt(mean of squares), and its 95 % interval over noises (normal, on the mean of
-        the samples' squares). median, p90: of the samples' own root mean squares. switched: the share that is
+        the samples' squares). median, p90, worst: of the samples' own root mean squares. switched: the share that is
         classified as something else than the reference, or, without ``classify``, that is further from it than
         ``reach``, half of the median distance (root mean square) between two different reference samples. accuracy:
         the share read as what was asked. frechet, energy: see :meth:`distances`. samples: n.
@@ -138,6 +138,7 @@ class Reference:
             "rmse_high": math.sqrt(mean + half),
             "median": float(roots.median()),
             "p90": float(roots.quantile(0.9, interpolation="higher")),
+            "worst": float(roots.max()),
             "switched": float(switched.double().mean()) if len(found) > 1 or classes is not None else None,
             "accuracy": None
             if classes is None or self.asked is None

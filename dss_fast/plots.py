@@ -1,4 +1,4 @@
-"""Pictures: a solver's table, errors against steps, and samples of several solvers from the same noise.
+"""Pictures: a solver's table, a search, errors against steps, and samples of several solvers from the same noise.
 
 Needs matplotlib (the ``plots`` extra), imported when a picture is drawn. Every function writes one PNG
 and returns its path.
@@ -6,6 +6,7 @@ and returns its path.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -78,34 +79,93 @@ def draw_timesteps(axes: Any, solver: Solver) -> None:
     axes.spines[["left", "top", "right"]].set_visible(False)
 
 
-def plot_errors(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, metric: str = "rmse") -> Path:
+def plot_errors(rows: Sequence[Any], path: str | os.PathLike[str], *, metric: str = "rmse") -> Path:
     """Error against network evaluations, a line per method, from the rows of a comparison; log scale."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
-    methods: dict[str, list[Mapping[str, Any]]] = {}
+    methods: dict[str, list[Any]] = {}
     for row in rows:
-        methods.setdefault(row["method"], []).append(row)
+        if math.isfinite(getattr(row, metric)):
+            methods.setdefault(row.method, []).append(row)
     colors = iter(OTHERS * 9)
-    best = sorted(methods, key=lambda m: min(r[metric] for r in methods[m]))
-    for method in best:
-        line = sorted(methods[method], key=lambda r: r["num_steps"])
-        searched = line[0]["searched"]
+    for method in sorted(methods, key=lambda m: min(getattr(r, metric) for r in methods[m])):
+        line = sorted(methods[method], key=lambda r: r.num_steps)
+        searched = line[0].searched
         if searched:
             style = {"color": SEARCHED, "lw": 2.4, "zorder": 3}
         else:
             style = {"color": next(colors), "lw": 1.2, "ls": "--" if "@" in method else "-"}
-        steps, values = [r["num_steps"] for r in line], [r[metric] for r in line]
+        steps, values = [r.num_steps for r in line], [getattr(r, metric) for r in line]
         axes.plot(steps, values, marker="o", ms=5, label=method, **style)
         if metric == "rmse":
-            low, high = [r["rmse_low"] for r in line], [r["rmse_high"] for r in line]
+            low, high = [r.rmse_low for r in line], [r.rmse_high for r in line]
             axes.fill_between(steps, low, high, alpha=0.2 if searched else 0.05, color=style["color"], lw=0)
     label = {"rmse": "RMSE to the fine reference"}.get(metric, metric)
     axes.set(xlabel="network evaluations per sample", ylabel=label)
     log_scale(axes)
-    axes.set_xticks(sorted({r["num_steps"] for r in rows}), labels=map(str, sorted({r["num_steps"] for r in rows})))
+    axes.set_xticks(sorted({r.num_steps for r in rows}), labels=map(str, sorted({r.num_steps for r in rows})))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    return write_figure(figure, path)
+
+
+Curves = Mapping[int, tuple[Sequence[int], Sequence[float]]]  # N -> evaluations and values
+
+
+def plot_overview(solvers: Mapping[int, Solver], loss: Curves, held_out: Curves, path: str | os.PathLike[str]) -> Path:
+    """One picture of a search: error over evaluations, then coefficients and timesteps of each solver."""
+    heights = [2.8, *(cells_height(solver) for solver in solvers.values())]
+    figure, axes = pyplot().subplots(
+        1 + len(solvers),
+        2,
+        figsize=(5 + max(heights[1:]), sum(heights)),
+        height_ratios=heights,
+        width_ratios=[max(heights[1:]), 4.5],
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, curves, title in ((axes[0, 0], loss, "training loss"), (axes[0, 1], held_out, "held-out RMSE")):
+        curves = {n: curve for n, curve in curves.items() if curve[0]}
+        for n, (at, values) in curves.items():
+            axis.plot(at, values, marker="." if len(at) < 50 else None, lw=1, label=f"N = {n}")
+        if curves:
+            axis.set(title=title, xlabel="model evaluations")
+            axis.locator_params(axis="x", nbins=5)
+            log_scale(axis)
+            axis.grid(alpha=0.3)
+            axis.legend()
+        else:
+            axis.axis("off")
+            axis.text(0.5, 0.5, f"no {title}: the budget allowed no such samples", ha="center", color="0.4")
+    for line, (n, solver) in zip(axes[1:], solvers.items(), strict=True):
+        draw_coefficients(line[0], solver, f"N = {n}")
+        draw_timesteps(line[1], solver)
+    return write_figure(figure, path)
+
+
+def plot_stages(stages: Mapping[int, Sequence[Any]], path: str | os.PathLike[str]) -> Path:
+    """The error of the state after each step, of some rows of a comparison for each N. Full dots at the end, which
+    counts, and faint ones before it."""
+    figure, axes = pyplot().subplots(
+        1, len(stages), figsize=(4.6 * len(stages), 3.6), squeeze=False, layout="constrained"
+    )
+    for axis, (n, rows) in zip(axes[0], stages.items(), strict=True):
+        colors = iter(OTHERS)
+        for row in rows:
+            color, last = SEARCHED if row.searched else next(colors), row.stages[-1]
+            axis.plot(
+                row.timesteps[1:], row.stages, marker="o", ms=4, mfc="white", lw=1, ls=":", color=color, alpha=0.7
+            )
+            axis.plot(1, last, marker="o", ms=9, ls="", color=color, label=row.solver)
+            beside = {"xytext": (9, 0), "textcoords": "offset points", "va": "center", "color": color}
+            axis.annotate(f"{last:.3g}", (1, last), **beside)
+        axis.set(title=f"N = {n}", xlabel="u reached (0 noise, 1 data)", xlim=(0, 1.3))
+        log_scale(axis)
+        axis.set_xticks([0, 0.25, 0.5, 0.75, 1])
+        axis.grid(alpha=0.25)
+        axis.legend(frameon=False, fontsize=8, title="at the end", title_fontsize=8)
+    axes[0, 0].set_ylabel("RMSE to the fine trajectory")
     return write_figure(figure, path)
 
 

@@ -65,11 +65,16 @@ def test_search_sample_compare_show(folder, capsys):
     solver = Solver.load(folder / "runs" / "solver-3.json")
     assert solver.num_steps == 3 and solver.provenance["method"] == "lion"
     assert main("compare mymodel:constant runs/solver-3.json euler ab2 --steps 3 --samples 32 -o cmp".split()) == 0
-    rows = json.loads((folder / "cmp" / "compare.json").read_text())
-    assert [r["num_steps"] for r in rows] == [3, 3, 3] and (folder / "cmp" / "compare.png").exists()
-    assert "N = 3: the best hand-made or published solver is ab2/3; searched/3 against it" in capsys.readouterr().out
-    assert main("compare mymodel:pictures runs/solver-3.json ab2 --steps 3 --samples 32 -o seen".split()) == 0
-    assert (folder / "seen" / "samples-3.png").stat().st_size > 2000 and not list(folder.glob("cmp/samples*"))
+    saved = json.loads((folder / "cmp" / "compare.json").read_text())
+    (verdict,), said = saved["verdicts"], capsys.readouterr().out
+    names = {row["solver"] for row in saved["rows"]}
+    assert names == {"searched/3", "euler/3", "ab2/3", verdict["best"]} and (folder / "cmp" / "compare.png").exists()
+    assert f"searched/3 against {verdict['best']}, the best of all {verdict['known']} hand-made names: RMSE x" in said
+    assert said.split("\n\nsaved")[0].endswith((folder / "cmp" / "compare.txt").read_text().strip())
+    kept = (folder / "runs" / "report.html").read_bytes()
+    assert main("compare mymodel:pictures runs/solver-3.json ab2 --steps 3 --budget 2000 -o runs".split()) == 0
+    assert (folder / "runs" / "compare-samples-3.png").stat().st_size > 2000 and not list(folder.glob("cmp/*samples*"))
+    assert (folder / "runs" / "report.html").read_bytes() == kept and "tried of 91 hand-made" in capsys.readouterr().out
     assert main("sample mymodel:pictures --solver runs/solver-3.json -n 8 -o digits.png".split()) == 0
     assert main("sample mymodel:target --solver ab2 --steps 6 -n 8 -o x.safetensors --seed 4".split()) == 0
     image = pytest.importorskip("matplotlib.image").imread(folder / "digits.png")[..., :3]

@@ -1,9 +1,12 @@
 """The rows of benchmarks/few_steps.py, on the exact mixture."""
 
+from dataclasses import asdict
+
 import pytest
 
-from benchmarks import few_steps, rows
+from benchmarks import few_steps, rows, search_table
 from dss_fast import compare, find_solver
+from dss_fast.rivals import handmade_tables
 
 pytestmark = [pytest.mark.fast, pytest.mark.xdist_group("few_steps")]
 
@@ -36,6 +39,18 @@ def test_the_figures_are_those_of_compare(ran):
     """On the same noises, which ``compare`` draws from another stream: within what 128 of them say."""
     (row,) = compare(few_steps.Fresh("mixture", 128).target, ["ab2/3"], samples=128, progress=False).rows
     mine = ran[False, 3]
-    assert set(row) & set(mine) >= {"rmse", "median", "switched", "frechet", "energy"}
-    assert mine["rmse_low"] < row["rmse_high"] and row["rmse_low"] < mine["rmse_high"]
-    assert mine["floor"] == pytest.approx(row["frechet_floor"], rel=0.1)
+    assert set(asdict(row)) & set(mine) >= {"rmse", "median", "switched", "frechet", "energy"}
+    assert mine["rmse_low"] < row.rmse_high and row.rmse_low < mine["rmse_high"]
+    assert mine["floor"] == pytest.approx(row.frechet_floor, rel=0.1)
+
+
+def test_the_best_hand_made_is_of_all_names():
+    """Some samples of a run are those of the whole, and the best found errs as the best of all on the same noises."""
+    fresh = few_steps.Fresh("mixture", 128)
+    solver = find_solver("ab2/3")
+    assert fresh.squares(solver, 10, 100).tolist() == pytest.approx(
+        fresh.squares(solver, 0, 128)[10:100].tolist(), rel=1e-4
+    )
+    row, best = search_table.best_of(fresh, 3)
+    every = {table: fresh.row(table)["rmse"] for table in handmade_tables(fresh.target.schedule, 3)}
+    assert row["rmse"] == pytest.approx(every[best]) == pytest.approx(min(every.values()), rel=0.05)

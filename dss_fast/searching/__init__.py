@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from ..denoiser import frozen
 from ..files import check_writable
+from ..report import FILES, SearchRecord, write_report
 from ..solver import Solver
 from ..target import Model, Target
 from .budget import Ledger, default_budget, evaluations_in
@@ -81,13 +83,15 @@ def search(
         models = [one.model for one in job.draws.targets]
         with opened(out, config, resume) as (folder, checkpoint), frozen(models):
             ledger = begin(job, config, folder, checkpoint, progress)
-            if checkpoint is not None and is_finished(checkpoint, ledger):
+            over = checkpoint is not None and is_finished(checkpoint, ledger)
+            if checkpoint is not None and over:
                 result = restored(checkpoint, folder)
             else:
                 events = METHOD[job.settings.name](job, ledger, checkpoint and checkpoint["state"])
                 result = run(events, ledger, config, folder=folder, checkpoint=checkpoint, progress=progress)
-            if report and folder is not None and not result.interrupted:
-                finish(job, result, config)
+            missing = result.out is not None and not all((result.out / name).exists() for name in FILES)
+            if report and folder is not None and not result.interrupted and (missing or not over):
+                finish(job, result, config, progress)
     return result
 
 
@@ -128,6 +132,25 @@ def begin(
     return ledger
 
 
-def finish(job: Job, result: SearchResult, config: Mapping[str, Any]) -> None:
-    """Writes the report. Nothing that it raises loses what was found."""
-    ...
+def finish(job: Job, result: SearchResult, config: Mapping[str, Any], progress: bool = False) -> None:
+    """Writes the report. Nothing that it raises loses what was found: it calls the user's own code."""
+    assert result.out is not None
+    target, *others = job.draws.targets
+    record = SearchRecord(
+        result.solvers,
+        result.evaluations,
+        job.call(),
+        config,
+        starts=list(result.starts.values()),
+        budget=job.budget if isinstance(job.budget, int) else None,
+        seconds=result.seconds,
+        others=[other.name for other in others],
+        **result.curves(),
+    )
+    without = f"the search is finished and saved in {result.out}, without its report"
+    try:
+        write_report(result.out, target, record, progress=progress)
+    except KeyboardInterrupt:
+        print(f"interrupted: {without}")
+    except Exception as error:
+        warnings.warn(f"{without}: {type(error).__name__}: {error}", stacklevel=3)

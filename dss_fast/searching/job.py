@@ -6,7 +6,7 @@ import datetime
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,7 @@ from ..names import find_solver
 from ..solver import Solver
 from ..target import Model, Target
 from .budget import Cost, evaluations_in
-from .settings import GaussNewton, Method, described, settings_of
+from .settings import GaussNewton, Lion, Method, described, settings_of
 from .space import Space
 
 
@@ -60,6 +60,25 @@ class Job:
             **({"request": dict(request)} if request else {}),
         }
         return cast(dict[str, Any], json.loads(json.dumps(config, allow_nan=False)))
+
+    def call(self) -> str:
+        """Lines of Python that search again and compare."""
+        kind, several = type(self.settings), len(self.draws.targets) > 1
+        given = {f.name: getattr(self.settings, f.name) for f in fields(kind)}
+        changed = [f"{f.name}={given[f.name]!r}" for f in fields(kind) if given[f.name] != f.default]
+        steps = self.steps[0] if len(self.steps) == 1 else list(self.steps)
+        arguments = ["[target, *others]" if several else "target", repr(steps)]
+        named = ""
+        if changed or kind is Lion:
+            named = f"{kind.__name__}, "
+            arguments.append(f"method={kind.__name__}({', '.join(changed)})")
+        if self.initial is not None:
+            arguments.append("initial=solver")
+        arguments += [f"budget={self.budget!r}", f"seed={self.draws.seed!r}", 'out="another-folder"']
+        return (
+            f"from dss_fast import {named}compare, search\n\nresult = search({', '.join(arguments)})\n\n"
+            "print(compare(target, list(result.solvers.values())))"
+        )
 
 
 def prepare(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..plots import Curves, plot_overview
 from ..solver import Solver
 
 COUNTED = "evaluations"  # what ``done`` counts when an event does not say
@@ -112,12 +113,10 @@ class SearchResult:
         found = [(at, value) for at, value in pairs if not math.isnan(value)]
         return [at for at, _ in found], [value for _, value in found]
 
-    def curves(self) -> dict[str, dict[int, tuple[list[int], list[float]]]]:
-        """Both curves of every N."""
+    def curves(self) -> dict[str, Curves]:
+        """Both curves of every N, by their keys."""
         return {key: {n: self.curve(key, n) for n in self.solvers} for key in ("loss", "held_out")}
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws loss curve, coefficients and timesteps of every solver into a picture file."""
-        from ..plots import plot_search
-
-        plot_search(self.curves(), self.solvers, path)
+        plot_overview(self.solvers, **self.curves(), path=path)

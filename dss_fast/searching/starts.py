@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..distance import squares
 from ..draws import Draws
-from ..methods import METHODS, grid, handmade
-from ..names import find_solver
+from ..methods import handmade
+from ..rivals import handmade_tables
 from ..schedule import Schedule
 from ..solver import Solver
 from ..table import StepTable
@@ -21,12 +21,6 @@ from .budget import Ledger
 from .gauss_newton import ROBUST, robust
 from .teacher import Teacher
 
-SPACINGS = ("uniform", "shift2", "shift3", "shift1.5", "lambda", "shift0.5", "karras")
-# A small budget tries only the first few: those that came first or second of all on the shipped models, N = 3 to 10.
-LIKELY = {
-    "flow": ("ab3", "ab2", "ab3_uniform@shift2", "ab2@shift2", "ab2@shift3", "ab3@shift1.5", "ab2@shift1.5"),
-    "vp": ("ab3_uniform", "ab2_uniform", "dpmpp_2m", "unip3", "ab2_uniform@shift0.5", "dpmpp_2m@shift0.5", "unip2"),
-}
 LOST = 1e30  # the error of a table that diverges to NaN or Inf
 THIRD = 3  # of the tables a third is kept, and run on three times the samples
 
@@ -43,10 +37,7 @@ def candidates(schedule: Schedule, num_steps: int, done: dict[int, Solver]) -> l
         methods = ("ab2", "ab3") if schedule.family == "flow" else ("dpmpp_2m", "ab2")
         like = [handmade(method, schedule=schedule, timesteps=u) for method in methods]
         found += [replace(solver, name=f"{solver.name} on the spacing found for N = {near}") for solver in like]
-    found += [find_solver(name, schedule, num_steps) for name in LIKELY[schedule.family]]
-    for spacing in SPACINGS:
-        if bool((grid(num_steps, schedule, spacing).diff() > 0).all()):
-            found += [find_solver(f"{method}@{spacing}", schedule, num_steps) for method in METHODS]
+    found += handmade_tables(schedule, num_steps)
     return list(dict.fromkeys(found))
 
 

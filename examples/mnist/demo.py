@@ -46,7 +46,7 @@ def main() -> None:
     for n, solver in searched.items():
         best = table.best(n)
         assert best is not None  # the hand-made solvers ran at these steps too
-        table.plot_samples(out / f"samples-{n}.png", [f"euler/{n}", best["solver"], solver.name])
+        table.plot_samples(out / f"samples-{n}.png", [f"euler/{n}", best.solver, solver.name])
 
     print(f"\n{table}\n")
     print(f"{time.perf_counter() - start:.0f} s. Solvers, table and pictures are in {out}/")

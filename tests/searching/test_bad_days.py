@@ -71,7 +71,7 @@ def test_a_disk_that_fills_up_ends_the_search_with_its_best(monkeypatch, tmp_pat
 
 
 def test_ctrl_c_during_the_report_keeps_the_result(monkeypatch, tmp_path, capsys, interruptible):
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(reporting, "write_report", interrupted)
