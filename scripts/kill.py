@@ -55,8 +55,8 @@ def run(rank: int, world: int, port: int, out: Path, method: str, moment: int | 
         return original(*arguments, **options)
 
     os.replace, os.fsync = partial(lethal, os.replace), partial(lethal, os.fsync)
-    log = RunFolder.log
-    RunFolder.log = lambda self, event: lethal(log, self, event)
+    note = RunFolder.note
+    RunFolder.note = lambda self, event: lethal(note, self, event)
     target = Target(partial(lethal, model), (3,), dtype=torch.float64, key="bend")
     found = search(target, [3, 4], method=METHODS[method], out=out, resume=True, progress=False, report=False)
     if rank == 0:

@@ -22,7 +22,7 @@ def bench(tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=strategies.integers(0, 2**32))
-def test_a_mutant_is_refused_by_name_or_the_same(bench, kind, seed):
+def test_a_mutant_is_refused_by_name_or_says_what_is_read(bench, kind, seed):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert bench.judge(kind, random.Random(seed)) in ("refused", "same")

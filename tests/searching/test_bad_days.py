@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from dss_fast import GaussNewton, Lion, Solver, Target, search
-from dss_fast import report as reporting
 from dss_fast.files import write_tensors
 from dss_fast.searching import runs as running
 from helpers import processes
@@ -74,7 +73,7 @@ def test_ctrl_c_during_the_report_keeps_the_result(monkeypatch, tmp_path, capsys
     def interrupted(*arguments, **options):
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(reporting, "write_report", interrupted)
+    monkeypatch.setattr(import_module("dss_fast.searching"), "write_report", interrupted)
     result = find(tmp_path, report=True)
     assert result.solver == find().solver and "without its report" in capsys.readouterr().out
     monkeypatch.undo()
