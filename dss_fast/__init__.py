@@ -8,9 +8,11 @@ from .schedule import VP, DiscreteVP, Flow, Grid
 from .searching import GaussNewton, Lion, SearchResult, plan, search
 from .solver import Solver
 from .target import Target
+from .version import __version__
 
 __all__ = [
     "VP",
+    "__version__",
     "DiscreteVP",
     "Flow",
     "GaussNewton",
@@ -27,4 +29,3 @@ __all__ = [
     "search",
     "solver_names",
 ]
-__version__ = "0.2.0"

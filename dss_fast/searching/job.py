@@ -15,6 +15,7 @@ from ..draws import Draws, targets_of
 from ..names import find_solver
 from ..solver import Solver
 from ..target import Model, Target
+from ..version import __version__
 from .budget import Cost, evaluations_in
 from .settings import GaussNewton, Lion, Method, described, settings_of
 from .space import Space
@@ -41,8 +42,6 @@ class Job:
 
     def config(self) -> dict[str, Any]:
         """As JSON data: what a run folder says of a search, and what tables carry as their provenance."""
-        from .. import __version__
-
         request = self.draws.target.request if len(self.draws.targets) == 1 else None
         config = {
             "name": "+".join(target.name for target in self.draws.targets),
