@@ -3,7 +3,7 @@
     python -m examples.mnist.demo --out out
 
 Searches for the shipped MNIST flow model and leaves in ``out``: the solvers, a table and pictures. Takes about
-five minutes on two cores.
+two minutes on two cores.
 """
 
 from __future__ import annotations
