@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .bench import CHECKED, COARSER, Bench, Row
 from .distance import three_digits
@@ -19,6 +18,7 @@ from .draws import Draws
 from .files import shortened, write_json
 from .names import Name, find_solver, is_file, known, published_steps
 from .plots import plot_errors, plot_samples
+from .progress import bar
 from .rivals import Contest, calls_like, contest, contest_cost, handmade_tables, is_rival, published_tables
 from .schedule import Schedule
 from .solver import Solver
@@ -233,7 +233,7 @@ def compare(
         published = [table for n in steps for table in published_tables(draws.schedule, n)]
         further = _expand(published, draws.schedule, (), {**named, **further}) | further
     count, calls, left = _effort(draws.schedule, {**named, **further}, steps if every else (), samples, budget)
-    with tqdm(disable=not progress, leave=False, unit=" evaluations") as shown:
+    with bar(progress, leave=False, unit=" evaluations") as shown:
         bench = Bench(draws, count, calls, batch_size, real_features, shown)
         for title, solver in {**named, **further}.items():
             bench.measure(title, solver, searched=title in judged)

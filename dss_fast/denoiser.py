@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -270,9 +271,18 @@ def modules_of(model: Any, depth: int = 3) -> list[nn.Module]:
     return [module for item in held for module in modules_of(item, depth - 1)]
 
 
+def undonated() -> Any:
+    """A context in which torch.compile gives no buffers away that a backward needs again, where it is there at all."""
+    config = sys.modules.get("torch._functorch.config")
+    return config.patch(donated_buffer=False) if config is not None else nullcontext()
+
+
 @contextmanager
 def frozen(models: Sequence[Any]) -> Iterator[None]:
-    """The models' modules in eval mode and their parameters out of autograd for a while; then as they were."""
+    """The models' modules in eval mode and their parameters out of autograd for a while; then as they were.
+
+    What is compiled meanwhile keeps what it saves for its backward, which runs more than once.
+    """
     modules = [part for model in models for module in modules_of(model) for part in module.modules()]
     parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)]
     before = [p.requires_grad for p in parameters], [m.training for m in modules]
@@ -281,7 +291,8 @@ def frozen(models: Sequence[Any]) -> Iterator[None]:
             parameter.requires_grad_(False)
         for module in modules:
             module.training = False
-        yield
+        with undonated():
+            yield
     finally:
         for parameter, wanted in zip(parameters, before[0], strict=True):
             parameter.requires_grad_(wanted)

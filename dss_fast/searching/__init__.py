@@ -128,6 +128,8 @@ def begin(
     config["targets"] = [identity(one) for one in draws.each]
     ledger.spend_once("identity", KEYLESS * sum(target.key is None for target in draws.targets))
     config.update(agreed(config))
+    # A process that alone doubts its schedule has spent more, and would stop in another round than the others.
+    ledger.evaluations = from_first(lambda: ledger.evaluations)
     from_first(lambda: folder.check(config) if folder else None)
     return ledger
 

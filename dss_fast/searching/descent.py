@@ -299,6 +299,12 @@ def _begun(job: Job, ledger: Ledger, saved: dict[str, Any] | None) -> tuple[Desc
     else:
         descent = Descent.load(job, ledger, saved)
     sizes, (batch, held_out_batch) = descent.sizes, descent.sizes.batches(job)
+    if saved is not None and (sizes.samples + sizes.held_out - 2 * job.draws.world) * sizes.calls > ledger.evaluations:
+        raise ValueError(
+            f"the checkpoint asks for {sizes.samples:,} samples and {sizes.held_out:,} held-out ones, whose teacher of "
+            f"{sizes.calls} calls takes more than the {ledger.evaluations:,} evaluations spent: it is damaged; begin "
+            "in another folder"
+        )
     train = Teacher(job.draws, ledger, "train", sizes.samples, batch, sizes.calls)
     held_out = Teacher(job.draws, ledger, "held_out", sizes.held_out, held_out_batch, sizes.calls)
     cost = train.cost() + held_out.cost()

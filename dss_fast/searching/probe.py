@@ -69,7 +69,7 @@ def probe(draws: Draws, differentiated: bool) -> Cost:
     if zero:
         raise ValueError("the model returns zero everywhere: it is not trained, or its weights were not loaded")
     if differentiated:
-        output.sum().backward()
+        _backward(output)
     float(output.detach().sum())  # the clock must wait for the device
     seconds = (time.perf_counter() - start) / (SAMPLES * (3 if differentiated else 1))
     return Cost(seconds, sum(kept.values()) // (2 * SAMPLES))
@@ -108,6 +108,20 @@ def _hash(values: Mapping[str, Any]) -> str:
             plain = isinstance(value, str | int | float | bool | list | tuple | None)
             digest.update((repr(value) if plain else type(value).__name__).encode())
     return digest.hexdigest()
+
+
+def _backward(output: Tensor) -> None:
+    """Back from an output, keeping the graph as the rollouts do.
+
+    A graph that was compiled before the search may give its buffers to the first backward: what is compiled is then
+    forgotten, to be compiled again when the model is called next.
+    """
+    try:
+        output.sum().backward(retain_graph=True)
+    except RuntimeError as error:
+        if "donated" not in str(error):
+            raise
+        torch.compiler.reset()
 
 
 def doubt(draws: Draws) -> int:

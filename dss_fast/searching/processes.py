@@ -11,8 +11,6 @@ from itertools import count
 from typing import Any, TypeVar, cast
 
 import torch
-from torch.distributed import distributed_c10d
-from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 FAILED = "dss_fast/failed"
@@ -31,7 +29,7 @@ def joined() -> Iterator[None]:
         take_local_device()
         store, rank, world = _rendezvous()
         # In the store lie the addresses of the searches before, where nobody answers, and their errors: hence a prefix.
-        prefixed = distributed_c10d.PrefixStore(f"dss_fast/{next(_groups)}", store)
+        prefixed = torch.distributed.distributed_c10d.PrefixStore(f"dss_fast/{next(_groups)}", store)
         torch.distributed.init_process_group(store=prefixed, rank=rank, world_size=world)
     try:
         yield
@@ -54,6 +52,8 @@ def _rendezvous() -> tuple[Any, int, int]:
     Kept until the process ends: if each search made its own, a process that is early could meet the one before, just
     before the first process closes it.
     """
+    from torch.distributed.rendezvous import rendezvous
+
     found: tuple[Any, int, int] = next(rendezvous("env://"))
     return found
 
@@ -115,7 +115,7 @@ def _joined() -> bool:
 def _name_the_first(error: Exception) -> None:
     """Leaves word of an error for the other processes, or adds to it what they left."""
     with suppress(RuntimeError):  # the process that keeps the store may be the one that is gone
-        store = distributed_c10d._get_default_store()
+        store = torch.distributed.distributed_c10d._get_default_store()
         if store.check([FAILED]):
             error.add_note(f"the first to fail was {store.get(FAILED).decode()}")
         else:

@@ -18,9 +18,9 @@ from typing import Any, BinaryIO
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..files import check_writable, read_json, read_tensors, write_json, write_tensors, write_text
+from ..progress import bar as progress_bar
 from ..report import names_of
 from ..solver import Solver
 from .budget import Ledger
@@ -217,7 +217,7 @@ def run(
     kept = _Kept(folder, ledger)
     # The delay spares a search that fails at once its bar.
     shown = progress and is_first()
-    bar = tqdm(disable=not shown, unit=f" {COUNTED}", dynamic_ncols=True, smoothing=0.1, delay=0.1)
+    bar = progress_bar(shown, unit=f" {COUNTED}", dynamic_ncols=True, smoothing=0.1, delay=0.1)
     try:
         with bar, _interrupts() as interrupts:
             for told in events:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from ..denoiser import NO_GRAPH, check_untouched, modules_of, naming_step, versions
+from ..denoiser import NO_GRAPH, check_untouched, modules_of, naming_step, undonated, versions
 from ..table import HISTORY
 from . import reference
 from .kept import FirstCall, Kept, budget_bytes
@@ -200,13 +199,11 @@ def _guard(model: Model, x: Tensor, steps: int, first: FirstCall | None) -> Call
     shapes = x.shape, (2 * len(x), *x.shape[1:])
 
     def call(step: int, x: Tensor, t: Tensor) -> Tensor:
-        # A compiled model may give its saved buffers away in backward, and then allows one cotangent only.
-        config = sys.modules.get("torch._functorch.config")
         watching = first.watching(x) if first else nullcontext()
         given = {"x": x, "t": t}
         before = versions(given)
         with naming_step(step, steps):
-            with config.patch(donated_buffer=False) if config else nullcontext(), watching:
+            with undonated(), watching:
                 output = model(x, t)
             check_untouched(given, before)
             if not isinstance(output, Tensor) or output.shape not in shapes or not output.is_floating_point():
