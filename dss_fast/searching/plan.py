@@ -24,6 +24,7 @@ RACE = 3  # rounds after which the best of several starts goes on
 RACERS = 3  # tables of different spacings at most to start from, of FEW samples or more
 SLACK = 1.25  # of the rounds' cost, for those that are rejected
 START_SHARE = 0.1  # of the budget, to find where to start
+MEMORY = 1 << 29  # bytes of a round's rollouts between its acceptance test and its backward; beyond, they run again
 LOOKS = 4  # at the held-out samples, that the plan counts on
 
 
@@ -77,6 +78,45 @@ def racers_of(samples: int) -> int:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Bytes that a search needs beside the model itself.
+
+    graphs: of one call for a batch, for its backward. trajectories: of the teacher, states and slopes of all samples,
+    512 MB at most: the rest is on the disk. rollouts: states, history and residuals of a round, and what a batch of them
+    takes on the way there and back. algebra: the table's derivative and the matrices of Gauss-Newton. With factors
+    fitted to what processes took: within .7 to 1.5 of it for 1 to 4 million elements and N up to 100.
+    """
+
+    graphs: int
+    trajectories: int = 0
+    rollouts: int = 0
+    algebra: int = 0
+
+    @classmethod
+    def of(cls, job: Job, sizes: Sizes, batch: int, cost: Cost) -> Memory:
+        """For the largest N of a search."""
+        draws, n = job.draws, max(job.steps)
+        state = max(math.prod(target.shape or ()) for target in draws.targets) * draws.target.dtype.itemsize
+        samples = (sizes.samples + sizes.held_out) // draws.world
+        parameters = sum(job.settings.space_of(draws.schedule, n).sizes())
+        numbers = 3 * (n * (n + 6) + n) * parameters + 7 * parameters**2
+        way = 12 * n * batch + 2 * sizes.calls * batch
+        return cls(
+            cost.saved * batch,
+            int(1.15 * min(state * 2 * sizes.calls * samples, MEMORY)),
+            int(
+                1.15 * state * (min((3 * n + 1) * samples, (3 * n + 1) * MEMORY // max(state, 1) // (2 * n + 1)) + way)
+            ),
+            8 * numbers,
+        )
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.graphs + self.trajectories + self.rollouts + self.algebra
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a search will take, from one forward and one backward of the model.
 
@@ -89,21 +129,18 @@ class Plan:
     samples: int | None
     cost: Cost
     batch_size: int
+    memory: Memory
 
     @property
     def minutes(self) -> float:
         """Expected, of the whole search on this machine."""
         return math.inf if self.evaluations is None else self.evaluations * self.cost.seconds / 60
 
-    @property
-    def memory(self) -> int:
-        """Bytes of the largest backward, beside the model itself: the graph of one call for a batch."""
-        return self.cost.saved * self.batch_size
-
     def __str__(self) -> str:
         lines = [
             f"N = {', '.join(map(str, self.num_steps))}: {1000 * self.cost.seconds:.3g} ms a model evaluation, "
-            f"{gigabytes(self.memory)} for a backward of {self.batch_size} samples"
+            f"{gigabytes(self.memory.graphs)} for a backward of {self.batch_size} samples, "
+            f"{gigabytes(self.memory.total)} in all beside the model"
         ]
         if self.evaluations is None:
             return lines[0]
@@ -134,10 +171,12 @@ def planned(job: Job, budget: int | None, cost: Cost) -> Plan:
     """The plan of a search whose model was measured."""
     budget = default_budget(job.settings, job.steps) if budget is None else budget
     samples, size = job.settings.samples, job.settings.batch_size
+    memory = Memory(cost.saved * size)
     if isinstance(job.settings, GaussNewton) and budget is not None:
         sizes = Sizes.of(job, budget)
         samples, (size, _) = sizes.samples, sizes.batches(job)
-    return Plan(job.steps, budget, samples, cost, size)
+        memory = Memory.of(job, sizes, size, cost)
+    return Plan(job.steps, budget, samples, cost, size, memory)
 
 
 def expected(evaluations: float) -> float | None:

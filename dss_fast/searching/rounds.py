@@ -21,6 +21,7 @@ from ..unroll import Rollout
 from .budget import Ledger
 from .gauss_newton import ROBUST, Quadratic, Sums, signs_beside
 from .job import Job
+from .plan import MEMORY
 from .residual import Residual, residual
 from .settings import GaussNewton
 from .space import Space
@@ -29,7 +30,6 @@ from .teacher import Teacher
 TRAJECTORY_WEIGHT = 0.1  # of the inner states' squares, from the sixth round on
 ANNEAL = (30, 10, 5, 3, 2, 1)  # times that weight, round by round
 SKETCHED = 2  # every so many batches a sketch
-MEMORY = 1 << 29  # bytes of a round's rollouts between its acceptance test and its backward; beyond, they run again
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,13 +2,14 @@
 
 import importlib
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from dss_fast import GaussNewton, Lion, Target, plan, search
 from dss_fast.searching.budget import Cost, evaluations_in
-from dss_fast.searching.plan import EXPECTED, expected
+from dss_fast.searching.plan import EXPECTED, expected, gigabytes
 from dss_fast.searching.probe import CALLS
 
 F64 = torch.float64
@@ -32,7 +33,7 @@ def test_a_search_spends_what_its_plan_says():
 def test_memory_is_what_one_call_saves_for_its_backward():
     """tanh keeps its output and the product its factors, of which one is that output: the state once or twice."""
     said = plan(TARGET, 4, budget=100_000)
-    assert 64 * 8 <= said.cost.saved <= 2.5 * 64 * 8 and said.memory == said.cost.saved * said.batch_size
+    assert 64 * 8 <= said.cost.saved <= 2.5 * 64 * 8 and said.memory.graphs == said.cost.saved * said.batch_size
 
 
 def test_it_prints_three_budgets_and_what_each_leaves():
@@ -77,3 +78,12 @@ def test_the_error_to_expect_is_the_table_and_falls():
     assert all(math.isclose(expected(at), share) for at, share in EXPECTED)
     values = [expected(10**k) for k in (3, 3.3, 4, 4.5, 5, 6)]
     assert values == sorted(values, reverse=True) and expected(999) is None
+
+
+@pytest.mark.parametrize("num_steps, parameters", [(5, 21), (60, 1891), (200, 20_301)])
+def test_memory_holds_the_matrices_of_many_steps_and_the_states_of_large_samples(num_steps, parameters):
+    small, large = (plan(replace(TARGET, shape=(size,)), num_steps, budget=60_000) for size in (64, 64_000))
+    assert small.memory.algebra == large.memory.algebra > 8 * 7 * parameters**2
+    grown = large.memory.rollouts / small.memory.rollouts
+    assert 900 < grown <= 1_010 and large.memory.total > large.memory.rollouts + large.memory.algebra
+    assert f"{gigabytes(large.memory.total)} in all beside the model" in str(large)
