@@ -82,8 +82,8 @@ class Memory:
     """Bytes that a search needs beside the model itself.
 
     graphs: of one call for a batch, for its backward. trajectories: of the teacher, states and slopes of all samples,
-    512 MB at most: the rest is on the disk. rollouts: states, history and residuals of a round, and what a batch of them
-    takes on the way there and back. algebra: the table's derivative and the matrices of Gauss-Newton. With factors
+    512 MB at most: the rest is on the disk. rollouts: states, history and residuals of a round, and what a batch of
+    them takes on the way there and back. algebra: the table's derivative and the matrices of Gauss-Newton. With factors
     fitted to what processes took: within .7 to 1.5 of it for 1 to 4 million elements and N up to 100.
     """
 

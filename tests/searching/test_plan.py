@@ -85,5 +85,5 @@ def test_memory_holds_the_matrices_of_many_steps_and_the_states_of_large_samples
     small, large = (plan(replace(TARGET, shape=(size,)), num_steps, budget=60_000) for size in (64, 64_000))
     assert small.memory.algebra == large.memory.algebra > 8 * 7 * parameters**2
     grown = large.memory.rollouts / small.memory.rollouts
-    assert 900 < grown <= 1_010 and large.memory.total > large.memory.rollouts + large.memory.algebra
+    assert 500 < grown <= 1_010 and large.memory.total > large.memory.rollouts + large.memory.algebra
     assert f"{gigabytes(large.memory.total)} in all beside the model" in str(large)
