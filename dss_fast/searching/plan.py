@@ -25,16 +25,21 @@ RACERS = 3  # tables of different spacings at most to start from, of FEW samples
 SLACK = 1.25  # of the rounds' cost, for those that are rejected
 START_SHARE = 0.1  # of the budget, to find where to start
 MEMORY = 1 << 29  # bytes of a round's rollouts between its acceptance test and its backward; beyond, they run again
+FRESH, FRESH_SHARE = 4, 0.04  # samples for the last look at most, and of the budget, where none are held out
 LOOKS = 4  # at the held-out samples, that the plan counts on
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a budget pays for when no round is rejected: training and held-out samples and the teacher's calls."""
+    """What a budget pays for when no round is rejected: training and held-out samples and the teacher's calls.
+
+    fresh: where none are held out, samples at the end on which the table found must not err much more than its start.
+    """
 
     samples: int
     held_out: int
     calls: int
+    fresh: int
 
     @classmethod
     def of(cls, job: Job, budget: int) -> Sizes:
@@ -50,19 +55,26 @@ class Sizes:
         def calls(samples: int) -> int:
             return settings.teacher_evaluations or max(16 if samples < 64 else 24, 2 * max(steps))
 
+        def fresh(samples: int) -> int:
+            if held_out(samples):
+                return 0
+            afforded = int(FRESH_SHARE * budget / (calls(samples) + 2 * sum(steps)))
+            return max(world, min(FRESH, afforded)) * len(job.draws.targets)
+
         def cost(samples: int) -> int:
             planned = min(len(GROWTH), settings.rounds, 6 + samples // 8)
             shares = GROWTH[:planned] + (racers_of(samples) - 1) * GROWTH[:RACE]
             rounds = SLACK * sum(max(share, min(1.0, LEAST / samples)) for share in shares)
             each = calls(samples) + sum(steps) * (1 + 4 * rounds)
             looks = held_out(samples) * (calls(samples) + sum(steps) * LOOKS)
+            looks += fresh(samples) * (calls(samples) + 2 * sum(steps))
             return math.ceil(samples * each + looks + START_SHARE * budget)
 
         samples = settings.samples
         if samples is None:
             least = max(2, world) * len(job.draws.targets)
             samples = max(least, bisect_right(range(1, 1 << 20), budget, key=cost))
-        return cls(samples, held_out(samples), calls(samples))
+        return cls(samples, held_out(samples), calls(samples), fresh(samples))
 
     def batches(self, job: Job) -> tuple[int, int]:
         """The sizes of a batch of training samples and of held-out ones; the batches of several targets take turns."""

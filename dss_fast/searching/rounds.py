@@ -80,7 +80,7 @@ class Trial:
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """Squares of the end points' errors on held-out samples, (n,) float64, infinite where one diverges; and of the
+    """Squares of the end points' errors on samples not fitted to, (n,) float64, infinite where one diverges; and of the
     errors of their features, where those choose."""
 
     errors: Tensor
@@ -94,12 +94,13 @@ class Look:
 
 @dataclass(frozen=True)
 class Rounds:
-    """train, held_out: the samples and their teacher."""
+    """train, held_out, fresh: the samples and their teacher."""
 
     job: Job
     ledger: Ledger
     train: Teacher
     held_out: Teacher
+    fresh: Teacher
 
     def cost(self, candidate: Candidate, number: int, batches: int) -> int:
         """Evaluations of a trial of so many batches and, once accepted, of its differentiation."""
@@ -162,18 +163,18 @@ class Rounds:
         return sums.quadratic(draws.all_reduce)
 
     @torch.no_grad()
-    def look(self, candidate: Candidate) -> Look:
-        """The candidate on the held-out samples."""
-        total, ends, seen = sum(self.held_out.sizes), [], []
+    def look(self, candidate: Candidate, at: Teacher) -> Look:
+        """The candidate on samples that it was not fitted to."""
+        total, ends, seen = sum(at.sizes), [], []
         by_features = self._settings.select == "features"
         self.ledger.spend(candidate.space.num_steps * total)
         try:
-            for k, (batch, trajectory) in enumerate(self.held_out):
+            for k, (batch, trajectory) in enumerate(at):
                 end = Rollout(**self._arguments(candidate, batch, 0)).states[:, -1]
                 ends.append(squares(end, trajectory.last) / candidate.unit(k))
                 if by_features and batch.target.features is not None:
                     seen.append(squares(batch.target.features(end), batch.target.features(trajectory.last)))
-            errors, *features = self.job.draws.gathered(self.held_out.sizes, ends, *([seen] if seen else []))
+            errors, *features = self.job.draws.gathered(at.sizes, ends, *([seen] if seen else []))
         except FloatingPointError:
             return Look(torch.full((total,), math.inf, dtype=torch.float64))
         return Look(errors, *features)

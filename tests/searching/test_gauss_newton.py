@@ -58,7 +58,7 @@ def events(budget=None, steps=(4,), state=None, **settings):
 
 def rounds_of(teacher, **settings):
     """The rounds of a search on one set of samples, which are also those held out."""
-    return Rounds(Job(teacher.draws, GaussNewton(**settings), (3,)), teacher.ledger, teacher, teacher)
+    return Rounds(Job(teacher.draws, GaussNewton(**settings), (3,)), teacher.ledger, teacher, teacher, teacher)
 
 
 def accepted(point, rounds):
@@ -358,3 +358,23 @@ def test_nan_is_noticed_once_a_round_where_no_call_is_looked_at(monkeypatch, cal
 
 def test_graphs_get_half_of_a_gpus_free_memory():
     assert graph_memory(torch.device("cpu")) == 1 << 29 and graph_memory(torch.device("cuda", 0)) == 0.5
+
+
+def test_a_table_far_worse_than_its_start_on_fresh_samples_is_not_returned(monkeypatch):
+    """Without held-out samples a few fresh ones decide, of which the search has spent nothing on the way."""
+    target, options = Target(FLOW, SHAPE, dtype=F64, key="mixture"), dict(budget=1_000, progress=False)
+    plain = search(target, 5, **options)
+    assert plain.evaluations <= 1_000 and plain.solver != plain.starts[5]
+    whole = Rounds.look
+
+    def ruined(self, candidate, at):
+        """As if the table found had learned its few samples by heart."""
+        seen = whole(self, candidate, at)
+        start = candidate.space.theta(plain.starts[5])
+        return seen if torch.equal(candidate.theta, start) else Look(3 * seen.errors + 1)
+
+    monkeypatch.setattr(Rounds, "look", ruined)
+    again = search(target, 5, **options)
+    torch.testing.assert_close(again.solver.tensors()["coeffs"], plain.starts[5].tensors()["coeffs"])
+    torch.testing.assert_close(again.solver.tensors()["timesteps"], plain.starts[5].tensors()["timesteps"])
+    assert again.evaluations == plain.evaluations

@@ -12,7 +12,7 @@ from examples.mixture import digits
 
 KEPT = json.loads((Path(__file__).parents[1] / "data" / "searched.json").read_text())
 SEARCHES = {
-    "race": ([0.3], dict(num_steps=[5, 8], budget=16_000, seed=3)),
+    "race": ([0.3], dict(num_steps=[5, 8], budget=60_000, seed=3)),
     "two": (
         [0.3, 0.5],
         dict(
@@ -26,10 +26,10 @@ SEARCHES = {
         [0.3],
         dict(
             num_steps=5,
-            budget=4_000,
+            budget=6_000,
             seed=5,
             initial="ab2@shift2",
-            method=GaussNewton(space="noise+times", loss="end", select="rmse"),
+            method=GaussNewton(space="noise+times", loss="end", select="rmse", held_out_samples=8),
         ),
     ),
 }
