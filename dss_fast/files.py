@@ -135,7 +135,9 @@ def tensor_bytes(tensor: Tensor) -> bytes:
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Makes a folder and writes into it. Raises OSError if either fails."""
+    """Makes a folder and writes into it. Raises OSError if either fails, ValueError for a name that is empty."""
+    if not os.fspath(folder):
+        raise ValueError("the folder's name is empty: give one, '.' is the current folder")
     Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe."):
         pass
