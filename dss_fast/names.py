@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .methods import METHODS, check_spacing, handmade
+from .modes import kept
 from .schedule import Schedule, from_dict
 from .solver import Solver
 
@@ -105,7 +106,7 @@ def known() -> str:
     return f"{', '.join(published)}; hand-made: {', '.join(f'{m}/N' for m in METHODS)}; or a path ending in .json"
 
 
-_handmade = lru_cache(64)(handmade)
+_handmade = kept(64)(handmade)
 
 
 @lru_cache(None)

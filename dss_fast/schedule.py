@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from .modes import outside_modes
+
 PREDICTION_TYPES = ("epsilon", "velocity", "v_prediction", "x0")
 CONVENTIONS = ("paper", "diffusers")
 # By how much alpha and sigma of one path may differ. Float32 tables of alphas_cumprod are within 1e-6 of the exact ones
@@ -227,7 +229,8 @@ class DiscreteVP(Schedule):
                 f"from {table[:1]} to {table[-1:]}"
             )
         object.__setattr__(self, "alphas_cumprod", tuple(max(a, FLOOR) for a in table))
-        log_alpha = 0.5 * torch.tensor((1.0, *self.alphas_cumprod), dtype=torch.float64).log()
+        table = (1.0, *self.alphas_cumprod)
+        log_alpha = outside_modes(lambda: 0.5 * torch.tensor(table, dtype=torch.float64).log())
         object.__setattr__(self, "_log_alpha", log_alpha)
         object.__setattr__(self, "_hash", hash((self.alphas_cumprod, self.prediction_type, self.final, self.name)))
 
