@@ -78,8 +78,10 @@ class Prompted:
         for n, solver in result.solvers.items():
             columns = {f"own, {count} steps": self.images(count, seed) for count in (SLOW, n)}
             pipe.scheduler = DSSScheduler.from_config(own.config, solver=solver)
-            columns[f"searched, {n} steps"] = self.images(n, seed)
-            pipe.scheduler = own
+            try:
+                columns[f"searched, {n} steps"] = self.images(n, seed)
+            finally:
+                pipe.scheduler = own
             print(f"picture in {plot_samples(columns, out / f'pipeline-{n}.png', count=SHOWN)}")
         files = [f"{out / f'solver-{n}.json'}" for n in result.solvers]
         print(
