@@ -57,12 +57,7 @@ def handmade(
     if timesteps is None:
         if num_steps is None:
             raise ValueError("give num_steps, or the timesteps themselves")
-        timesteps = grid(num_steps, schedule, spacing)
-        if not bool((timesteps.diff() > 0).all()):
-            raise ValueError(
-                f"spacing={spacing!r} puts two of {len(timesteps)} timesteps at one place of {shortened(repr(schedule))}: take "
-                "'uniform', or give the timesteps"
-            )
+        timesteps = _rising(grid(num_steps, schedule, spacing), spacing, schedule)
     u = torch.as_tensor(timesteps, dtype=torch.float64)
     n = len(u) - 1
     label = f"{method}/{n}" + (f"@{spacing}" if spacing != "uniform" else "")
@@ -74,15 +69,15 @@ def handmade(
     rows = torch.eye(n, dtype=torch.float64)
     falling = torch.cat([u[steps], u[-1:]])
     rows[steps[:, None], steps] = _rows(method, schedule, falling, lower_order_final)
-    found = rows[steps]
-    weights = (found * schedule.transition(falling)[1][:, None]).float()
-    sound = weights.isfinite().all(1) & ((found.sum(1) - 1).abs() <= ROW_SUM_TOLERANCE * found.abs().amax(1).clamp(1))
+    weights = rows[steps] * schedule.transition(falling)[1][:, None]
+    even = (rows.sum(1) - 1).abs() <= ROW_SUM_TOLERANCE * rows.abs().amax(1).clamp(1)
+    sound = weights.float().isfinite().all(1) & even[steps]
     if not bool(sound.all()):
         i = int(steps[~sound][0])
         raise ValueError(
-            f"{label} has no coefficients that hold in floats for step {i}, from u = {float(u[i]):.6g} to "
-            f"{float(u[i + 1]):.6g} of {shortened(repr(schedule))}: take a method of lower order, other timesteps, or a schedule "
-            "whose noise falls more evenly"
+            f"{label} has no coefficients that floats can hold for step {i}, from u = {float(u[i]):.6g} to "
+            f"{float(u[i + 1]):.6g} of {shortened(repr(schedule))}: take a method of lower order, other timesteps, or "
+            "a schedule whose noise falls more evenly"
         )
     return Solver(tuple(u.tolist()), tuple(map(tuple, torch.tril(rows).tolist())), schedule, name=label, source=SOURCE)
 
@@ -133,6 +128,16 @@ def grid(num_steps: int, schedule: Schedule, spacing: str = "uniform") -> Tensor
     points = inverse(lambda u: _log_snr(schedule, u), targets)
     points[0], points[-1] = 0, 1
     return points
+
+
+def _rising(timesteps: Tensor, spacing: str, schedule: Schedule) -> Tensor:
+    """Timesteps that rise. Raises ValueError where float64 has no numbers between them."""
+    if not bool((timesteps.diff() > 0).all()):
+        raise ValueError(
+            f"spacing={spacing!r} puts two of {len(timesteps)} timesteps at one place of {shortened(repr(schedule))}: "
+            "take 'uniform', or give the timesteps"
+        )
+    return timesteps
 
 
 def check_spacing(spacing: str) -> float | None:

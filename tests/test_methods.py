@@ -8,7 +8,6 @@ import torch
 
 from dss_fast import VP, DiscreteVP, Flow, handmade, sample
 from dss_fast.methods import METHODS
-from dss_fast.rivals import SPACINGS
 from dss_fast.schedule import FLOOR, Grid
 from dss_fast.table import StepTable
 
@@ -186,17 +185,17 @@ RESTING = {
     "t_start=.5": VP(t_start=0.5), "two at the floor": DiscreteVP((*ALPHAS[:-2], FLOOR, FLOOR)),
     "two at zero": DiscreteVP((*ALPHAS[:-2], 1e-9, 0.0), prediction_type="v_prediction"),
     "nine at the floor": DiscreteVP((*ALPHAS[:-9], *[FLOOR] * 9), final="sigma_min"),
-    "clean at the first": DiscreteVP((1.0, *ALPHAS[1:])), "shift=.001": Flow(shift=0.001), "shift=1e-6": Flow(shift=1e-6),
-    "shift=1e6": Flow(shift=1e6), "two entries": DiscreteVP((0.9, 0.1)), "t_start=2": VP(t_start=2.0),
+    "clean at the first": DiscreteVP((1.0, *ALPHAS[1:])), "shift=.001": Flow(shift=0.001),
+    "shift=1e-6": Flow(shift=1e-6), "shift=1e6": Flow(shift=1e6), "two entries": DiscreteVP((0.9, 0.1)), "t_start=2": VP(t_start=2.0),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("schedule", RESTING.values(), ids=RESTING)
-@pytest.mark.parametrize("spacing", [*SPACINGS, "shift0.1", "shift1000"])
+@pytest.mark.parametrize("spacing", ["uniform", "lambda", "karras", "shift3", "shift0.1"])
 def test_every_method_has_numbers_where_the_noise_rests(schedule, spacing):
     """Made by Solver, which takes finite numbers and rows that sum to one only."""
     for method in METHODS:
-        for n in (1, 2, 5, 10):
+        for n in (2, 7):
             table = StepTable.of(handmade(method, n, schedule, spacing=spacing))
             assert table.weights.isfinite().all() and table.times.isfinite().all(), (method, n)
 
@@ -249,7 +248,7 @@ def test_data_that_are_clean_before_the_end_stay_what_they_are():
         ),
         (
             lambda: handmade("ab3", 5, Grid.ve([14.0, 5.0, 1e-30, 0.0])),
-            "ab3/5 has no coefficients.*step 3.*lower order",
+            "ab3/5 has no coefficients.*step 3.*lower",
         ),
     ],
 )
