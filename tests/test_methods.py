@@ -186,7 +186,8 @@ RESTING = {
     "two at zero": DiscreteVP((*ALPHAS[:-2], 1e-9, 0.0), prediction_type="v_prediction"),
     "nine at the floor": DiscreteVP((*ALPHAS[:-9], *[FLOOR] * 9), final="sigma_min"),
     "clean at the first": DiscreteVP((1.0, *ALPHAS[1:])), "shift=.001": Flow(shift=0.001),
-    "shift=1e-6": Flow(shift=1e-6), "shift=1e6": Flow(shift=1e6), "two entries": DiscreteVP((0.9, 0.1)), "t_start=2": VP(t_start=2.0),
+    "shift=1e-6": Flow(shift=1e-6), "shift=1e6": Flow(shift=1e6), "two entries": DiscreteVP((0.9, 0.1)),
+    "t_start=2": VP(t_start=2.0),
 }  # fmt: skip
 
 
