@@ -223,7 +223,7 @@ def test_a_broken_file_stops_its_own_runs_only(comfy, tmp_path):
         comfy.samplers.SCHEDULER_HANDLERS["dss_broken"].handler(FlowNoise(), 6)
 
 
-@pytest.mark.parametrize("solver", ["../outside", "sub/../../outside", "..", "../dss_fast/../outside", "absolute"])
+@pytest.mark.parametrize("solver", ["../outside", "sub/../../outside", "../dss_fast/../outside", "absolute"])
 def test_a_name_does_not_leave_the_folder(tmp_path, solver):
     folder = tmp_path / "dss_fast"
     folder.mkdir()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...files import MAX_BYTES
+from ...names import printable
 from ...plots import plot_samples
 from ...searching import SearchResult
 from ...target import Target
@@ -83,7 +84,7 @@ class Prompted:
                 columns[f"searched, {n} steps"] = self.images(n, seed)
             finally:
                 pipe.scheduler = own
-            print(f"picture in {plot_samples(columns, out / f'pipeline-{n}.png', count=SHOWN)}")
+            print(f"picture in {printable(plot_samples(columns, out / f'pipeline-{n}.png', count=SHOWN))}")
         files = [f"{out / f'solver-{n}.json'}" for n in result.solvers]
         print(
             "\nTo use it:\n"
