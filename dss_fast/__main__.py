@@ -15,6 +15,7 @@ import argparse
 import importlib
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -28,7 +29,7 @@ from . import __version__
 from .compare import compare
 from .files import check_writable, write_tensors, write_text
 from .methods import METHODS as HANDMADE
-from .names import find_solver, solver_names
+from .names import find_solver, printable, solver_names
 from .plots import plot_samples, plot_solver
 from .sampling import sample
 from .schedule import default_schedule
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         return INTERRUPTED
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        print(f"dss_fast {options.command}: {error}{notes}", file=sys.stderr)
+        print(printable(f"dss_fast {options.command}: {error}{notes}"), file=sys.stderr)
         return 2
 
 
@@ -65,6 +66,12 @@ def load_target(name: str, device: str | None = None) -> Target:
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise ValueError(f"model {name!r}: write module:attribute, as in examples.mnist:flow")
+    if "" in module.split(".") or module.endswith(".py") or any(sign in module for sign in "/\\"):
+        meant = ".".join(part for part in re.split(r"[./\\]+", module.removesuffix(".py")) if part) or "module"
+        raise ValueError(
+            f"model {name!r}: {module!r} is no module's name; write it as Python imports it, as in "
+            f"{meant}:{attribute}, and it is looked for in {os.getcwd()} and on the path"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -103,12 +110,12 @@ def _search(options: argparse.Namespace) -> int:
     else:
         targets = [prompted.target()]
         if first:
-            print(f"{prompted}, latents {targets[0].shape}, guidance {targets[0].guidance_scale}", flush=True)
+            _say(f"{prompted}, latents {targets[0].shape}, guidance {targets[0].guidance_scale}")
     result = search(
         targets, options.steps, method=method, budget=options.budget, seed=options.seed, out=out, resume=options.resume
     )
     if first:
-        print(result)
+        _say(result)
         if prompted is not None:
             prompted.show(result, out, options.seed)
     return INTERRUPTED if result.interrupted else 0
@@ -167,12 +174,12 @@ def _sample(options: argparse.Namespace) -> None:
     x = sample(target, options.number, solver, generator=torch.Generator().manual_seed(options.seed))
     assert isinstance(x, Tensor)
     if tensors:
-        write_tensors(path, {"samples": x.cpu()}, {"solver": solver.name, "seed": str(options.seed)})
+        write_tensors(path, {"samples": x.cpu()}, {"solver": printable(solver.name), "seed": str(options.seed)})
     else:
         images = x if target.decode is None else target.decode(x)
         # Blank titles: a number beside a row reads as the class of its samples.
         plot_samples({" " * k: part for k, part in enumerate(images.split(8))}, path)
-    print(f"{options.number} samples of {solver.name or options.solver} in {path}")
+    _say(f"{options.number} samples of {printable(solver.name or options.solver)} in {printable(path)}")
 
 
 def _check_suffix(path: Path, *suffixes: str) -> None:
@@ -191,7 +198,7 @@ def _compare(options: argparse.Namespace) -> None:
         budget=options.budget,
         seed=options.seed,
     )
-    print(result)
+    _say(result)
     write_text(out / "compare.txt", f"{result}\n")
     result.save(out / "compare.json")
     result.plot(out / "compare.png")
@@ -200,8 +207,8 @@ def _compare(options: argparse.Namespace) -> None:
         best = [row.solver for row in (result.best(n), result.best(n, searched=True)) if row is not None]
         pictures.append(result.plot_samples(out / f"compare-samples-{n}.png", best).name)
     if result.unseen:
-        print(f"no pictures of samples: {result.unseen}")
-    print(f"\nsaved in {out}: compare.txt, compare.json, {', '.join(pictures)}")
+        _say(f"no pictures of samples: {printable(result.unseen)}")
+    _say(f"\nsaved in {printable(out)}: compare.txt, compare.json, {', '.join(pictures)}")
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -212,9 +219,10 @@ def _show(options: argparse.Namespace) -> None:
         print("hand-made:  " + "  ".join(f"{m}/N[@spacing]" for m in HANDMADE))
         return
     solver = find_solver(options.solver, default_schedule(options.family))
-    print(f"{solver.name or options.solver}: {solver.num_steps} steps, {solver.family}; {solver.source}")
-    if solver.provenance.get("request"):
-        print("  searched for " + ", ".join(f"{key} {value}" for key, value in solver.provenance["request"].items()))
+    _say(printable(f"{solver.name or options.solver}: {solver.num_steps} steps, {solver.family}; {solver.source}"))
+    request = solver.provenance.get("request")
+    if isinstance(request, Mapping) and request:
+        _say("  searched for " + printable(", ".join(f"{key} {value}" for key, value in request.items())))
     for i, row in enumerate(solver.coeffs):
         cells = " ".join(f"{c:8.4f}" for c in row[: i + 1])
         print(f"  u {solver.timesteps[i]:.5f} -> {solver.timesteps[i + 1]:.5f}   {cells}")
@@ -223,7 +231,12 @@ def _show(options: argparse.Namespace) -> None:
         if values is not None:
             print(f"  {key}: " + " ".join(f"{v:.5f}" for v in values))
     if options.plot:
-        print(f"picture in {plot_solver(solver, options.plot)}")
+        _say(f"picture in {printable(plot_solver(solver, options.plot))}")
+
+
+def _say(text: object) -> None:
+    """Prints a text, several lines perhaps, nothing of which is for the terminal to obey."""
+    print(printable(text, keep="\n"), flush=True)
 
 
 # These are what a user would otherwise run, each on the spacings it is used with.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .distance import Reference, squares, three_digits
 from .draws import Draws
+from .names import printable
 from .sampling import sample
 from .solver import Solver
 from .target import Samples
@@ -117,7 +118,7 @@ class Bench:
 
     def _spend(self, evaluations: int, title: str) -> None:
         self.evaluations += evaluations
-        self.shown.set_description(title, refresh=False)
+        self.shown.set_description(printable(title), refresh=False)
         self.shown.update(evaluations)
 
     def _sampled(self, solver: Solver, batch: Samples, **options: Any) -> Any:

@@ -16,7 +16,7 @@ from .bench import CHECKED, COARSER, Bench, Row
 from .distance import three_digits
 from .draws import Draws
 from .files import shortened, write_json
-from .names import Name, find_solver, is_file, known, published_steps
+from .names import Name, find_solver, is_file, known, printable, published_steps
 from .plots import plot_errors, plot_samples
 from .progress import bar
 from .rivals import Contest, calls_like, contest, contest_cost, handmade_tables, is_rival, published_tables
@@ -172,6 +172,7 @@ _OPTIONAL = {"median": "median", "p90": "90 %", "switched": "switched", "frechet
 _OPTIONAL |= {"accuracy": "label acc."}
 
 
+@torch.inference_mode(False)  # the reference's grid is made with gradients
 @torch.no_grad()
 def compare(
     target: Target | Model,
@@ -340,7 +341,7 @@ def _expand(
 
 def _free(solver: Solver, table: Mapping[str, Solver]) -> str:
     """A title for a solver that no other one in the table has: two files may hold solvers of one name."""
-    title = given = solver.name or f"solver {len(table) + 1}/{solver.num_steps}"
+    title = given = printable(solver.name) or f"solver {len(table) + 1}/{solver.num_steps}"
     name, slash, rest = given.partition("/")
     number, same = 1, (solver, is_rival(solver))
     while title in table and (table[title], is_rival(table[title])) != same:

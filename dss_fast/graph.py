@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import uncached_autocast
+from .modes import traced
 
 LOOPS = 8  # loops a device keeps: the inputs and output of each, and the activations of the largest
 CAPTURES = "cuda"  # the type of device that can capture
@@ -152,7 +153,7 @@ def replay(
     if device.type != CAPTURES:
         warnings.warn(f"cuda_graph=True runs eagerly: the noise is on {device}, not on a GPU", stacklevel=5)
         return function(**given)
-    if torch.cuda.is_current_stream_capturing():  # the loop becomes part of the caller's graph
+    if traced(*given.values()) or torch.cuda.is_current_stream_capturing():  # it becomes part of the caller's graph
         return function(**given)
     key = (key, _autocast(device.type), *((name, given[name].shape, given[name].dtype) for name in given))
     with _lock, torch.cuda.device(device):

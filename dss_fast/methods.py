@@ -17,10 +17,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .files import shortened
 from .schedule import Flow, Schedule, inverse
-from .solver import Solver
+from .solver import ROW_SUM_TOLERANCE, Solver
 
 SPACINGS = ("uniform", "lambda", "karras")
+SOURCE = "hand-made"
+RESTING = 1e-10  # noise that falls by a smaller part rests: float64 leaves its coefficients six digits
 LAST_U = 1e-3  # where log-SNR is infinite at an end, spacings stop this far before it, as a table of 1000 steps does
 
 
@@ -54,8 +57,33 @@ def handmade(
     if timesteps is None:
         if num_steps is None:
             raise ValueError("give num_steps, or the timesteps themselves")
-        timesteps = grid(num_steps, schedule, spacing)
+        timesteps = _rising(grid(num_steps, schedule, spacing), spacing, schedule)
     u = torch.as_tensor(timesteps, dtype=torch.float64)
+    n = len(u) - 1
+    label = f"{method}/{n}" + (f"@{spacing}" if spacing != "uniform" else "")
+    alpha, sigma = schedule.alpha_sigma(u)
+    before, after = sigma[:-1] * alpha[1:], sigma[1:] * alpha[:-1]
+    steps = ((before - after).abs() > RESTING * before).nonzero()[:, 0]
+    # Where the noise stays what it is (beyond VP's t_end, at entries of a table that are equal) a step moves nothing,
+    # whatever its row, and its prediction is that of the next step.
+    rows = torch.eye(n, dtype=torch.float64)
+    falling = torch.cat([u[steps], u[-1:]])
+    rows[steps[:, None], steps] = _rows(method, schedule, falling, lower_order_final)
+    weights = rows[steps] * schedule.transition(falling)[1][:, None]
+    even = (rows.sum(1) - 1).abs() <= ROW_SUM_TOLERANCE * rows.abs().amax(1).clamp(1)
+    sound = weights.float().isfinite().all(1) & even[steps]
+    if not bool(sound.all()):
+        i = int(steps[~sound][0])
+        raise ValueError(
+            f"{label} has no coefficients that floats can hold for step {i}, from u = {float(u[i]):.6g} to "
+            f"{float(u[i + 1]):.6g} of {shortened(repr(schedule))}: take a method of lower order, other timesteps, or "
+            "a schedule whose noise falls more evenly"
+        )
+    return Solver(tuple(u.tolist()), tuple(map(tuple, torch.tril(rows).tolist())), schedule, name=label, source=SOURCE)
+
+
+def _rows(method: str, schedule: Schedule, u: Tensor, lower_order_final: bool) -> Tensor:
+    """(N, N) coefficients on points (N + 1,) between which the noise falls; NaN where there are none."""
     rule, order = METHODS[method]
     n = len(u) - 1
     line = _Line(schedule, u)
@@ -64,12 +92,13 @@ def handmade(
         usable = min(order, i + 1)
         if lower_order_final and (rule is _unip or (rule in (_dpmpp, _deis) and n < 15)):
             usable = min(usable, n - i)
-        state = rule(line, i, usable)
+        try:
+            state = rule(line, i, usable)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # two predictions at one place
+            state = torch.full_like(line.states[i], math.nan)
         rows[i] = (state - line.a[i] * line.states[i])[1:] / line.b[i]
         line.states.append(state)
-    label = f"{method}/{n}" + (f"@{spacing}" if spacing != "uniform" else "")
-    coeffs = tuple(map(tuple, torch.tril(rows).tolist()))
-    return Solver(tuple(u.tolist()), coeffs, schedule, name=label, source="hand-made")
+    return rows
 
 
 def grid(num_steps: int, schedule: Schedule, spacing: str = "uniform") -> Tensor:
@@ -81,10 +110,14 @@ def grid(num_steps: int, schedule: Schedule, spacing: str = "uniform") -> Tensor
     if spacing == "uniform":
         return u
     if shift is not None:
-        return 1 - shift * (1 - u) / (1 + (shift - 1) * (1 - u))
+        points = 1 - shift * (1 - u) / (1 + (shift - 1) * (1 - u))
+        points[0], points[-1] = 0, 1  # rounding may leave the first just below
+        return points
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
     finite = _log_snr(schedule, ends).isfinite()
     ends = torch.where(finite, ends, torch.tensor([LAST_U, 1 - LAST_U], dtype=torch.float64))
+    if not bool(_log_snr(schedule, ends[1:]).isfinite()):  # the data are clean before that already
+        ends[1] = inverse(lambda u: (schedule.alpha_sigma(u)[1] == 0).double(), torch.tensor(0.5)) - LAST_U
     low, high = _log_snr(schedule, ends)
     if spacing == "lambda":
         targets = low + (high - low) * u
@@ -95,6 +128,16 @@ def grid(num_steps: int, schedule: Schedule, spacing: str = "uniform") -> Tensor
     points = inverse(lambda u: _log_snr(schedule, u), targets)
     points[0], points[-1] = 0, 1
     return points
+
+
+def _rising(timesteps: Tensor, spacing: str, schedule: Schedule) -> Tensor:
+    """Timesteps that rise. Raises ValueError where float64 has no numbers between them."""
+    if not bool((timesteps.diff() > 0).all()):
+        raise ValueError(
+            f"spacing={spacing!r} puts two of {len(timesteps)} timesteps at one place of {shortened(repr(schedule))}: "
+            "take 'uniform', or give the timesteps"
+        )
+    return timesteps
 
 
 def check_spacing(spacing: str) -> float | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .methods import METHODS, check_spacing, handmade
+from .modes import kept
 from .schedule import Schedule, from_dict
 from .solver import Solver
 
@@ -99,13 +100,20 @@ def published(name: Name) -> list[Solver]:
     return [find_solver(name.name, None, n) for n in steps]
 
 
+def printable(text: object, keep: str = "") -> str:
+    """A text as it may be printed: what a terminal would obey or not show (escape sequences, line breaks, letters that
+    turn the direction), but for the letters to keep, as Python writes it in a string."""
+    shown = (c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in str(text))
+    return "".join(shown)
+
+
 def known() -> str:
     """What exists, for messages."""
     published = [f"{name}/{{{','.join(map(str, published_steps(name)))}}}" for name in _published()]
     return f"{', '.join(published)}; hand-made: {', '.join(f'{m}/N' for m in METHODS)}; or a path ending in .json"
 
 
-_handmade = lru_cache(64)(handmade)
+_handmade = kept(64)(handmade)
 
 
 @lru_cache(None)

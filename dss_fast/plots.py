@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .files import replacing
+from .names import printable
 from .solver import Solver
 
 SEARCHED = "#c0392b"
@@ -27,7 +29,7 @@ def plot_solver(solver: Solver, path: str | os.PathLike[str]) -> Path:
     figure, (top, bottom) = pyplot().subplots(
         2, 1, figsize=(height + 1.2, height + 1.8), height_ratios=[height, 1.3], layout="constrained"
     )
-    draw_coefficients(top, solver, f"{solver.name or 'solver'}: {solver.num_steps} steps, {solver.family}")
+    draw_coefficients(top, solver, f"{written(solver.name) or 'solver'}: {solver.num_steps} steps, {solver.family}")
     draw_timesteps(bottom, solver)
     return write_figure(figure, path)
 
@@ -96,7 +98,7 @@ def plot_errors(rows: Sequence[Any], path: str | os.PathLike[str], *, metric: st
         else:
             style = {"color": next(colors), "lw": 1.2, "ls": "--" if "@" in method else "-"}
         steps, values = [r.num_steps for r in line], [getattr(r, metric) for r in line]
-        axes.plot(steps, values, marker="o", ms=5, label=method, **style)
+        axes.plot(steps, values, marker="o", ms=5, label=written(method), **style)
         if metric == "rmse":
             low, high = [r.rmse_low for r in line], [r.rmse_high for r in line]
             axes.fill_between(steps, low, high, alpha=0.2 if searched else 0.05, color=style["color"], lw=0)
@@ -157,7 +159,7 @@ def plot_stages(stages: Mapping[int, Sequence[Any]], path: str | os.PathLike[str
             axis.plot(
                 row.timesteps[1:], row.stages, marker="o", ms=4, mfc="white", lw=1, ls=":", color=color, alpha=0.7
             )
-            axis.plot(1, last, marker="o", ms=9, ls="", color=color, label=row.solver)
+            axis.plot(1, last, marker="o", ms=9, ls="", color=color, label=written(row.solver))
             beside = {"xytext": (9, 0), "textcoords": "offset points", "va": "center", "color": color}
             axis.annotate(f"{last:.3g}", (1, last), **beside)
         axis.set(title=f"N = {n}", xlabel="u reached (0 noise, 1 data)", xlim=(0, 1.3))
@@ -186,12 +188,15 @@ def plot_samples(
 ) -> Path:
     """Images of several solvers, a row for each, those above each other from the same noise.
 
-    rows: title -> images (B, C, H, W) in [0, 1], C = 1 or 3, of which the first ``count`` are drawn.
+    rows: title -> images (B, C, H, W), C = 1 or 3, of which the first ``count`` are drawn: floats in [0, 1], beyond
+        which they are clamped, or whole numbers from 0 to 255.
     worst: title -> pairs (B, C, H, 2 W) for some of the rows, drawn at their end: a solver's own worst samples, the
         reference on their right.
+
+    Raises ValueError for whole numbers of another range.
     """
-    worst = worst or {}
-    shown = {title: [*images[:count]] for title, images in rows.items()}
+    worst = {title: _pixels(title, images) for title, images in (worst or {}).items()}
+    shown = {title: [*_pixels(title, images[:count])] for title, images in rows.items()}
     columns = max(map(len, shown.values()))
     pairs = max((len(worst.get(title, ())) for title in rows), default=0)
     ratio = max(image.shape[-1] / image.shape[-2] for images in shown.values() for image in images)
@@ -209,15 +214,33 @@ def plot_samples(
     for line, (title, images) in zip(grid, shown.items(), strict=True):
         cells = [*zip(line, images, strict=False), *zip(line[columns + 1 :], worst.get(title, ()), strict=False)]
         for axes, image in cells:
-            pixels = image.detach().float().clamp(0, 1).cpu().permute(1, 2, 0).numpy()
+            pixels = image.permute(1, 2, 0).numpy()
             axes.imshow(pixels, cmap="gray" if pixels.shape[-1] == 1 else None, vmin=0, vmax=1)
         for axes in line:
             axes.axis("off")
         if title.strip():
-            line[0].text(-0.08, 0.5, title, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
+            line[0].text(-0.08, 0.5, written(title), transform=line[0].transAxes, ha="right", va="center", fontsize=9)
     if pairs:
         grid[0][columns + 1].set_title("its worst | reference", fontsize=8, loc="left")
     return write_figure(figure, path)
+
+
+def _pixels(title: str, images: Tensor) -> Tensor:
+    """The same images in float32 in [0, 1], on the CPU."""
+    images = images.detach().cpu()
+    if images.is_floating_point() or images.dtype == torch.bool:
+        return images.float().clamp(0, 1)
+    if images.numel() and (int(images.min()) < 0 or int(images.max()) > 255):
+        raise ValueError(
+            f"images of {title.strip() or 'samples'} are {images.dtype} from {int(images.min())} to "
+            f"{int(images.max())}; let decode return floats in [0, 1] or whole numbers from 0 to 255"
+        )
+    return images.float() / 255
+
+
+def written(name: str) -> str:
+    """A user's name as matplotlib writes it: without what no font has, a dollar as a dollar and not as mathematics."""
+    return printable(name).replace("$", r"\$")
 
 
 def pyplot() -> Any:

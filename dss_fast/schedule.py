@@ -17,11 +17,16 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from .modes import outside_modes
+
 PREDICTION_TYPES = ("epsilon", "velocity", "v_prediction", "x0")
 CONVENTIONS = ("paper", "diffusers")
 # By how much alpha and sigma of one path may differ. Float32 tables of alphas_cumprod are within 1e-6 of the exact ones
 # and a clamped zero terminal SNR within 2.5e-4; DDPM's linear betas and the paper's continuous VP are 1e-2 apart.
 SAME_PATH = 1e-3
+LARGEST = 1e30  # steps are in float32, which ends at 3e38
+LARGEST_SHIFT = 1e6
+LEAST = 1e-12  # VP divides by the alpha and sigma of its start, 6e-3 and 1 in the paper
 FLOOR = 2.0**-24  # alphas_cumprod stay above this: zero has no log, and diffusers too puts this number in its place
 
 
@@ -86,7 +91,7 @@ class Schedule(Protocol):
         alpha, sigma = self.alpha_sigma(u)
         if self.family == "flow":
             return torch.ones_like(sigma[1:]), sigma[:-1] - sigma[1:]
-        ratio = sigma[1:] / sigma[:-1]
+        ratio = sigma[1:] / sigma[:-1].clamp_min(torch.finfo(sigma.dtype).tiny)  # clean data stays clean data
         return ratio, alpha[1:] - ratio * alpha[:-1]
 
     def clock(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +118,7 @@ class Flow(Schedule):
 
     The history of a flow holds velocities x0 - epsilon.
 
-    shift: the resolution shift of SD3 and FLUX; 1 leaves the time alone. See :meth:`dynamic`.
+    shift: the resolution shift of SD3 and FLUX, from 1e-6 to 1e6; 1 leaves the time alone. See :meth:`dynamic`.
     convention: what the network speaks. ``"paper"`` (SiT, FlowDCN): time 1 - sigma, velocity
         x0 - epsilon. ``"diffusers"`` (SD3, FLUX, Wan): time ``time_scale * sigma``, velocity
         epsilon - x0.
@@ -131,6 +136,10 @@ class Flow(Schedule):
     def __post_init__(self) -> None:
         _check_interface(self)
         _check_positive(self, "shift", "time_scale")
+        if not 1 / LARGEST_SHIFT <= self.shift <= LARGEST_SHIFT:
+            raise ValueError(
+                f"shift={self.shift!r}: must be from {1 / LARGEST_SHIFT:g} to {LARGEST_SHIFT:g}; models have 1 to 20"
+            )
 
     @classmethod
     def dynamic(
@@ -152,8 +161,8 @@ class Flow(Schedule):
         return cls(shift=math.exp(mu) if kind == "exponential" else mu, **options)
 
     def alpha_sigma(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        noise = 1 - u.double()
-        sigma = self.shift * noise / (1 + (self.shift - 1) * noise)
+        noise, rise = 1 - u.double(), self.shift - 1
+        sigma = (1 + rise) * noise / (1 + rise * noise)  # exactly 1 at u = 0, whatever 1 + rise is rounded to
         return 1 - sigma, sigma
 
     def time(self, u: Tensor) -> Tensor:
@@ -186,6 +195,14 @@ class VP(Schedule):
             raise ValueError(f"beta_min={self.beta_min!r}, beta_max={self.beta_max!r}: need 0 <= beta_min < beta_max")
         if not 0 <= self.t_end < self.t_start < math.inf:
             raise ValueError(f"t_start={self.t_start!r}, t_end={self.t_end!r}: need 0 <= t_end < t_start")
+        t = self.t_start
+        log_alpha = -0.5 * (self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t * t)
+        alpha, sigma = math.exp(log_alpha), math.sqrt(-math.expm1(2 * log_alpha))
+        if min(alpha, sigma) < LEAST:
+            raise ValueError(
+                f"beta_min={self.beta_min!r}, beta_max={self.beta_max!r}, t_start={t!r}: alpha is {alpha:.3g} and "
+                f"sigma {sigma:.3g} at u = 0; both must be at least {LEAST:g}, as with 0.1, 20 and 0.999"
+            )
 
     def _t(self, u: Tensor) -> Tensor:
         return (self.t_start - u.double()).clamp_min(self.t_end)
@@ -227,7 +244,8 @@ class DiscreteVP(Schedule):
                 f"from {table[:1]} to {table[-1:]}"
             )
         object.__setattr__(self, "alphas_cumprod", tuple(max(a, FLOOR) for a in table))
-        log_alpha = 0.5 * torch.tensor((1.0, *self.alphas_cumprod), dtype=torch.float64).log()
+        table = (1.0, *self.alphas_cumprod)
+        log_alpha = outside_modes(lambda: 0.5 * torch.tensor(table, dtype=torch.float64).log())
         object.__setattr__(self, "_log_alpha", log_alpha)
         object.__setattr__(self, "_hash", hash((self.alphas_cumprod, self.prediction_type, self.final, self.name)))
 
@@ -426,12 +444,16 @@ def _check_interface(schedule: Any) -> None:
 def _check_positive(schedule: Any, *keys: str) -> None:
     for key in keys:
         value = getattr(schedule, key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{key}={value!r}: must be a finite number above 0")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
+            raise ValueError(f"{key}={value!r}: must be a finite number above 0, at most {LARGEST:g}")
 
 
 def _floats(key: str, values: Sequence[float]) -> tuple[float, ...]:
     try:
-        return tuple(float(v) for v in values)
+        found = tuple(float(v) for v in values)
     except (TypeError, ValueError):
         raise ValueError(f"{key}: must be a list of numbers, got {str(values)[:80]!r}") from None
+    for i, value in enumerate(found):
+        if not abs(value) <= LARGEST:
+            raise ValueError(f"{key}[{i}]: must be finite and at most {LARGEST:g}, got {value!r}")
+    return found

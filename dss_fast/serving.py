@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from .names import find_solver
 from .schedule import Schedule
 from .solver import Solver
 from .step import multistep_step
-from .table import StepTable
+from .table import Guidance, StepTable, guidance_table
 
 __all__ = ["Batch"]
 
@@ -31,8 +32,9 @@ class Batch:
 
     A tick calls model(x, t, **cond) -> (places, *S), or the guided pair, unconditional rows first, once for all places
     and takes one step of each. When the model raises, nothing has happened and the tick can be tried again. Which
-    places finish is known on the host from the solvers' lengths: nothing waits for the device. A request gets the bits
-    it would get alone, if the model gives every row the bits it would get alone.
+    places finish is known on the host from the solvers' lengths: nothing waits for the device, but for
+    ``check_finite``. A request gets the bits it would get alone, if the model gives every row the bits it would get
+    alone. One whose state is NaN or Inf ends with that step, and :meth:`retire` raises what became of it.
 
     Shapes and addresses never change, so a compiled model, or a whole tick without its count, stays as it is:
 
@@ -48,6 +50,8 @@ class Batch:
     cond: the model's keyword arguments, tensors with a row for each place, which :meth:`admit` fills.
     schedule: the model's, which all solvers must fit. None: that of the first solver admitted.
     history_dtype: storage of the predictions, by default that of the states.
+    check_finite: look for NaN and Inf after each step, which reads a number a place back from the device. None: on the
+        CPU only.
 
     Raises ValueError for what does not fit.
     """
@@ -63,22 +67,28 @@ class Batch:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         history_dtype: torch.dtype | None = None,
+        check_finite: bool | None = None,
     ) -> None:
         real = torch.float64 if dtype is torch.float64 else torch.float32
-        self.x = torch.zeros(places, *shape, device=device, dtype=dtype)
-        idle = StepTable.idle(places, max_steps, dtype=real, device=device)
-        self.weights, self._times = idle.weights, idle.times
-        self.history = torch.zeros(places, idle.slots, *shape, device=device, dtype=history_dtype or dtype)
-        self.index = torch.full((places,), max_steps, device=device)  # at max_steps and beyond a place is idle
-        self.max_steps, self.schedule = max_steps, schedule
-        self.cond = {key: value.to(self.x.device, copy=True) for key, value in (cond or {}).items()}
+        with torch.inference_mode(False):  # what is made in that mode cannot be written outside it
+            self.x = torch.zeros(places, *shape, device=device, dtype=dtype)
+            idle = StepTable.idle(places, max_steps, dtype=real, device=device)
+            self.weights, self._times = idle.weights, idle.times
+            self.history = torch.zeros(places, idle.slots, *shape, device=device, dtype=history_dtype or dtype)
+            self.index = torch.full((places,), max_steps, device=device)  # at max_steps and beyond a place is idle
+            self.cond = {k: v.detach().to(self.x.device, copy=True) for k, v in (cond or {}).items()}
+            self._steps = torch.zeros(places, dtype=torch.long, device=device)  # of each place's solver
         for key, value in self.cond.items():
             if value.ndim < 1 or len(value) != places:
                 raise ValueError(
                     f"cond[{key!r}] has shape {tuple(value.shape)}; give a row for each of {places} places"
                 )
-        self._steps = torch.zeros(places, dtype=torch.long, device=device)  # of each place's solver
+        self.max_steps, self.schedule = max_steps, schedule
+        self.check_finite = self.x.device.type == "cpu" if check_finite is None else check_finite
         self._left: list[int | None] = [None] * places  # steps to go; 0 is finished, None is free
+        self._guided: set[int] = set()  # running places with a guidance scale
+        self._needs_pair = False  # whether there are any: one boolean, which a compiler can check
+        self._failed: dict[int, int] = {}  # place -> the steps it had to go when its state was NaN or Inf
         self._lock = threading.Lock()
 
     @property
@@ -91,18 +101,22 @@ class Batch:
         """Places that hold no request."""
         return [place for place, left in enumerate(self._left) if left is None]
 
+    @torch.no_grad()
     def admit(
         self,
         noise: Tensor,
         solver: Solver | str | os.PathLike[str],
         *,
         cond: Mapping[str, Any] | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: Guidance = 1.0,
     ) -> int:
         """Starts a request: noise of one sample's shape, a Solver or its name, and its row of every condition.
 
+        guidance_scale: a number, or one per step. Any but 1 needs a model that returns the guided pair.
+
         Returns its place. Raises ValueError for a solver longer than max_steps, one of another family or path than the
-        batch's schedule, noise of another shape, conditions other than the batch's; RuntimeError when full.
+        batch's schedule, noise of another shape, conditions other than the batch's or that its dtypes cannot hold;
+        RuntimeError when full.
         """
         found = find_solver(solver, self.schedule)
         steps, cond = found.num_steps, cond or {}
@@ -110,15 +124,18 @@ class Batch:
             raise ValueError(f"the solver takes {steps} steps, this batch at most {self.max_steps}; raise max_steps")
         if noise.shape != self.x.shape[1:]:
             raise ValueError(f"noise has shape {tuple(noise.shape)}; one sample here is {tuple(self.x.shape[1:])}")
+        if not noise.is_floating_point():
+            raise ValueError(f"noise has dtype {noise.dtype}; it must be a floating point tensor")
         if cond.keys() != self.cond.keys():
             raise ValueError(f"cond={sorted(cond)}: this batch has rows of {sorted(self.cond)}; give one of each")
-        rows = {key: torch.as_tensor(value).to(self.cond[key]) for key, value in cond.items()}
-        for key, row in rows.items():
-            if row.shape != self.cond[key].shape[1:]:
-                raise ValueError(f"cond[{key!r}] has shape {tuple(row.shape)}, not {tuple(self.cond[key].shape[1:])}")
+        rows = {key: _row(key, value, self.cond[key]) for key, value in cond.items()}
+        scale = guidance_table(guidance_scale, 1, steps)
+        known = torch.as_tensor(scale)
+        if not bool(known.isfinite().all()):
+            raise ValueError(f"guidance_scale={guidance_scale!r}: must be finite")
         with self._lock:
             table = StepTable.of(
-                found, self.schedule, guidance=guidance_scale, dtype=self.weights.dtype, device=self.x.device
+                found, self.schedule, guidance=scale, dtype=self.weights.dtype, device=self.x.device
             ).padded(self.max_steps)
             if None not in self._left:
                 raise RuntimeError(f"all {len(self._left)} places are taken; retire a finished one first")
@@ -130,6 +147,9 @@ class Batch:
             for key, row in rows.items():
                 self.cond[key][place] = row
             self._steps[place], self.index[place], self._left[place] = steps, 0, steps
+            if bool((known != 1).any()):
+                self._guided.add(place)
+                self._needs_pair = True
         return place
 
     def times(self) -> Tensor:
@@ -140,10 +160,11 @@ class Batch:
     def tick(self, model: Callable[..., Tensor]) -> list[int]:
         """Calls the model and takes one step of every running place. Returns the places that have just finished.
 
-        Raises what the model raises, with nothing changed, and ValueError when it writes into the states.
+        Raises what the model raises, with nothing changed, and ValueError when it writes into states or conditions, or
+        returns no pair for a request with a guidance scale.
         """
         with self._lock:
-            given = {"x": self.x}
+            given = {"x": self.x, **self.cond}
             before = versions(given)
             output = model(self.x, self.times(), **self.cond)
             check_untouched(given, before)
@@ -152,7 +173,7 @@ class Batch:
     def step(self, output: Tensor) -> list[int]:
         """Takes one step of every running place in one launch. output: (places, *S), or the guided pair.
 
-        Returns the places that have just finished.
+        Returns the places that have just finished. Raises ValueError as :meth:`tick` does.
         """
         self.advance(output)
         return self.count()
@@ -160,6 +181,11 @@ class Batch:
     @torch.no_grad()
     def advance(self, output: Tensor) -> None:
         """The part of a step that is on the device: nothing of it depends on the host."""
+        if self._needs_pair and len(output) == len(self.x):
+            raise ValueError(
+                f"the model returned {len(output)} rows, and requests with a guidance scale are running: it must "
+                f"return the guided pair, {2 * len(self.x)} rows, unconditional ones first; or admit without a scale"
+            )
         multistep_step(self.x, output, self.history, self.weights, self.index, out=self.x)
         later = self.index + 1
         self.index.copy_(torch.where(later < self._steps, later, self.max_steps))
@@ -167,17 +193,60 @@ class Batch:
     def count(self) -> list[int]:
         """The part of a step that is on the host: the places that have just finished."""
         before, self._left = self._left, [left - 1 if left else left for left in self._left]
-        return [place for place, left in enumerate(before) if left == 1]
+        if self.check_finite:
+            sound = self.x.isfinite().flatten(1).all(1).tolist()
+            for place in [place for place, left in enumerate(before) if left and not sound[place]]:
+                self._failed[place], self._left[place] = before[place] or 0, 0
+                self.index[place] = self.max_steps
+        finished = [place for place, left in enumerate(before) if left and not self._left[place]]
+        self._guided.difference_update(finished)
+        self._needs_pair = bool(self._guided)
+        return finished
 
     # What changes at every tick would make torch.compile compile again. This is the mark that torch.compiler.disable
     # sets, without loading the compiler.
     count._torchdynamo_disable = True  # type: ignore[attr-defined]
 
     def retire(self, place: int) -> Tensor:
-        """The sample of a finished place, which becomes free; of a running one, the state it has reached."""
+        """The sample of a finished place, which becomes free; of a running one, the state it has reached.
+
+        Raises FloatingPointError for a request that has failed, and frees its place all the same.
+        """
         with self._lock:
             if not 0 <= place < len(self._left) or self._left[place] is None:
                 raise ValueError(f"place {place} holds no request; running are {self.running}")
             self._left[place] = None
             self.index[place] = self.max_steps
+            self._guided.discard(place)
+            self._needs_pair = bool(self._guided)
+            if place in self._failed:
+                steps = int(self._steps[place])
+                raise FloatingPointError(
+                    f"the request at place {place} has failed: its state held NaN or Inf after step "
+                    f"{steps - self._failed.pop(place)} of {steps} (of its noise, or of the model); the others go on"
+                )
             return self.x[place].clone()
+
+
+def _row(key: str, value: Any, own: Tensor) -> Tensor:
+    """A request's row of a condition, as the batch stores it. Raises ValueError where it would not be the same.
+
+    Python's numbers have no dtype: as everywhere, a float is rounded to the batch's.
+    """
+    plain = not isinstance(value, Tensor | np.ndarray)
+    try:
+        given = torch.as_tensor(np.asarray(value) if plain else value).detach()
+    except TypeError as error:
+        raise ValueError(f"cond[{key!r}]={str(value)[:60]!r}: give a tensor or numbers ({error})") from None
+    if given.shape != own.shape[1:]:
+        raise ValueError(f"cond[{key!r}] has shape {tuple(given.shape)}, not {tuple(own.shape[1:])}")
+    row = given.to(own)
+    rounded = plain and given.is_floating_point() and own.is_floating_point()
+    if given.dtype != own.dtype and not rounded:
+        back = row.to(given.device, given.dtype)
+        if not bool(((back == given) | ((back != back) & (given != given))).all()):  # NaN stays NaN
+            raise ValueError(
+                f"cond[{key!r}] is {str(given.tolist())[:60]} of {given.dtype}, and this batch's rows are {own.dtype}, "
+                f"which cannot hold it: give it as {own.dtype}, or make the batch with rows of {given.dtype}"
+            )
+    return row

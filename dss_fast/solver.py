@@ -293,7 +293,10 @@ def _numbers(key: str, values: Any) -> tuple[float, ...]:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{key}[{i}]: must be a number, got {value!r}")
         if not abs(value) <= sys.float_info.max:
-            raise ValueError(f"{key}[{i}]: must be finite, got {value if isinstance(value, float) else 'more'}")
+            raise ValueError(
+                f"{key}[{i}]: must be finite, got {value if isinstance(value, float) else 'more'}; look at what it was "
+                "computed from: two equal times, a division by zero, a search that diverged"
+            )
         if float(value) != value:
             raise ValueError(f"{key}[{i}]: {value!r} has no float64 of its own; the nearest is {float(value)!r}")
         result.append(float(value))

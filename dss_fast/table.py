@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .modes import kept, traced
 from .schedule import Schedule
 from .solver import Solver
 
@@ -80,7 +81,11 @@ class StepTable:
         """
         fixed = guidance if isinstance(guidance, int | float | tuple) else None
         real = torch.float64 if dtype == torch.float64 else torch.float32
-        table = _made(solver, schedule, fixed, real, torch.device(device), strict)
+        if traced():  # a kept table would be a stranger there: its numbers enter as constants
+            table = _made(solver, schedule, fixed, real, strict)
+            table = cls(*(torch.tensor(t.tolist(), dtype=real) for t in (table.weights, table.times))).to(device)
+        else:
+            table = _sent(solver, schedule, fixed, real, torch.device(device), strict)
         return table if fixed is not None else table.guided(guidance)
 
     @classmethod
@@ -176,7 +181,7 @@ class StepTable:
 
 
 @lru_cache(CACHED)
-def _made(
+def _sent(
     solver: Solver,
     schedule: Schedule | None,
     guidance: float | tuple[float, ...] | None,
@@ -184,11 +189,25 @@ def _made(
     device: torch.device,
     strict: bool,
 ) -> StepTable:
-    """:meth:`StepTable.of`, kept. It is made outside inference mode, because it may be used where gradients are."""
+    """:meth:`StepTable.of`, kept. It is sent on the stream of whoever asks first, and outside inference mode, because
+    it may be used where gradients are."""
     with torch.inference_mode(False), torch.no_grad():
-        table = StepTable.build(solver.on(schedule, strict=strict), **solver.tensors())
-        table = table if guidance is None or guidance == 1 else table.guided(guidance)
-        return table.to(device, real)
+        table = _made(solver, schedule, guidance, real, strict)
+        return table if device.type == "cpu" else table.to(device)
+
+
+@kept(CACHED)
+def _made(
+    solver: Solver,
+    schedule: Schedule | None,
+    guidance: float | tuple[float, ...] | None,
+    real: torch.dtype,
+    strict: bool,
+) -> StepTable:
+    """The same on the CPU."""
+    table = StepTable.build(solver.on(schedule, strict=strict), **solver.tensors())
+    table = table if guidance is None or guidance == 1 else table.guided(guidance)
+    return table.to("cpu", real)
 
 
 def guidance_table(scale: Guidance, rows: int, num_steps: int) -> float | tuple[float, ...] | Tensor:

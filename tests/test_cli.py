@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from dss_fast import Solver
+from dss_fast import Solver, find_solver
 from dss_fast.__main__ import load_target, main
 from dss_fast.files import read_tensors
 
@@ -47,6 +48,11 @@ def takes(size):
 
 net = torch.nn.Linear(6, 6)
 """
+
+
+def saved(folder):
+    find_solver("ab2/3").save(folder / "plain.json")
+    return folder / "plain.json"
 
 
 @pytest.fixture
@@ -197,3 +203,53 @@ def test_module_entry_point(folder):
     import dss_fast
 
     assert run.stdout == f"{dss_fast.__version__}\n" and run.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        (".mods:x", "mods:x"), ("./my_model.py:target", "my_model:target"), ("my_model.py:target", "my_model:target"),
+        ("sub/my_model.py:target", "sub.my_model:target"), ("sub/my_model:target", "sub.my_model:target"),
+        ("..up:x", "up:x"), ("a..b:x", "a.b:x"), ("a.:x", "a:x"), ("../up.py:x", "up:x"), ("/abs/m.py:x", "abs.m:x"),
+        ("sub\\m.py:x", "sub.m:x"), (".:x", "module:x"), ("./:x", "module:x"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("command", ["search", "sample --solver ab2/3", "compare"])
+def test_a_path_is_no_modules_name(folder, capsys, command, name, meant):
+    command, *options = command.split()
+    assert main([command, name, *options]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and repr(name) in said and f"as in {meant}, and it is looked for" in said
+
+
+ODD = "$\\frac$\x1b]0;title\x07\x1b[31mred\r\nnext\u202e\x9b1m\udc80"
+
+
+def test_nothing_that_is_printed_is_for_the_terminal_to_obey(folder, capsys):
+    request = {"checkpoint": ODD, ODD: [ODD], "nested": {ODD: 1}}
+    table = replace(Solver.load(saved(folder)), name=f"{ODD}/3", source=ODD, provenance={"request": request})
+    (folder / "odd\x1b[2J\n").mkdir()
+    path = folder / "odd\x1b[2J\n" / "solver.json"
+    table.save(path)
+    pictures = ["--plot", f"{path.parent}/p.png"] if pytest.importorskip("matplotlib") else []
+    assert main(["show", str(path), *pictures]) == 0
+    assert (
+        main(["sample", "mymodel:target", "--solver", str(path), "-n", "2", "-o", f"{path.parent}/x.safetensors"]) == 0
+    )
+    arguments = ["--steps", "3", "--samples", "32", "-o", f"{path.parent}/out"]
+    assert main(["compare", "mymodel:target", str(path), "euler", *arguments]) == 0
+    path.write_text("{")
+    assert main(["show", str(path)]) == 2 and main(["show", "\x1b[2J"]) == 2 and main(["show", f"{ODD}.json"]) == 2
+    said = capsys.readouterr()
+    assert (
+        r"\x1b]0;title\x07\x1b[31mred\r\nnext\u202e\x9b1m\udc80" in said.out and r"odd\x1b[2J\n" in said.out + said.err
+    )
+    for line in [*said.out.split("\n"), *said.err.split("\n")]:
+        assert line.rsplit("\r")[-1].isprintable(), repr(line)  # a progress bar goes back to the line's beginning
+    assert said.err.count("\n") == 3 and (folder / path.parent / "out" / "compare.txt").read_text().isascii()
+
+
+@pytest.mark.parametrize("request_", ["text", [1, 2], 7, {}, None])
+def test_a_request_of_another_kind_is_no_matter(folder, capsys, request_):
+    replace(Solver.load(saved(folder)), provenance={"request": request_}).save(folder / "r.json")
+    assert main(["show", "r.json"]) == 0 and "searched for" not in capsys.readouterr().out

@@ -421,3 +421,29 @@ def test_an_unmeasurable_distance_is_no_number(tmp_path):
     table = compare(TARGET, ["euler/2"], samples=1, features=lambda x: x.flatten(1), progress=False)
     table.save(tmp_path / "c.json")
     assert json.loads((tmp_path / "c.json").read_text())["rows"][0]["frechet"] is None
+
+
+@pytest.mark.parametrize("way", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_whatever_mode_it_is_called_in(way):
+    from dss_fast.trajectory import dense_grid
+
+    def net(x, t, y):
+        return torch.tanh(y - x)
+
+    options = {"num_steps": [3], "samples": 32, "progress": False}
+    target = Target(net, (4,), cond=lambda n, generator: {"y": torch.randn(n, 4, generator=generator)})
+    wanted = compare(target, ["ab2"], **options)
+    dense_grid.cache_clear()  # it is made in that mode
+    with way():
+        inside = compare(target, ["ab2", find_solver("ab3/3")], **options)
+        assert torch.is_inference_mode_enabled() == (way is torch.inference_mode)
+    assert inside.rows[0].rmse == wanted.rows[0].rmse
+    assert not any(images.is_inference() for images in inside.images.values())
+    assert compare(target, ["ab2"], **options).rows[0].rmse == wanted.rows[0].rmse
+
+
+def test_names_that_a_terminal_would_obey_are_printed_escaped():
+    named = replace(find_solver("ab2/3"), name="\x1b[2Jab2/3\nYes\u202e", source="me")
+    table = compare(lambda x, t: -x, [named], shape=(4,), rivals=["euler"], num_steps=[3], samples=32, progress=False)
+    assert table.rows[0].solver == r"\x1b[2Jab2/3\nYes\u202e" and table.rows[0].solver in str(table)
+    assert str(table).replace("\n", "").isprintable() and len(table.verdicts) == 1

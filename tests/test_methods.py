@@ -8,6 +8,8 @@ import torch
 
 from dss_fast import VP, DiscreteVP, Flow, handmade, sample
 from dss_fast.methods import METHODS
+from dss_fast.schedule import FLOOR, Grid
+from dss_fast.table import StepTable
 
 pytestmark = pytest.mark.fast
 ADAMS = {"euler": 1, "ab2": 2, "ab3": 3, "ab4": 4}
@@ -174,3 +176,84 @@ def test_errors_name_what_exists(call, words):
     with pytest.raises(ValueError) as error:
         call()
     assert all(word in str(error.value) for word in words)
+
+
+ALPHAS = DiscreteVP.scaled_linear(100).alphas_cumprod
+# Noise that rests somewhere: beyond t_end, at entries at the floor, at data that are clean before the end.
+RESTING = {
+    "t_end=.5": VP(t_end=0.5), "t_end=.9": VP(t_end=0.9), "t_end=0": VP(t_end=0.0), "t_start=.01": VP(t_start=0.01),
+    "t_start=.5": VP(t_start=0.5), "two at the floor": DiscreteVP((*ALPHAS[:-2], FLOOR, FLOOR)),
+    "two at zero": DiscreteVP((*ALPHAS[:-2], 1e-9, 0.0), prediction_type="v_prediction"),
+    "nine at the floor": DiscreteVP((*ALPHAS[:-9], *[FLOOR] * 9), final="sigma_min"),
+    "clean at the first": DiscreteVP((1.0, *ALPHAS[1:])), "shift=.001": Flow(shift=0.001),
+    "shift=1e-6": Flow(shift=1e-6), "shift=1e6": Flow(shift=1e6), "two entries": DiscreteVP((0.9, 0.1)),
+    "t_start=2": VP(t_start=2.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", RESTING.values(), ids=RESTING)
+@pytest.mark.parametrize("spacing", ["uniform", "lambda", "karras", "shift3", "shift0.1"])
+def test_every_method_has_numbers_where_the_noise_rests(schedule, spacing):
+    """Made by Solver, which takes finite numbers and rows that sum to one only."""
+    for method in METHODS:
+        for n in (2, 7):
+            table = StepTable.of(handmade(method, n, schedule, spacing=spacing))
+            assert table.weights.isfinite().all() and table.times.isfinite().all(), (method, n)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rests", ["first", "middle", "last"])
+def test_steps_without_noise_change_nothing(method, rests):
+    """Points that repeat a noise level add calls, and no bit to the result beyond rounding."""
+
+    class Stairs(Grid):
+        """A grid some of whose levels stand twice."""
+
+        def __post_init__(self):
+            pass
+
+    def net(x, t):
+        return 0.3 * torch.tanh(x @ MIX)
+
+    levels = [14.0, 6.0, 2.5, 0.8, 0.2, 0.05]
+    twice = {"first": [0, 0, 0, 1, 2, 3, 4, 5], "middle": [0, 1, 2, 2, 3, 3, 4, 5], "last": [0, 1, 2, 3, 4, 5, 5, 5]}
+    stairs = tuple(levels[k] for k in twice[rests])
+    falling = Grid.ve(levels)
+    resting = Stairs((1.0,) * len(stairs), stairs, stairs, prediction_type="x0")
+    x = 14 * torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    wanted = sample(net, x, handmade(method, schedule=falling, timesteps=falling.timesteps))
+    found = sample(net, x, handmade(method, schedule=resting, timesteps=resting.timesteps))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_data_that_are_clean_before_the_end_stay_what_they_are():
+    schedule = VP(t_end=0.0, prediction_type="x0")
+    u = torch.tensor([0.0, 0.5, 0.9985, 0.9992, 0.9996, 1.0], dtype=torch.float64)
+    a, b = schedule.transition(u)
+    assert a[-2:].tolist() == [0, 0] and b[-2:].tolist() == [1, 1]  # x = alpha x0 + 0 epsilon, whatever x was
+    x = torch.randn(5, 6, dtype=torch.float64)
+    last = lambda x, t: x if float(t[0]) == 0 else field(x, t)  # noqa: E731  # at clean data x0 is x
+    solvers = [
+        handmade("unip3", schedule=schedule, timesteps=u),
+        handmade("unip3", schedule=schedule, timesteps=u[[0, 1, 2, 5]]),
+    ]
+    torch.testing.assert_close(*(sample(last, x, solver) for solver in solvers), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (
+            lambda: handmade("ab2", 5, Grid.ve([14.0, 5.0, 1e-30, 0.0]), spacing="lambda"),
+            "'lambda' puts two of 6.*uniform",
+        ),
+        (
+            lambda: handmade("ab3", 5, Grid.ve([14.0, 5.0, 1e-30, 0.0])),
+            "ab3/5 has no coefficients.*step 3.*lower",
+        ),
+    ],
+)
+def test_where_there_are_no_numbers_it_says_what_to_do(make, words):
+    with pytest.raises(ValueError, match=words) as error:
+        make()
+    assert len(str(error.value)) < 500

@@ -311,3 +311,28 @@ def test_all_of_the_samples_are_drawn(tmp_path, monkeypatch):
     assert sum(len(axes.images) for axes in figure.axes) == 4 + 2 + 2
     assert not any(axes.axison for axes in figure.axes)
     plt.close(figure)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_whole_numbers_are_pictures_from_0_to_255(tmp_path, monkeypatch, dtype):
+    drawn = []
+    monkeypatch.setattr(plots, "write_figure", lambda figure, path: drawn.append(figure))
+    images = torch.randint(0, 256, (3, 3, 4, 4), dtype=torch.int64)
+    rows = {"whole": images.to(dtype), "float": images / 255}
+    plots.plot_samples(rows, tmp_path / "s.png", worst={"whole": torch.cat([images, images], -1).to(dtype)})
+    (figure,) = drawn
+    shown = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+    for k in range(3):
+        assert abs(shown[k] - images[k].permute(1, 2, 0).numpy() / 255).max() < 1e-6
+        assert abs(shown[k] - shown[6 + k]).max() < 1e-6 and abs(shown[3 + k][:, :4] - shown[k]).max() < 1e-6
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("dtype, low, high", [(torch.int16, -128, 127), (torch.int32, 0, 65535), (torch.int8, -1, 1)])
+def test_whole_numbers_of_another_range_are_refused(tmp_path, dtype, low, high):
+    images = torch.zeros(2, 1, 4, 4, dtype=dtype)
+    images[1, 0, 0, 0], images[0, 0, 0, 0] = low, high
+    for rows, worst in (({"mine": images}, {}), ({"mine": torch.zeros(2, 1, 4, 4)}, {"mine": images})):
+        with pytest.raises(ValueError, match=rf"images of mine are {dtype} from {low} to {high}.*0 to 255"):
+            plots.plot_samples(rows, tmp_path / "s.png", worst=worst)
+    assert not list(tmp_path.iterdir())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dss_fast import VP, DiscreteVP, Flow
-from dss_fast.schedule import PREDICTION_TYPES
+from dss_fast.schedule import PREDICTION_TYPES, Grid
 from dss_fast.table import StepTable
 
 pytestmark = pytest.mark.fast
@@ -153,6 +153,18 @@ def test_transition_of_vp_is_ddim():
         (lambda: DiscreteVP((0.5, 0.9)), ("alphas_cumprod", "falling")),
         (lambda: DiscreteVP.linear(final="one"), ("final", "one", "sigma_min")),
         (lambda: Flow.dynamic(4096, kind="cubic"), ("cubic", "exponential")),
+        (lambda: Flow(shift=1e-17), ("shift=1e-17", "1e-06", "1e+06")),
+        (lambda: Flow(shift=1e9), ("shift=1000000000.0", "1e-06", "1e+06")),
+        (lambda: Flow(shift=math.nan), ("shift=nan", "finite", "above 0")),
+        (lambda: Flow(time_scale=1e308), ("time_scale=1e+308", "1e+30")),
+        (lambda: VP(time_scale=math.inf), ("time_scale=inf", "1e+30")),
+        (lambda: VP(t_start=50.0), ("t_start=50.0", "alpha", "1e-12", "0.999")),
+        (lambda: VP(beta_max=2000.0), ("beta_max=2000.0", "alpha", "1e-12")),
+        (lambda: VP(beta_min=0.0, beta_max=1e-320), ("beta_max=1e-320", "sigma", "1e-12")),
+        (lambda: Grid.ve((math.inf, 5.0, 0.1)), ("sigmas[0]", "finite", "inf")),
+        (lambda: Grid.ve((1e300, 1.0)), ("sigmas[0]", "1e+30", "1e+300")),
+        (lambda: Grid((1.0, 1.0), (2.0, 1.0), (math.nan,)), ("times[0]", "finite", "nan")),
+        (lambda: DiscreteVP((0.9, math.nan)), ("alphas_cumprod[1]", "finite", "nan")),
     ],
 )
 def test_errors_name_what_is_allowed(make, words):

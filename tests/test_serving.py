@@ -2,7 +2,9 @@
 
 import threading
 import time
+import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from dss_fast.serving import Batch
 
 pytestmark = pytest.mark.fast
 SHAPE = (3, 5)
+ONE = torch.ones(1)
 
 
 def model(x, t):
@@ -146,6 +149,150 @@ def test_a_model_that_fails_has_changed_nothing():
     batch.admit(torch.ones(SHAPE), "ab2/5")
     with pytest.raises(ValueError, match="writes into x"):
         batch.tick(lambda x, t: x.mul_(2))
+
+
+@pytest.mark.parametrize("what", ["cond", "noise", "the batch's own"])
+def test_a_request_with_a_graph_leaves_none_in_the_batch(what):
+    own = torch.zeros(2, 4, requires_grad=what == "the batch's own")
+    batch, gone = Batch(2, SHAPE, max_steps=3, cond={"e": own * 1}), []
+    for _ in range(6):
+        weight = torch.ones(4, requires_grad=True)
+        row, noise = torch.zeros(4), torch.randn(SHAPE)
+        row, noise = (weight * 2 if what == "cond" else row), (noise * weight[0] if what == "noise" else noise)
+        gone.append(weakref.ref(weight))
+        place = batch.admit(noise, "ab2/3", cond={"e": row})
+        del weight, row, noise
+        while batch.running:
+            batch.tick(lambda x, t, e: x + e.sum(1)[:, None, None])
+        assert not batch.retire(place).requires_grad
+    tensors = (batch.x, batch.history, batch.weights, *batch.cond.values())
+    assert all(t.grad_fn is None and not t.requires_grad for t in tensors)
+    assert not [weight for weight in gone if weight() is not None]
+
+
+def test_a_batch_made_in_inference_mode_runs_outside_it():
+    with torch.inference_mode():
+        batch = Batch(1, SHAPE, max_steps=4, cond={"y": torch.zeros(1)})
+        place = batch.admit(torch.ones(SHAPE), "ab2/4", cond={"y": torch.tensor(0.5)})
+        batch.tick(labelled)
+    while batch.running:
+        batch.tick(labelled)
+    assert torch.equal(batch.retire(place), sample(labelled, torch.ones(1, *SHAPE), "ab2/4", cond={"y": 0.5 * ONE})[0])
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("write", [
+    lambda y: y.mul_(2), lambda y: y.__setitem__(0, 7), lambda y: y[1:].zero_(), lambda y: torch.add(y, 1, out=y),
+])  # fmt: skip
+def test_a_model_that_writes_into_a_condition_is_noticed(write, inference):
+    def model(x, t, y):
+        write(y)
+        return x
+
+    batch = Batch(2, SHAPE, max_steps=4, cond={"y": torch.zeros(2)})
+    batch.admit(torch.ones(SHAPE), "ab2/4", cond={"y": 1.0})
+    with torch.inference_mode(inference), pytest.raises(ValueError, match=r"writes into y.*y\.clone\(\)"):
+        batch.tick(model)
+
+
+@pytest.mark.parametrize("scale", [1.5, 0, (1.0, 1.0, 2.0), [1, 0.5, 1], torch.tensor([1.0, 1.0, 3.0])])
+def test_a_guidance_scale_needs_a_pair(scale):
+    batch = Batch(2, SHAPE, max_steps=5)
+    other = batch.admit(torch.zeros(SHAPE), "ab2/5")
+    place = batch.admit(torch.ones(SHAPE), "ab2/3", guidance_scale=scale)
+    before = batch.x.clone()
+    with pytest.raises(ValueError, match=r"returned 2 rows.*guided pair, 4 rows"):
+        batch.tick(model)
+    assert torch.equal(batch.x, before) and batch.running == [other, place]
+    while place in batch.running:
+        batch.tick(lambda x, t: torch.cat([model(0.5 * x, t), model(x, t)]))
+    while batch.running:
+        batch.tick(model)  # the guided one is finished
+    guided = {"cond": {"half": ONE}, "uncond": {"half": torch.tensor(0.5)}, "guidance_scale": scale}
+    alone = sample(lambda x, t, half: model(x * half.reshape(-1, 1, 1), t), torch.ones(1, *SHAPE), "ab2/3", **guided)
+    torch.testing.assert_close(batch.retire(place), alone[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), (1.0, float("-inf"), 1.0)])
+def test_an_infinite_guidance_scale_is_refused(scale):
+    batch = Batch(1, SHAPE, max_steps=3)
+    with pytest.raises(ValueError, match="guidance_scale=.*finite"):
+        batch.admit(torch.ones(SHAPE), "ab2/3", guidance_scale=scale)
+    assert batch.free == [0]
+
+
+@pytest.mark.parametrize("solver", ["ab2/4", "sit-xl-2-256/5"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("at", [0, 2, 3])
+def test_a_request_whose_output_is_no_number_fails_alone(value, at, solver):
+    torch.manual_seed(3)
+    noises, ticks = torch.randn(3, *SHAPE), []
+    batch = Batch(2, SHAPE, max_steps=6)
+    sound, ill = batch.admit(noises[0], "ab2/6"), batch.admit(noises[1], solver)
+
+    def unwell(x, t):
+        output = model(x, t)
+        if len(ticks) == at:
+            output[ill, 0, 0] = value
+        ticks.append(1)
+        return output
+
+    finished = [batch.tick(unwell) for _ in range(at + 1)]
+    assert finished == [[]] * at + [[ill]] and batch.running == [sound]
+    with pytest.raises(FloatingPointError, match=rf"place {ill} has failed.*NaN or Inf after step {at} of"):
+        batch.retire(ill)
+    again = batch.admit(noises[2], "sit-xl-2-256/6")  # its history was full of NaN
+    assert again == ill
+    while batch.running:
+        batch.tick(model)
+    for place, noise, name in ((sound, noises[0], "ab2/6"), (again, noises[2], "sit-xl-2-256/6")):
+        assert torch.equal(batch.retire(place), sample(model, noise[None], name)[0])
+
+
+def test_numbers_are_looked_at_only_where_asked():
+    batch = Batch(1, SHAPE, max_steps=3, check_finite=False)
+    place = batch.admit(torch.full(SHAPE, float("nan")), "ab2/3")
+    while batch.running:
+        batch.tick(model)
+    assert batch.retire(place).isnan().all()
+    batch = Batch(1, SHAPE, max_steps=3)
+    place = batch.admit(torch.full(SHAPE, float("nan")), "ab2/3")
+    assert batch.step(model(batch.x, batch.times())) == [place]
+    with pytest.raises(ValueError, match="dtype torch.int64"):
+        Batch(1, SHAPE, max_steps=3).admit(torch.zeros(SHAPE, dtype=torch.long), "ab2/3")
+
+
+LOSSES = [
+    (torch.long, 207.9), (torch.long, torch.tensor(207.9)), (torch.long, np.float32(0.5)), (torch.long, float("nan")),
+    (torch.bool, 2), (torch.uint8, 300), (torch.uint8, -1), (torch.float32, 2**24 + 1), (torch.bfloat16, 257),
+    (torch.float32, torch.tensor(2**40 + 1)), (torch.float16, torch.tensor(0.1)), (torch.int32, 2**40),
+    (torch.float32, torch.tensor(0.1, dtype=torch.float64)), (torch.float32, np.array(0.1)),
+    (torch.float32, torch.tensor(1 + 2j)), (torch.long, "cat"), (torch.long, 2**70), (torch.long, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype, value", LOSSES)
+def test_a_condition_that_the_batch_cannot_hold_is_refused(dtype, value):
+    batch = Batch(1, SHAPE, max_steps=3, cond={"y": torch.zeros(1, dtype=dtype)})
+    with pytest.raises(ValueError, match=r"cond\['y'\]"):
+        batch.admit(torch.ones(SHAPE), "ab2/3", cond={"y": value})
+    assert batch.free == [0] and not batch.cond["y"].any()
+
+
+HELD = [
+    (torch.long, 207), (torch.long, 207.0), (torch.long, torch.tensor(207.0)), (torch.long, True),
+    (torch.long, torch.tensor(7, dtype=torch.int32)), (torch.bool, 1), (torch.bool, torch.tensor(True)),
+    (torch.float32, 0.1), (torch.float64, 0.1), (torch.float16, 0.1), (torch.float32, 2**24), (torch.float32, 3),
+    (torch.float64, torch.tensor(0.1)), (torch.float32, float("nan")), (torch.float64, torch.tensor(float("nan"))),
+    (torch.bfloat16, torch.tensor(256)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype, value", HELD)
+def test_a_condition_that_the_batch_can_hold_is_exact(dtype, value):
+    batch = Batch(1, SHAPE, max_steps=3, cond={"y": torch.zeros(1, dtype=dtype)})
+    batch.admit(torch.ones(SHAPE), "ab2/3", cond={"y": value})
+    torch.testing.assert_close(batch.cond["y"][0], torch.as_tensor(value, dtype=dtype), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("whole", [True, False])

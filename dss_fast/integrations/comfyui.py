@@ -14,6 +14,7 @@ when it asks.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import MAX_BYTES
 from ..methods import METHODS
 from ..names import Name, families, published
 from ..solver import Solver
@@ -35,16 +37,15 @@ HOSTS = ("euler", "dpmpp_2m")
 
 def solver_names(folder: Path | None = None) -> list[str]:
     """What the nodes offer: the solvers of a folder, the published families and the hand-made methods."""
-    files = sorted(path.stem for path in folder.glob("*.json")) if folder is not None else []
+    files = sorted(path.stem for path in folder.glob("*.json") if path.is_file()) if folder is not None else []
     return list(dict.fromkeys([*files, *families(), *(m for m in METHODS if not m.startswith("deis")), *OURS]))
 
 
 def read_solver(solver: str, file: str = "", folder: Path | None = None) -> dict[int, Solver] | str:
     """Learned tables by their number of steps, or the name of a hand-made method. A file goes before the name."""
-    if not file.strip() and folder is not None and (folder / f"{solver}.json").is_file():
-        file = str(folder / f"{solver}.json")
-    if file.strip():
-        table = Solver.load(Path(file.strip()).expanduser())
+    path = _path(solver, file, folder)
+    if path is not None:
+        table = Solver.load(path)
         return {table.num_steps: table}
     name = Name.parse(OURS.get(solver, solver))
     return solver if name.handmade else {table.num_steps: table for table in published(name)}
@@ -126,11 +127,33 @@ def make_sigmas(
 
 
 def fingerprint(solver: str, file: str = "", folder: Path | None = None) -> str:
-    """The content of the file that a node's settings mean, as a hash; empty when they mean none."""
-    path = Path(file.strip()).expanduser() if file.strip() else None
-    if path is None and folder is not None:
-        path = folder / f"{solver}.json"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path is not None and path.is_file() else ""
+    """The content of the file that a node's settings mean, as a hash; empty when they mean none.
+
+    Raises ValueError for a name that leaves the folder, and for a file too large to be a solver's.
+    """
+    path = _path(solver, file, folder)
+    if path is None or not path.is_file():  # to open a pipe would wait for ever; read_solver refuses it by name
+        return ""
+    with path.open("rb") as opened:
+        content = opened.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"{path}: larger than {MAX_BYTES >> 20} MB; no solver's file is")
+    return hashlib.sha256(content).hexdigest()
+
+
+def _path(solver: str, file: str, folder: Path | None) -> Path | None:
+    """The file that a node's settings mean: the one given, or else that of the solver's name in the folder, if any.
+
+    Raises ValueError for a name that leaves the folder.
+    """
+    if file.strip():
+        return Path(os.path.expanduser(file.strip()))
+    if folder is None:
+        return None
+    path = Path(os.path.normpath(folder / f"{solver}.json"))
+    if not path.is_relative_to(os.path.normpath(folder)):
+        raise ValueError(f"solver={solver!r} is no name of a file in {folder}; give its path as file instead")
+    return path if path.is_file() else None
 
 
 def add_to_ksampler(samplers: Any, functions: Any, folder: Path | None = None) -> list[str]:

@@ -1,6 +1,8 @@
 """ComfyUI's nodes and KSampler entries on a stand-in for ComfyUI; test_comfyui_live.py runs them in its server."""
 
 import asyncio
+import os
+import socket
 import sys
 import types
 from collections import namedtuple
@@ -219,6 +221,49 @@ def test_a_broken_file_stops_its_own_runs_only(comfy, tmp_path):
     assert {"dss_broken", "dss_ab2"} <= set(names)
     with pytest.raises(ValueError, match="broken.json"):
         comfy.samplers.SCHEDULER_HANDLERS["dss_broken"].handler(FlowNoise(), 6)
+
+
+@pytest.mark.parametrize("solver", ["../outside", "sub/../../outside", "../dss_fast/../outside", "absolute"])
+def test_a_name_does_not_leave_the_folder(tmp_path, solver):
+    folder = tmp_path / "dss_fast"
+    folder.mkdir()
+    find_solver("sit-xl-2-256/6").save(tmp_path / "outside.json")
+    solver = str(tmp_path / "outside") if solver == "absolute" else solver
+    for ask in (comfyui.fingerprint, comfyui.read_solver):
+        with pytest.raises(ValueError, match="is no name of a file in .*dss_fast; give its path as file"):
+            ask(solver, folder=folder)
+    assert comfyui.fingerprint("euler", str(tmp_path / "outside.json"), folder) != ""  # a path is taken as it is
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes that are files")
+@pytest.mark.parametrize("kind", ["pipe", "folder", "dangling", "/dev/zero", "/dev/tty", "socket"])
+def test_what_is_no_file_is_neither_offered_nor_opened(tmp_path, kind, monkeypatch):
+    path = tmp_path / "odd.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "socket":
+        monkeypatch.chdir(tmp_path)  # the name of a socket may not be long
+        socket.socket(socket.AF_UNIX).bind("odd.json")
+    else:
+        path.symlink_to(tmp_path / "gone.json" if kind == "dangling" else kind)
+    assert "odd" not in comfyui.solver_names(tmp_path)
+    assert comfyui.fingerprint("odd", folder=tmp_path) == comfyui.fingerprint("odd", str(path), tmp_path) == ""
+    with pytest.raises(ValueError, match="no solver is called 'odd'"):
+        comfyui.read_solver("odd", folder=tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=r"odd\.json"):
+        comfyui.read_solver("euler", str(path), tmp_path)
+
+
+def test_a_file_too_large_for_a_solver_is_not_read_whole(tmp_path):
+    path = tmp_path / "huge.json"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # a terabyte of nothing
+    for settings in (("huge", ""), ("euler", str(path))):
+        for ask in (comfyui.fingerprint, comfyui.read_solver):
+            with pytest.raises(ValueError, match=r"huge\.json: larger than 8 MB"):
+                ask(*settings, tmp_path)
 
 
 def test_import_needs_no_comfyui():

@@ -1,5 +1,7 @@
 """One command for a pipeline, on tiny pipelines saved to disk with text encoders and tokenizers of their own."""
 
+import os
+
 import pytest
 import torch
 
@@ -132,3 +134,23 @@ def test_what_does_not_fit_is_one_line(arguments, message, tmp_path, capsys):
     assert main(["search", *given, "-o", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("dss_fast search: ") and message in error
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes that are files")
+@pytest.mark.parametrize(
+    "kind, words",
+    [("pipe", "not a file"), ("/dev/zero", "not a file"), ("huge", "larger than 8 MB"), ("latin", "UTF-8")],
+)
+def test_prompts_that_are_no_text_file_are_refused_before_the_pipeline_is_loaded(tmp_path, capsys, kind, words):
+    prompts = tmp_path / "prompts.txt"
+    if kind == "pipe":
+        os.mkfifo(prompts)
+    elif kind == "huge":
+        with prompts.open("wb") as file:
+            file.truncate(1 << 40)
+    elif kind == "latin":
+        prompts.write_bytes(b"un caf\xe9 au bord de la mer\n")
+    else:
+        prompts.symlink_to(kind)
+    assert main(["search", "owner/name", "--prompts", str(prompts), "-o", str(tmp_path / "out")]) == 2
+    assert "prompts.txt" in (said := capsys.readouterr().err) and words in said

@@ -18,6 +18,8 @@ import diffusers
 import torch
 from torch import Tensor
 
+from ...files import MAX_BYTES
+from ...names import printable
 from ...plots import plot_samples
 from ...searching import SearchResult
 from ...target import Target
@@ -55,7 +57,7 @@ class Prompted:
 
         Raises ValueError for what does not fit, OSError for what cannot be read.
         """
-        lines = [line.strip() for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = _lines(prompts)
         if not lines:
             raise ValueError(f"{prompts} holds no prompts; write one a line, a few dozen of the kind you will use")
         options = {} if dtype is None else {"torch_dtype": getattr(torch, dtype)}
@@ -78,9 +80,11 @@ class Prompted:
         for n, solver in result.solvers.items():
             columns = {f"own, {count} steps": self.images(count, seed) for count in (SLOW, n)}
             pipe.scheduler = DSSScheduler.from_config(own.config, solver=solver)
-            columns[f"searched, {n} steps"] = self.images(n, seed)
-            pipe.scheduler = own
-            print(f"picture in {plot_samples(columns, out / f'pipeline-{n}.png', count=SHOWN)}")
+            try:
+                columns[f"searched, {n} steps"] = self.images(n, seed)
+            finally:
+                pipe.scheduler = own
+            print(f"picture in {printable(plot_samples(columns, out / f'pipeline-{n}.png', count=SHOWN))}")
         files = [f"{out / f'solver-{n}.json'}" for n in result.solvers]
         print(
             "\nTo use it:\n"
@@ -99,6 +103,20 @@ class Prompted:
         pictures = torch.as_tensor(result.images if hasattr(result, "images") else result.frames)
         pictures = pictures[:, 0] if pictures.ndim == 5 else pictures
         return pictures.movedim(-1, 1).float().cpu().clamp(0, 1)
+
+
+def _lines(path: str | os.PathLike[str]) -> list[str]:
+    """The lines of a text file that are not blank. Raises ValueError naming a file that is none, or too large."""
+    if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe without a writer would wait for ever
+        raise ValueError(f"{path}: not a file; write the prompts into one, one a line")
+    with open(path, "rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"{path}: larger than {MAX_BYTES >> 20} MB; a few dozen prompts are enough")
+    try:
+        return [line.strip() for line in content.decode("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}); write one prompt a line") from None
 
 
 def _arguments(pipe: Any, call: Sequence[str]) -> dict[str, Any]:

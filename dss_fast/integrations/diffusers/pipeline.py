@@ -49,7 +49,8 @@ def from_pipeline(
     doubled as they are); shape; schedule, under the pipeline's shift (e^mu of this resolution where it is dynamic);
     cond, which draws rows; uncond and guidance_scale, whether the pipeline doubles its batch, halves it as DiT does,
     or calls twice; request, what was asked for; and decode for image latents of a KL autoencoder. Freezes the
-    network's parameters.
+    network's parameters, and changes nothing else of the pipeline, which other threads may use meanwhile; a call that
+    raises changes nothing at all.
 
     Raises ValueError when the network's calls or its guidance are not understood, saying what was seen.
     """
@@ -66,7 +67,7 @@ def from_pipeline(
     model = PipelineModel(one.module, layout)
     _check(two, layout, model)
     shape = tuple(one.steps[0].sample.shape[1:])
-    return Target(
+    target = Target(
         model,
         shape,
         model_schedule(adopt(pipe.scheduler.config), one.mu),
@@ -76,6 +77,8 @@ def from_pipeline(
         decode=_decoder(pipe, shape, arguments),
         request=request_of(pipe, arguments, shape, count),
     )
+    model.requires_grad_(False)  # last: a call that raises changes nothing
+    return target
 
 
 class PipelineModel(nn.Module):
@@ -87,7 +90,7 @@ class PipelineModel(nn.Module):
 
     def __init__(self, network: nn.Module, layout: _Layout) -> None:
         super().__init__()
-        self.network = network.requires_grad_(False)
+        self.network = network
         self._layout = layout
         self._fixed = [key for key, value in layout.fixed.items() if isinstance(value, Tensor)]
         for i, key in enumerate(self._fixed):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import wraps
+from types import MethodType
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from .scheduler import DSSScheduler
 
 ASKED = 4  # the steps that a recorded run is asked for
+_alone = threading.RLock()  # pipelines share networks, and offloading moves these
 
 
 @dataclass
@@ -86,7 +90,8 @@ def record(
     generator: torch.Generator | None,
     arguments: Mapping[str, Any],
 ) -> Notes:
-    """The first steps of a run of a pipeline, written down; the pipeline gets its own scheduler back.
+    """The first steps of a run of a pipeline, written down. A twin runs them: nothing is set in the pipeline itself,
+    which other threads may use, and nothing has to be put back when a run breaks off.
 
     steps: of ``ASKED``, which the pipeline is asked for, as some grids (a terminal shift, a line and a parabola) need
         two or three.
@@ -94,46 +99,48 @@ def record(
     notes = Notes(len(next(iter(chunk.values()))))
     taker = NoteTaker.from_config(pipe.scheduler.config, solver="euler", clip_sample=False)
     taker._notes, taker._wanted = notes, steps
-    own = pipe.scheduler
-    with ExitStack() as stack:
+    if "num_images_per_prompt" in arguments or "num_videos_per_prompt" in arguments:
+        raise ValueError("leave out num_images_per_prompt: every search sample draws its own prompt and noise")
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+    options = {"output_type": "latent", "num_inference_steps": ASKED, "generator": generator, **arguments}
+    accepted = inspect.signature(pipe.__call__).parameters
+    own = _twin(pipe)
+    own.scheduler = taker
+    own.set_progress_bar_config(disable=True)
+    with _alone, ExitStack() as stack:
+        stack.callback(pipe.maybe_free_model_hooks)
         networks = [m for name, m in pipe.components.items() if name.startswith(("transformer", "unet")) and m]
         for network in networks:
             network = getattr(network, "_orig_mod", network)
             stack.callback(network.register_forward_hook(_noting(notes), with_kwargs=True).remove)
-        pipe.scheduler = taker
-        stack.callback(setattr, pipe, "scheduler", own)
-        stack.enter_context(_quiet(pipe))
-        if generator is None:
-            generator = torch.Generator().manual_seed(0)
-        options = {"output_type": "latent", "num_inference_steps": ASKED, "generator": generator, **arguments}
-        accepted = inspect.signature(pipe.__call__).parameters
-        if "num_images_per_prompt" in options or "num_videos_per_prompt" in options:
-            raise ValueError("leave out num_images_per_prompt: every search sample draws its own prompt and noise")
         try:
-            pipe(**{k: v for k, v in options.items() if k in accepted or k in arguments}, **chunk)
+            own(**{k: v for k, v in options.items() if k in accepted or k in arguments}, **chunk)
         except Enough:
-            pipe.maybe_free_model_hooks()
             return notes
     raise ValueError(f"the pipeline took {len(notes.steps)} steps where {ASKED} were asked for")
 
 
+def _twin(pipe: Any) -> Any:
+    """A pipeline of the same components, whose own attributes can be set while others run ``pipe``."""
+    twin = copy.copy(pipe)
+    for name, value in vars(pipe).items():
+        if isinstance(value, MethodType) and value.__self__ is pipe:  # a method that the user has put in place
+            vars(twin)[name] = MethodType(value.__func__, twin)
+    return twin
+
+
 def _noting(notes: Notes) -> Callable[..., None]:
+    thread = threading.get_ident()
+
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if threading.get_ident() != thread:  # another run of the same network
+            return
         arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         arguments |= arguments.pop("kwargs", {})
         notes.calls.append(Call(module, dict(arguments), tensor_of(output).clone()))
 
     return hook
-
-
-@contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
-    config = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        yield
-    finally:
-        pipe._progress_bar_config = config
 
 
 def tensor_of(output: Any) -> Tensor:

@@ -1,0 +1,53 @@
+"""What is kept between calls is made outside the modes of the thread that asks for it.
+
+Under fake tensors, in a graph that is traced (torch.export, make_fx), in a transform of torch.func, in inference mode
+and under a default device, operators make tensors that are good there alone: fakes without values, proxies, wrappers.
+All these modes belong to a thread, so a new thread has none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial, wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def outside_modes(make: Callable[[], Result]) -> Result:
+    """make() in a thread of its own, with gradients off; a call costs a tenth of a millisecond."""
+    if torch.compiler.is_dynamo_compiling():  # it traces no threads, and keeps nothing
+        return make()
+
+    def alone() -> Result:
+        with torch.no_grad():
+            return make()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(alone).result()
+
+
+def kept(size: int) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """``functools.lru_cache`` for functions that make tensors: what they return is made outside all modes."""
+
+    def decorate(make: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        @lru_cache(size)
+        @wraps(make)
+        def made(*args: Any, **options: Any) -> Result:
+            return outside_modes(partial(make, *args, **options))
+
+        return made  # type: ignore[return-value]  # lru_cache forgets the arguments' types
+
+    return decorate
+
+
+def traced(*tensors: Tensor) -> bool:
+    """Whether a mode of this thread sees its operators, or a transform of torch.func, or one of these tensors is a
+    fake: then only what is made here may meet them, and nothing made here may be kept."""
+    modes = torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return modes or any(hasattr(tensor, "fake_mode") for tensor in tensors)
