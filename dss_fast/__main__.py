@@ -264,6 +264,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _place(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name; '.' is the current folder")
+    return text
+
+
 def _device(text: str) -> str:
     try:
         torch.empty(0, device=text)
@@ -291,7 +297,7 @@ def _parser() -> argparse.ArgumentParser:
                 sub.add_argument("models", nargs="+", metavar="model", help=f"{model}; {also}")
             else:
                 sub.add_argument("model", help=model)
-            sub.add_argument("-o", "--out", default=out, help=f"where results go (default {out})")
+            sub.add_argument("-o", "--out", type=_place, default=out, help=f"where results go (default {out})")
             sub.add_argument("--seed", type=int, default=0, help="of noise and conditions, a whole number")
             sub.add_argument("--device", type=_device, default=None, help="cpu, cuda, ... (default: the model's)")
         return sub
