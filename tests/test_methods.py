@@ -248,8 +248,8 @@ def test_data_that_are_clean_before_the_end_stay_what_they_are():
             "'lambda' puts two of 6.*uniform",
         ),
         (
-            lambda: handmade("ab3", 5, Grid.ve([14.0, 5.0, 1e-30, 0.0])),
-            "ab3/5 has no coefficients.*step 3.*lower",
+            lambda: handmade("ab2", 10, Grid.ve([14.0, 5.0, 1e-30, 0.0])),
+            "ab2/10 has no coefficients.*step 7.*lower",
         ),
     ],
 )
