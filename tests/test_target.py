@@ -134,12 +134,11 @@ def source(n, generator):
 
 
 def test_a_search_from_eight_gaussians_to_two_moons():
-    """With normal noise it would learn a region that no sample visits, and end behind Euler."""
+    """With normal noise it would learn a region that no sample visits, where the field is no flow: it is refused."""
     target = Target(velocity, (2,), noise=source, dtype=F64)
     options = dict(method=GaussNewton(samples=192, batch_size=64), budget=30_000, progress=False)
     solvers = {
         "searched": search(target, 5, **options).solver,
-        "on normal noise": search(replace(target, noise=None), 5, **options).solver,
         **{name: name for name in ("euler/5", "ab2/5")},
     }
     fresh = Draws.of(target, 99).batch("fresh", 0, 256)
@@ -149,7 +148,8 @@ def test_a_search_from_eight_gaussians_to_two_moons():
         for label, solver in solvers.items()
     }
     assert error["searched"] < 0.8 * min(error["euler/5"], error["ab2/5"]), error
-    assert error["on normal noise"] > error["euler/5"], error
+    with pytest.raises(ValueError, match=r"24 calls do not converge: .*, its noise or its schedule"):
+        search(replace(target, noise=None), 5, **options)
     assert fresh.noise.norm(dim=1).min() > 3  # the ring of gaussians, and no normal noise
 
 

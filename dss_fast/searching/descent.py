@@ -299,7 +299,8 @@ def descend(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> It
             if point.finished and len(rounds.fresh):
                 start = replace(point.candidate, theta=point.candidate.space.theta(descent.starts[n]))
                 found = replace(point.candidate, theta=point.best.theta) if point.best else start
-                point = point.compared(start, *(rounds.look(one, rounds.fresh).errors for one in (found, start)))
+                seen, before_it = rounds.look(found, rounds.fresh), rounds.look(start, rounds.fresh)
+                point = point.compared(start, seen.errors, before_it.errors)
             points[k] = replace(point, spent=point.spent + ledger.evaluations - before)
             if racing and all(point.raced for point in points):
                 descent.racers[n] = [_winner(points)]

@@ -64,8 +64,8 @@ class Teacher:
             raise ValueError(
                 f"the teacher's trajectories of {evaluations(self.grid)} calls do not converge: predictor and "
                 f"corrector are {made.loose:.3g} of the samples' scale apart, where {LOOSE} is the most. Either the "
-                "model is too stiff for so few, then give teacher_evaluations=96 or more, or its schedule is not "
-                f"{self.draws.schedule!r}"
+                "model is too stiff for so few, then give teacher_evaluations=96 or more, or "
+                f"what is said of it, its noise or its schedule, {self.draws.schedule!r}, is not so"
             )
         made = replace(made, states=self._shelf.kept(made.states), slopes=self._shelf.kept(made.slopes))
         size = sum(t.nbytes for t in (batch.noise, made.last, *batch.cond.values()) if isinstance(t, Tensor))

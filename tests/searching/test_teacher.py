@@ -311,3 +311,15 @@ def test_nan_is_noticed_where_no_call_is_looked_at(monkeypatch):
     broken = Target(lambda x, t: torch.where(t[:, None] > 0.5, math.nan, -x), (2,), Flow(), dtype=F64)
     with pytest.raises(FloatingPointError, match="on the teacher's way, batch 0"):
         Teacher(Draws.of(broken, 1), Ledger(), "train", 8, 8, 16)[0]
+
+
+@pytest.mark.parametrize("rate, calls, said", [(3, 16, False), (10, 24, True), (10, 96, False), (30, 24, True)])
+def test_a_field_too_stiff_for_its_teacher_is_refused(rate, calls, said):
+    """Predictor and corrector part long before the states overflow, at no call more."""
+    stiff = Draws.of(Target(lambda x, t: -rate * x, (2,), Flow(), dtype=F64), 1)
+    teacher = Teacher(stiff, Ledger(), "train", 4, 4, calls)
+    if said:
+        with pytest.raises(ValueError, match=rf"{calls} calls do not converge.*teacher_evaluations=96"):
+            teacher[0]
+    else:
+        assert float((teacher[0][1].last - math.exp(-rate) * teacher[0][0].noise).abs().max()) < 0.02
