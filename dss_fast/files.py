@@ -68,8 +68,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     Raises ValueError naming the file for what is no strict JSON (NaN, numbers beyond float64, a key given twice, text
     that is not UTF-8), larger than ``MAX_BYTES`` or nested deeper than ``MAX_DEPTH``.
     """
-    if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe without a writer would wait for ever
-        raise ValueError(f"{path}: not a file")
+    _check_file(path)
     with open(path, "rb") as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
@@ -103,6 +102,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
     Raises ValueError naming a file whose content is not what was written.
     """
+    _check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
@@ -141,6 +141,12 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe."):
         pass
+
+
+def _check_file(path: str | os.PathLike[str]) -> None:
+    """Raises ValueError for a folder, and for a pipe, whose opening would wait for a writer for ever."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: not a file")
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -2,16 +2,19 @@
 
 import errno
 import gc
+import math
 import os
 import signal
+import sys
 import threading
 import time
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
 import torch
 
-from dss_fast import GaussNewton, Lion, Solver, Target, search
+from dss_fast import Flow, GaussNewton, Lion, Solver, Target, compare, search
 from dss_fast.files import write_tensors
 from dss_fast.searching import runs as running
 from helpers import processes
@@ -176,3 +179,71 @@ def test_two_processes_of_which_one_fails(tmp_path, how):
     alone, whole = find(tmp_path / "run", resume=True).solver, find().solver  # sums over processes round otherwise
     assert alone.timesteps == pytest.approx(whole.timesteps, abs=1e-6)
     assert Solver.load(tmp_path / "run" / "solver-3.json") == alone
+
+
+def another_model(rank, out, part):
+    """A search of two processes of which the second has another model, other conditions or another schedule."""
+    import_module("dss_fast.searching").doubt = lambda draws: 0
+    other = rank == 1
+    scale = 1.5 if other and part == "weights" else 1.0
+
+    def labels(n, generator):
+        return {"y": torch.rand(n, 1, generator=generator, dtype=F64) + (other and part == "conditions")}
+
+    def scaled(x, t, y):
+        return scale * model(x, t) + 0.1 * y
+
+    schedule = Flow(shift=3.0) if other and part == "schedule" else Flow()
+    target = Target(scaled, (3,), schedule, cond=labels, dtype=F64, key="bend" if part == "conditions" else None)
+    search(target, 3, method=TWO, out=out, progress=False, report=False)
+
+
+@pytest.mark.parametrize("part", ["weights", "conditions", "schedule"])
+def test_processes_that_do_not_search_for_the_same_are_refused(tmp_path, part):
+    """Their sums would be a table for neither; all say which process differs in what, before the teacher is paid."""
+    assert processes.group(another_model, tmp_path / "run", part, stderr=tmp_path) == [1, 1]
+    word = "schedule" if part == "schedule" else "targets"
+    for rank in range(2):
+        assert f"process 1 searches for another {word}" in (tmp_path / str(rank)).read_text()
+    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_search_in_any_mode_of_autograd(mode):
+    expected = find(method=TWO).solver
+    with mode():
+        assert find(method=TWO).solver == expected
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+class Closed:
+    """A stderr whose reader is gone."""
+
+    closed, encoding = False, "utf-8"
+
+    def write(self, text=""):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    flush = write
+
+    def isatty(self):
+        return False
+
+
+@pytest.mark.parametrize("stderr", [None, Closed(), "closed"])
+def test_a_stderr_that_is_gone_costs_the_bar_alone(monkeypatch, tmp_path, stderr):
+    if stderr == "closed":
+        stderr = open(tmp_path / "stderr", "w")
+        stderr.close()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    found = find(progress=True).solver
+    assert len(compare(Target(model, (3,), dtype=F64), [found, "ab2/3"], samples=8).rows) >= 2
+    monkeypatch.undo()
+    assert found == find().solver
+
+
+def test_features_that_are_nan_choose_no_table():
+    """Those of any table are, and then the start is as good as what was found."""
+    target = Target(model, (3,), dtype=F64, key="bend", features=lambda x: x / 0 * 0)
+    found = search(target, 3, method=replace(TWO, select="features"), progress=False)
+    assert all(not math.isfinite(value) for value in found.curve("held_out", 3)[1]) and found.solver.num_steps == 3

@@ -1,5 +1,7 @@
 """Damage on the disk: no changed bit of a checkpoint is read, and what else is damaged is written again or left."""
 
+import json
+import os
 import random
 import shutil
 from contextlib import nullcontext
@@ -7,9 +9,10 @@ from importlib import import_module
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dss_fast import Flow, GaussNewton, Lion, Solver, Target, search
-from dss_fast.files import write_json, write_tensors
+from dss_fast.files import read_tensors, write_json, write_tensors
 from dss_fast.searching import runs as running
 
 F64 = torch.float64
@@ -141,3 +144,40 @@ def test_a_file_that_an_older_release_sealed_is_read(tmp_path):
     solver = Solver((0.0, 0.5, 1.0), ((1.0, 0.0), (0.25, 0.75)), Flow(), name="mine")
     write_json(path, {"checksum": 32 * "0", **solver.to_dict()})
     assert Solver.load(path) == solver
+
+
+def test_a_checkpoint_that_asks_for_more_than_was_paid_for_is_refused(run, tmp_path):
+    """Its digest fits, as that of a file somebody wrote for a purpose may."""
+    method, folder, _ = run
+    if method == "lion":
+        pytest.skip("the settings say how many samples it takes")
+    out = shutil.copytree(folder, tmp_path / "run")
+    tensors, metadata = read_tensors(out / "checkpoint.safetensors")
+    saved = json.loads(metadata["checkpoint"])
+    saved["state"]["sizes"][0] = 10**12
+    write_tensors(out / "checkpoint.safetensors", tensors, {"checkpoint": json.dumps(saved)})
+    with pytest.raises(ValueError, match="asks for 1,000,000,000,000 samples"):
+        find(out, method)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "other"])
+def test_what_is_no_checkpoint_is_refused_by_name_and_nothing_waits_for_it(run, tmp_path, kind):
+    method, folder, _ = run
+    out = shutil.copytree(folder, tmp_path / "run")
+    path = out / "checkpoint.safetensors"
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        save_file({"weight": torch.ones(2)}, path)
+    with pytest.raises((ValueError, OSError), match=r"checkpoint\.safetensors"):
+        find(out, method)
+
+
+@pytest.mark.parametrize("name", ["solver", "config"])
+def test_a_pipe_for_json_is_refused(tmp_path, name):
+    os.mkfifo(tmp_path / f"{name}.json")
+    with pytest.raises((ValueError, OSError), match=f"{name}.json"):
+        Solver.load(tmp_path / "solver.json") if name == "solver" else find(tmp_path)
