@@ -119,11 +119,11 @@ class Point:
         """
         if self.known is None or self.theta is None:  # a table accepted before diverges on more samples
             return self.ended()
-        tries = self.tries + 1
-        if tries > MOST_TRIES and self.round < len(ANNEAL):
+        if self.tries < MOST_TRIES:
+            return replace(self, damping=min(4 * self.damping, MOST_DAMPING), tries=self.tries + 1)._stepped()
+        if self.round < len(ANNEAL):
             return replace(self, candidate=self.at, known=None, damping=DAMPING, tries=0)
-        damping = min(4 * self.damping, MOST_DAMPING)
-        return replace(self, damping=damping, tries=tries, finished=tries > MOST_TRIES)._stepped()
+        return self.ended()
 
     @property
     def at(self) -> Candidate:
