@@ -215,7 +215,7 @@ class Bench:
         """Images (B, C, H, W) on the CPU; the samples themselves without a decode."""
         if self.target.decode is None:
             return x.cpu()
-        images = self.target.decode(x)
+        images = self.target.decode(x.clone())  # which may work in place
         if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] not in (1, 3):
             what = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"it returned {what}; images are (B, C, H, W) in [0, 1], C = 1 or 3")

@@ -84,8 +84,9 @@ class Verdict:
         )
         if self.calls is not None and self.word == "Yes":
             calls = f"{self.calls}" if self.like else f"more than {self.calls}"
-            by = f", {code(self.like)}" if self.like else ""
-            text += f" {self.num_steps} calls of this table err like {calls} of the best hand-made solver{by}."
+            by = f", {code(self.like)}," if self.like else ""
+            text += f" {self.num_steps} calls of this table err like {calls} of the best hand-made solver"
+            text += f"{by} of those that are best at {self.num_steps}."
         return f"{self.doubt} {text}".strip()
 
 
@@ -311,15 +312,24 @@ def _ratio(mine: Tensor, rivals: Tensor, seed: int = 0) -> tuple[float, float, f
     """sqrt(mean mine / min_k mean rivals_k), and its 95 % interval, from resampling the samples of all alike.
 
     mine: (S,) squares, rivals: (K, S). Each resampling has its own best rival, so that the interval holds how uncertain
-    that choice is too. Infinite for a table that diverges, 1 where nobody errs.
+    that choice is too; and one sample in S, on average, that nobody has seen: there the table, or else the rivals, err
+    like the worst sample that the table and its best rival have. Without them the interval of 32 samples missed the
+    ratio of 2,048 in 15 to 40 % of draws, since errors have heavy tails. Infinite for a table that diverges, 1 where
+    nobody errs.
     """
     tiny = 1e-300
     ratio = math.sqrt(max(float(mine.mean()), tiny) / max(float(rivals.mean(1).min()), tiny))
     if not math.isfinite(ratio) or not bool(rivals.isfinite().all()):
         return ratio, ratio, ratio
-    picks = torch.randint(len(mine), (RESAMPLED, len(mine)), generator=torch.Generator().manual_seed(seed))
-    counts = torch.zeros(picks.shape, dtype=torch.float64)
-    counts.scatter_add_(1, picks, torch.ones_like(counts))
+    theirs = rivals[rivals.mean(1).argmin()]
+    worst = torch.maximum(mine.max(), theirs.max())
+    seen = len(mine)
+    if bool((mine < theirs).any()):  # a table that errs less nowhere, as one that is its own rival, stays what it is
+        mine = torch.cat([mine, worst[None], mine.mean()[None]])
+        rivals = torch.cat([rivals, rivals.mean(1, keepdim=True), worst.expand(len(rivals), 1)], 1)
+    picks = torch.randint(len(mine), (RESAMPLED, seen), generator=torch.Generator().manual_seed(seed))
+    counts = torch.zeros(RESAMPLED, len(mine), dtype=torch.float64)
+    counts.scatter_add_(1, picks, torch.ones(picks.shape, dtype=torch.float64))
     ratios = ((counts @ mine).clamp_min(tiny) / (counts @ rivals.T).amin(1).clamp_min(tiny)).sqrt()
     ends = ratios.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
     low, high = (round(end, 9) for end in ends.tolist())  # two sums of the same numbers differ in their last bits

@@ -177,12 +177,16 @@ class Reference:
 
     @torch.no_grad()
     def _features(self, x: Tensor) -> Tensor:
-        """(n, F) on the CPU."""
+        """(n, F) on the CPU. The user's function gets copies, because it may work in place."""
         of = self.target.features
-        return (x if of is None else torch.cat([of(part) for part in x.split(CHUNK)])).flatten(1).cpu()
+        return (x if of is None else torch.cat([of(part.clone()) for part in x.split(CHUNK)])).flatten(1).cpu()
 
     @torch.no_grad()
     def _classes(self, x: Tensor) -> Tensor | None:
         """(n,) on the CPU."""
         classify = self.target.classify
-        return None if classify is None else torch.cat([classify(part).argmax(-1) for part in x.split(CHUNK)]).cpu()
+        return (
+            None
+            if classify is None
+            else torch.cat([classify(part.clone()).argmax(-1) for part in x.split(CHUNK)]).cpu()
+        )

@@ -27,7 +27,7 @@ from .solver import Solver
 from .target import Target
 
 FILES = {"report.html": "html", "report.md": "markdown"}
-SHARE, LEAST = 0.75, 4_000  # a report takes that part of the search's evaluations at most, or that many if more
+LEAST = 4_000  # evaluations that a report may take, or as many as the search if those are more
 NUMBER = re.compile(r"[\d\N{MINUS SIGN}-]")
 DPI = 140  # of the pictures; a CSS pixel is 1/96 inch
 
@@ -80,12 +80,12 @@ class Picture:
 def write_report(out: Path, target: Target, record: SearchRecord, *, progress: bool = False) -> Path:
     """Writes report.html and report.md with its pictures into a folder; returns the former.
 
-    It compares on noise of its own, for at most three quarters of the search's evaluations, or ``LEAST``, which
+    It compares on noise of its own, for at most as many evaluations as the search, or ``LEAST``, which
     are not among them. Without matplotlib it has no pictures, without a decode that works no samples, and says so.
     Raises FloatingPointError where the fine reference diverges, OSError where it cannot write, and what the model
     raises.
     """
-    budget = max(LEAST, round(SHARE * record.evaluations))
+    budget = max(LEAST, record.evaluations)
     rivals = ("all", *record.starts)
     comparison = compare(target, list(record.solvers.values()), rivals=rivals, budget=budget, progress=progress)
     pairs = {v.num_steps: _pair(comparison, v) for v in comparison.verdicts}

@@ -227,9 +227,9 @@ def test_calls_of_the_best_hand_made_solver():
     (verdict,) = compare(TARGET, [searched("ab4", 10)], samples=32, progress=False).verdicts
     assert verdict.calls is None or verdict.word == "Yes"
     said = replace(verdict, low=0.1, high=0.2, calls=14, like="ab3/14").sentence()
-    assert said.endswith("10 calls of this table err like 14 of the best hand-made solver, ab3/14.")
+    assert said.endswith("err like 14 of the best hand-made solver, ab3/14, of those that are best at 10.")
     said = replace(verdict, low=0.1, high=0.2, calls=22, like=None).sentence()
-    assert said.endswith("err like more than 22 of the best hand-made solver.")
+    assert said.endswith("err like more than 22 of the best hand-made solver of those that are best at 10.")
 
 
 def test_rivals_are_published_tables_the_start_and_what_is_named():
@@ -299,7 +299,7 @@ def test_a_reference_that_diverges_is_said():
         compare(lambda x, t: x / 0.0, ["euler/3"], shape=(2,), samples=4, progress=False)
 
 
-@pytest.mark.parametrize("budget, samples, tried", [(4_000, 32, 8), (20_000, 64, 91), (200_000, 256, 91)])
+@pytest.mark.parametrize("budget, samples, tried", [(4_000, 32, 8), (40_000, 64, 91), (200_000, 256, 91)])
 def test_a_budget_chooses_samples_and_names(budget, samples, tried):
     result = compare(TARGET, [searched("ab4", 8)], budget=budget, progress=False)
     (verdict,) = result.verdicts
@@ -447,3 +447,35 @@ def test_names_that_a_terminal_would_obey_are_printed_escaped():
     table = compare(lambda x, t: -x, [named], shape=(4,), rivals=["euler"], num_steps=[3], samples=32, progress=False)
     assert table.rows[0].solver == r"\x1b[2Jab2/3\nYes\u202e" and table.rows[0].solver in str(table)
     assert str(table).replace("\n", "").isprintable() and len(table.verdicts) == 1
+
+
+@pytest.mark.parametrize("part", ["features", "classify", "decode"])
+def test_a_users_function_that_works_in_place_changes_no_figure(part):
+    """It gets copies: else the reference, by which all are measured, would become what the function made of it."""
+    change = {
+        "features": lambda x: x.clamp_(-0.3, 0.3).flatten(1),
+        "classify": lambda x: x.mul_(2).flatten(1),
+        "decode": lambda x: x.zero_(),
+    }[part]
+    options = dict(samples=16, progress=False)
+    plain = compare(TARGET, [searched("ab4", 5)], **options)
+    changed = compare(replace(TARGET, **{part: change}), [searched("ab4", 5)], **options)
+    assert [row.rmse for row in changed.rows] == [row.rmse for row in plain.rows]
+    assert [v.ratio for v in changed.verdicts] == [v.ratio for v in plain.verdicts]
+
+
+@pytest.mark.parametrize("seed, num_steps, count", [(1, 5, 64), (5, 5, 128), (2, 5, 64), (3, 8, 64), (3, 5, 32)])
+def test_heavy_tails_hide_no_rival(seed, num_steps, count):
+    """Mixtures of few points in eight dimensions, where two to sixteen samples named a rival 12 to 76 % too weak."""
+    centres = torch.randn(6, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    target = Target(Mixture(centres, 0.15), (8,), dtype=torch.float64)
+    (verdict,) = compare(target, [searched("ab4", num_steps)], samples=count, progress=False).verdicts
+    batches = [Draws.of(target, 20_000).batch("compare", k, min(64, count - 64 * k)) for k in range(-(-count // 64))]
+    fine = [integrate(b.predictor(), b.noise, dense_grid(Flow(), 160)).last for b in batches]
+
+    def error(solver):
+        ends = [sample(target, b.noise, solver) for b in batches]
+        return float(torch.cat([squares(x, y) for x, y in zip(ends, fine, strict=True)]).mean().sqrt())
+
+    best = min(error(handmade(m, num_steps, spacing=s)) for m in METHODS for s in SPACINGS)
+    assert error(handmade("ab4", num_steps)) / best < 1.03 * verdict.ratio

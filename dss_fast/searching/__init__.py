@@ -11,7 +11,7 @@ import torch
 
 from ..denoiser import frozen
 from ..files import check_writable
-from ..report import FILES, SearchRecord, write_report
+from ..report import SearchRecord, write_report
 from ..solver import Solver
 from ..target import Model, Target
 from .budget import Ledger, default_budget, evaluations_in
@@ -89,8 +89,7 @@ def search(
             else:
                 events = METHOD[job.settings.name](job, ledger, checkpoint and checkpoint["state"])
                 result = run(events, ledger, config, folder=folder, checkpoint=checkpoint, progress=progress)
-            missing = result.out is not None and not all((result.out / name).exists() for name in FILES)
-            if report and folder is not None and not result.interrupted and (missing or not over):
+            if report and folder is not None and not result.interrupted and not (over and folder.has_report()):
                 finish(job, result, config, progress)
     return result
 
@@ -125,9 +124,12 @@ def begin(
         if ledger.affords(PLAUSIBLE_CALLS * len(draws.targets) / PLAUSIBLE_SHARE):
             for one in draws.each:
                 ledger.spend(doubt(one))
-    config["targets"] = [identity(one) for one in draws.each]
+    config["targets"] = [identity(one, **job.functions(one.target)) for one in draws.each]
     ledger.spend_once("identity", KEYLESS * sum(target.key is None for target in draws.targets))
     config.update(agreed(config))
+    for target, about in zip(draws.targets, config["targets"], strict=True):
+        if target.key is not None:  # its processes have compared what their models return
+            about.pop("returned", None)
     # A process that alone doubts its schedule has spent more, and would stop in another round than the others.
     ledger.evaluations = from_first(lambda: ledger.evaluations)
     from_first(lambda: folder.check(config) if folder else None)

@@ -78,6 +78,8 @@ class Sums:
         """The mean over the samples of all processes."""
         packed = torch.cat([self.gradient[None], self.along, self.beside])
         all_reduce(packed)
+        if not bool(packed.isfinite().all()):
+            raise FloatingPointError("the gradient through the model is NaN or Inf, though its outputs are finite")
         gradient, along, beside = packed.split([1, len(self.along), len(self.beside)])
         return Quadratic(gradient[0] / self.size, along / self.size + beside / self.sketched, self.size)
 

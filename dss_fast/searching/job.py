@@ -5,11 +5,12 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from ..draws import Draws, targets_of
 from ..names import find_solver
@@ -34,6 +35,16 @@ class Job:
     steps: tuple[int, ...]
     initial: dict[int, Solver] | None = None
     budget: int | str | None = None
+
+    def functions(self, target: Target) -> dict[str, Callable[[Tensor], Tensor]]:
+        """The functions of samples that a search is for, by what they are."""
+        settings, found = self.settings, {}
+        if isinstance(settings, GaussNewton):
+            if callable(settings.loss):
+                found["loss"] = settings.loss
+            if settings.select == "features" and target.features is not None:
+                found["features"] = target.features
+        return found
 
     @property
     def differentiated(self) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -23,7 +24,8 @@ from .budget import Cost
 
 SAMPLES = 2
 CALLS = 4 * SAMPLES  # :func:`probe` takes so many evaluations, its backward among them
-KEYLESS = 2 * SAMPLES  # :func:`identity` of a target without a key takes so many
+KEYLESS = 4  # :func:`identity` of a target without a key takes so many
+DRAWN, ROWS = 8, 16  # so many times so many conditions are part of it
 FINE, COARSE = 24, 16  # the two trajectories that must agree take so many calls
 PLAUSIBLE_CALLS = SAMPLES * (FINE + COARSE + 1)
 # Between these the root mean square of samples is plausible. Pixels in [-1, 1] and latents of unit variance have 0.2 to
@@ -75,39 +77,62 @@ def probe(draws: Draws, differentiated: bool) -> Cost:
     return Cost(seconds, sum(kept.values()) // (2 * SAMPLES))
 
 
-def identity(draws: Draws) -> dict[str, Any]:
-    """What a target is and what it returns, as JSON data: two are one target where these are equal.
+def identity(draws: Draws, **functions: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """What a target is and what it returns, as JSON data: two are taken for one target where these are equal.
 
-    Hashed are the noise, conditions and guidance scales of two fixed samples, and, where the target has no ``key``,
-    what the model predicts for them at two times: ``KEYLESS`` evaluations.
+    Hashed are the noise and guidance scales of two fixed samples, the conditions of some hundred, what each of some
+    functions of samples returns for the noise and, where the target has no ``key``, what the model predicts for one
+    sample at four times: ``KEYLESS`` evaluations. Not seen is what differs elsewhere alone.
     """
     target, batch = draws.target, replace(draws.alone, seed=0).batch("probe", 0, SAMPLES)
-    given = {"noise": batch.noise, "scale": batch.scale, **{f"cond.{k}": v for k, v in batch.cond.items()}}
-    given |= {f"uncond.{k}": v for k, v in (target.uncond or {}).items()}
+    given: dict[str, Any] = {"noise": batch.noise, "scale": batch.scale, "uncond": target.uncond}
+    for number in range(DRAWN):  # of a table of prompts many rows, of which a search draws others than the first
+        generator = torch.Generator().manual_seed(number)
+        given[f"cond {number}"] = target.cond(ROWS, generator) if callable(target.cond) else target.cond
     found = {
         "shape": list(target.shape or ()),
         "guidance_scale": target.guidance_scale,
         "guided_channels": target.guided_channels,
         "given": _hash(given),
     }
+    for name, function in functions.items():
+        found[name] = _hash({"returned": function(batch.noise.clone())})
     if target.key is not None:
-        return found | {"key": target.key}
-    with torch.no_grad():
-        times = torch.tensor([0.25, 0.75], dtype=torch.float64)
-        returned = {str(float(u)): batch.predictor()(batch.noise, u) for u in times}
-    return found | {"returned": _hash(returned)}
+        found["key"] = target.key
+    if target.key is None or draws.world > 1:  # processes compare what their models return, whatever they are called
+        first, predict = batch.rows(slice(1)), batch.rows(slice(1)).predictor()
+        times = torch.tensor([0.05, 0.35, 0.65, 0.95], dtype=torch.float64)
+        with torch.no_grad():
+            found["returned"] = _hash({str(float(u)): predict(first.noise, u) for u in times})
+    return found
 
 
-def _hash(values: Mapping[str, Any]) -> str:
+def _hash(value: Any) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for name, value in values.items():
-        digest.update(name.encode())
-        if isinstance(value, Tensor):
-            digest.update(f"{value.dtype} {tuple(value.shape)}".encode() + tensor_bytes(value))
-        else:  # the repr of an object may hold its address
-            plain = isinstance(value, str | int | float | bool | list | tuple | None)
-            digest.update((repr(value) if plain else type(value).__name__).encode())
+    for part in _parts(value):
+        digest.update(part)
     return digest.hexdigest()
+
+
+def _parts(value: Any) -> Iterator[bytes]:
+    """The bytes of tensors, arrays and numbers, in whatever they are nested. Of other objects, whose repr may hold an
+    address, the type."""
+    if isinstance(value, np.ndarray | np.generic) and value.dtype != object:
+        value = torch.as_tensor(np.ascontiguousarray(value)) if value.dtype.kind in "biuf" else value.tolist()
+    if isinstance(value, Tensor):
+        yield f"{value.dtype} {tuple(value.shape)}".encode()
+        yield tensor_bytes(value)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield f"{key}:".encode()
+            yield from _parts(item)
+    elif isinstance(value, list | tuple):
+        yield f"{len(value)} of".encode()
+        for item in value:
+            yield from _parts(item)
+    else:
+        plain = isinstance(value, str | int | float | bool | None)
+        yield (repr(value) if plain else type(value).__name__).encode()
 
 
 def _backward(output: Tensor) -> None:

@@ -65,9 +65,9 @@ def _of_features(function: Callable[[Tensor], Tensor], error: Tensor, end: Tenso
     """feature(x_N) - feature(teacher(1))."""
     with torch.enable_grad():
         leaf = end.detach().requires_grad_()
-        features = function(leaf).flatten(1)
+        features = function(leaf.clone()).flatten(1)
     with torch.no_grad():
-        values = features.detach() - function(wanted).flatten(1)
+        values = features.detach() - function(wanted.clone()).flatten(1)
 
     def back(cotangents: Tensor) -> Tensor:
         pulled = [torch.autograd.grad(features, leaf, c.to(features), retain_graph=True)[0] for c in cotangents]

@@ -173,7 +173,12 @@ class Rounds:
                 end = Rollout(**self._arguments(candidate, batch, 0)).states[:, -1]
                 ends.append(squares(end, trajectory.last) / candidate.unit(k))
                 if by_features and batch.target.features is not None:
-                    seen.append(squares(batch.target.features(end), batch.target.features(trajectory.last)))
+                    mine, wanted = (batch.target.features(x.clone()) for x in (end, trajectory.last))
+                    if bool(end.isfinite().all()) and not bool((mine.isfinite() & wanted.isfinite()).all()):
+                        raise ValueError(
+                            "the target's features are NaN or Inf for finite samples: none can choose by them"
+                        )
+                    seen.append(squares(mine, wanted))
             errors, *features = self.job.draws.gathered(at.sizes, ends, *([seen] if seen else []))
         except FloatingPointError:
             return Look(torch.full((total,), math.inf, dtype=torch.float64))

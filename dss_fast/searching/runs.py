@@ -70,19 +70,25 @@ class RunFolder:
 
     def _open(self, asked: Mapping[str, Any], resume: bool) -> None:
         mine = ("config.json", "log.jsonl", "checkpoint.safetensors", *(f"solver-{n}.json" for n in asked["num_steps"]))
-        found = [name for name in (*mine, *names_of(asked["num_steps"])) if (self.path / name).exists()]
-        config = self.path / "config.json"
-        if found and not (resume and config.exists()):
-            hint = "pass resume=True or choose" if config.exists() else "choose"
+        reports = names_of(asked["num_steps"])
+        found = [name for name in (*mine, *reports) if os.path.lexists(self.path / name)]
+        known, ours = None, {"config.json", "checkpoint.safetensors"} <= set(found)
+        if "config.json" in found and not ours:
+            known = read_json(self.path / "config.json")
+            ours = isinstance(known, dict) and "method" in known
+        if found and not (resume and ours):
+            hint = "pass resume=True or choose" if ours else "choose"
             raise FileExistsError(f"{self.path} holds {', '.join(found[:3])}; {hint} another folder")
         if not found:
             return
-        if (self.path / "checkpoint.safetensors").exists():
+        if "checkpoint.safetensors" in found:
             self.checkpoint = self._read_checkpoint()
             self._known = self.checkpoint["config"]
             self._read_log(self.checkpoint["events"])
         else:
-            self._known = read_json(config)
+            self._known = known
+        if not (self.checkpoint and self.checkpoint["finished"]) and (others := [n for n in reports if n in found]):
+            raise FileExistsError(f"{self.path} holds {others[0]}, which this search has not written; move it")
         self.check(asked, unknown={"targets"})
 
     def check(self, config: Mapping[str, Any], unknown: Iterable[str] = ()) -> None:
@@ -146,6 +152,10 @@ class RunFolder:
             elif not same:
                 warnings.warn(f"{path}: not the table that this search found; delete it to get that back", stacklevel=4)
 
+    def has_report(self) -> bool:
+        """Whether there is any file of a report; it may be the user's, or edited, and is not written again."""
+        return any(os.path.lexists(self.path / name) for name in names_of(self._config["num_steps"]))
+
     def close(self) -> None:
         """Leaves the folder to others."""
         if self._log is not None:
@@ -164,7 +174,7 @@ class RunFolder:
     def _read_log(self, events: int) -> None:
         """The lines before the checkpoint; a search goes on without those that are missing or cannot be read."""
         path = self.path / "log.jsonl"
-        lines = path.read_bytes().splitlines(keepends=True)[:events] if path.exists() else []
+        lines = path.read_bytes().splitlines(keepends=True)[:events] if path.is_file() else []
         for line in lines:
             with suppress(ValueError, TypeError, AttributeError):
                 self.history.append(Event.from_dict(json.loads(line)))
@@ -182,11 +192,12 @@ def opened(
     mine: list[RunFolder] = []
 
     def checkpoint() -> dict[str, Any] | None:
-        assert out is not None
+        if out is None:
+            return None
         mine.append(RunFolder(out, config, resume))
         return mine[0].checkpoint
 
-    found = None if out is None else from_first(checkpoint)
+    found = from_first(checkpoint)  # what the first process was given counts: none may wait alone
     try:
         yield (mine[0] if mine else None), found
     finally:

@@ -2,7 +2,6 @@
 
 import errno
 import gc
-import math
 import os
 import signal
 import sys
@@ -243,7 +242,16 @@ def test_a_stderr_that_is_gone_costs_the_bar_alone(monkeypatch, tmp_path, stderr
 
 
 def test_features_that_are_nan_choose_no_table():
-    """Those of any table are, and then the start is as good as what was found."""
     target = Target(model, (3,), dtype=F64, key="bend", features=lambda x: x / 0 * 0)
-    found = search(target, 3, method=replace(TWO, select="features"), progress=False)
-    assert all(not math.isfinite(value) for value in found.curve("held_out", 3)[1]) and found.solver.num_steps == 3
+    with pytest.raises(ValueError, match="features are NaN or Inf for finite samples"):
+        search(target, 3, method=replace(TWO, select="features"), progress=False)
+
+
+def only_one_has_a_folder(rank, out):
+    import_module("dss_fast.searching").doubt = lambda draws: 0
+    find(out if rank == 0 else None, method=TWO)
+
+
+def test_a_folder_for_the_first_process_alone_leaves_none_waiting(tmp_path):
+    assert processes.group(only_one_has_a_folder, tmp_path / "run") == [0, 0]
+    assert Solver.load(tmp_path / "run" / "solver-3.json").num_steps == 3

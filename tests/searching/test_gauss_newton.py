@@ -317,7 +317,7 @@ def test_a_finished_search_only_asks_whether_it_is_the_same_model_whatever_the_b
         again = search(target, 3, budget=budget, resume=True, **options)
         assert again.solvers == first.solvers and again.evaluations == first.evaluations
         assert again.history == first.history
-    assert target.model.calls == (0 if key else 4 * 2)  # two samples at two times, unless the key says it
+    assert target.model.calls == (0 if key else 4 * 4)  # one sample at four times, unless the key says it
 
 
 class Counting(torch.nn.Module):

@@ -316,3 +316,92 @@ def test_state_comes_back_as_it_was():
     again = unflatten(data, tensors)
     assert torch.equal(again["a"], state["a"]) and torch.equal(again["b"][2]["c"], state["b"][2]["c"])
     assert again["b"][:2] == [1.5, None] and again["b"][2]["d"] == float("inf") and again["e"] == "x"
+
+
+def steep(x):
+    return x.flatten(1) ** 3
+
+
+def flat(x):
+    return x.flatten(1).tanh()
+
+
+@pytest.mark.parametrize("part", ["prompts", "late", "early", "loss", "features", "arrays", "noise"])
+def test_what_two_samples_do_not_show_is_seen_too(tmp_path, part):
+    """Other rows of a table of conditions, other outputs near the ends, another loss: that is another search."""
+    rows = torch.rand(50, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+
+    def target(other):
+        table = rows.clone()
+        if other and part == "prompts":
+            table[2:] += 1
+
+        def conditioned(x, t, y):
+            found = model(x, t) + 0.1 * (y if isinstance(y, torch.Tensor) else torch.as_tensor(y["y"]))
+            if other and part in ("late", "early"):
+                found = found + (t[:, None] > 0.8 if part == "late" else t[:, None] < 0.2)
+            return found
+
+        def cond(n, generator):
+            drawn = table[torch.randint(50, (n,), generator=generator)]
+            return {"y": {"y": drawn[:1].numpy() + (other and part == "arrays")} if part == "arrays" else drawn}
+
+        def noise(n, generator):
+            drawn = torch.randn(n, 3, generator=generator, dtype=F64)
+            drawn[1:] *= 1.5 if other and part == "noise" else 1.0
+            return drawn
+
+        keyed = None if part in ("late", "early") else "bend"
+        chosen = steep if other else flat
+        return Target(conditioned, (3,), cond=cond, noise=noise, dtype=F64, key=keyed, features=chosen)
+
+    def method(other):
+        loss = (steep if other else flat) if part == "loss" else "trajectory"
+        select = "features" if part == "features" else "robust"
+        return GaussNewton(samples=16, batch_size=16, held_out_samples=8, loss=loss, select=select)
+
+    options = dict(out=tmp_path, progress=False, report=False)
+    first = search(target(False), 3, method=method(False), **options)
+    assert search(target(False), 3, method=method(False), resume=True, **options).solvers == first.solvers
+    with pytest.raises(ValueError, match="cannot be resumed: targets was"):
+        search(target(True), 3, method=method(True), resume=True, **options)
+
+
+@pytest.mark.parametrize("name", ["config.json", "solver-3.json", "report.md", "overview.png"])
+def test_a_link_to_nowhere_is_the_users_too(tmp_path, name):
+    os.symlink("/mnt/away/notes", tmp_path / name)
+    for resume in (False, True):
+        with pytest.raises(OSError, match=re.escape(name)):
+            find(tmp_path, resume=resume)
+    assert os.readlink(tmp_path / name) == "/mnt/away/notes"
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", "3", '{"architectures": ["UNet"]}'])
+def test_another_config_is_not_taken_for_a_searchs(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match=r"holds config\.json; choose another folder"):
+            find(tmp_path, resume=resume)
+    assert (tmp_path / "config.json").read_text() == text
+
+
+def test_a_report_that_is_there_is_not_written_again(tmp_path):
+    find(tmp_path)
+    (tmp_path / "report.md").write_text("mine")
+    find(tmp_path, resume=True, report=True)
+    assert (tmp_path / "report.md").read_text() == "mine" and not (tmp_path / "report.html").exists()
+
+
+def test_a_gradient_that_is_nan_is_said():
+    class Silent(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * float("nan")
+
+    target = Target(lambda x, t: Silent.apply(model(x, t)), (3,), dtype=F64, key="bend")
+    with pytest.raises(FloatingPointError, match="the gradient through the model is NaN or Inf"):
+        search(target, 3, budget=3_000, progress=False)
