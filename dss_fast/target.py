@@ -37,7 +37,7 @@ class Target:
     classify: samples -> logits (B, L), labels: cond -> (B,): the share of samples read as what was asked.
     device: where samples live. None: the model's, or, for a callable without parameters, the noise's, or the CPU.
     dtype: of the states that are drawn here.
-    key: names the model in caches and run folders instead of a hash of its parameters.
+    key: names the model in run folders, instead of a hash of what it returns for a few samples.
     name: of the model; solvers searched for it are called ``name/N``.
     request: what the target was made of, JSON data; solvers searched on it carry it in their provenance.
 
