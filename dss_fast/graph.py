@@ -175,8 +175,9 @@ def replay(
 
 
 def forget() -> None:
-    """Drops all captured loops and the memory they hold, as needed after a model's parameters moved or were replaced:
-    a replay reads them where the capture found them."""
+    """Drops all captured loops and the memory they hold, as needed after a model's parameters moved or were replaced,
+    which a replay reads where the capture found them, or after a number or flag in it changed, such as the scale of a
+    LoRA: a capture holds what they were. (Looking for such changes would take 0.8 ms a call for 340 modules.)"""
     with _lock:
         for device in _devices.values():
             device.retire()

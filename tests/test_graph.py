@@ -303,6 +303,30 @@ def test_autocast_is_part_of_the_key_and_its_cache_stays_out(fake):
 
 
 @no_fallback
+def test_a_number_in_the_model_is_what_it_was_until_the_capture_is_forgotten(fake):
+    """As the docstring says of a LoRA's scale; one that is a condition is part of the key."""
+
+    class Scaled(nn.Module):
+        scale = 1.0
+
+        def forward(self, x, t, factor=1.0):
+            return self.scale * factor * torch.sin(x)
+
+    net, x = Scaled(), torch.randn(3, 16)
+    first = sample(net, x, "ab2/4", cuda_graph=True)
+    net.scale = 2.0
+    doubled = sample(net, x, "ab2/4")
+    assert torch.equal(sample(net, x, "ab2/4", cuda_graph=True), first) and not torch.allclose(first, doubled)
+    forget()
+    torch.testing.assert_close(sample(net, x, "ab2/4", cuda_graph=True), doubled)
+    net.scale = 1.0
+    forget()
+    for factor in (1.0, 2.0, 1.0):
+        captured = sample(net, x, "ab2/4", cond={"factor": factor}, cuda_graph=True)
+        torch.testing.assert_close(captured, doubled if factor == 2 else first)
+
+
+@no_fallback
 def test_replays_wait_for_the_last_one_on_any_stream(fake):
     net, x, options = Net(), torch.randn(3, 16), {"cond": {"y": torch.ones(3)}, "cuda_graph": True}
     sample(net, x, "ab2/4", **options)
