@@ -67,8 +67,9 @@ def sample(
     backend: of the step, see :func:`dss_fast.step.multistep_step`.
     cuda_graph: capture all N steps, model included, at the first call and replay them at later ones with
         new noise and conditions, from any thread and stream. Runs eagerly, with a warning that says why, where that
-        cannot be. A device keeps the last 8 captures; after a model's parameters were moved or replaced (not merely
-        changed in place), call :func:`dss_fast.graph.forget`.
+        cannot be. A device keeps 8 captures, and a ninth ends them. A replay sees parameters that were changed in
+        place and nothing else that changed in the model: not parameters moved or replaced, and no number or flag of
+        its modules, such as the scale of a LoRA. After such a change call :func:`dss_fast.graph.forget`.
 
     Returns (B, *S) in the noise's dtype. Raises ValueError naming what does not fit, and
     FloatingPointError with the step and the number of samples when the model returns NaN or Inf.

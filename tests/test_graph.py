@@ -303,6 +303,30 @@ def test_autocast_is_part_of_the_key_and_its_cache_stays_out(fake):
 
 
 @no_fallback
+def test_a_number_in_the_model_is_what_it_was_until_the_capture_is_forgotten(fake):
+    """As the docstring says of a LoRA's scale; one that is a condition is part of the key."""
+
+    class Scaled(nn.Module):
+        scale = 1.0
+
+        def forward(self, x, t, factor=1.0):
+            return self.scale * factor * torch.sin(x)
+
+    net, x = Scaled(), torch.randn(3, 16)
+    first = sample(net, x, "ab2/4", cuda_graph=True)
+    net.scale = 2.0
+    doubled = sample(net, x, "ab2/4")
+    assert torch.equal(sample(net, x, "ab2/4", cuda_graph=True), first) and not torch.allclose(first, doubled)
+    forget()
+    torch.testing.assert_close(sample(net, x, "ab2/4", cuda_graph=True), doubled)
+    net.scale = 1.0
+    forget()
+    for factor in (1.0, 2.0, 1.0):
+        captured = sample(net, x, "ab2/4", cond={"factor": factor}, cuda_graph=True)
+        torch.testing.assert_close(captured, doubled if factor == 2 else first)
+
+
+@no_fallback
 def test_replays_wait_for_the_last_one_on_any_stream(fake):
     net, x, options = Net(), torch.randn(3, 16), {"cond": {"y": torch.ones(3)}, "cuda_graph": True}
     sample(net, x, "ab2/4", **options)
@@ -339,7 +363,7 @@ def test_threads_take_turns(fake):
 
 @no_fallback
 def test_so_many_are_kept_in_one_pool(fake):
-    """Beyond them the least recently used goes, after the last replay; when all are gone a new pool is taken."""
+    """One more ends them all, after the last replay, and takes a new pool."""
     net = Net()
 
     def run(rows):
@@ -347,20 +371,78 @@ def test_so_many_are_kept_in_one_pool(fake):
 
     for rows in range(1, graph.LOOPS + 1):
         run(rows)
-    run(1)
+    (device,) = graph._devices.values()
+    assert len(device.loops) == graph.LOOPS and fake.users == {(0, 1): graph.LOOPS}
     fake.calls.clear()
     run(graph.LOOPS + 1)
-    assert fake.calls.count("main waits for the event") == 2  # the memory of the one let go, and the replay
-    (device,) = graph._devices.values()
-    assert sorted(len(loop.output) for loop in device.loops.values()) == [1, *range(3, graph.LOOPS + 2)]
-    assert {loop.pool for loop in device.loops.values()} == {(0, 1)} and fake.pools == 1
-    fake.calls.clear()
-    run(2)
-    assert "new graph" in fake.calls
+    waits = fake.calls[: fake.calls.index("new graph")].count("main waits for the event")
+    assert waits == 1 + graph.LOOPS  # for the model's first call, and for the memory of each loop
+    assert len(device.loops) == 1 and fake.users == {(0, 1): 0, (0, 2): 1}
     forget()
     assert not device.loops
     run(1)
-    assert fake.pools == 2
+    assert fake.users == {(0, 1): 0, (0, 2): 0, (0, 3): 1}
+
+
+@no_fallback
+@pytest.mark.parametrize("cleared", ["by PyTorch when a graph goes", "by torch.compile"])
+def test_a_captured_gemm_keeps_its_workspace(fake, cleared):
+    """Whatever lets go of it meanwhile, for as long as the capture is replayed."""
+
+    def model(x, t):
+        fake.gemm()
+        return torch.sin(x)
+
+    for _ in range(2):
+        for rows in range(1, graph.LOOPS + 2):
+            sample(model, torch.randn(rows, 16), "ab2/4", cuda_graph=True)
+            if cleared == "by torch.compile":
+                fake.workspaces.clear()
+            sample(model, torch.randn(rows, 16), "ab2/4", cuda_graph=True)
+            sample(model, torch.randn(graph.LOOPS, 16), "ab2/4", cuda_graph=True)
+
+
+@no_fallback
+def test_a_models_first_call_waits_for_the_last_replay(fake):
+    """On the caller's stream: what a model keeps for itself may be written by both."""
+
+    def model(x, t):
+        fake.gemm()
+        return torch.sin(x)
+
+    sample(model, torch.randn(2, 16), "ab2/4", cuda_graph=True)
+    with fake.on("second"):
+        fake.calls.clear()
+        sample(model, torch.randn(3, 16), "ab2/4", cuda_graph=True)
+    assert fake.calls[:2] == ["second waits for the event", "gemm on second"]
+
+
+@needs_gpu
+@no_fallback
+def test_captured_gemms_survive_what_frees_their_workspace():
+    """Nine shapes, of which the ninth ends the others; then all that nobody holds is freed and overwritten."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4096, 4096), nn.Tanh()).cuda().half()
+    inputs = [torch.randn(rows, 4096, device="cuda").half() for rows in range(1, graph.LOOPS + 2)]
+
+    def model(x, t):
+        return net(x)
+
+    def run(x):
+        return sample(model, x, "ab2/4", cuda_graph=True)
+
+    expected = [sample(model, x, "ab2/4") for x in inputs]
+    for x in inputs:
+        run(x)
+    for _ in range(2):
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        junk = [torch.full((1 << size,), float("nan"), device="cuda") for size in range(8, 26) for _ in range(4)]
+        for x, wanted in list(zip(inputs, expected, strict=True))[1:]:
+            torch.testing.assert_close(run(x), wanted, rtol=1e-2, atol=1e-2)
+        assert all(t.isnan().all() for t in junk)
+    forget()
 
 
 @no_fallback

@@ -41,7 +41,7 @@ _ANYWHERE = ["index_ptr"]  # index[i : i + 1] is aligned for even i only
 
 def options(state: torch.dtype | None = None, slots: torch.dtype | None = None) -> dict[str, Any]:
     """The compiler's options, by the dtypes of the state and of the slots where many slots are loaded together."""
-    chosen: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
+    chosen: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}  # see _plus
     if state is not None and slots is not None and (state.itemsize, slots.itemsize) in REGISTERS:
         chosen["maxnreg"] = REGISTERS[state.itemsize, slots.itemsize]
     return chosen
@@ -76,11 +76,18 @@ def _as(value: tensor, pointer: tensor) -> tensor:
 
 
 @triton.jit
-def _slot(past: tensor, weight_ptr: tensor, lane: tensor, left: tensor, wanted: tensor) -> tensor:
-    """weight * slot; the weight is not read unless wanted, nor the slot under a zero weight."""
+def _plus(total: tensor, weight: tensor, values: tensor) -> tensor:
+    """total + weight * values, rounded once. Left to the compiler, p x + q m fuses either product, in one variant of
+    a kernel this and in the next that one, and a row has other bits in a batch than alone."""
+    return tl.fma(tl.broadcast_to(weight, values.shape), values, total)
+
+
+@triton.jit
+def _plus_slot(total: tensor, past: tensor, weight_ptr: tensor, lane: tensor, left: tensor, wanted: tensor) -> tensor:
+    """total + weight * slot; the weight is not read unless wanted, nor the slot under a zero weight."""
     w = tl.load(weight_ptr, mask=wanted, other=0.0)
     slot = tl.load(past + lane, mask=lane < tl.where(w != 0, left, 0), other=0.0)
-    return w * slot.to(w.dtype)
+    return _plus(total, w, slot.to(w.dtype))
 
 
 @triton.jit(do_not_specialize=_BY_VALUE, do_not_specialize_on_alignment=_ANYWHERE)
@@ -102,19 +109,19 @@ def _step_kernel(
     m = tl.load(_here(output_ptr, row, size, start) + lane, mask=read, other=0.0).to(dtype)
     if PAIR:
         cond = tl.load(_here(output_ptr, row + batch, size, start) + lane, mask=read, other=0.0).to(dtype)
-        m += tl.load(scalars + G) * (cond - m)
+        m = _plus(m, tl.load(scalars + G), cond - m)
     x = stored.to(dtype)
-    y = tl.load(scalars + P) * x + tl.load(scalars + Q) * m
-    total = tl.load(scalars + A) * x + tl.load(scalars + W + i) * y
+    y = _plus(tl.load(scalars + P) * x, tl.load(scalars + Q), m)
+    total = _plus(tl.load(scalars + A) * x, tl.load(scalars + W + i), y)
 
     past = _here(history_ptr, row, history_row, start)
     stride = tl.full((), history_slot, tl.int64)
     used = tl.where(active, i, 0).to(tl.int32)
     for j in range(0, used, UNROLL):
         for k in tl.static_range(UNROLL):
-            total += _slot(past + (j + k) * stride, scalars + W + j + k, lane, left, j + k < used)
+            total = _plus_slot(total, past + (j + k) * stride, scalars + W + j + k, lane, left, j + k < used)
     noise = tl.where(active, slots, 0) > steps  # the slot behind the last step's holds the initial noise
-    total += _slot(past + steps * stride, scalars + W + steps, lane, left, noise)
+    total = _plus_slot(total, past + steps * stride, scalars + W + steps, lane, left, noise)
 
     tl.store(_here(out_ptr, row, size, start) + lane, tl.where(active, _as(total, out_ptr), stored), mask=mask)
     tl.store(past + i * stride + lane, _as(y, history_ptr), mask=read)
@@ -169,12 +176,12 @@ def _update_kernel(
     m = tl.load(_here(output_ptr, row, size, start) + lane, mask=mask, other=0.0).to(dtype)
     if PAIR:
         cond = tl.load(_here(output_ptr, row + batch, size, start) + lane, mask=mask, other=0.0).to(dtype)
-        m += tl.load(scalars + G) * (cond - m)
-    y = tl.load(scalars + P) * x + tl.load(scalars + Q) * m
-    total = tl.load(scalars + A) * x + tl.load(scalars + W + step) * y
+        m = _plus(m, tl.load(scalars + G), cond - m)
+    y = _plus(tl.load(scalars + P) * x, tl.load(scalars + Q), m)
+    total = _plus(tl.load(scalars + A) * x, tl.load(scalars + W + step), y)
     for k in tl.static_range(len(history)):
         column = tl.where(k < step, k, steps)  # behind the predictions stands the initial noise
-        total += _slot(_here(history[k], row, size, start), scalars + W + column, lane, left, k < count)
+        total = _plus_slot(total, _here(history[k], row, size, start), scalars + W + column, lane, left, k < count)
     tl.store(_here(next_ptr, row, size, start) + lane, _as(total, next_ptr), mask=mask)
     tl.store(_here(y_ptr, row, size, start) + lane, _as(y, y_ptr), mask=mask)
 
@@ -234,20 +241,22 @@ def _update_backward_kernel(
         g = tl.load(_here(grad_ptr, row, size, start) + lane, mask=mask, other=0.0).to(dtype)
     total = now * g
     if OWN:
-        total += tl.load(_here(grad_y_ptr, row, size, start) + lane, mask=mask, other=0.0).to(dtype)
+        own = tl.load(_here(grad_y_ptr, row, size, start) + lane, mask=mask, other=0.0).to(dtype)
+        total = _plus(own, now, g)
     grad_m = q * total
     if PAIR:
         cond = tl.load(_here(output_ptr, row + batch, size, start) + lane, mask=mask, other=0.0).to(dtype)
         scale = tl.load(scalars + G)
         difference = cond - m
-        m += scale * difference
+        m = _plus(m, scale, difference)
         if OUTPUT:
             tl.store(_here(doutput_ptr, row, size, start) + lane, _as((1 - scale) * grad_m, doutput_ptr), mask=mask)
             tl.store(_here(doutput_ptr, row + batch, size, start) + lane, _as(scale * grad_m, doutput_ptr), mask=mask)
     elif OUTPUT:
         tl.store(_here(doutput_ptr, row, size, start) + lane, _as(grad_m, doutput_ptr), mask=mask)
     if X:
-        tl.store(_here(dx_ptr, row, size, start) + lane, _as(tl.load(scalars + A) * g + p * total, dx_ptr), mask=mask)
+        dx = _plus(tl.load(scalars + A) * g, p, total)
+        tl.store(_here(dx_ptr, row, size, start) + lane, _as(dx, dx_ptr), mask=mask)
 
     sums = sums_ptr + tl.program_id(0).to(tl.int64) * (slots + W)
     if ROW:
@@ -256,7 +265,7 @@ def _update_backward_kernel(
         tl.store(sums + Q, tl.sum(m * total, axis=0))
         if PAIR:
             tl.store(sums + G, q * tl.sum(difference * total, axis=0))
-        tl.store(sums + W + step, tl.sum((p * x + q * m) * g, axis=0))
+        tl.store(sums + W + step, tl.sum(_plus(p * x, q, m) * g, axis=0))
     for k in tl.static_range(0, len(history), 2):  # both loads stand before the stores, so that neither waits
         here = _here(history[k], row, size, start) + lane
         there = _here(history[k + 1], row, size, start) + lane
@@ -342,9 +351,9 @@ def _pull_kernel(
     for i in range(first, steps, UNROLL):
         for k in tl.static_range(UNROLL):
             later = table + (i + k) * columns + W + j
-            pulled += _slot(adjoints + (i + k) * stride, later, lane, left, i + k < steps)
+            pulled = _plus_slot(pulled, adjoints + (i + k) * stride, later, lane, left, i + k < steps)
 
-    dx = tl.where(active, tl.load(scalars + A) * own + tl.load(scalars + P) * pulled, 0.0)
+    dx = tl.where(active, _plus(tl.load(scalars + A) * own, tl.load(scalars + P), pulled), 0.0)
     tl.store(_here(dx_ptr, row, size, start) + lane, _as(dx, dx_ptr), mask=mask)
     grad_m = tl.where(active, tl.load(scalars + Q) * pulled, 0.0)
     if PAIR:

@@ -56,28 +56,41 @@ class Stream:
 
 
 class FakeDevice:
-    """What the calls did, in ``calls``; which pools PyTorch thinks are captured into, in ``under_way``."""
+    """What the calls did, in ``calls``; which pools PyTorch thinks are captured into, in ``under_way``.
+
+    workspaces: for each stream the pool that holds what cuBLAS keeps for it, None outside of all; PyTorch lets go of it
+    when a graph of the stream goes. A model calls `gemm` where it would multiply.
+    """
 
     def __init__(self, monkeypatch):
         self.calls, self.under_way, self.users = [], [], {}
         self.local, self.pools, self.modes = threading.local(), 0, []
+        self.workspaces = {}
         self.broken = False  # whether the end of a capture raises, as after an operation it does not permit
         fake = self
 
         class Graph:
             def __init__(self):
                 fake.calls.append("new graph")
-                self.recorder, self.pool = None, None
+                self.recorder, self.pool, self.stream = None, None, None
+                self.workspaces = []  # that the captured calls use: pairs of stream and pool
 
             def replay(self):
                 fake.calls.append(f"replay on {fake.current().name}")
+                for stream, pool in self.workspaces:
+                    held = fake.users[pool] if pool else stream in fake.workspaces
+                    assert held, "the graph writes into a workspace that is freed"
                 self.recorder.run()
 
             def reset(self):
                 fake.calls.append("reset")
                 if self.pool is not None:
+                    fake.workspaces.pop(self.stream, None)
                     fake.users[self.pool] -= 1
                     self.pool = None
+
+            def __del__(self):
+                self.reset()
 
         @contextmanager
         def capturing(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
@@ -88,7 +101,8 @@ class FakeDevice:
             fake.under_way.append(pool)
             fake.users[pool] = fake.users.get(pool, 0) + 1
             fake.calls.append(f"begin in pool {pool[1]}")
-            cuda_graph.recorder = Recorder()
+            cuda_graph.recorder, cuda_graph.stream = Recorder(), stream
+            fake.local.capture = cuda_graph, pool
             try:
                 with cuda_graph.recorder:
                     yield
@@ -96,6 +110,7 @@ class FakeDevice:
                 fake.broken = fake.broken or "not permitted" in str(error)
                 raise
             finally:
+                fake.local.capture = None
                 if fake.broken:  # as PyTorch: before the allocator hears of it, the stream still current
                     fake.calls.append("end raises")
                     raise RuntimeError("operation failed due to a previous error during capture")
@@ -159,6 +174,14 @@ class FakeDevice:
         if not hasattr(self.local, "stream"):
             self.local.stream = self.stream("main")
         return self.local.stream
+
+    def gemm(self):
+        stream = self.current()
+        graph, pool = getattr(self.local, "capture", None) or (None, None)
+        held_in = self.workspaces.setdefault(stream, pool)
+        if graph is not None:
+            graph.workspaces.append((stream, held_in))
+        self.calls.append(f"gemm on {stream.name}")
 
     def stream(self, name):
         return Stream(name=name, log=self.calls.append)

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import warnings
+from unittest.mock import patch
 
 from helpers import cuda_stub
 
@@ -29,6 +30,7 @@ from helpers.step_inputs import draw, listed  # noqa: E402
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [(F32,) * 3, (F32, BF16, BF16), (F16,) * 3, (F64,) * 3]
+TRITON = triton.__version__
 SAMPLE = 1040  # two blocks, and a number that Triton takes to be a multiple of 16
 KERNELS = [step_triton._step_kernel, step_triton._update_kernel, step_triton._update_backward_kernel,
            step_triton._pull_kernel]  # fmt: skip
@@ -80,7 +82,8 @@ def compilations_and_launches():
 
 
 def marshalling():
-    """What the driver is handed by Triton's own launch, the first of a kind, and by ours, those after it."""
+    """What the driver is handed by Triton's own launch, the first of a kind, by ours, those after it, and by Triton's
+    where its version is one that nobody has tried."""
     x, output, history, weights, index = draw((SAMPLE,), batch=3, steps=4, at=2, noise_slot=True)
     many = listed(history, weights, 2)
     out = torch.empty_like(x)
@@ -101,9 +104,13 @@ def marshalling():
         types = kinds(known.compiled)
         expect(types)
         Launch.known.clear()
-        results = []
-        for _ in range(3):
-            call()
+        results, kept = [], []
+        for version in (TRITON, TRITON, TRITON, "4.0.0"):
+            if version != TRITON:
+                Launch.known.clear()
+            with patch.object(triton, "__version__", version):
+                call()
+            kept.append(len(Launch.known))
             grid = [STUB.stub_grid(axis) for axis in range(3)]
             results.append([grid, [STUB.stub_parameter(i) for i in range(len(types))]])
         given = [
@@ -111,6 +118,7 @@ def marshalling():
             for _, parameters in results
         ]
         found[name] = {
+            "kept": kept,
             "grids": [grid for grid, _ in results],
             "parameters": given,
             "missing": sorted({t.data_ptr() for t in read[name]} - set(results[-1][1])),
@@ -135,6 +143,21 @@ def kinds(compiled):
 def expect(types):
     sizes = [8 if kind.startswith("*") or kind == "i64" else 4 for kind in types]
     STUB.stub_expect(len(sizes), (ctypes.c_int * len(sizes))(*sizes))
+
+
+def miscounted():
+    """What a launch of ours says to one pointer too many and one too few, and how many launches that makes."""
+    inputs = draw((SAMPLE,))
+    Launch.known.clear()
+    step_triton.multistep_step_(*inputs, torch.empty_like(inputs[0]))
+    (known,) = Launch.known.values()
+    before, said = STUB.stub_launches(), []
+    for count in (5, 7):
+        try:
+            known(*range(count))
+        except TypeError as error:
+            said.append(str(error))
+    return {"said": said, "launches": STUB.stub_launches() - before}
 
 
 def frames():
@@ -164,9 +187,10 @@ def frames():
 print(
     json.dumps(
         {
-            "triton": triton.__version__,
+            "triton": TRITON,
             "ops": compilations_and_launches(),
             "marshalling": marshalling(),
+            "miscounted": miscounted(),
             "frames": frames(),
         }
     )

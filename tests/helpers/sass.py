@@ -1,6 +1,6 @@
 """Compiles the step's kernels for named GPUs without one, and prints what the machine code holds, a JSON row a kernel.
 
-python tests/helpers/sass.py [full]        # without TRITON_INTERPRET; full: every combination of dtypes and flags
+PYTHONPATH=.:tests python -m helpers.sass [full]    # without TRITON_INTERPRET; full: all combinations of dtypes, flags
 """
 
 import itertools
@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dss_fast.step import triton as step_triton
+from helpers import trees
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -58,6 +59,12 @@ def build(name, arch, dtypes, flags):
                 hints[(position,)] = aligned
     source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, hints)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options(name, dtypes))
+
+
+def parameters(name, flags):
+    """What the kernel's parameters are called, one for each tensor of a list."""
+    given = [a for a in KERNELS[name].arg_names if a not in flags and a not in ("BLOCK", "UNROLL")]
+    return [a.removesuffix("_ptr") for a in given for _ in range(LISTED if a in ("history", "dhistory") else 1)]
 
 
 def pointer(name, state, output, history):
@@ -167,8 +174,11 @@ def variants(full):
             if len(set(dtypes)) == 1:
                 yield "pull", dtypes, {**flags, "ROW_INDEX": rows}
     plain = {"PAIR": False, "ROW_WEIGHTS": False}
-    yield "step", mixes[0], {**plain, "ROW_INDEX": False}
-    yield "update", mixes[0], plain
+    for dtypes in mixes:
+        yield "step", dtypes, {**plain, "ROW_INDEX": False}
+        yield "update", dtypes, plain
+        if len(set(dtypes)) == 1:
+            yield "pull", dtypes, {**plain, "ROW_INDEX": False}
     for alone in itertools.product(booleans, repeat=6) if full else [(True, True, True, True, True, False)]:
         yield "backward", mixes[0], {**plain, **dict(zip(everything, alone, strict=True))}
 
@@ -176,6 +186,7 @@ def variants(full):
 def main():
     for arch in (80, 90):
         for name, dtypes, flags in variants("full" in sys.argv):
+            compiled = build(name, arch, dtypes, flags)
             row = {
                 "kernel": name,
                 "arch": f"sm_{arch}",
@@ -183,7 +194,8 @@ def main():
                 "flags": " ".join(f for f, on in flags.items() if on),
                 "triton": triton.__version__,
                 "limit": options(name, dtypes).get("maxnreg"),
-                **inspect(build(name, arch, dtypes, flags)),
+                **inspect(compiled),
+                "stored": trees.stored(compiled.asm["ptx"], parameters(name, flags), 8 if dtypes[0] == "fp64" else 4),
                 "expected": expected(name, dtypes, flags),
             }
             print(json.dumps(row), flush=True)
