@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -25,7 +26,10 @@ def conditions() -> dict:
 
 
 def commit() -> str:
-    """The short hash of what is measured; empty where git or the repository is missing, as on a machine lent bare."""
+    """The short hash of what is measured: COMMIT of the environment where it is set, as on a machine without the
+    repository; else what git says, empty where it says nothing."""
+    if given := os.environ.get("COMMIT"):
+        return given
     command = ["git", "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()

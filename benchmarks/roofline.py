@@ -18,8 +18,8 @@ from gpu_table import cells, load
 
 RESULTS = Path(__file__).parent / "results" / "gpu.jsonl"
 BEGIN, END = "<!-- roofline -->", "<!-- end of roofline -->"
-CARD = "H100 SXM"
-PEAK = 3.35e12  # bytes a second, NVIDIA's datasheet
+PEAKS = {"H100 80GB HBM3": 3.35e12, "H200": 4.8e12}  # bytes a second by NVIDIA's datasheets, by a part of CUDA's name
+ASSUMED = "H100 80GB HBM3"  # the card of the predictions where none has been measured: an H100 SXM
 COPY = 0.9  # of which a large copy is assumed to reach
 START = {"ours": 2.5e-6, "copy": 1.5e-6}  # seconds from one launch of a graph to the first byte of the next, assumed
 NAMES = {
@@ -31,9 +31,9 @@ NAMES = {
 }
 
 
-def predicted(size: float, way: str = "ours") -> float:
+def predicted(size: float, way: str = "ours", peak: float = PEAKS[ASSUMED]) -> float:
     """Seconds of a kernel that moves ``size`` bytes, each once: a start, then the speed of a copy."""
-    return START[way] + size / (COPY * PEAK)
+    return START[way] + size / (COPY * peak)
 
 
 def micros(seconds: float) -> str:
@@ -45,7 +45,7 @@ def megabytes(size: float) -> str:
     return f"{size / 1e6:,.0f}" if size >= 1e7 else f"{size / 1e6:.2f}"
 
 
-def table(op: str, rows: list[dict[str, Any]]) -> str:
+def table(op: str, rows: list[dict[str, Any]], peak: float | None) -> str:
     head = ["state", *(f"{types}: {what}" for types in DTYPES for what in ("MB", "predicted", "measured", "of a copy"))]
     lines = [f"**{NAMES[op]}** (`{op}`), N = {STEPS}, microseconds", "", "| " + " | ".join(head) + " |"]
     lines.append("| --- " * len(head) + "|")
@@ -57,12 +57,13 @@ def table(op: str, rows: list[dict[str, Any]]) -> str:
                 n *= size
             moved = BYTES[op](n, *(dtype.itemsize for dtype in dtypes))
             found = cells(rows, stage="bandwidth", op=op, way="ours", shape=name, types=types)
-            hoped = predicted(moved, "copy") / predicted(moved)
-            line += [megabytes(moved), f"*{micros(predicted(moved))}*"]
+            line += [megabytes(moved), f"*{micros(predicted(moved, peak=peak))}*" if peak else ""]
             if found:
                 line += [f"**{micros(found[-1]['us'] / 1e6)}**", f"**{100 * found[-1]['of_copy']:.0f} %**"]
+            elif peak:
+                line += ["", f"*{100 * predicted(moved, 'copy', peak) / predicted(moved, peak=peak):.0f} %*"]
             else:
-                line += ["", f"*{100 * hoped:.0f} %*"]
+                line += ["", ""]
         lines.append(f"| {name.replace('x', '×')} | " + " | ".join(line) + " |")
     return "\n".join(lines)
 
@@ -78,18 +79,24 @@ def figures(rows: list[dict[str, Any]]) -> str:
 
 def render(path: Path = RESULTS) -> str:
     rows = cells(load(path), device="cuda")
+    peak: float | None = PEAKS[ASSUMED]
     if rows:
         last = rows[-1]
-        state = (
-            f"Measured, in bold: {last['device_name']}, torch {last['torch']}, triton {last['triton']}, "
-            f"commit {last['commit']}, {last['date']}. Predicted, in italics: see the assumptions above."
+        card = last["device_name"]
+        rows = cells(rows, device_name=card)
+        peak = next((speed for name, speed in PEAKS.items() if name in card), None)
+        state = f"Measured, in bold: {card}, torch {last['torch']}, triton {last['triton']}, commit {last['commit']}, "
+        state += f"{last['date']}. " + (
+            f"Predicted for it, in italics: {peak / 1e12:.2f} TB/s by its datasheet and the assumptions above."
+            if peak
+            else "Nothing is predicted for it: `PEAKS` in benchmarks/roofline.py does not say how fast its memory is."
         )
     else:
         state = (
             "**Nothing here has been measured: the results hold no row of a GPU.** Every time and every share of a "
             "copy, in italics, is a prediction under the assumptions above."
         )
-    return "\n\n".join([state, figures(rows), *(table(op, rows) for op in BYTES)])
+    return "\n\n".join([state, figures(rows), *(table(op, rows, peak) for op in BYTES)])
 
 
 def written(document: str, text: str) -> str:

@@ -5,6 +5,7 @@
 #     bash scripts/gpu.sh              # python3 (or PYTHON=...) has torch with CUDA, triton, pytest, pybind11, ninja
 #     bash scripts/gpu.sh --dry-run    # every stage on the CPU at tiny sizes, to see that all of them run
 #
+# Rows name the commit; where there is no .git, COMMIT=$(git rev-parse --short HEAD), taken where there is one, says it.
 # Under ${OUT:-out/gpu}: rows.jsonl, stages.tsv, table.txt, logs/, and all of it in gpu.tar.gz, made anew after each
 # stage, so that a run cut off loses one stage. Stages have limits of their own, shortened when LIMIT seconds (530) near
 # their end; a stage that fails does not stop the others. Copy rows.jsonl to benchmarks/results/gpu.jsonl to publish.

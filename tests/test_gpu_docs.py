@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -78,4 +79,34 @@ def test_predictions_and_measurements_are_told_apart(roofline, tmp_path):
     text = roofline.render(rows)
     assert "some GPU" in text and "**7.3** | **87 %**" in text and "Nothing here" not in text
     assert "| forward, 1x16x128x128, cold cache | 90 % of the copy | 87 %" in text
+    assert "Nothing is predicted for it" in text and not re.search(r"\| \*\d", text)
     assert 13.6e6 / (0.9 * 3.35e12) + 2.5e-6 == pytest.approx(roofline.predicted(13.6e6))
+
+
+def test_predictions_are_for_the_card_that_was_measured(roofline, tmp_path):
+    """The newest row's, and rows of another card stay out of its table."""
+    row = {
+        "stage": "bandwidth", "op": "forward", "way": "ours", "shape": "1x16x128x128", "types": "fp32", "us": 7.31,
+        "bytes": 13631488, "of_copy": 0.87, "device": "cuda", "torch": "2", "triton": "3", "commit": "abc",
+        "date": "2026-01-01",
+    }  # fmt: skip
+    rows, texts = tmp_path / "gpu.jsonl", {}
+    for name, micros in (("NVIDIA H200", 5.5), ("NVIDIA H100 80GB HBM3", 7.31)):
+        with rows.open("a") as file:
+            file.write(json.dumps({**row, "device_name": name, "us": micros}) + "\n")
+        texts[name] = roofline.render(rows)
+    one, other = texts.values()
+    size = roofline.BYTES["forward"](16 * 128 * 128, 4, 4)
+    for text, speed, name in ((one, 4.8e12, "H200"), (other, 3.35e12, "H100")):
+        micros = roofline.micros(size / (0.9 * speed) + 2.5e-6)
+        assert f"*{micros}* | **{'5.5' if name == 'H200' else '7.3'}" in text and f"{speed / 1e12:.2f} TB/s" in text
+    assert "**5.5" in one and "**5.5" not in other and "H200" not in other
+
+
+def test_rows_name_the_commit_that_the_environment_gives(roofline, monkeypatch):
+    """Where there is no .git, as in an archive."""
+    machine = sys.modules["machine"]
+    monkeypatch.setenv("COMMIT", "1a2b3c4")
+    assert machine.commit() == "1a2b3c4"
+    monkeypatch.delenv("COMMIT")
+    assert machine.commit() != "1a2b3c4"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -20,6 +21,12 @@ def dry_run(out, **environment):
     environment = {**os.environ, "OUT": str(out), "PYTHON": sys.executable, **environment}
     environment.pop("TRITON_INTERPRET", None)
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("scripts/*.sh")), ids=lambda path: path.name)
+def test_a_script_names_files_that_exist(script):
+    named = re.findall(r"\b(?:scripts|tests|benchmarks|examples|csrc)/[\w/]+\.(?:py|sh|h|cpp)\b", script.read_text())
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def ended(out):

@@ -42,15 +42,15 @@ class Reader:
         self.shared, self.shared_was_read = set(), False
 
     def read(self, name, rest):
-        to, _, source = rest.partition("], " if name.startswith("st.") else "}, " if rest.startswith("{") else ", ")
+        to, _, source = rest.partition("], " if name.startswith("st") else "}, " if rest.startswith("{") else ", ")
         targets, operands = OPERAND.findall(to), OPERAND.findall(source)
         if name.startswith("ld.param"):
             at = int(re.search(r"_param_(\d+)", source)[1])
             if name.endswith(("b64", "u64")) and at < len(self.parameters):
                 self.addresses[targets[0]] = self.parameters[at], 0
-        elif name.startswith("ld."):
+        elif name.startswith("ld"):
             self.values |= dict.fromkeys(targets, self.load(name, operands))
-        elif name.startswith("st."):
+        elif name.startswith("st"):
             self.store(name, targets, set().union(*map(self.value, operands)))
         elif arithmetic := ARITHMETIC.match(name):
             each = itertools.product(*map(self.value, operands))
