@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from .distance import Reference, squares, three_digits
 from .draws import Draws
+from .files import shortened
 from .names import printable
 from .sampling import sample
 from .solver import Solver
@@ -92,9 +94,7 @@ class Bench:
                 f"the fine reference diverges to NaN or Inf, so nothing can be compared with it: {error}. Is "
                 f"{self.schedule!r} the model's schedule?"
             ) from error
-        labels = self.target.labels
-        asked = None if labels is None else torch.cat([labels(batch.cond) for batch in self.batches]).cpu()
-        self.reference = Reference(self.target, last, asked, real_features)
+        self.reference = self._measure_of(last, real_features)
         self.scale = math.sqrt(float(last.double().square().mean()))
         self.floor = self.reference.distances()
 
@@ -115,6 +115,21 @@ class Bench:
         self._spend(calls * len(few), "reference")
         apart = math.sqrt(float(squares(coarse, last[: len(few)]).mean()))
         return last, replace(found[0], last=found[0].last[:PICTURES]), apart
+
+    def _measure_of(self, last: Tensor, real_features: Tensor | None) -> Reference:
+        """The reference by which samples are measured; without the user's functions, and a word, where one fails."""
+        labels = self.target.labels
+        try:
+            asked = None if labels is None else torch.cat([labels(batch.cond) for batch in self.batches]).cpu()
+            return Reference(self.target, last, asked, real_features)
+        except Exception as error:
+            what = f"{type(error).__name__}: {shortened(error)}"
+            warnings.warn(
+                f"the target's features, classify or labels failed ({what}): distances are of the samples themselves, "
+                "and none is read as a class",
+                stacklevel=4,
+            )
+            return Reference(replace(self.target, features=None, classify=None, labels=None), last)
 
     def _spend(self, evaluations: int, title: str) -> None:
         self.evaluations += evaluations

@@ -138,7 +138,10 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
     """Makes a folder and writes into it. Raises OSError if either fails, ValueError for a name that is empty."""
     if not os.fspath(folder):
         raise ValueError("the folder's name is empty: give one, '.' is the current folder")
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(f"{folder}: a part of this path is a file; choose another folder") from error
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe."):
         pass
 

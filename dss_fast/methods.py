@@ -24,6 +24,7 @@ from .solver import ROW_SUM_TOLERANCE, Solver
 SPACINGS = ("uniform", "lambda", "karras")
 SOURCE = "hand-made"
 RESTING = 1e-10  # noise that falls by a smaller part rests: float64 leaves its coefficients six digits
+MOST_STEPS = 5_000
 LAST_U = 1e-3  # where log-SNR is infinite at an end, spacings stop this far before it, as a table of 1000 steps does
 
 
@@ -57,6 +58,8 @@ def handmade(
     if timesteps is None:
         if num_steps is None:
             raise ValueError("give num_steps, or the timesteps themselves")
+        if num_steps > MOST_STEPS:
+            raise ValueError(f"num_steps={num_steps!r}: at most {MOST_STEPS:,}, whose table takes 200 MB")
         timesteps = _rising(grid(num_steps, schedule, spacing), spacing, schedule)
     u = torch.as_tensor(timesteps, dtype=torch.float64)
     n = len(u) - 1

@@ -479,3 +479,15 @@ def test_heavy_tails_hide_no_rival(seed, num_steps, count):
 
     best = min(error(handmade(m, num_steps, spacing=s)) for m in METHODS for s in SPACINGS)
     assert error(handmade("ab4", num_steps)) / best < 1.03 * verdict.ratio
+
+
+@pytest.mark.parametrize("part", ["features", "classify", "labels"])
+def test_a_users_function_that_fails_costs_its_own_figures_alone(part):
+    def broken(x):
+        raise KeyError("no")
+
+    classify = {"classify": lambda x: x.flatten(1)} if part == "labels" else {}
+    target = replace(TARGET, **{part: broken}, **classify)
+    with pytest.warns(UserWarning, match="features, classify or labels failed .KeyError: 'no'"):
+        result = compare(target, [searched("ab4", 5)], samples=16, progress=False)
+    assert [row.rmse for row in result.rows] and result.verdicts and result.rows[0].accuracy is None

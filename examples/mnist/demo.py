@@ -39,7 +39,8 @@ def main() -> None:
         solver.save(out / f"solver-{n}.json")
         plot_solver(solver, out / f"solver-{n}.png")
 
-    table = compare(target, [*DEFAULT_SOLVERS, *searched.values()], num_steps=(5, 8, 10, 15), samples=64, budget=100_000)
+    solvers = [*DEFAULT_SOLVERS, *searched.values()]
+    table = compare(target, solvers, num_steps=(5, 8, 10, 15), samples=64, budget=100_000)
     write_text(out / "compare.txt", f"{table}\n")
     table.save(out / "compare.json")
     table.plot(out / "error.png")
