@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,7 +120,7 @@ class Bench:
         """The reference by which samples are measured; without the user's functions, and a word, where one fails."""
         labels = self.target.labels
         try:
-            asked = None if labels is None else torch.cat([labels(batch.cond) for batch in self.batches]).cpu()
+            asked = None if labels is None else torch.cat([labels(_copied(batch.cond)) for batch in self.batches]).cpu()
             return Reference(self.target, last, asked, real_features)
         except Exception as error:
             what = f"{type(error).__name__}: {shortened(error)}"
@@ -234,4 +234,9 @@ class Bench:
         if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] not in (1, 3):
             what = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"it returned {what}; images are (B, C, H, W) in [0, 1], C = 1 or 3")
-        return images.cpu()
+        return images.cpu().clone()
+
+
+def _copied(cond: Mapping[str, Any]) -> dict[str, Any]:
+    """Conditions for a user's function, which may work in place."""
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in cond.items()}

@@ -19,7 +19,7 @@ from .files import shortened, write_json
 from .names import Name, find_solver, is_file, known, printable, published_steps
 from .plots import plot_errors, plot_samples
 from .progress import bar
-from .rivals import Contest, calls_like, contest, contest_cost, handmade_tables, is_rival, published_tables
+from .rivals import Contest, calls_like, contest, contest_cost, handmade_tables, is_rival, published_tables, ranked_on
 from .schedule import Schedule
 from .solver import Solver
 from .target import Model, Target
@@ -75,7 +75,9 @@ class Verdict:
         """The figures in words. code: how names are written."""
         tried = f"all {self.known}" if self.tried == self.known else f"{self.tried} tried of {self.known}"
         others = f"{self.others} other rival{'s' * (self.others > 1)}"
-        rivals = [f"{tried} hand-made names"] * bool(self.known) + [others] * bool(self.others)
+        ranked = ranked_on(self.samples)
+        names = f"{tried} hand-made names" + f" (ranked on {ranked} samples)" * (ranked < self.samples)
+        rivals = [names] * bool(self.known) + [others] * bool(self.others)
         digits = [three_digits(value) for value in (self.ratio, self.low, self.high, self.median)]
         text = (
             f"{code(self.solver)} against {code(self.best)}, the best of {' and '.join(rivals)}: RMSE x {digits[0]} "

@@ -103,9 +103,14 @@ def contest_cost(tables: int, samples: int) -> int:
     return cost
 
 
+def ranked_on(samples: int) -> int:
+    """On how many of the samples all names are ranked."""
+    return min(samples, max(FIRST, samples // 4))
+
+
 def _rounds(tables: int, samples: int) -> list[tuple[int, int]]:
     """How many tables run in each round, and up to which sample."""
-    first = max(FIRST, samples // 4)
+    first = ranked_on(samples)
     if tables <= FINALISTS or samples <= first:
         return [(tables, samples)]
     return [(tables, first), (FINALISTS, samples)]

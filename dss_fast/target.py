@@ -152,7 +152,8 @@ class Target:
         def place(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            return (value[mine] if value.ndim and len(value) == count else value).to(device)
+            # A copy, because the user's function may return one buffer again and again.
+            return (value[mine] if value.ndim and len(value) == count else value).to(device, copy=True)
 
         cond = {key: place(value) for key, value in cond.items()}
         return Samples(self, place(noise.to(self.dtype)), cond, None if scale is None else place(scale), count)

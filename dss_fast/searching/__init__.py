@@ -116,9 +116,8 @@ def begin(
             raise ValueError(f"budget={job.budget!r}: the look at the model alone takes {looks}")
         cost = probe(draws, job.differentiated)
         ledger.spend_once("probe", looks)
-        if isinstance(job.budget, str):
-            limit = job.budget
-            ledger.budget = from_first(lambda: evaluations_in(limit, cost))
+        limit, given = job.budget, ledger.budget  # what the first process says counts, also where others say no time
+        ledger.budget = from_first(lambda: evaluations_in(limit, cost) if isinstance(limit, str) else given)
         if progress and is_first():
             print(planned(job, ledger.budget, cost))
         if ledger.affords(PLAUSIBLE_CALLS * len(draws.targets) / PLAUSIBLE_SHARE):

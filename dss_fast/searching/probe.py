@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -80,11 +81,11 @@ def probe(draws: Draws, differentiated: bool) -> Cost:
 def identity(draws: Draws, **functions: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """What a target is and what it returns, as JSON data: two are taken for one target where these are equal.
 
-    Hashed are the noise and guidance scales of two fixed samples, the conditions of some hundred, what each of some
-    functions of samples returns for the noise and, where the target has no ``key``, what the model predicts for one
-    sample at four times: ``KEYLESS`` evaluations. Not seen is what differs elsewhere alone.
+    Hashed are the noise and guidance scales of four fixed samples, the conditions of some hundred, what each of some
+    functions of samples returns for the noise and, where the target has no ``key``, what the model predicts for each of
+    them at a time of its own: ``KEYLESS`` evaluations. Not seen is what differs elsewhere alone.
     """
-    target, batch = draws.target, replace(draws.alone, seed=0).batch("probe", 0, SAMPLES)
+    target, batch = draws.target, replace(draws.alone, seed=0).batch("probe", 0, KEYLESS)
     given: dict[str, Any] = {"noise": batch.noise, "scale": batch.scale, "uncond": target.uncond}
     for number in range(DRAWN):  # of a table of prompts many rows, of which a search draws others than the first
         generator = torch.Generator().manual_seed(number)
@@ -100,10 +101,12 @@ def identity(draws: Draws, **functions: Callable[[Tensor], Tensor]) -> dict[str,
     if target.key is not None:
         found["key"] = target.key
     if target.key is None or draws.world > 1:  # processes compare what their models return, whatever they are called
-        first, predict = batch.rows(slice(1)), batch.rows(slice(1)).predictor()
-        times = torch.tensor([0.05, 0.35, 0.65, 0.95], dtype=torch.float64)
+        times, returned = torch.tensor([0.05, 0.35, 0.65, 0.95], dtype=torch.float64), []
         with torch.no_grad():
-            found["returned"] = _hash({str(float(u)): predict(first.noise, u) for u in times})
+            for k, u in enumerate(times):  # each time another sample, whose conditions differ
+                one = batch.rows(slice(k, k + 1))
+                returned.append(one.predictor()(one.noise, u))
+        found["returned"] = _hash(returned)
     return found
 
 
@@ -130,9 +133,16 @@ def _parts(value: Any) -> Iterator[bytes]:
         yield f"{len(value)} of".encode()
         for item in value:
             yield from _parts(item)
+    elif isinstance(value, np.ndarray):
+        yield from _parts(value.tolist())
+    elif isinstance(value, set | frozenset):
+        yield from _parts(sorted(map(repr, value)))
+    elif isinstance(value, str | bytes | int | float | complex | range | Enum | None):
+        yield repr(value).encode()
     else:
-        plain = isinstance(value, str | int | float | bool | None)
-        yield (repr(value) if plain else type(value).__name__).encode()
+        yield type(value).__name__.encode()
+        if hasattr(value, "__dict__") and not callable(value):
+            yield from _parts(vars(value))
 
 
 def _backward(output: Tensor) -> None:

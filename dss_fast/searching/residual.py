@@ -65,7 +65,7 @@ def _of_features(function: Callable[[Tensor], Tensor], error: Tensor, end: Tenso
     """feature(x_N) - feature(teacher(1))."""
     with torch.enable_grad():
         leaf = end.detach().requires_grad_()
-        features = function(leaf.clone()).flatten(1)
+        features = function(leaf.clone()).flatten(1).clone()
     with torch.no_grad():
         values = features.detach() - function(wanted.clone()).flatten(1)
 

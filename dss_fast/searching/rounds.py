@@ -173,7 +173,7 @@ class Rounds:
                 end = Rollout(**self._arguments(candidate, batch, 0)).states[:, -1]
                 ends.append(squares(end, trajectory.last) / candidate.unit(k))
                 if by_features and batch.target.features is not None:
-                    mine, wanted = (batch.target.features(x.clone()) for x in (end, trajectory.last))
+                    mine, wanted = (batch.target.features(x.clone()).clone() for x in (end, trajectory.last))
                     if bool(end.isfinite().all()) and not bool((mine.isfinite() & wanted.isfinite()).all()):
                         raise ValueError(
                             "the target's features are NaN or Inf for finite samples: none can choose by them"

@@ -87,7 +87,8 @@ class RunFolder:
             self._read_log(self.checkpoint["events"])
         else:
             self._known = known
-        if not (self.checkpoint and self.checkpoint["finished"]) and (others := [n for n in reports if n in found]):
+        own = mine[:2] if self.checkpoint is None else (*mine, *reports) if self.checkpoint["finished"] else mine
+        if others := [name for name in found if name not in own]:
             raise FileExistsError(f"{self.path} holds {others[0]}, which this search has not written; move it")
         self.check(asked, unknown={"targets"})
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 
 import pytest
@@ -255,3 +256,34 @@ def only_one_has_a_folder(rank, out):
 def test_a_folder_for_the_first_process_alone_leaves_none_waiting(tmp_path):
     assert processes.group(only_one_has_a_folder, tmp_path / "run") == [0, 0]
     assert Solver.load(tmp_path / "run" / "solver-3.json").num_steps == 3
+
+
+def mixed_budgets(rank, out):
+    import_module("dss_fast.searching").doubt = lambda draws: 0
+    find(out, method=TWO, budget=9_000 if rank == 0 else "20s")
+
+
+def test_processes_of_different_budgets_are_refused_and_none_waits(tmp_path):
+    assert processes.group(mixed_budgets, tmp_path / "run", stderr=tmp_path) == [1, 1]
+    assert "searches for another budget" in (tmp_path / "0").read_text()
+
+
+def test_a_users_function_may_return_one_buffer_again_and_again():
+    """Noise, conditions and features are copied when they come, so that later ones change nothing that is kept."""
+    buffer, seen = torch.empty(64, 3, dtype=F64), torch.empty(64, 3, dtype=F64)
+
+    def drawn(n, generator, into=None):
+        noise = torch.randn(n, 3, generator=generator, dtype=F64)
+        return noise if into is None else into[:n].copy_(noise)
+
+    def features(x, into=None):
+        found = x.flatten(1).tanh()
+        return found if into is None else into[: len(x)].copy_(found)
+
+    method = replace(TWO, select="features", samples=48)
+    plain = Target(model, (3,), noise=drawn, features=features, dtype=F64, key="bend")
+    shared = replace(plain, noise=partial(drawn, into=buffer), features=partial(features, into=seen))
+    mine, theirs = (search(t, 3, method=method, progress=False).solver for t in (plain, shared))
+    assert mine == theirs
+    rows = [compare(t, [mine], samples=32, batch_size=8, progress=False).rows for t in (plain, shared)]
+    assert [row.rmse for row in rows[0]] == [row.rmse for row in rows[1]]

@@ -405,3 +405,14 @@ def test_a_gradient_that_is_nan_is_said():
     target = Target(lambda x, t: Silent.apply(model(x, t)), (3,), dtype=F64, key="bend")
     with pytest.raises(FloatingPointError, match="the gradient through the model is NaN or Inf"):
         search(target, 3, budget=3_000, progress=False)
+
+
+def test_a_solver_beside_a_search_that_never_had_one_is_the_users(tmp_path):
+    find(tmp_path / "run")
+    config = (tmp_path / "run" / "config.json").read_bytes()
+    (tmp_path / "dead").mkdir()
+    (tmp_path / "dead" / "config.json").write_bytes(config)
+    (tmp_path / "dead" / "solver-3.json").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds solver-3.json, which this search has not written"):
+        find(tmp_path / "dead", resume=True)
+    assert (tmp_path / "dead" / "solver-3.json").read_text() == "mine"
