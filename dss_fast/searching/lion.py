@@ -28,7 +28,7 @@ from .best import Best, better
 from .budget import Ledger
 from .job import Job
 from .result import Event
-from .rounds import Candidate, graph_memory
+from .rounds import Candidate
 from .settings import Lion
 from .space import Space
 from .teacher import Shelf
@@ -89,8 +89,7 @@ class Recipe:
         """The loss over all processes and its gradient in theta."""
         n = point.space.num_steps
         table = point.space.table(point.theta, batch.guidance).to(batch.noise.device, batch.noise.dtype)
-        memory = graph_memory(batch.noise.device)
-        states = unroll(batch.denoiser(None), batch.noise, table.weights, table.times, memory_budget=memory)
+        states = unroll(batch.denoiser(None), batch.noise, table.weights, table.times, memory_budget="auto")
         last = trajectory.shape[1] - 1
         timesteps = point.space.numbers(point.theta.detach())["timesteps"]
         nearest = (timesteps[1:] * last).round().long().clamp(0, last).to(trajectory.device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..bench import SCALES
 from ..denoiser import NO_GRAPH
 from ..draws import Draws
 from ..files import tensor_bytes
@@ -29,9 +30,6 @@ KEYLESS = 4  # :func:`identity` of a target without a key takes so many
 DRAWN, ROWS = 8, 16  # so many times so many conditions are part of it
 FINE, COARSE = 24, 16  # the two trajectories that must agree take so many calls
 PLAUSIBLE_CALLS = SAMPLES * (FINE + COARSE + 1)
-# Between these the root mean square of samples is plausible. Pixels in [-1, 1] and latents of unit variance have 0.2 to
-# 1.5; the MNIST flow has 0.96, with the sign of its velocity turned 4, run as another family 1.5 to 700.
-SCALES = 0.05, 3.0
 # The two end states may differ by this part. On the MNIST models they do by 0.01; wrong units of time give 0.67, a
 # wrong prediction type 1.1.
 AGREEMENT = 0.1

@@ -18,6 +18,7 @@ from ..draws import mix
 from ..table import StepTable
 from ..target import Samples
 from ..unroll import Rollout
+from ..unroll.kept import budget_bytes
 from .budget import Ledger
 from .gauss_newton import ROBUST, Quadratic, Sums, signs_beside
 from .job import Job
@@ -194,13 +195,13 @@ class Rounds:
 
         Of several processes none may leave alone, so that what diverges is noticed when their numbers are gathered.
         """
-        budget, (weights, times) = graph_memory(batch.noise.device), candidate.table(batch)
+        (weights, times), auto = candidate.table(batch), budget_bytes("auto", batch.noise.device)
         return {
             "model": batch.denoiser(None if self.job.draws.world == 1 else False),
             "x": batch.noise,
             "weights": weights,
             "times": times,
-            "memory_budget": type(budget)(budget / alive) if alive else None,
+            "memory_budget": auto // alive if auto is not None and alive else None,
             "wrt": ("weights", "times") if alive else (),
         }
 
@@ -217,11 +218,6 @@ class Rounds:
         largest = max(math.prod(target.shape or ()) for target in draws.targets)
         numbers = (2 * num_steps + 1) * largest * samples / draws.world
         return numbers * draws.target.dtype.itemsize <= MEMORY
-
-
-def graph_memory(device: torch.device) -> int | float:
-    """What the graphs of model calls may take, as ``unroll`` reads it: 512 MB, on a GPU half of its free memory."""
-    return 0.5 if device.type == "cuda" else 1 << 29
 
 
 def enough(sizes: Sequence[int], wanted: int) -> int:

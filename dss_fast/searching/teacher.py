@@ -14,11 +14,8 @@ from ..target import Samples
 from ..trajectory import Trajectory, dense_grid, evaluations, integrate
 from .budget import Ledger
 
-MEMORY = (
-    1 << 29
-)  # bytes of trajectories on the host; what exceeds them is on the disk. Of batches on the device a quarter
-
-
+# Bytes of trajectories that the host keeps in memory, the rest on the disk; a device keeps a quarter, in batches.
+MEMORY = 1 << 29
 LOOSE = 0.25  # the models shipped have up to 0.08 at 16 calls; v = -10 x, which diverges there, has 5 at 24
 
 

@@ -15,11 +15,12 @@ from dss_fast.searching.best import better
 from dss_fast.searching.budget import Ledger, default_budget
 from dss_fast.searching.descent import Point, descend
 from dss_fast.searching.job import Job
-from dss_fast.searching.rounds import Candidate, Look, Rounds, graph_memory
+from dss_fast.searching.rounds import Candidate, Look, Rounds
 from dss_fast.searching.runs import flatten, unflatten
 from dss_fast.searching.space import Space
 from dss_fast.searching.teacher import Teacher
 from dss_fast.trajectory import dense_grid, integrate
+from dss_fast.unroll.kept import AUTO_BYTES, AUTO_SHARE, budget_bytes
 from examples.mixture import Mixture
 from helpers import processes
 
@@ -357,7 +358,7 @@ def test_nan_is_noticed_once_a_round_where_no_call_is_looked_at(monkeypatch, cal
 
 
 def test_graphs_get_half_of_a_gpus_free_memory():
-    assert graph_memory(torch.device("cpu")) == 1 << 29 and graph_memory(torch.device("cuda", 0)) == 0.5
+    assert budget_bytes("auto", torch.device("cpu")) == AUTO_BYTES == 1 << 29 and AUTO_SHARE == 0.5
 
 
 def test_a_table_far_worse_than_its_start_on_fresh_samples_is_not_returned(monkeypatch):
