@@ -31,10 +31,11 @@ class Batch:
                 image = batch.retire(place)
 
     A tick calls model(x, t, **cond) -> (places, *S), or the guided pair, unconditional rows first, once for all places
-    and takes one step of each. Of the unconditional rows those of ``batch.guided`` are enough, in that order. When the model raises, nothing has happened and the tick can be tried again. Which
-    places finish is known on the host from the solvers' lengths: nothing waits for the device, but for
-    ``check_finite``. A request gets the bits it would get alone, if the model gives every row the bits it would get
-    alone. One whose state is NaN or Inf ends with that step, and :meth:`retire` raises what became of it.
+    and takes one step of each. Of the unconditional rows those of ``batch.guided`` are enough, in that order. When the
+    model raises, nothing has happened and the tick can be tried again. Which places finish is known on the host from
+    the solvers' lengths: nothing waits for the device, but for ``check_finite``. A request gets the bits it would get
+    alone, if the model gives every row the bits it would get alone. One whose state is NaN or Inf ends with that step,
+    and :meth:`retire` raises what became of it.
 
     Shapes and addresses never change, so a compiled model, or a whole tick without its count, stays as it is:
 

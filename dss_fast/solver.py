@@ -86,7 +86,8 @@ class Solver:
         if self.noise_coeffs is not None and len(self.noise_coeffs) != self.num_steps:
             raise ValueError(f"noise_coeffs: need {self.num_steps} numbers, got {len(self.noise_coeffs)}")
         self._check_guidance()
-        values = (self.timesteps, self.coeffs, self.schedule, self.noise_coeffs, self.network_timesteps, self.free_rows)
+        values: tuple[Any, ...] = (self.timesteps, self.coeffs, self.schedule)
+        values += (self.noise_coeffs, self.network_timesteps, self.free_rows)
         values += (self.guided_steps, self.guidance_coeffs) if self.guided_steps is not None else ()
         set_("_hash", hash(values))  # computed once: every call of ``sample`` looks its table up by solver
 
@@ -160,7 +161,7 @@ class Solver:
         return tuple(b - a for a, b in pairwise(self.timesteps))
 
     def tensors(self) -> dict[str, Any]:
-        """The numbers as float64 tensors, guided_steps as they are, None where there are none: for ``StepTable.build``."""
+        """What ``StepTable.build`` takes: float64 tensors, guided_steps as they are, None where there are none."""
         keys = ("timesteps", "coeffs", "noise_coeffs", "network_timesteps", "guidance_coeffs")
         values = {key: getattr(self, key) for key in keys}
         tensors = {k: None if v is None else torch.tensor(v, dtype=torch.float64) for k, v in values.items()}

@@ -105,8 +105,8 @@ class StepTable:
         real = torch.float64 if dtype == torch.float64 else torch.float32
         if traced():  # a kept table would be a stranger there: its numbers enter as constants
             table = _made(solver, schedule, fixed, real, strict)
-            numbers = (torch.tensor(t.tolist(), dtype=real) for t in (table.weights, table.times))
-            table = cls(*numbers, table.both).to(device)
+            weights, times = (torch.tensor(t.tolist(), dtype=real) for t in (table.weights, table.times))
+            table = cls(weights, times, table.both).to(device)
         else:
             table = _sent(solver, schedule, fixed, real, torch.device(device), strict)
         return table if fixed is not None else table.guided(guidance)

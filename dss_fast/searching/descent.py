@@ -20,9 +20,10 @@ from ..distance import criterion
 from ..solver import Solver
 from .best import Best, better
 from .budget import Ledger
+from .calls import worth
 from .gauss_newton import ROBUST, Quadratic, robust
 from .job import Job
-from .plan import GROWTH, LEAST, RACE, START_SHARE, Sizes, racers_of
+from .plan import CHOICE, GROWTH, LEAST, RACE, START_SHARE, Sizes, racers_of
 from .result import Event
 from .rounds import ANNEAL, Candidate, Look, Rounds, Trial, enough
 from .settings import GaussNewton
@@ -191,25 +192,27 @@ class Point:
 @dataclass
 class Descent:
     """The state of a search. starts: the table that each N began from. racers: the points of each N, one after the
-    race; Ns that have none yet are still to come."""
+    race; Ns that have none yet are still to come. chosen: the N that goes on, where Ns are candidates."""
 
     job: Job
     ledger: Ledger
     sizes: Sizes
     starts: dict[int, Solver] = field(default_factory=dict)
     racers: dict[int, list[Point]] = field(default_factory=dict)
+    chosen: int | None = None
 
     def save(self) -> dict[str, Any]:
         """As nested data for a checkpoint."""
         racers = {n: [_saved(point) for point in points] for n, points in self.racers.items()}
-        return {"sizes": list(astuple(self.sizes)), "starts": dict(self.starts), "racers": racers}
+        saved = {"sizes": list(astuple(self.sizes)), "starts": dict(self.starts), "racers": racers}
+        return saved if self.chosen is None else {**saved, "chosen": self.chosen}
 
     @classmethod
     def load(cls, job: Job, ledger: Ledger, saved: dict[str, Any]) -> Descent:
         """What :meth:`save` returned."""
         spaces = {n: job.settings.space_of(job.draws.schedule, n) for n in saved["racers"]}
         racers = {n: [_loaded(point, spaces[n]) for point in points] for n, points in saved["racers"].items()}
-        return cls(job, ledger, Sizes(*saved["sizes"]), dict(saved["starts"]), racers)
+        return cls(job, ledger, Sizes(*saved["sizes"]), dict(saved["starts"]), racers, saved.get("chosen"))
 
     def tables(self, n: int) -> tuple[list[Solver], int]:
         """What the search for N steps may start from, the table given or all there are, and the budget to choose."""
@@ -219,13 +222,46 @@ class Descent:
         given = self.starts.get(n)
         return [given] if given else candidates(self.job.draws.schedule, n, done), int(limit)
 
+    def split(self, n: int, ranked: Sequence[Start], train: Teacher) -> list[Start]:
+        """The starts with both branches at as many steps as the calls allow: of the first spacing the two best choices,
+        of the second the best."""
+        guided = n if self.job.guided is None else self.job.guided[n]
+        if guided == n or ranked[0].solver.guided_steps is not None:
+            return list(ranked)
+        found, racers = [], racers_of(self.sizes.samples)
+        for start, count in zip(of_different_spacings(ranked), (2, 1) if racers > 1 else (1,), strict=False):
+            tables = worth(start.solver, self.ledger, train, self.job.draws.seed).best(guided, count)
+            found += [replace(start, solver=table) for table in tables]
+        return found
+
+    def over(self, n: int) -> bool:
+        """Whether nothing is left to do for N steps, or, for one of several candidates, nothing before the choice."""
+        points = self.racers[n]
+        waits = self.job.chooses and self.chosen is None and len(points) == 1
+        return all(point.finished or (waits and point.round >= CHOICE) for point in points)
+
+    def choose(self, rounds: Rounds) -> None:
+        """Of the candidates the one that errs least on the samples that choose goes on, the others end."""
+        seen = rounds.held_out if len(rounds.held_out) else rounds.train
+        errors = {}
+        for n, (point,) in self.racers.items():
+            theta = point.candidate.theta if point.theta is None else point.theta
+            errors[n] = rounds.look(replace(point.candidate, theta=theta), seen).errors
+        scale = ROBUST * min(float(values.median()) for values in errors.values())
+        self.chosen = min(errors, key=lambda n: robust(errors[n], scale))
+        for n, points in self.racers.items():
+            if n != self.chosen:
+                self.racers[n] = [point.ended() for point in points]
+
     def start(self, n: int, ranked: Sequence[Start]) -> None:
         """The points that the search for N steps begins with, at the best tables on different spacings."""
         steps = self.job.steps
         starts = of_different_spacings(ranked)[: racers_of(self.sizes.samples)]
-        space = self.job.settings.space_of(self.job.draws.schedule, n)
-        share = self._left() * n / sum(steps[steps.index(n) :])
-        self.racers[n] = [Point(Candidate(space, space.theta(s.solver), s.units), share) for s in starts]
+        whole = self.job.settings.space_of(self.job.draws.schedule, n)
+        share = self._left() if self.job.chooses else self._left() * n / sum(steps[steps.index(n) :])
+        spaces = [replace(whole, guided_steps=s.solver.guided_steps) for s in starts]
+        candidates = [Candidate(sp, sp.theta(s.solver), s.units) for sp, s in zip(spaces, starts, strict=True)]
+        self.racers[n] = [Point(candidate, share) for candidate in candidates]
         self.starts[n] = starts[0].solver
 
     def _left(self) -> int:
@@ -239,12 +275,15 @@ class Descent:
         assert self.ledger.budget is not None
         points = [point for racers in self.racers.values() for point in racers]
         found = {n: racers[0].solver() for n, racers in self.racers.items()}
+        if self.job.chooses:  # one of the candidates is the result
+            shown = [n for n, solver in found.items() if solver is not None] if self.chosen is None else [self.chosen]
+            found = {n: found[n] for n in shown[:1]}
         return Event(
             stage,
             done=self.ledger.evaluations,
             total=self.ledger.budget,
             solvers={n: solver for n, solver in found.items() if solver is not None},
-            starts=dict(self.starts),
+            starts={n: start for n, start in self.starts.items() if n in found or not self.job.chooses},
             state=self.save() if resumable else None,
             complete=len(self.racers) == len(self.job.steps) and all(point.finished for point in points),
             samples=self.sizes.samples,
@@ -254,9 +293,7 @@ class Descent:
 
 def descend(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> Iterator[Event]:
     """The events of a search by Gauss-Newton. saved: the state of one to go on with."""
-    (descent, rounds), settings = _begun(job, ledger, saved), job.settings
-    assert isinstance(settings, GaussNewton)
-    told: dict[str, Any]
+    descent, rounds = _begun(job, ledger, saved)
     if saved is None:
         yield descent.event("teacher", resumable=False)
     for teacher in (rounds.held_out, rounds.fresh, rounds.train):
@@ -268,43 +305,58 @@ def descend(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> It
     for n in job.steps:
         if n not in descent.racers:
             tables, limit = descent.tables(n)
-            descent.start(n, ranked(job.draws, ledger, rounds.train, tables, limit))
+            found = ranked(job.draws, ledger, rounds.train, tables, limit)
+            descent.start(n, descent.split(n, found, rounds.train))
             if job.initial is None:
                 yield descent.event("start", num_steps=n, start=descent.starts[n].name)
-        while not all(point.finished for point in descent.racers[n]):
-            points = descent.racers[n]
-            racing, before = len(points) > 1, ledger.evaluations
-            k = next(k for k, point in enumerate(points) if not (point.raced if racing else point.finished))
-            point, told, look = points[k], {}, False
-            if point.theta is None and point.best is None and _affords_look(point, rounds):
-                seen = rounds.look(point.candidate, rounds.held_out)
-                point, told["held_out"] = point.looked(point.candidate.theta, seen, settings), {n: seen.rmse}
-            batches = _planned(point, rounds)
-            trial = rounds.attempt(point.candidate, point.round, batches) if batches else None
-            if not batches:
-                point, look = point.ended(), point.theta is not None
-            elif trial is not None and point.improves(trial):
-                point = point.accepted(trial, rounds.differentiate(trial), settings)
-                point = point if sum(rounds.held_out.sizes) else point.unchosen()
-                told |= point.tells(trial)
-                look = point.round > len(ANNEAL)
-            elif trial is None and point.theta is None:
-                raise FloatingPointError(f"the model returned NaN or Inf along a rollout of {descent.starts[n].label}")
-            else:
-                point = point.rejected()
-                told |= {"accepted": False, "damping": point.damping}
-            if look and _affords_look(point, rounds):
-                seen = rounds.look(point.at, rounds.held_out)
-                point, told["held_out"] = point.looked(point.at.theta, seen, settings), {n: seen.rmse}
-            if point.finished and len(rounds.fresh):
-                start = replace(point.candidate, theta=point.candidate.space.theta(descent.starts[n]))
-                found = replace(point.candidate, theta=point.best.theta) if point.best else start
-                seen, before_it = rounds.look(found, rounds.fresh), rounds.look(start, rounds.fresh)
-                point = point.compared(start, seen.errors, before_it.errors)
-            points[k] = replace(point, spent=point.spent + ledger.evaluations - before)
-            if racing and all(point.raced for point in points):
-                descent.racers[n] = [_winner(points)]
-            yield descent.event("gauss-newton", num_steps=n, **told)
+        yield from _searched(descent, rounds, n)
+    if job.chooses:
+        if descent.chosen is None:
+            descent.choose(rounds)
+            yield descent.event("choice", num_steps=descent.chosen)
+        assert descent.chosen is not None
+        yield from _searched(descent, rounds, descent.chosen)
+
+
+def _searched(descent: Descent, rounds: Rounds, n: int) -> Iterator[Event]:
+    """The events of the search for N steps, to its end or to the choice among candidates."""
+    ledger, settings = descent.ledger, descent.job.settings
+    assert isinstance(settings, GaussNewton)
+    told: dict[str, Any]
+    while not descent.over(n):
+        points = descent.racers[n]
+        racing, before = len(points) > 1, ledger.evaluations
+        k = next(k for k, point in enumerate(points) if not (point.raced if racing else point.finished))
+        point, told, look = points[k], {}, False
+        if point.theta is None and point.best is None and _affords_look(point, rounds):
+            seen = rounds.look(point.candidate, rounds.held_out)
+            point, told["held_out"] = point.looked(point.candidate.theta, seen, settings), {n: seen.rmse}
+        batches = _planned(point, rounds)
+        trial = rounds.attempt(point.candidate, point.round, batches) if batches else None
+        if not batches:
+            point, look = point.ended(), point.theta is not None
+        elif trial is not None and point.improves(trial):
+            point = point.accepted(trial, rounds.differentiate(trial), settings)
+            point = point if sum(rounds.held_out.sizes) else point.unchosen()
+            told |= point.tells(trial)
+            look = point.round > len(ANNEAL)
+        elif trial is None and point.theta is None:
+            raise FloatingPointError(f"the model returned NaN or Inf along a rollout of {descent.starts[n].label}")
+        else:
+            point = point.rejected()
+            told |= {"accepted": False, "damping": point.damping}
+        if look and _affords_look(point, rounds):
+            seen = rounds.look(point.at, rounds.held_out)
+            point, told["held_out"] = point.looked(point.at.theta, seen, settings), {n: seen.rmse}
+        if point.finished and len(rounds.fresh):
+            start = replace(point.candidate, theta=point.candidate.space.theta(descent.starts[n]))
+            found = replace(point.candidate, theta=point.best.theta) if point.best else start
+            seen, before_it = rounds.look(found, rounds.fresh), rounds.look(start, rounds.fresh)
+            point = point.compared(start, seen.errors, before_it.errors)
+        points[k] = replace(point, spent=point.spent + ledger.evaluations - before)
+        if racing and all(point.raced for point in points):
+            descent.racers[n] = [_winner(points)]
+        yield descent.event("gauss-newton", num_steps=n, **told)
 
 
 def _begun(job: Job, ledger: Ledger, saved: dict[str, Any] | None) -> tuple[Descent, Rounds]:
@@ -379,6 +431,7 @@ def _saved(point: Point) -> dict[str, Any]:
     return {
         **{f.name: getattr(point, f.name) for f in fields(point) if f.name not in parts},
         "candidate": point.candidate.theta,
+        "guided_steps": point.candidate.space.guided_steps,
         "units": list(point.candidate.units),
         "known": None if known is None else {**vars(known.loss), "values": known.values, "scale": known.scale},
         "best": None if best is None else vars(best),
@@ -388,6 +441,8 @@ def _saved(point: Point) -> dict[str, Any]:
 def _loaded(saved: dict[str, Any], space: Space) -> Point:
     """What :func:`_saved` returned."""
     plain = dict(saved)
+    steps = plain.pop("guided_steps", None)
+    space = replace(space, guided_steps=None if steps is None else tuple(steps))
     candidate = Candidate(space, plain.pop("candidate"), tuple(plain.pop("units")))
     known, best = plain.pop("known"), plain.pop("best")
     if known is not None:

@@ -120,7 +120,8 @@ class Recipe:
         for k, size in enumerate(self.held_out):
             batch = self.draws.batch("held_out", k, size)
             end = self._states("held_out", k, batch, keep=True)[:, -1]
-            states = Rollout(batch.denoiser(None), batch.noise, *candidate.table(batch), wrt=()).states
+            table = candidate.table(batch)
+            states = Rollout(batch.denoiser(None), batch.noise, table.weights, table.times, wrt=()).states
             errors.append(squares(states[:, -1], sent(end, states.device)))
         self.ledger.spend_once("held-out teacher", sum(self.held_out) * self.calls)
         self.ledger.spend(sum(self.held_out) * point.space.num_steps)

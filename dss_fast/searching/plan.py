@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ..target import Model, Target
 from .budget import Cost, default_budget
+from .calls import cost_of_worth
 from .job import Job, prepare
 from .probe import probe
 from .settings import GaussNewton, Method
@@ -21,6 +22,7 @@ LEAST = 12  # samples of a round, of a set that has so many
 BATCHES = 8  # of each target's samples at least, of LEAST or more: a round of few samples must be one of few calls
 FEW = 40  # samples of which none are held out: eight of them choose worse than the loss does
 RACE = 3  # rounds after which the best of several starts goes on
+CHOICE = 5  # rounds after which the best of several Ns goes on, where the calls are given and not the steps
 RACERS = 3  # tables of different spacings at most to start from, of FEW samples or more
 SLACK = 1.25  # of the rounds' cost, for those that are rejected
 START_SHARE = 0.1  # of the budget, to find where to start
@@ -44,7 +46,7 @@ class Sizes:
     @classmethod
     def of(cls, job: Job, budget: int) -> Sizes:
         """The largest sets whose teacher, rounds and looks fit the budget; what the settings name is as they say."""
-        settings, steps, world = job.settings, job.steps, job.draws.world
+        settings, steps, world = job.settings, job.goals, job.draws.world
         assert isinstance(settings, GaussNewton)
 
         def held_out(samples: int) -> int:
@@ -66,6 +68,11 @@ class Sizes:
             shares = GROWTH[:planned] + (racers_of(samples) - 1) * GROWTH[:RACE]
             rounds = SLACK * sum(max(share, min(1.0, LEAST / samples)) for share in shares)
             each = calls(samples) + sum(steps) * (1 + 4 * rounds)
+            if job.chooses:  # the Ns that are not chosen take part in the first rounds
+                others = GROWTH[:CHOICE] + (racers_of(samples) - 1) * GROWTH[:RACE]
+                each += (sum(job.steps) - sum(steps)) * 4 * SLACK * sum(others)
+            if job.guided is not None:
+                each += sum(job.steps) * min(2, racers_of(samples)) * cost_of_worth(1, [samples]) / max(samples, 24)
             looks = held_out(samples) * (calls(samples) + sum(steps) * LOOKS)
             looks += fresh(samples) * (calls(samples) + 2 * sum(steps))
             return math.ceil(samples * each + looks + START_SHARE * budget)
@@ -134,6 +141,7 @@ class Plan:
 
     num_steps: the Ns. evaluations: model evaluations at most, None without a limit. samples: of the training set, None
     where the method has no plan. cost: of an evaluation, measured. batch_size: samples whose graphs are alive at once.
+    calls: of the model a sample may take, with guidance, where they were given.
     """
 
     num_steps: tuple[int, ...]
@@ -142,6 +150,7 @@ class Plan:
     cost: Cost
     batch_size: int
     memory: Memory
+    calls: int | None = None
 
     @property
     def minutes(self) -> float:
@@ -150,7 +159,9 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [
-            f"N = {', '.join(map(str, self.num_steps))}: {1000 * self.cost.seconds:.3g} ms a model evaluation, "
+            f"N = {', '.join(map(str, self.num_steps))}"
+            + (f" in {self.calls} calls a sample" if self.calls is not None else "")
+            + f": {1000 * self.cost.seconds:.3g} ms a model evaluation, "
             f"{gigabytes(self.memory.graphs)} for a backward of {self.batch_size} samples, "
             f"{gigabytes(self.memory.total)} in all beside the model"
         ]
@@ -169,26 +180,27 @@ class Plan:
 
 def plan(
     target: Target | Model | Sequence[Target],
-    num_steps: int | Sequence[int],
+    num_steps: int | Sequence[int] | None = None,
     *,
+    calls: int | None = None,
     method: str | Method = "gauss_newton",
     budget: int | None = None,
 ) -> Plan:
     """What ``search`` with the same arguments will take. Costs 8 model evaluations for each target."""
-    job = prepare(target, num_steps, method=method, budget=budget)
+    job = prepare(target, num_steps, calls=calls, method=method, budget=budget)
     return planned(job, budget, probe(job.draws, True))
 
 
 def planned(job: Job, budget: int | None, cost: Cost) -> Plan:
     """The plan of a search whose model was measured."""
-    budget = default_budget(job.settings, job.steps) if budget is None else budget
+    budget = default_budget(job.settings, job.goals) if budget is None else budget
     samples, size = job.settings.samples, job.settings.batch_size
     memory = Memory(cost.saved * size)
     if isinstance(job.settings, GaussNewton) and budget is not None:
         sizes = Sizes.of(job, budget)
         samples, (size, _) = sizes.samples, sizes.batches(job)
         memory = Memory.of(job, sizes, size, cost)
-    return Plan(job.steps, budget, samples, cost, size, memory)
+    return Plan(job.steps, budget, samples, cost, size, memory, job.calls)
 
 
 def expected(evaluations: float) -> float | None:

@@ -76,7 +76,8 @@ def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solv
             for k, solver in enumerate(left):
                 table = StepTable.of(solver, guidance=part.guidance, dtype=part.noise.dtype, device=part.noise.device)
                 try:
-                    rollout = Rollout(part.denoiser(), part.noise, table.weights, table.times, wrt=())
+                    numbers = table.weights, table.times
+                    rollout = Rollout(part.denoiser(), part.noise, *numbers, wrt=(), both=table.both)
                     error = squares(rollout.states[:, -1], end).nan_to_num(nan=LOST, posinf=LOST).clamp_max(LOST)
                 except FloatingPointError:
                     error = torch.full((len(part),), LOST, dtype=torch.float64)
@@ -98,10 +99,10 @@ def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solv
 
 
 def of_different_spacings(starts: Sequence[Start]) -> list[Start]:
-    """The first start on each spacing."""
-    known: dict[tuple[float, ...], Start] = {}
+    """The first start on each spacing, and with each choice of the steps that call both branches."""
+    known: dict[object, Start] = {}
     for start in starts:
-        known.setdefault(start.solver.timesteps, start)
+        known.setdefault((start.solver.timesteps, start.solver.guided_steps), start)
     return list(known.values())
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import extension
+from ..table import GUIDANCE, Q
 from . import reference as step_reference
 from . import shapes
 
@@ -207,10 +208,11 @@ def multistep_step(
     Args:
         x: (B, *S), float32, float64, bfloat16 or float16.
         output: (B, *S), or (2B, *S) with the unconditional rows first; any of these dtypes.
-        history: (B, K, *S), any of these dtypes; slot j holds y_j. K = N, or N + 1 when the last slot holds the
-            initial noise, or 2 N + 1 when behind that stand the e_j, of which the step writes e_i. Slots j > i are never read and those whose weight is exactly zero need not be.
-        weights: (1 or B, N, 4 + K), float64 for a float64 state, else float32. Columns: a, p, q, guidance, then w_ij
-            (then r_ij).
+        history: (B, K, *S), any of these dtypes; slot j holds y_j. K = N; N + 1 when the last slot holds the initial
+            noise; 2 N + 1 when behind that stand the e_j, of which the step writes e_i. Slots j > i are never read and
+            those whose weight is exactly zero need not be.
+        weights: (1 or B, N, 4 + K), float64 for a float64 state, else float32. Columns: a, p, q, guidance, then w_ij,
+            then r_ij.
         index: (1,) or (B,), int64, on the same device: every row's step i. A row with i outside [0, N) stays as it is.
         out: where x_next goes when no gradient is needed; may be x itself.
         backend: "reference", "cpp" or "triton"; None picks the fastest that runs.
@@ -269,7 +271,7 @@ def added_by_guidance(x: Tensor, output: Tensor, weights: Tensor, step: int) -> 
     if len(output) == len(x):
         return torch.zeros(x.shape, dtype=weights.dtype, device=x.device)
     uncond, cond = output.to(weights.dtype).chunk(2)
-    q, g = weights[:, step, step_reference.Q], weights[:, step, step_reference.GUIDANCE]
+    q, g = weights[:, step, Q], weights[:, step, GUIDANCE]
     return (q * (g - 1)).reshape(-1, *[1] * (x.ndim - 1)) * (cond - uncond)
 
 
@@ -292,7 +294,8 @@ def multistep_update(
     Args:
         x, output, weights, backend: as for `multistep_step`.
         history: y_0..y_{i-1}, each (B, *S), all of one dtype; where the weights have N + 1 history columns, the
-            initial noise behind them, and with 2 N + 1 the e_0..e_i (:func:`added_by_guidance`) behind it. A tensor whose weight is exactly zero need not be read.
+            initial noise behind them; where 2 N + 1, e_0..e_i of :func:`added_by_guidance` behind that. A tensor whose
+            weight is exactly zero need not be read.
         step: i, the same for all rows.
 
     Returns:
