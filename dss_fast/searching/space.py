@@ -29,9 +29,9 @@ class Space:
         raws     N           timedeltas = softmax(raws)
         triangle N(N-1)/2    strict lower triangle, row by row             c_ii = 1 - the rest of its row
         noise    N           weights on the initial noise
-        times    1 or N      u at which the network is first called, or each time, less the timestep
         shares   row by row  weights on the differences of the steps that call both branches, all of a row but its last,
                              which is one less the rest; where ``guided_steps`` says which steps do
+        times    1 or N      u at which the network is first called, or each time, less the timestep
 
     kind: a key of ``SPACES``: ``"plain"`` is the paper's. short_tail: the last two rows weigh the two newest
     predictions alone, as the paper has it for N = 5 and 6; the triangle is that much shorter.
@@ -58,12 +58,12 @@ class Space:
         n, free = self.num_steps, SPACES[self.kind]
         times = n if "times" in free else int("start" in free)
         shares = 0 if self.guided_steps is None else len(free_places(n, self.guided_steps)[0])
-        return [n, len(self._places()[0]), n * ("noise" in free), times, shares]
+        return [n, len(self._places()[0]), n * ("noise" in free), shares, times]
 
     def theta(self, solver: Solver) -> Tensor:
         """The numbers behind a solver's table. Raises ValueError for a table that holds what the space has not."""
         table, n = solver.tensors(), self.num_steps
-        _, _, noise, times, _ = self.sizes()
+        _, _, noise, _, times = self.sizes()
         if solver.free_rows:
             raise ValueError(f"{solver.label} has rows that do not sum to 1, which no search moves; start from another")
         if solver.guided_steps != self.guided_steps:
@@ -85,21 +85,21 @@ class Space:
             if missing:
                 raise ValueError(f"{solver.label} has {word}, which this search does not move; set {remedy}")
         weights = zero if table["noise_coeffs"] is None else table["noise_coeffs"]
+        steps, shares = self.guided_steps, table["guidance_coeffs"]
         parts = [
             (timesteps.diff() * n).log(),
             coeffs[self._places()],
             weights if noise else zero[:0],
+            zero[:0] if steps is None else shares[free_places(n, steps)],
             (called - own)[:times],
         ]
-        if self.guided_steps is not None:
-            parts.append(table["guidance_coeffs"][free_places(n, self.guided_steps)])
         return torch.cat(parts)
 
     def numbers(self, theta: Tensor) -> dict[str, Any]:
         """timesteps, coeffs, noise_coeffs, network_timesteps, guided_steps, guidance_coeffs: what ``StepTable.build``
         takes, differentiable."""
         n = self.num_steps
-        raws, triangle, noise, times, shares = theta.split(self.sizes())
+        raws, triangle, noise, shares, times = theta.split(self.sizes())
         u = _timesteps(raws)
         rows = theta.new_zeros(n, n).index_put(self._places(), triangle)
         return {
@@ -145,14 +145,14 @@ class Space:
 
     def move(self, theta: Tensor, step: Tensor) -> Tensor:
         """theta + step, the step shortened to what is trusted, times kept in [0, 1]."""
-        raws, _, _, times, _ = step.split(self.sizes())
+        raws, _, _, _, times = step.split(self.sizes())
         longest = max(1.0, float(raws.abs().max()) / MAX_LOG_INCREMENT)
         longest = max(longest, float(times.abs().max()) / MAX_TIME) if len(times) else longest
-        raws, triangle, noise, times, shares = (theta + step / longest).split(self.sizes())
+        raws, triangle, noise, shares, times = (theta + step / longest).split(self.sizes())
         if len(times):
             own = _timesteps(raws)[: len(times)]
             times = (own + times).clamp(0, 1) - own
-        return torch.cat([raws, triangle, noise, times, shares])
+        return torch.cat([raws, triangle, noise, shares, times])
 
     def _shared(self, shares: Tensor, steps: tuple[int, ...]) -> Tensor:
         """V (N, N) of its free numbers."""
