@@ -48,9 +48,7 @@ def table_of(family="flow", steps=STEPS, n=5):
         known = [j for j in steps if j <= i]
         rows[i, known] = torch.randn(len(known), generator=generator, dtype=F64)
         rows[i, known[-1]] += 1 - rows[i].sum()
-    return replace(
-        base, noise_coeffs=(0.01,) * n, guided_steps=steps, guidance_coeffs=tuple(map(tuple, rows.tolist()))
-    )
+    return replace(base, noise_coeffs=(0.01,) * n, guided_steps=steps, guidance_coeffs=tuple(map(tuple, rows.tolist())))
 
 
 def inputs(rows=3, dtype=torch.float32):
