@@ -111,9 +111,9 @@ def _search(options: argparse.Namespace) -> int:
         targets = [prompted.target()]
         if first:
             _say(f"{prompted}, latents {targets[0].shape}, guidance {targets[0].guidance_scale}")
-    result = search(
-        targets, options.steps, method=method, budget=options.budget, seed=options.seed, out=out, resume=options.resume
-    )
+    steps = options.steps or (None if options.calls else [10])
+    given = {"method": method, "budget": options.budget, "seed": options.seed, "out": out, "resume": options.resume}
+    result = search(targets, steps, calls=options.calls, **given)
     if first:
         _say(result)
         if prompted is not None:
@@ -230,6 +230,11 @@ def _show(options: argparse.Namespace) -> None:
         values = getattr(solver, key)
         if values is not None:
             print(f"  {key}: " + " ".join(f"{v:.5f}" for v in values))
+    if solver.guidance_coeffs is not None:
+        steps = ", ".join(map(str, solver.guided_steps or ()))
+        print(f"  both branches at steps {steps}; their differences are weighed by")
+        for i, row in enumerate(solver.guidance_coeffs):
+            print("  " + " ".join(f"{c:8.4f}" for c in row[: i + 1]))
     if options.plot:
         _say(f"picture in {printable(plot_solver(solver, options.plot))}")
 
@@ -303,7 +308,8 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("search", _search, "search a solver for a model", "out")
-    sub.add_argument("--steps", type=_steps, default=[10], help="numbers of steps, as in 5,8,10")
+    sub.add_argument("--steps", type=_steps, help="numbers of steps, as in 5,8,10 (default 10, or what --calls takes)")
+    sub.add_argument("--calls", type=_count, help="most calls a sample, with guidance; alone it finds the steps too")
     sub.add_argument("--method", choices=METHODS, default="gauss_newton", help="how to search; lion is the paper's")
     sub.add_argument(
         "--space", default=None, help=f"{', '.join(SPACES)}; {GaussNewton().space} by default; gauss_newton only"

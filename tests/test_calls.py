@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dss_fast import VP, Flow, GaussNewton, Solver, Target, plan, sample, search
+from dss_fast import VP, Flow, GaussNewton, Solver, Target, compare, plan, sample, search
 from dss_fast.denoiser import Denoiser
 from dss_fast.methods import handmade
 from dss_fast.searching.calls import forecast, free_places, splits
@@ -359,6 +359,15 @@ def test_calls_that_cannot_be_are_refused(arguments, match):
         search(target_of(), **arguments)
 
 
+def test_a_report_of_fewer_calls(tmp_path):
+    quick = {"method": GaussNewton(rounds=1, samples=8), "progress": False, "budget": 1500}
+    target = replace(target_of(), schedule=Flow(prediction_type="v_prediction"), key="one")
+    result = search(target, 4, calls=6, out=tmp_path, **quick)
+    text = (tmp_path / "report.md").read_text()
+    assert "N = 3" in text and "calls=6" in text and result.solver.name in text
+    assert "A sample takes 6\ncalls" in text or "A sample takes 6 calls" in text
+
+
 def test_calls_need_guidance():
     with pytest.raises(ValueError, match="no guidance"):
         search(target_of(1.0), 5, calls=8)
@@ -385,3 +394,14 @@ def test_unroll_is_differentiable_through_the_table():
     states = Rollout(Called(), x, table.weights.detach(), table.times.detach(), both=table.both).states
     end = sample(model, x, space.solver(theta.detach()), **given, guidance_scale=2.0)
     torch.testing.assert_close(states[:, -1], end)
+
+
+def test_a_comparison_counts_calls():
+    """The rivals of a table of 8 calls take 4 steps with both branches."""
+    solver = replace(table_of(), name="fewer/5", source="searched", noise_coeffs=None)
+    found = compare(target_of(), [solver], rivals=["ab2"], samples=40)
+    assert [row.nfe for row in found.rows] == ["5+3", "4x2"]
+    (verdict,) = found.verdicts
+    assert verdict.num_steps == 4 and verdict.guided_calls == 8
+    said = replace(verdict, ratio=0.5, low=0.4, high=0.6, calls=6, like="ab2/6", doubt="").sentence()
+    assert "8 calls in all of this table err like 6 steps of both branches" in said
