@@ -25,18 +25,18 @@ from .budget import Ledger
 from .space import free_places
 from .teacher import Teacher
 
-SKETCHES = 4  # random signs a sample
+SKETCHES = 2  # random signs a sample
 SKETCHED = 24  # samples
 BEAM = 8  # choices kept while steps are taken away one by one
 RIDGE = 0.1  # of the form's mean diagonal, towards the linear forecast: of few samples the form knows a part alone
-MOST = 0.72  # of the calls are steps at most, where the search chooses: beyond, too few differences are left
+STEPS = 0.625  # of the calls, of the candidate beside both branches at all steps: 7 of 11, 8 of 12, 10 of 16
 
 
 def splits(calls: int, num_steps: Sequence[int] | None = None) -> dict[int, int]:
-    """N -> how many steps call both branches: those given, or all of which one may be the best for so many calls,
-    that with both at all steps among them. Raises ValueError where there is none."""
+    """N -> how many steps call both branches: those given, or of two candidates, one with both at all steps. Raises
+    ValueError where there is none."""
     if num_steps is None:
-        found = {n: min(n, calls - n) for n in range(calls // 2, max(calls // 2, int(MOST * calls)) + 1)}
+        found = {n: min(n, calls - n) for n in (calls // 2, round(STEPS * calls))}
     else:
         found = {n: calls - n for n in num_steps}
     for n, guided in found.items():
@@ -122,12 +122,9 @@ def b_of(solver: Solver) -> Tensor:
     return b
 
 
-def cost_of_worth(num_steps: int, sizes: Sequence[int]) -> int:
+def cost_of_worth(num_steps: int, samples: int) -> int:
     """Evaluations that :func:`worth` takes."""
-    seen = 0
-    for size in sizes:
-        seen += size if seen < SKETCHED else 0
-    return num_steps * seen * (1 + 2 * SKETCHES)
+    return num_steps * samples * (1 + 2 * SKETCHES)
 
 
 def forecast(solver: Solver, steps: Sequence[int]) -> Tensor:

@@ -20,7 +20,7 @@ from ..distance import criterion
 from ..solver import Solver
 from .best import Best, better
 from .budget import Ledger
-from .calls import worth
+from .calls import forecast, worth
 from .gauss_newton import ROBUST, Quadratic, robust
 from .job import Job
 from .plan import CHOICE, GROWTH, LEAST, RACE, START_SHARE, Sizes, racers_of
@@ -224,14 +224,19 @@ class Descent:
 
     def split(self, n: int, ranked: Sequence[Start], train: Teacher) -> list[Start]:
         """The starts with both branches at as many steps as the calls allow: of the first spacing the two best choices,
-        of the second the best."""
+        of the second the best of them."""
         guided = n if self.job.guided is None else self.job.guided[n]
         if guided == n or ranked[0].solver.guided_steps is not None:
             return list(ranked)
-        found, racers = [], racers_of(self.sizes.samples)
-        for start, count in zip(of_different_spacings(ranked), (2, 1) if racers > 1 else (1,), strict=False):
-            tables = worth(start.solver, self.ledger, train, self.job.draws.seed).best(guided, count)
-            found += [replace(start, solver=table) for table in tables]
+        several = racers_of(self.sizes.samples) > 1
+        first, *others = of_different_spacings(ranked)
+        best = worth(first.solver, self.ledger, train, self.job.draws.seed).best(guided, 1 + several)
+        found = [replace(first, solver=table) for table in best]
+        steps = best[0].guided_steps
+        assert steps is not None
+        for start in others[: 1 if several else 0]:
+            rows = tuple(map(tuple, forecast(start.solver, steps).tolist()))
+            found.append(replace(start, solver=replace(start.solver, guided_steps=steps, guidance_coeffs=rows)))
         return found
 
     def over(self, n: int) -> bool:
@@ -256,7 +261,7 @@ class Descent:
     def start(self, n: int, ranked: Sequence[Start]) -> None:
         """The points that the search for N steps begins with, at the best tables on different spacings."""
         steps = self.job.steps
-        starts = of_different_spacings(ranked)[: racers_of(self.sizes.samples)]
+        starts = of_different_spacings(ranked)[: racers_of(self.sizes.samples, self.job.chooses)]
         whole = self.job.settings.space_of(self.job.draws.schedule, n)
         share = self._left() if self.job.chooses else self._left() * n / sum(steps[steps.index(n) :])
         spaces = [replace(whole, guided_steps=s.solver.guided_steps) for s in starts]

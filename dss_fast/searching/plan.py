@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..target import Model, Target
 from .budget import Cost, default_budget
-from .calls import cost_of_worth
+from .calls import SKETCHED, cost_of_worth
 from .job import Job, prepare
 from .probe import probe
 from .settings import GaussNewton, Method
@@ -22,7 +22,7 @@ LEAST = 12  # samples of a round, of a set that has so many
 BATCHES = 8  # of each target's samples at least, of LEAST or more: a round of few samples must be one of few calls
 FEW = 40  # samples of which none are held out: eight of them choose worse than the loss does
 RACE = 3  # rounds after which the best of several starts goes on
-CHOICE = 5  # rounds after which the best of several Ns goes on, where the calls are given and not the steps
+CHOICE = 4  # rounds after which the best of several Ns goes on, where the calls are given and not the steps
 RACERS = 3  # tables of different spacings at most to start from, of FEW samples or more
 SLACK = 1.25  # of the rounds' cost, for those that are rejected
 START_SHARE = 0.1  # of the budget, to find where to start
@@ -65,14 +65,15 @@ class Sizes:
 
         def cost(samples: int) -> int:
             planned = min(len(GROWTH), settings.rounds, 6 + samples // 8)
-            shares = GROWTH[:planned] + (racers_of(samples) - 1) * GROWTH[:RACE]
+            racers = racers_of(samples, job.chooses)
+            shares = GROWTH[:planned] + (racers - 1) * GROWTH[:RACE]
             rounds = SLACK * sum(max(share, min(1.0, LEAST / samples)) for share in shares)
             each = calls(samples) + sum(steps) * (1 + 4 * rounds)
             if job.chooses:  # the Ns that are not chosen take part in the first rounds
-                others = GROWTH[:CHOICE] + (racers_of(samples) - 1) * GROWTH[:RACE]
+                others = GROWTH[:CHOICE] + (racers - 1) * GROWTH[:RACE]
                 each += (sum(job.steps) - sum(steps)) * 4 * SLACK * sum(others)
             if job.guided is not None:
-                each += sum(job.steps) * min(2, racers_of(samples)) * cost_of_worth(1, [samples]) / max(samples, 24)
+                each += cost_of_worth(sum(job.steps), min(samples, SKETCHED)) / samples
             looks = held_out(samples) * (calls(samples) + sum(steps) * LOOKS)
             looks += fresh(samples) * (calls(samples) + 2 * sum(steps))
             return math.ceil(samples * each + looks + START_SHARE * budget)
@@ -91,9 +92,9 @@ class Sizes:
         return max(world, min(most, size)), max(1, min(most, held_out))
 
 
-def racers_of(samples: int) -> int:
-    """From how many tables at most a search with so many samples starts."""
-    return RACERS if samples >= FEW else 1
+def racers_of(samples: int, chooses: bool = False) -> int:
+    """From how many tables at most a search with so many samples starts; each N where it chooses among several."""
+    return (RACERS - chooses) if samples >= FEW else 1
 
 
 @dataclass(frozen=True)
