@@ -16,7 +16,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -151,9 +151,7 @@ def read(path):
 def table(options):
     """Prints the rows as Markdown, means over seeds, each beside full guidance at equal calls of the same seeds."""
     rows = read(options.rows)
-    print(
-        "| model, scale | calls | way | both branches at | seeds | RMSE | over full | median | label acc. | Frechet |"
-    )
+    print("| model, scale | calls | way | both branches at | seeds | RMSE | of full | median | label acc. | Frechet |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     groups = {}
     for row in rows:
