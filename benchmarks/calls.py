@@ -2,6 +2,7 @@
 
 python benchmarks/calls.py run ROWS.jsonl --model flow --scale 1.5 --calls 10 11 --ways full chosen --seeds 0
 python benchmarks/calls.py table ROWS.jsonl
+python benchmarks/calls.py time ROWS.jsonl       (nothing is read or written: 7 steps of DiT-S/2, random weights)
 
 full: both branches at all of calls / 2 steps. chosen: search(calls=), its steps and its N found too. fixed: search(N,
 calls=) at N = .625 calls. At that N too, each with its table searched: drop, both branches at the first steps and one
@@ -16,7 +17,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from machine import conditions  # noqa: E402
 
-from dss_fast import GaussNewton, sample, search  # noqa: E402
+from dss_fast import Flow, GaussNewton, handmade, sample, search  # noqa: E402
 from dss_fast.bench import Bench  # noqa: E402
 from dss_fast.draws import Draws  # noqa: E402
-from dss_fast.searching.calls import STEPS  # noqa: E402
+from dss_fast.searching.calls import STEPS, forecast  # noqa: E402
 from dss_fast.searching.space import Space  # noqa: E402
 
 SAMPLES, REFERENCE, SEED = 256, 48, 1234  # of the figures
@@ -168,9 +169,31 @@ def table(options):
         )
 
 
+@torch.no_grad()
+def timed(options):
+    """Seconds of 7 steps of DiT-S/2 on latents of 32 x 32, four of them guided and all of them, in turn."""
+    from examples.imagenet.model import Transformer
+
+    torch.manual_seed(0)
+    model = Transformer(depth=12, width=384, heads=6, variances=False).eval()
+    whole = handmade("ab2", 7, Flow())
+    steps = (0, 1, 3, 5)
+    fewer = replace(whole, guided_steps=steps, guidance_coeffs=tuple(map(tuple, forecast(whole, steps).tolist())))
+    x, given = torch.randn(1, 4, 32, 32), {"cond": {"y": torch.arange(1)}, "uncond": {"y": 1000}}
+    seconds = {14: [], 11: []}
+    for _ in range(options.repeats):
+        for solver in (whole, fewer):
+            begin = time.process_time() if options.processor else time.perf_counter()
+            sample(model, x, solver, **given, guidance_scale=1.5)
+            end = time.process_time() if options.processor else time.perf_counter()
+            seconds[solver.guided_calls].append(end - begin)
+    least, middle = ({k: f(v) for k, v in seconds.items()} for f in (min, lambda v: sorted(v)[len(v) // 2]))
+    print(f"least {least}, {least[14] / least[11]:.3f} times; median {middle}, {middle[14] / middle[11]:.3f} times")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("what", choices=("run", "table", "time"))
     parser.add_argument("rows", type=Path, help="JSON lines: appended to, or read")
     parser.add_argument("--model", default="flow", help="a function of examples.mnist that takes a guidance scale")
     parser.add_argument("--scale", type=float, default=1.5)
@@ -178,8 +201,10 @@ def main() -> None:
     parser.add_argument("--ways", choices=WAYS, nargs="+", default=list(WAYS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--budget", type=int, default=None, help="of each search; the default one without")
+    parser.add_argument("--repeats", type=int, default=9, help="of time")
+    parser.add_argument("--processor", action="store_true", help="time in seconds of the processor, on a busy machine")
     options = parser.parse_args()
-    run(options) if options.what == "run" else table(options)
+    {"run": run, "table": table, "time": timed}[options.what](options)
 
 
 if __name__ == "__main__":

@@ -193,3 +193,33 @@ def test_the_scheduler_refuses_what_it_cannot_see(tmp_path):
     config = diffusers.FlowMatchEulerDiscreteScheduler().config
     with pytest.raises(ValueError, match="DSSGuidance"):
         DSSScheduler.from_config(config, solver=str(path)).set_timesteps(5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["sd", "sd3"])
+def test_a_classic_pipeline_runs_one_branch_from_a_step_on(kind):
+    """Two prompts: the pipeline's own rows, doubled until then."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    from dss_fast.integrations.diffusers import DSSScheduler
+    from dss_fast.integrations.diffusers.guider import GuidanceOff
+    from examples.tiny_pipelines import build
+
+    pipe, arguments = build(kind, batch=2)
+    pipe.scheduler = DSSScheduler.from_config(pipe.scheduler.config, solver="dpmpp_2m")
+    network, rows = pipe.unet if kind == "sd" else pipe.transformer, []
+    network.register_forward_hook(lambda module, args, kwargs, output: rows.append(len(output[0])), with_kwargs=True)
+    given = {**arguments, "guidance_scale": 3.0, "num_inference_steps": 5}
+    found = pipe(**given, callback_on_step_end=GuidanceOff(pipe, after=3))[0]
+    assert rows == [4, 4, 4, 2, 2] and found.isfinite().all()
+    rows.clear()
+    pipe(**given)
+    assert rows == [4] * 5
+
+
+def test_a_pipeline_that_settles_its_guidance_once_is_refused():
+    pytest.importorskip("diffusers")
+    from dss_fast.integrations.diffusers.guider import GuidanceOff
+
+    with pytest.raises(ValueError, match="settles its guidance once"):
+        GuidanceOff(object(), after=3)

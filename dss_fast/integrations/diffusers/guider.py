@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from diffusers.callbacks import PipelineCallback
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders.classifier_free_guidance import ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
@@ -89,3 +90,38 @@ class DSSGuidance(ClassifierFreeGuidance):
     def _is_cfg_enabled(self) -> bool:
         guided = self._step is None or self._step in (self.solver.guided_steps or ())
         return guided and super()._is_cfg_enabled()
+
+
+class GuidanceOff(PipelineCallback):
+    """Turns guidance off after so many steps of a classic pipeline, which then runs one branch alone.
+
+        pipe(..., callback_on_step_end=GuidanceOff(pipe, after=5))
+
+    With a solver that calls both branches at all steps. Tensors of both branches are cut to the conditional one, for
+    batches of any size. Raises ValueError for a pipeline that settles its guidance before the first step.
+    """
+
+    def __init__(self, pipeline: Any, after: int) -> None:
+        super().__init__(cutoff_step_ratio=None, cutoff_step_index=after)
+        whole = isinstance(getattr(type(pipeline), "do_classifier_free_guidance", None), property)
+        self._names = list(getattr(pipeline, "_callback_tensor_inputs", ()))
+        if not whole or "latents" not in self._names:
+            raise ValueError(f"{type(pipeline).__name__} settles its guidance once: it cannot be turned off at a step")
+        if after < 1:
+            raise ValueError(f"after={after!r}: give a number of steps from 1; without guidance set its scale to 1")
+
+    @property
+    def tensor_inputs(self) -> list[str]:
+        """What the pipeline hands over after each step."""
+        return self._names
+
+    def callback_fn(self, pipeline: Any, step_index: int, timesteps: Any, callback_kwargs: Any) -> dict[str, Any]:
+        """Called by the pipeline."""
+        if step_index + 1 != self.config.cutoff_step_index:
+            return {}
+        pipeline._guidance_scale = 1.0  # where the property reads it from, until the next call of the pipeline
+        if pipeline.do_classifier_free_guidance:
+            raise ValueError(f"{type(pipeline).__name__} does not take its guidance from _guidance_scale")
+        rows = 2 * len(callback_kwargs["latents"])
+        tensors = {k: v for k, v in callback_kwargs.items() if isinstance(v, Tensor) and k != "latents"}
+        return {name: tensor.chunk(2)[1] for name, tensor in tensors.items() if tensor.ndim and len(tensor) == rows}
