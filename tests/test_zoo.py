@@ -6,18 +6,20 @@ import pytest
 import torch
 
 from benchmarks import zoo
+from benchmarks.zoo import data
 from benchmarks.zoo.models import WideMixture
 from dss_fast import Flow
 from examples.mixture import Mixture
 
-NEEDS = {"patches8_mixture": "sklearn", "digits16_mixture": "sklearn"}
+NEEDS = {"patches8_mixture": ("sklearn", "PIL"), "digits16_mixture": ("sklearn",)}
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize("name", zoo.NAMES)
 def test_each_is_a_frozen_flow_of_its_shape(name):
-    if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
-        pytest.skip("the centres are scikit-learn's")
+    missing = [package for package in NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
+    if missing:
+        pytest.skip(f"the centres are scikit-learn's, read with {missing}")
     found = zoo.target(name)
     assert isinstance(found.schedule, Flow) and found.name == name and zoo.KIND[name] == zoo.ZOO[name].kind
     tensors = [*found.model.parameters(), *found.model.buffers()]
@@ -40,6 +42,12 @@ def test_every_kind_is_there_and_weights_stay_small():
     sizes = {path.stem: path.stat().st_size for path in zoo.WEIGHTS.glob("*.safetensors")}
     assert set(sizes) == set(zoo.TRAINED)
     assert max(sizes.values()) < 400_000 and sum(sizes.values()) < 2_500_000
+
+
+def test_a_package_that_is_missing_is_named_as_it_is_installed(monkeypatch):
+    monkeypatch.setattr(data, "find_spec", lambda package: None)
+    with pytest.raises(ModuleNotFoundError, match="comes with skimage: pip install scikit-image"):
+        data.installed("skimage/data/brick.png")
 
 
 def test_a_name_that_is_not_there_is_refused_with_those_that_are():

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples import mixture
 from examples.mnist import data as mnist
 
 # scikit-learn's two photographs, and of scikit-image what its wheel holds, not what it downloads.
@@ -91,17 +90,17 @@ def patches() -> Tensor:
     return crops(pictures(PHOTOS), 8, 1500, torch.Generator().manual_seed(0)).flatten(1)
 
 
-def enlarged_digits() -> Tensor:
-    """(1797, 256): scikit-learn's 8 x 8 digits at 16 x 16."""
-    small = mixture.centres().reshape(-1, 1, 8, 8)
-    return F.interpolate(small, scale_factor=2.0, mode="bilinear").flatten(1)
-
-
 @cache
-def _small_digits() -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import load_digits
+def small_digits() -> tuple[Tensor, Tensor]:
+    """scikit-learn's digits (1797, 1, 8, 8) and what they are, (1797,) int64; sklearn takes a second to import."""
+    table = np.loadtxt(installed("sklearn/datasets/data/digits.csv.gz"), delimiter=",", dtype=np.float32)
+    images = torch.from_numpy(table[:, :-1]).reshape(-1, 1, 8, 8) / 8 - 1
+    return images, torch.from_numpy(table[:, -1]).long()
 
-    return mixture.centres().reshape(-1, 1, 8, 8), torch.from_numpy(load_digits().target).long()
+
+def enlarged_digits() -> Tensor:
+    """(1797, 256): `small_digits` at 16 x 16."""
+    return F.interpolate(small_digits()[0], scale_factor=2.0, mode="bilinear").flatten(1)
 
 
 def batch(name: str, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
@@ -118,7 +117,7 @@ def batch(name: str, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor
     if data == "faces24":
         chosen = faces()[torch.randint(100, (n,), generator=generator)]
         return torch.cat([crops((face,), 24, 1, generator) for face in chosen]), None
-    images, labels = _small_digits() if data == "digits8" else mnist.train_split()
+    images, labels = small_digits() if data == "digits8" else mnist.train_split()
     picks = torch.randint(len(images), (n,), generator=generator)
     clean = images[picks]
     if data == "digits24":
