@@ -11,7 +11,6 @@ data were 1 / k as large: what is made small is, in the end, the mean over model
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -117,7 +116,7 @@ def joint(names: Sequence[str], num_steps: int, rounds: int, budget: int, seed: 
         mean = sum(math.log(error / found[name][0]) for name, (error, _) in errors.items()) / len(errors)
         row = {"num_steps": num_steps, "round": number, "budget": budget, "seed": seed, "models": errors}
         rows.append(RESULTS, **about, **row, solver=solver.to_dict())
-        print(num_steps, number, f"{math.exp(mean):.3f} of the error before", {k: round(v[1], 2) for k, v in errors.items()}, flush=True)
+        print(f"N = {num_steps}, round {number}: {math.exp(mean):.3f} of the error before", flush=True)
 
 
 def main() -> None:
