@@ -22,6 +22,9 @@ BEGIN, END = "<!-- roofline -->", "<!-- end of roofline -->"
 # Bytes a second by NVIDIA's datasheets, by a part of CUDA's name for the card.
 PEAKS = {"H100 80GB HBM3": 3.35e12, "H200": 4.8e12}
 CARDS = {"H100 80GB HBM3": "H100 SXM", "H200": "H200"}
+# Microseconds of the host: a step in front of a driver that does nothing (bench_host.py) and what a GPU's adds; the
+# Python around a replay (graph_loop.py) and three operations.
+HOST = {"step": 7.7 + 2.5, "sample": 28 + 3 * 6}
 COPY = 0.9  # of which a large copy is assumed to reach
 SAME = "list", "gradient"  # bytes of another, or of two others: they have rows when they are measured
 START = {"ours": 2.5e-6, "copy": 1.5e-6}  # seconds from one launch of a graph to the first byte of the next, assumed
@@ -105,6 +108,9 @@ PREDICTED: dict[str, Prediction] = {
     f"forward, {FLUX}, cold cache": lowest("forward", lambda size, shape: shape == FLUX),
     "graph of a loop, a step, outputs at hand": step_of_a_loop(0),
     "graph of a loop, a step, one-kernel model": step_of_a_loop(1),
+    "eager step, host": lambda peak: f"{HOST['step']:.0f} us",
+    "sample(cuda_graph=True) outside the graph": lambda peak: f"{HOST['sample']:.0f} us",
+    "unroll: bytes planned / bytes counted": lambda peak: "1.00",
     "FLUX's size, ten steps, eager": flux(10),
     "FLUX's size, ten steps, one graph": flux(10),
     "FLUX's size, a gradient, checkpointing": flux(3),
