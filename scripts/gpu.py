@@ -138,6 +138,11 @@ class Cache:
                     packed.extractall(self.folder, filter="data")
             except (tarfile.TarError, OSError, EOFError) as error:  # cut off on the way
                 print(f"{file}: {error}; what it lacks is compiled again")
+            # Triton's lists of files hold their paths on the machine that made them; it takes none that lacks a file.
+            for listed in self.triton.glob("*/__grp__*.json"):
+                paths = [listed.parent / name for name in json.loads(listed.read_text())["child_paths"]]
+                here = {path.name: str(path) for path in paths if path.exists()}
+                listed.write_text(json.dumps({"child_paths": here}))
 
     def restore(self) -> bool:
         """Whether the extension for this source, torch and Python is there, put where it is imported from."""
@@ -155,10 +160,15 @@ class Cache:
 
 
 def pack(file: Path, folder: Path) -> None:
-    """All of a folder in one file, which is whole at any moment."""
+    """All of a folder in one file, which is whole at any moment. Stages of a compilation are left out: to launch a
+    kernel needs its machine code, a third of the bytes."""
+
+    def kept(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        return None if member.name.endswith((".source", ".ttir", ".ttgir", ".llir", ".ptx")) else member
+
     part = file.with_name(f".{file.name}")
     with tarfile.open(part, "w:gz", compresslevel=6) as packed:
-        packed.add(folder, arcname=".")
+        packed.add(folder, arcname=".", filter=kept)
     os.replace(part, file)
 
 
@@ -193,7 +203,10 @@ class Run:
                 over = now - since - limit
                 if process.poll() is not None:
                     how = "ok" if process.returncode == 0 else f"rc={process.returncode}"
-                    self.close(stage, how if over < 0 else "limit", now - since)
+                    if over > 0:
+                        how = "limit"
+                        self.stop(process, signal.SIGKILL)  # what it started may not have listened
+                    self.close(stage, how, now - since)
                     del self.begun[process]
                 elif over > 0:
                     self.stop(process, signal.SIGKILL if over > GRACE else signal.SIGTERM)
@@ -254,7 +267,6 @@ def main() -> int:
     python = os.environ.get("PYTHON", sys.executable)
     out = Path(os.environ.get("OUT", ROOT / "out/gpu")).absolute()
     dry, work = options.dry_run, out.with_name(out.name + "-work")
-    # Files of the caches are found again by their path, so that it is the same on every machine.
     cache = Cache(work / "cache" if dry else ROOT / "out" / "gpu-cache")
     for path in (out, cache.triton, cache.inductor):
         path.mkdir(parents=True, exist_ok=True)

@@ -177,14 +177,22 @@ def test_what_was_compiled_travels(tmp_path, gpu, monkeypatch):
     (tmp_path / "dss_fast" / "_C_1_0_0_cpu.so").write_text("of another torch")
     here = gpu.Cache(tmp_path / "here")
     here.triton.mkdir(parents=True)
-    (here.triton / "kernel.cubin").write_text("kernel")
+    (here.triton / "key").mkdir()
+    (here.triton / "key" / "kernel.cubin").write_text("kernel")
+    (here.triton / "key" / "kernel.ttir").write_text("a stage of its compilation")
+    paths = {
+        "child_paths": {f"kernel.{kind}": str(here.triton / "key" / f"kernel.{kind}") for kind in ("cubin", "ttir")}
+    }
+    (here.triton / "key" / "__grp__kernel.json").write_text(json.dumps(paths))
     here.keep()
     gpu.pack(tmp_path / "cache.tar.gz", here.folder)
     built.unlink()
     there = gpu.Cache(tmp_path / "there")
     assert not there.restore()
     there.unpack(tmp_path / "cache.tar.gz")
-    assert (there.triton / "kernel.cubin").read_text() == "kernel"
+    found = json.loads((there.triton / "key" / "__grp__kernel.json").read_text())["child_paths"]
+    assert found == {"kernel.cubin": str(there.triton / "key" / "kernel.cubin")}
+    assert Path(found["kernel.cubin"]).read_text() == "kernel" and not (there.triton / "key" / "kernel.ttir").exists()
     assert there.restore() and built.read_text() == "machine code"
     assert [path.name for path in there.extension.iterdir()] == [name]
     (tmp_path / "csrc" / "step.cpp").write_text("two")
