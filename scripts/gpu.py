@@ -5,7 +5,8 @@
     python3 scripts/gpu.py --dry-run                  # every stage on the CPU at tiny sizes, and the plan checked
 
 Four files in ${OUT:-out/gpu}: rows.jsonl, one line a figure, appended as soon as it is known; summary.txt, the table;
-logs.tar.gz; cache.tar.gz, what was compiled, which the next machine uses when it lies in out/gpu or --cache names it.
+logs.tar.gz; cache.tar.gz, what was compiled, which the next machine uses when it lies in out/gpu or --cache names it:
+one of your own, since it is run.
 Copy rows.jsonl to benchmarks/results/gpu.jsonl to publish. Rows name the commit; where there is no .git,
 COMMIT=$(git rev-parse --short HEAD), taken where there is one, says it.
 
@@ -72,16 +73,17 @@ def stages(python: str, rows: Path, *, dry: bool = False, built: bool = False) -
         command = [python, f"benchmarks/{name}.py", str(rows), *arguments, *tiny]
         return Stage(stage or name, limit, command, environment, of)
 
-    def tests(name: str, limit: int, *arguments: str) -> Stage:
-        return Stage(name, limit, [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments])
+    def tests(name: str, limit: int, *arguments: str, **environment: str) -> Stage:
+        return Stage(name, limit, [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments], environment)
 
     load = [python, "-c", "from dss_fast.step import extension; print(extension.load().__file__, 'was there')"]
     build = load if built or dry else [python, "setup.py", "build_ext", "--inplace"]
     # A share of 5 has every flag: it walks through the variants, whose flags repeat after 4.
     variants = [python, "scripts/every_kernel.py", "--share", "0", "40" if dry else "5"]
+    without = {} if dry else {"DSS_FAST_NO_EXTENSION": "1"}  # which is built meanwhile
     # The caching allocator would hide overruns between tensors of one block.
-    alone = {"DSS_FAST_NO_EXTENSION": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    sanitizers = [Stage("sanitizers", 100, variants, {} if dry else alone)]
+    alone = without | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    sanitizers = [Stage("sanitizers", 100, variants, without)]
     if sanitizer:
         sanitizers = [
             Stage(kind, 100, [sanitizer, "--tool", kind, "--error-exitcode", "9", *variants], alone, "sanitizers")
@@ -98,11 +100,10 @@ def stages(python: str, rows: Path, *, dry: bool = False, built: bool = False) -
         [
             Stage("build", 100, build),
             *(
-                benchmark("bandwidth", 100, "--warm-up", "--types", kind, *few, stage=f"warm-{kind}", of="warm",
-                          DSS_FAST_NO_EXTENSION="1")
-                for kind in types
+                benchmark("bandwidth", 100, "--warm-up", "--types", t, *few, stage=f"warm-{t}", of="warm", **without)
+                for t in types
             ),
-            tests("kernels", 100, "-k", "triton or cuda or device", *kernels),
+            tests("kernels", 100, "-k", "triton or cuda or device", *kernels, **without),
             *sanitizers,
         ],
         [] if dry else [tests("graphs", 50, "tests/test_graph.py", "tests/test_device.py")],  # they fill the memory
