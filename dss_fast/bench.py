@@ -121,6 +121,8 @@ class Bench:
         labels = self.target.labels
         try:
             asked = None if labels is None else torch.cat([labels(_copied(batch.cond)) for batch in self.batches]).cpu()
+            if asked is not None and asked.is_floating_point() and bool(asked.isnan().any()):
+                raise ValueError(f"labels returned NaN for {int(asked.isnan().sum())} of {len(asked)} samples")
             return Reference(self.target, last, asked, real_features)
         except Exception as error:
             what = f"{type(error).__name__}: {shortened(error)}"

@@ -142,6 +142,8 @@ class Target:
             noise = self.noise(count, generator)
             if tuple(noise.shape) != (count, *self.shape):
                 raise ValueError(f"noise({count}, generator) returned {tuple(noise.shape)}, not {(count, *self.shape)}")
+            if not noise.is_meta and not bool(noise.isfinite().all()):
+                raise ValueError(f"noise({count}, generator) returned NaN or Inf")
         cond = self.cond(count, generator) if callable(self.cond) else dict(self.cond or {})
         scale = None
         if isinstance(self.guidance_scale, tuple):

@@ -49,6 +49,11 @@ def probe(draws: Draws, differentiated: bool) -> Cost:
         costs = [probe(one, differentiated) for one in draws.each]
         return Cost(sum(cost.seconds for cost in costs) / len(costs), max(cost.saved for cost in costs))
     batch = replace(draws.alone, seed=0).batch("probe", 0, SAMPLES)
+    if not bool(batch.noise.any()):
+        raise ValueError(
+            f"noise({SAMPLES}, generator) of the target {draws.target.name!r} returned nothing but zeros: all samples would "
+            "begin at one point"
+        )
     denoise, zero = batch.denoiser(), True
     kept: dict[int, int] = {}
 
@@ -95,7 +100,7 @@ def identity(draws: Draws, **functions: Callable[[Tensor], Tensor]) -> dict[str,
         "given": _hash(given),
     }
     for name, function in functions.items():
-        found[name] = _hash({"returned": function(batch.noise.clone())})
+        found[name] = _hash({"returned": _returned(name, function, batch.noise)})
     if target.key is not None:
         found["key"] = target.key
     if target.key is None or draws.world > 1:  # processes compare what their models return, whatever they are called
@@ -106,6 +111,23 @@ def identity(draws: Draws, **functions: Callable[[Tensor], Tensor]) -> dict[str,
                 returned.append(one.predictor()(one.noise, u))
         found["returned"] = _hash(returned)
     return found
+
+
+def _returned(name: str, function: Callable[[Tensor], Tensor], noise: Tensor) -> Tensor:
+    """What a function of samples gives for some noise. Raises ValueError where nothing can be chosen or learned by it."""
+    with torch.enable_grad():
+        leaf = noise.detach().clone().requires_grad_()
+        found: Any = function(leaf.clone())
+    if not isinstance(found, Tensor) or found.ndim < 1 or len(found) != len(noise) or not found.is_floating_point():
+        got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"the function {name} returned {got} for {len(noise)} samples; it must return floats, a row each")
+    if not bool(found.isfinite().all()):
+        raise ValueError(f"the function {name} returned NaN or Inf for standard samples, {tuple(noise.shape)} of the noise")
+    if name == "loss" and not found.requires_grad:
+        raise ValueError("the function loss returned what has no graph: take no_grad, detach and rounding out of it")
+    if bool((noise != noise[:1]).any()) and torch.equal(found, found[:1].expand_as(found)):
+        raise ValueError(f"the function {name} returned the same for {len(noise)} different samples: it tells nothing")
+    return found.detach()
 
 
 def _hash(value: Any) -> str:
