@@ -95,6 +95,9 @@ class Bench:
                 f"{self.schedule!r} the model's schedule?"
             ) from error
         self.reference = self._measure_of(last, real_features)
+        real, width = self.reference.real, self.reference.features.shape[1]
+        if real is not None and real.shape[1] != width:
+            raise ValueError(f"real_features has {real.shape[1]} columns; the features of a sample here are {width}")
         self.scale = math.sqrt(float(last.double().square().mean()))
         self.floor = self.reference.distances()
 

@@ -327,6 +327,22 @@ def modules_of(model: Any, depth: int = 3) -> list[nn.Module]:
     return [module for item in held for module in modules_of(item, depth - 1)]
 
 
+def state_of(model: Any) -> dict[str, Tensor]:
+    """The tensors that a callable's modules hold, by name: parameters, buffers and plain attributes."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for number, module in enumerate(modules_of(model)):
+        for path, part in module.named_modules(prefix=f"{number}"):
+            if id(part) in seen:
+                continue
+            seen.add(id(part))
+            # What torch.compile wraps is the same model.
+            path = path.replace("._orig_mod", "")
+            held = {**part._parameters, **part._buffers, **vars(part)}
+            found |= {f"{path}.{key}": value for key, value in held.items() if isinstance(value, Tensor)}
+    return found
+
+
 def undonated() -> Any:
     """A context in which torch.compile gives no buffers away that a backward needs again, where it is there at all."""
     config = sys.modules.get("torch._functorch.config")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import count
@@ -99,13 +99,25 @@ def agreed(config: dict[str, Any]) -> dict[str, Any]:
     every: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(every, mine)
     for rank, other in enumerate(every):
-        differing = [key for key, value in other.items() if value != every[0][key] and key != "date"]
-        if differing:
+        if found := differing(every[0], other):
             raise ValueError(
-                f"process {rank} searches for another {', '.join(differing)} than the first one: weights, conditions "
+                f"process {rank} searches for another {', '.join(found)} than the first one: weights, conditions "
                 "and settings must be the same in all processes"
             )
     return cast(dict[str, Any], every[0])
+
+
+def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """What two searches differ in, but for the date: names of settings, and instead of "targets" of what these are."""
+    names = [key for key in first.keys() | second.keys() if first.get(key) != second.get(key) and key != "date"]
+    found = sorted(key for key in names if key != "targets")
+    if "targets" in names:
+        pairs = list(zip(first.get("targets") or (), second.get("targets") or (), strict=False))
+        for number, (a, b) in enumerate(pairs):
+            where = f" of target {number}" if len(pairs) > 1 else ""
+            found += [f"{key}{where}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+        found += ["targets"] if len(first.get("targets") or ()) != len(second.get("targets") or ()) else []
+    return found
 
 
 def _joined() -> bool:
