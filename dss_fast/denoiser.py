@@ -83,7 +83,9 @@ class Denoiser:
         given = {"x": x.to(self._dtype or x.dtype, copy=own), "t": t.clone() if own else t, **cond}
         held = self._held if self._held is not None else tensors_in(cond)
         self._held = held if cond is self._doubled else None
-        passed = held if own or self.guided else {"x": given["x"], "t": given["t"], **held}  # of x and t copies are fair
+        passed = (
+            held if own or self.guided else {"x": given["x"], "t": given["t"], **held}
+        )  # of x and t copies are fair
         looks = self.looks(x)
         copies = copied(passed) if looks and self.nfe == 0 else {}
         held = {"x": given["x"], "t": given["t"], **held}

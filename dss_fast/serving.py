@@ -34,8 +34,9 @@ class Batch:
     and takes one step of each. When the model raises, nothing has happened and the tick can be tried again. Which
     places finish is known on the host from the solvers' lengths: nothing waits for the device, but for
     ``check_finite``. When the model has written into states or conditions, the running requests are lost: they end with
-    that tick, and :meth:`retire` says so. A request gets the bits it would get alone, if the model gives every row the bits it would get
-    alone. One whose state is NaN or Inf ends with that step, and :meth:`retire` raises what became of it.
+    that tick, and :meth:`retire` says so. A request gets the bits it would get alone, if the model gives every row the
+    bits it would get alone. One whose state is NaN or Inf ends with that step, and :meth:`retire` raises what became of
+    it.
 
     Shapes and addresses never change, so a compiled model, or a whole tick without its count, stays as it is:
 
@@ -284,7 +285,8 @@ def _row(key: str, value: Any, own: Tensor) -> Tensor:
     rounded = plain and given.is_floating_point() and own.is_floating_point()
     if rounded and not bool((row.isfinite() | ~given.isfinite()).all()):
         raise ValueError(
-            f"cond[{key!r}]={str(value)[:60]} is more than this batch's rows of {own.dtype} hold, {torch.finfo(own.dtype).max:g}"
+            f"cond[{key!r}]={str(value)[:60]} is more than this batch's rows of {own.dtype} hold, "
+            f"{torch.finfo(own.dtype).max:g}: make the batch with rows of another dtype"
         )
     if given.dtype != own.dtype and not rounded:
         back = row.to(given.device, given.dtype)

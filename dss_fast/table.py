@@ -211,8 +211,8 @@ def _made(
     sound = table.weights.isfinite().flatten(2).all(2)[0] & table.times.isfinite()
     if not bool(sound.all()):
         raise ValueError(
-            f"step {int((~sound).nonzero()[0])} of {solver.label} on {schedule or solver.schedule!r} has numbers that are "
-            f"no finite {real}: see that alpha, sigma and time are finite from u = 0 to 1"
+            f"step {int((~sound).nonzero()[0])} of {solver.label} on {schedule or solver.schedule!r} has numbers that "
+            f"are no finite {real}: see that alpha, sigma and time are finite from u = 0 to 1"
         )
     return table
 

@@ -53,8 +53,8 @@ def probe(draws: Draws, differentiated: bool) -> Cost:
     batch = replace(draws.alone, seed=0).batch("probe", 0, SAMPLES)
     if not bool(batch.noise.any()):
         raise ValueError(
-            f"noise({SAMPLES}, generator) of the target {draws.target.name!r} returned nothing but zeros: all samples would "
-            "begin at one point"
+            f"noise({SAMPLES}, generator) of the target {draws.target.name!r} returned nothing but zeros: all "
+            "samples would begin at one point"
         )
     denoise, zero = batch.denoiser(), True
     kept: dict[int, int] = {}
@@ -143,15 +143,19 @@ def identity(draws: Draws, moved: Sequence[str] = (), **functions: Callable[[Ten
 
 
 def _returned(name: str, function: Callable[[Tensor], Tensor], noise: Tensor) -> Tensor:
-    """What a function of samples gives for some noise. Raises ValueError where nothing can be chosen or learned by it."""
+    """What a function of samples gives for some noise. Raises ValueError where nothing is chosen or learned by it."""
     with torch.enable_grad():
         leaf = noise.detach().clone().requires_grad_()
         found: Any = function(leaf.clone())
     if not isinstance(found, Tensor) or found.ndim < 1 or len(found) != len(noise) or not found.is_floating_point():
         got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise ValueError(f"the function {name} returned {got} for {len(noise)} samples; it must return floats, a row each")
+        raise ValueError(
+            f"the function {name} returned {got} for {len(noise)} samples; it must return floats, a row each"
+        )
     if not bool(found.isfinite().all()):
-        raise ValueError(f"the function {name} returned NaN or Inf for standard samples, {tuple(noise.shape)} of the noise")
+        raise ValueError(
+            f"the function {name} returned NaN or Inf for standard samples, {tuple(noise.shape)} of the noise"
+        )
     if name == "loss" and not found.requires_grad:
         raise ValueError("the function loss returned what has no graph: take no_grad, detach and rounding out of it")
     if bool((noise != noise[:1]).any()) and torch.equal(found, found[:1].expand_as(found)):

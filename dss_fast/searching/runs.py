@@ -116,7 +116,8 @@ class RunFolder:
             raise ValueError(
                 f"{self.path} cannot be resumed: it is a search for a target of other {', '.join(apart)}; use the same "
                 "one or another folder"
-                + "; a model whose outputs are random is known again by a key: search(Target(..., key='name'), ...)" * random
+                + "; a model whose outputs are random is known again by a key: search(Target(..., key='name'), ...)"
+                * random
             )
 
     def note(self, event: Event) -> None:
@@ -128,9 +129,7 @@ class RunFolder:
         self._log.write(json.dumps(event.to_dict()).encode() + b"\n")
         self._log.flush()
 
-    def save(
-        self, event: Event, events: int, ledger: Ledger, finished: bool, solvers: Mapping[int, Solver]
-    ) -> None:
+    def save(self, event: Event, events: int, ledger: Ledger, finished: bool, solvers: Mapping[int, Solver]) -> None:
         """Writes the checkpoint: where to go on after ``event``, the last of so many ``events``, and the digests of the
         ``solvers`` that are written next, so that a search killed between the two knows them as its own."""
         if self._log is not None:

@@ -114,7 +114,9 @@ def test_a_finished_solver_file_is_mended_and_an_edited_one_left(tmp_path, damag
     else:
         Solver((0.0, 1.0), ((1.0,),), Flow()).save(path)
     edited = damage == "another"
-    with pytest.warns(UserWarning, match=r"solver-3\.json.*" + ("not what this search wrote" if edited else "written again")):
+    with pytest.warns(
+        UserWarning, match=r"solver-3\.json.*" + ("not what this search wrote" if edited else "written again")
+    ):
         assert find(tmp_path).solver == expected
     assert (path.read_bytes() == whole) is not edited
 
