@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -14,6 +17,7 @@ import torch
 
 T = TypeVar("T")
 FAILED = "dss_fast/failed"
+ANSWER_SECONDS = 20.0  # a store answers in milliseconds
 
 
 @contextmanager
@@ -54,8 +58,45 @@ def _rendezvous() -> tuple[Any, int, int]:
     """
     from torch.distributed.rendezvous import rendezvous
 
-    found: tuple[Any, int, int] = next(rendezvous("env://"))
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    taken = f"MASTER_PORT={port} of {host} is taken by another program: choose another one (torchrun --master-port)"
+    # A store of torchrun's own is there before its processes.
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and os.environ.get("RANK", "0") != "0":
+        _await_store(host, port, taken)
+    try:
+        found: tuple[Any, int, int] = next(rendezvous("env://"))
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" in str(error):
+            raise OSError(taken) from error
+        raise
     return found
+
+
+def _await_store(host: str, port: str, taken: str) -> None:
+    """Waits until something listens at the first process's port, as long as PyTorch waits, and sees that it is a store.
+
+    A store answers from a thread of its own, at once; what only takes the connection would be waited for half an hour.
+    Raises OSError saying that it is ``taken``.
+    """
+    if not (host and port.isdecimal()):
+        return  # which PyTorch says
+    end = time.monotonic() + torch.distributed.constants.default_pg_timeout.total_seconds()
+    while time.monotonic() < end:
+        try:
+            with socket.create_connection((host, int(port)), ANSWER_SECONDS):
+                break
+        except OSError:  # the first process may still be building its model
+            time.sleep(0.2)
+    answered = threading.Event()
+
+    def ask() -> None:
+        with suppress(torch.distributed.DistError):
+            torch.distributed.TCPStore(host, int(port), is_master=False, wait_for_workers=False)
+            answered.set()
+
+    threading.Thread(target=ask, daemon=True).start()  # the constructor keeps to no timeout once it is connected
+    if not answered.wait(ANSWER_SECONDS):
+        raise OSError(taken)
 
 
 def take_local_device() -> None:
