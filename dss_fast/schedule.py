@@ -256,7 +256,7 @@ class DiscreteVP(Schedule):
     @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float], **options: Any) -> DiscreteVP:
         """The schedule of a table of betas: alphas_cumprod = cumprod(1 - beta)."""
-        betas = torch.as_tensor(betas, dtype=torch.float64)
+        betas = torch.tensor(_floats("betas", betas), dtype=torch.float64)  # type: ignore[arg-type]  # of either kind
         return cls(tuple(torch.cumprod(1 - betas, 0).tolist()), **options)
 
     @classmethod
@@ -414,7 +414,7 @@ def path_difference(mine: Schedule, other: Schedule, u: Tensor) -> str | None:
     Compares alpha and sigma to ``SAME_PATH``; what the networks return and are told does not matter.
     """
     for name, a, b in zip(("alpha", "sigma"), mine.alpha_sigma(u), other.alpha_sigma(u), strict=True):
-        apart = (a - b).abs() > SAME_PATH
+        apart = ~((a - b).abs() <= SAME_PATH)  # NaN is apart from all
         if bool(apart.any()):
             i = int(apart.nonzero()[0])
             return f"{name} at u = {float(u[i]):.6g} is {float(a[i]):.6g} there and {float(b[i]):.6g} here"

@@ -125,6 +125,10 @@ class Batch:
         steps, cond = found.num_steps, cond or {}
         if steps > self.max_steps:
             raise ValueError(f"the solver takes {steps} steps, this batch at most {self.max_steps}; raise max_steps")
+        if not isinstance(noise, Tensor):
+            raise ValueError(f"noise is {type(noise).__name__}; give a tensor of shape {tuple(self.x.shape[1:])}")
+        if not isinstance(cond, Mapping):
+            raise ValueError(f"cond={str(cond)[:60]!r}: give a dict of the model's keyword arguments")
         if noise.shape != self.x.shape[1:]:
             raise ValueError(f"noise has shape {tuple(noise.shape)}; one sample here is {tuple(self.x.shape[1:])}")
         if not noise.is_floating_point():
@@ -283,7 +287,7 @@ def _row(key: str, value: Any, own: Tensor) -> Tensor:
         raise ValueError(f"cond[{key!r}] has shape {tuple(given.shape)}, not {tuple(own.shape[1:])}")
     row = given.to(own)
     rounded = plain and given.is_floating_point() and own.is_floating_point()
-    if rounded and not bool((row.isfinite() | ~given.isfinite()).all()):
+    if rounded and bool((given.isfinite() & (given.abs() > torch.finfo(own.dtype).max)).any()):
         raise ValueError(
             f"cond[{key!r}]={str(value)[:60]} is more than this batch's rows of {own.dtype} hold, "
             f"{torch.finfo(own.dtype).max:g}: make the batch with rows of another dtype"

@@ -51,9 +51,9 @@ def probe(draws: Draws, differentiated: bool) -> Cost:
         costs = [probe(one, differentiated) for one in draws.each]
         return Cost(sum(cost.seconds for cost in costs) / len(costs), max(cost.saved for cost in costs))
     batch = replace(draws.alone, seed=0).batch("probe", 0, SAMPLES)
-    if not bool(batch.noise.any()):
+    if torch.equal(batch.noise[:1], batch.noise[1:]):
         raise ValueError(
-            f"noise({SAMPLES}, generator) of the target {draws.target.name!r} returned nothing but zeros: all "
+            f"noise({SAMPLES}, generator) of the target {draws.target.name!r} returned the same for both: all "
             "samples would begin at one point"
         )
     denoise, zero = batch.denoiser(), True
