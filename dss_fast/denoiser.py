@@ -322,6 +322,11 @@ def modules_of(model: Any, depth: int = 3) -> list[nn.Module]:
         return [model]
     if depth == 0 or isinstance(model, type | types.ModuleType):
         return []
+    return [module for item in _held_by(model) for module in modules_of(item, depth - 1)]
+
+
+def _held_by(model: Any) -> list[Any]:
+    """What a callable that is no module holds, in an order of its own."""
     held: list[Any] = []
     if isinstance(model, functools.partial):
         held = [model.func, *model.args, *model.keywords.values()]
@@ -329,15 +334,16 @@ def modules_of(model: Any, depth: int = 3) -> list[nn.Module]:
         held = [model.__self__]
     elif isinstance(model, types.FunctionType):
         held = [cell.cell_contents for cell in model.__closure__ or () if cell != types.CellType()]  # not empty yet
-        held += [v for v in (model.__globals__.get(n) for n in model.__code__.co_names) if isinstance(v, nn.Module)]
+        named = [model.__globals__.get(name) for name in model.__code__.co_names]
+        held += [value for value in named if isinstance(value, nn.Module | Tensor)]
     elif callable(model):
         held = list(getattr(model, "__dict__", {}).values())
-    return [module for item in held for module in modules_of(item, depth - 1)]
+    return held
 
 
 def state_of(model: Any) -> dict[str, Tensor]:
-    """The tensors that a callable's modules hold, by name: parameters, buffers and plain attributes."""
-    found: dict[str, Tensor] = {}
+    """The tensors that a callable and its modules hold, by name: parameters, buffers, attributes, those of closures."""
+    found = _tensors_of(model, "held", 3)
     seen: set[int] = set()
     for number, module in enumerate(modules_of(model)):
         for path, part in module.named_modules(prefix=f"{number}"):
@@ -348,6 +354,16 @@ def state_of(model: Any) -> dict[str, Tensor]:
             path = path.replace("._orig_mod", "")
             held = {**part._parameters, **part._buffers, **vars(part)}
             found |= {f"{path}.{key}": value for key, value in held.items() if isinstance(value, Tensor)}
+    return found
+
+
+def _tensors_of(model: Any, path: str, depth: int) -> dict[str, Tensor]:
+    if isinstance(model, nn.Module | type | types.ModuleType) or depth == 0:
+        return {}
+    found: dict[str, Tensor] = {}
+    for number, item in enumerate(_held_by(model)):
+        name = f"{path}.{number}"
+        found |= {name: item} if isinstance(item, Tensor) else _tensors_of(item, name, depth - 1)
     return found
 
 

@@ -91,7 +91,7 @@ def _await_store(host: str, port: str, taken: str) -> None:
 
     def ask() -> None:
         with suppress(torch.distributed.DistError):
-            torch.distributed.TCPStore(host, int(port), is_master=False, wait_for_workers=False)
+            torch.distributed.TCPStore(host, int(port), is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
             answered.set()
 
     threading.Thread(target=ask, daemon=True).start()  # the constructor keeps to no timeout once it is connected

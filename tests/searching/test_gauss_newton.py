@@ -407,6 +407,9 @@ def test_a_loss_that_tells_nothing_is_named_before_the_teacher(loss, words):
 
 
 def test_noise_that_is_zero_or_nan_is_not_taken_for_an_untrained_model():
-    for value, words in ((0.0, "returned the same for both: all samples would begin at one point"), (math.nan, "returned NaN")):
+    for value, words in (
+        (0.0, "returned the same for both: all samples would begin at one point"),
+        (math.nan, "returned NaN"),
+    ):
         with pytest.raises(ValueError, match=rf"noise\(2, generator\).*{words}"):
             search(Target(vp_model, SHAPE, noise=lambda n, g, v=value: torch.full((n, *SHAPE), v)), 3, progress=False)

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -188,6 +189,14 @@ def test_another_table_inside_a_keyed_model_is_not_resumed(tmp_path, change, hel
             module.labels.copy_(module.labels.flip(0) if change == "order" else module.labels + 1)
     with pytest.raises(ValueError, match="cannot be resumed: .* of other weights; use"):
         find(tmp_path, function=function, budget=3_500, resume=True)
+
+
+def test_another_tensor_in_a_closure_is_not_resumed(tmp_path):
+    for scale in (1.0, 1.0, 2.0):
+        table = scale * torch.arange(3.0)
+        words = pytest.raises(ValueError, match="other weights") if scale == 2 else nullcontext()
+        with words:
+            find(tmp_path, function=lambda x, t: model(x, t) + 0 * table[0], budget=3_000, resume=True)
 
 
 @pytest.fixture
