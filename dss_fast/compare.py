@@ -357,7 +357,7 @@ def _expand(
     for item in solvers:
         for n in _open_steps(item, num_steps):
             solver = find_solver(item, schedule, n)
-            solver.on(schedule)
+            solver = solver.following(schedule)
             table[_free(solver, table)] = solver
     return {title: solver for title, solver in table.items() if title not in (before or {})}
 

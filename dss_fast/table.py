@@ -76,7 +76,8 @@ class StepTable:
     ) -> StepTable:
         """The table of a solver for states of a dtype on a device; made once and kept.
 
-        schedule: the model's, see :meth:`Solver.on`, which also says what ``strict`` allows; None: the solver's.
+        schedule: the model's; None: the solver's. strict: refuse a solver of another path, but where it can follow, see
+        :meth:`Solver.following`; False: run it there at its own u.
         guidance: see :meth:`guided`. dtype: of the states; the table is float64 for float64 and float32 for the rest.
         """
         fixed = guidance if isinstance(guidance, int | float | tuple) else None
@@ -205,7 +206,8 @@ def _made(
     strict: bool,
 ) -> StepTable:
     """The same on the CPU."""
-    table = StepTable.build(solver.on(schedule, strict=strict), **solver.tensors())
+    solver = solver.following(schedule) if strict else solver
+    table = StepTable.build(solver.on(schedule, strict=False), **solver.tensors())
     table = table if guidance is None or guidance == 1 else table.guided(guidance)
     table = table.to("cpu", real)
     sound = table.weights.isfinite().flatten(2).all(2)[0] & table.times.isfinite()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dss_fast import Flow, Target, find_solver, handmade, sample
+from dss_fast import Flow, Grid, Target, find_solver, handmade, sample
 from dss_fast.compare import Verdict, _ratio, compare
 from dss_fast.distance import frechet_distance, squares
 from dss_fast.draws import Draws
@@ -233,7 +233,7 @@ def test_calls_of_the_best_hand_made_solver():
 
 
 def test_rivals_are_published_tables_the_start_and_what_is_named():
-    """Each with a row; a published table on another path is none; hand-made solvers named are rivals too."""
+    """Each with a row; a published table moves along with a shift; hand-made solvers named are rivals too."""
     start = replace(handmade("ab4", 5), noise_coeffs=(0.1,) * 5, name="start/5", source="dss_fast.search")
     result = compare(
         TARGET, [searched("ab3", 5), "deis"], num_steps=(5,), rivals=("all", start), samples=16, progress=False
@@ -244,7 +244,9 @@ def test_rivals_are_published_tables_the_start_and_what_is_named():
     shifted = Flow(shift=3.0)
     target = replace(TARGET, schedule=shifted)
     rows = compare(target, [searched("ab2", 5, schedule=shifted)], samples=16, progress=False).rows
-    assert len(rows) == 2 and published_tables(shifted, 5) == []
+    moved = [table.name for table in published_tables(shifted, 5)]
+    assert len(rows) == 4 and sorted(moved) == ["flowdcn-b-2-256/5@shift3", "sit-xl-2-256/5@shift3"]
+    assert all(is_rival(table) for table in published_tables(shifted, 5))
 
 
 def test_a_target_named_like_a_published_family_is_not_one():
@@ -379,7 +381,7 @@ def test_bad_solvers_are_refused_before_any_work():
         (["dit-xl-2-256/5"], "vp"),
         (["heun"], "heun"),
         (["sit-xl-2-256"], "none of num_steps"),
-        ([handmade("euler", 5, Flow(shift=3.0))], "another noise schedule"),
+        ([handmade("euler", 2, Grid.flow([1.0, 0.9, 0.0], [1.0, 0.9]))], "another noise schedule"),
     ):
         with pytest.raises(ValueError, match=words):
             compare(counting, solvers, num_steps=(99,), shape=(4, 2, 2), cond=draw, progress=False)
