@@ -192,11 +192,12 @@ def test_another_table_inside_a_keyed_model_is_not_resumed(tmp_path, change, hel
 
 
 def test_another_tensor_in_a_closure_is_not_resumed(tmp_path):
+    def reading(table):
+        return lambda x, t: model(x, t) + 0 * table[0]
+
     for scale in (1.0, 1.0, 2.0):
-        table = scale * torch.arange(3.0)
-        words = pytest.raises(ValueError, match="other weights") if scale == 2 else nullcontext()
-        with words:
-            find(tmp_path, function=lambda x, t: model(x, t) + 0 * table[0], budget=3_000, resume=True)
+        with pytest.raises(ValueError, match="other weights") if scale == 2 else nullcontext():
+            find(tmp_path, function=reading(scale * torch.arange(3.0)), budget=3_000, resume=True)
 
 
 @pytest.fixture
