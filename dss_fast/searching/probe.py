@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.parameter import is_lazy
 
 from ..bench import SCALES
 from ..denoiser import NO_GRAPH, state_of, versions
@@ -175,7 +176,9 @@ def _parts(value: Any) -> Iterator[bytes]:
     address, the type."""
     if isinstance(value, np.ndarray | np.generic) and value.dtype != object:
         value = torch.as_tensor(np.ascontiguousarray(value)) if value.dtype.kind in "biuf" else value.tolist()
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and is_lazy(value):
+        yield type(value).__name__.encode()
+    elif isinstance(value, Tensor):
         yield f"{value.dtype} {tuple(value.shape)}".encode()
         # Of what is spread over devices, quantised or without storage only the shape is compared.
         if type(value) in (Tensor, nn.Parameter, nn.Buffer) and value.layout == torch.strided and not value.is_meta:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from functools import cache
 from itertools import count
 from typing import Any, TypeVar, cast
@@ -17,7 +17,7 @@ import torch
 
 T = TypeVar("T")
 FAILED = "dss_fast/failed"
-ANSWER_SECONDS = 20.0  # a store answers in milliseconds
+ANSWER_SECONDS = 10.0  # a store answers in milliseconds
 
 
 @contextmanager
@@ -73,30 +73,30 @@ def _rendezvous() -> tuple[Any, int, int]:
 
 
 def _await_store(host: str, port: str, taken: str) -> None:
-    """Waits until something listens at the first process's port, as long as PyTorch waits, and sees that it is a store.
+    """Waits for the first process's store, as long as PyTorch does. Raises OSError saying that the port is ``taken``.
 
-    A store answers from a thread of its own, at once; what only takes the connection would be waited for half an hour.
-    Raises OSError saying that it is ``taken``.
+    Where nobody listens yet the constructor of a client ends with its timeout; where a store does, at once, because
+    that answers from a thread of its own; where another program does, never.
     """
     if not (host and port.isdecimal()):
         return  # which PyTorch says
     end = time.monotonic() + torch.distributed.constants.default_pg_timeout.total_seconds()
-    while time.monotonic() < end:
-        try:
-            with socket.create_connection((host, int(port)), ANSWER_SECONDS):
-                break
-        except OSError:  # the first process may still be building its model
-            time.sleep(0.2)
-    answered = threading.Event()
+    begun, answered = [time.monotonic()], threading.Event()
 
     def ask() -> None:
-        with suppress(torch.distributed.DistError):
-            torch.distributed.TCPStore(host, int(port), is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
-            answered.set()
+        client: Any = torch.distributed.TCPStore  # type: ignore[attr-defined]
+        patience = timedelta(seconds=ANSWER_SECONDS)
+        while not answered.is_set() and time.monotonic() < end:
+            begun[0] = time.monotonic()
+            with suppress(torch.distributed.DistError):
+                client(host, int(port), is_master=False, timeout=patience, wait_for_workers=False)
+                answered.set()
+            time.sleep(0.05)
 
-    threading.Thread(target=ask, daemon=True).start()  # the constructor keeps to no timeout once it is connected
-    if not answered.wait(ANSWER_SECONDS):
-        raise OSError(taken)
+    threading.Thread(target=ask, daemon=True).start()
+    while not answered.wait(ANSWER_SECONDS / 10) and time.monotonic() < end:
+        if time.monotonic() - begun[0] > 2 * ANSWER_SECONDS:
+            raise OSError(taken)
 
 
 def take_local_device() -> None:

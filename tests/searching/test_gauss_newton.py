@@ -8,7 +8,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from dss_fast import VP, Flow, Grid, GaussNewton, Solver, Target, handmade, sample, search
+from dss_fast import VP, Flow, GaussNewton, Grid, Solver, Target, handmade, sample, search
 from dss_fast.denoiser import Denoiser
 from dss_fast.draws import Draws
 from dss_fast.searching.best import better
