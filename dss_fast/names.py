@@ -1,7 +1,7 @@
 """Names of solvers: the only place that reads ``"sit-xl-2-256/10"``, ``"dpmpp_2m/8@karras"`` or the path of a file.
 
 solver  = name["/" N]["@" spacing]  |  path ending in ".json"
-name    = a published table  |  a hand-made method
+name    = a published table, or one of the library  |  a hand-made method
 spacing = "uniform", "karras", "lambda", "shift" and a factor; a published table takes a shift alone, and is moved by it
 """
 
@@ -94,6 +94,11 @@ def families() -> list[str]:
     return list(_published())
 
 
+def library() -> list[str]:
+    """Those of them that were searched here for many models at once, to be moved to the one at hand."""
+    return [name for name, entry in _published().items() if "library" in entry]
+
+
 def published_steps(name: str) -> list[int]:
     """The numbers of steps a published table exists for, rising."""
     return [int(n) for n in _published()[name]["steps"]]
@@ -125,6 +130,8 @@ _handmade = kept(64)(handmade)
 def _table(name: str, num_steps: int) -> Solver:
     entry = _published()[name]
     row = entry["steps"][str(num_steps)]
+    if name in library():
+        return Solver.from_dict(row)
     schedule = from_dict(entry["schedule"])
     return Solver.from_timedeltas(
         row["timedeltas"], row["coeffs"], schedule, name=f"{name}/{num_steps}", source=entry["source"]

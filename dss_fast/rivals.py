@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .methods import METHODS, grid
-from .names import Name, families, find_solver, published_steps
+from .names import Name, families, find_solver, library, published_steps
 from .schedule import Schedule
 from .solver import Solver
 
@@ -47,7 +47,7 @@ def handmade_tables(schedule: Schedule, num_steps: int) -> Mapping[Solver, int]:
 def published_tables(schedule: Schedule, num_steps: int) -> list[Solver]:
     """The published tables of N steps that run on the schedule, moved along with a flow's shift."""
     found = []
-    for name in families():
+    for name in _papers():
         if num_steps in published_steps(name):
             table = find_solver(f"{name}/{num_steps}")
             try:
@@ -55,6 +55,11 @@ def published_tables(schedule: Schedule, num_steps: int) -> list[Solver]:
             except ValueError:  # another family or another path
                 continue
     return found
+
+
+def _papers() -> list[str]:
+    """The published tables' names; those of the library are what a search may return, and no rivals of it."""
+    return [name for name in families() if name not in library()]
 
 
 def is_rival(solver: Solver) -> bool:
@@ -65,7 +70,7 @@ def is_rival(solver: Solver) -> bool:
 def _published(solver: Solver) -> Iterator[Solver]:
     """The published tables of a solver's family and N, moved as it says it was."""
     k = solver.provenance.get("moved", 1.0)
-    for name in families():
+    for name in _papers():
         if solver.num_steps in published_steps(name):
             table = find_solver(f"{name}/{solver.num_steps}")
             if table.family == solver.family and isinstance(k, float):

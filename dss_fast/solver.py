@@ -167,16 +167,16 @@ class Solver:
         flows (to 1e-6 of the samples where the first call is told a time of its own); on VP as far as the path
         reaches. Plain tables stay plain; others get rows that need not sum to 1 (``free_rows``).
 
-        schedule: of that model; its own by default. Raises ValueError for k or a schedule that cannot be.
+        schedule: of that model; its own by default. One of the other family too, whose models are the same in other
+        coordinates; there the first call is told its state's time. Raises ValueError for a k that cannot be.
         """
         if isinstance(k, bool) or not isinstance(k, int | float) or not 1 / LARGEST_SHIFT <= k <= LARGEST_SHIFT:
             raise ValueError(f"k={k!r}: give a number from {1 / LARGEST_SHIFT:g} to {LARGEST_SHIFT:g}, 1 for no change")
         schedule = self.schedule if schedule is None else schedule
-        if schedule.family != self.family:
-            raise ValueError(f"{self.label} is for {self.family} models, schedule={schedule!r} is {schedule.family}")
         if k == 1 and schedule == self.schedule:
             return self
-        found = X0Form.of(self.schedule, **self.tensors()).moved(k).numbers(schedule)
+        form = X0Form.of(self.schedule, **self.tensors()).moved(k)
+        found = (form if schedule.family == self.family else form.told_its_own()).numbers(schedule)
         coeffs = found["coeffs"]
         short = coeffs.sum(1) - 1
         free = bool((short.abs() > ROUNDING).any())

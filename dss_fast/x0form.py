@@ -67,6 +67,10 @@ class X0Form:
         """The same solver for data k times as large."""
         return replace(self, own=k * self.own, told=k * self.told, excess=k * self.excess)
 
+    def told_its_own(self) -> X0Form:
+        """With the first call told the time of its state, wherever the path begins."""
+        return replace(self, told=torch.cat([self.told.new_full((1,), torch.inf), self.told[1:]]))
+
     def numbers(self, schedule: Schedule) -> dict[str, Any]:
         """timesteps, coeffs, noise_coeffs, network_timesteps on a path; levels beyond its ends are brought back."""
         n = len(self.told)

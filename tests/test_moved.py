@@ -142,5 +142,27 @@ def test_names_of_moved_tables():
 def test_what_is_no_factor_is_refused(k):
     with pytest.raises(ValueError, match="k="):
         find_solver("ab2/4", Flow()).moved(k)
-    with pytest.raises(ValueError, match="is vp"):
-        find_solver("ab2/4", Flow()).moved(2.0, VP())
+
+
+class AsVP(nn.Module):
+    """The x0 of a flow's model in the coordinates of a VP path."""
+
+    def __init__(self, model, schedule):
+        super().__init__()
+        self.model, self.schedule = model, schedule
+
+    def forward(self, x, t):
+        u = self.schedule.t_start - t / self.schedule.time_scale
+        alpha, sigma = self.schedule.alpha_sigma(u)
+        time, columns = alpha / (alpha + sigma), [-1, *[1] * (x.ndim - 1)]
+        state = x / (alpha + sigma).reshape(columns)
+        return state + (1 - time).reshape(columns) * self.model(state, time)
+
+
+def test_a_flows_table_on_a_vp_model_of_the_same_data():
+    """Between levels that both paths reach the two are one model: only the first state and the last noise differ."""
+    schedule, model, noise = VP(prediction_type="x0"), mixture(), torch.randn(64, 6, dtype=F64)
+    flow, there = find_solver("ab2/8", Flow()), AsVP(mixture(), schedule)
+    wanted = sample(model, noise, flow)
+    assert apart(sample(there, noise, flow.moved(1.0, schedule), schedule=schedule), wanted) < 0.03
+    assert apart(sample(there, noise, find_solver("ab2/8", schedule), schedule=schedule), wanted) > 0.06
