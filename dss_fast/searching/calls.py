@@ -130,9 +130,12 @@ def cost_of_worth(num_steps: int, samples: int) -> int:
 def forecast(solver: Solver, steps: Sequence[int]) -> Tensor:
     """V (N, N), float64, where the differences of the other steps are continued linearly in u from the last two known.
 
-    V = c M, with M_kj what step k's difference takes from step j's.
+    V = c M, with M_kj what step k's difference takes from step j's. Where c weighs the first prediction by a factor,
+    as where its call is told another time, so does V.
     """
     n, u = solver.num_steps, solver.timesteps
+    coeffs = torch.tensor(solver.coeffs, dtype=torch.float64)
+    factor = torch.tensor([solver.coeffs[0][0], *[1.0] * (n - 1)], dtype=torch.float64)
     taken = torch.zeros(n, n, dtype=torch.float64)
     for k in range(n):
         known = [j for j in steps if j <= k]
@@ -142,4 +145,4 @@ def forecast(solver: Solver, steps: Sequence[int]) -> Tensor:
             slope = (u[k] - u[last]) / (u[last] - u[before])
             taken[k, last] += slope
             taken[k, before] -= slope
-    return torch.tensor(solver.coeffs, dtype=torch.float64) @ taken
+    return coeffs / factor @ taken * factor

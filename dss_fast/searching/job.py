@@ -159,7 +159,7 @@ def _initial(initial: str | Solver, space: Space, guided: int | None) -> Solver:
         space = replace(space, guided_steps=solver.guided_steps)
     if solver.num_steps != space.num_steps:
         raise ValueError(f"initial: {solver.label} has {solver.num_steps} steps; the search is for {space.num_steps}")
-    solver.on(space.schedule)
+    solver = solver.following(space.schedule)
     space.theta(solver)
     return solver
 
