@@ -214,7 +214,8 @@ class Solver:
         found = (form if schedule.family == self.family else form.told_its_own()).numbers(schedule)
         coeffs = found["coeffs"]
         short = coeffs.sum(1) - 1
-        free = bool((short.abs() > ROUNDING).any())
+        shares = found["guidance_coeffs"]  # a velocity's constant difference is none of the clean prediction
+        free = bool((short.abs() > ROUNDING).any()) or shares is not None
         coeffs = coeffs if free else coeffs - torch.diag(short)
         numbers: dict[str, Any] = {
             key: None if value is None else value.tolist() for key, value in (found | {"coeffs": coeffs}).items()

@@ -325,21 +325,23 @@ def test_a_search_for_calls_finds_steps_and_rows(tmp_path):
 def test_a_search_for_calls_alone_chooses_the_steps(tmp_path):
     """And one that fails on the way goes on to the same table."""
     quick = {"method": GaussNewton(rounds=6), "progress": False, "report": False, "budget": 4000}
-    target = replace(target_of(), schedule=Flow(prediction_type="v_prediction"), key="one")
+    fails = [float("inf")]
+
+    def failing(x, t, y):
+        fails[0] -= len(x)
+        if fails[0] < 0:
+            raise RuntimeError("enough")
+        return model(x, t, y)
+
+    target = replace(target_of(), model=failing, schedule=Flow(prediction_type="v_prediction"), key="one")
     whole = search(target, calls=6, **quick)
     assert len(whole.solvers) == 1 and whole.solver.guided_calls <= 6
     chosen = [event.num_steps for event in whole.history if event.stage == "choice"]
     assert chosen == [whole.solver.num_steps] and list(whole.starts) == chosen
-    seen = []
-
-    def failing(x, t, y):
-        seen.append(len(x))
-        if sum(seen) > 3000:
-            raise RuntimeError("enough")
-        return model(x, t, y)
-
+    fails[0] = 3000
     with pytest.raises(RuntimeError, match="enough"):
-        search(replace(target, model=failing), calls=6, out=tmp_path, **quick)
+        search(target, calls=6, out=tmp_path, **quick)
+    fails[0] = float("inf")
     assert search(target, calls=6, out=tmp_path, resume=True, **quick).solver == whole.solver
     assert [path.name for path in tmp_path.glob("solver-*")] == [f"solver-{whole.solver.num_steps}.json"]
 
@@ -405,3 +407,26 @@ def test_a_comparison_counts_calls():
     assert verdict.num_steps == 4 and verdict.guided_calls == 8
     said = replace(verdict, ratio=0.5, low=0.4, high=0.6, calls=6, like="ab2/6", doubt="").sentence()
     assert "8 calls in all of this table err like 6 steps of both branches" in said
+
+
+@pytest.mark.parametrize("told", [None, 0.03])
+def test_a_moved_table_gives_samples_of_the_other_size(told):
+    """A model of data k times as large, D_k(k (t'/t) x, t') = k D(x, t), and its table moved by k."""
+    k, scale, solver = 1.6, 2.0, replace(table_of(), noise_coeffs=(0.01,) * 5)
+    if told is not None:
+        solver = replace(solver, network_timesteps=(told, *solver.timesteps[1:-1]))
+
+    def larger(x, t, y):  # velocities of clean predictions: D = x + (1 - t) v
+        t = t.double().view(-1, 1)
+        before = k * t / (1 + (k - 1) * t)  # where the smaller model has its noise level (1 - t) / t over k
+        shrunk = torch.where(t > 0, before / (k * t), 1.0)
+        clean = k * (shrunk * x + (1 - before) * model(shrunk * x, before.flatten(), y))
+        return (clean - x) / (1 - t)
+
+    x, given = inputs(dtype=F64)
+    moved = solver.moved(k)
+    assert moved.guided_steps == STEPS and moved.guided_calls == 8
+    wanted = k * sample(model, x, solver, **given, guidance_scale=scale)
+    found = sample(larger, x, moved, **given, guidance_scale=scale)
+    torch.testing.assert_close(found, wanted, rtol=1e-6 if told is None else 2e-2, atol=1e-6 if told is None else 2e-2)
+    assert solver.moved(1.0) is solver

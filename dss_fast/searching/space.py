@@ -94,6 +94,10 @@ class Space:
                 raise ValueError(f"{solver.label} has {word}, which this search does not move; set {remedy}")
         if bool(((coeffs.sum(1) - 1).abs() > ROWS).any()):
             raise ValueError(f"{solver.label} has rows that do not sum to 1, which no search moves; start from another")
+        if shares is not None and bool(((shares.sum(1) - 1).abs() > ROWS).any()):
+            raise ValueError(
+                f"{solver.label} weighs differences by rows that do not sum to 1, as those of moved tables; start elsewhere"
+            )
         weights = zero if table["noise_coeffs"] is None else table["noise_coeffs"]
         parts = [
             (timesteps.diff() * n).log(),
