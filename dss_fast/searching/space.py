@@ -96,7 +96,7 @@ class Space:
             raise ValueError(f"{solver.label} has rows that do not sum to 1, which no search moves; start from another")
         if shares is not None and bool(((shares.sum(1) - 1).abs() > ROWS).any()):
             raise ValueError(
-                f"{solver.label} weighs differences by rows that do not sum to 1, as those of moved tables; start elsewhere"
+                f"{solver.label} weighs differences by rows that do not sum to 1, as moved tables do; start elsewhere"
             )
         weights = zero if table["noise_coeffs"] is None else table["noise_coeffs"]
         parts = [
