@@ -5,7 +5,7 @@ python benchmarks/calls.py table ROWS.jsonl
 python benchmarks/calls.py time ROWS.jsonl       (nothing is read or written: 7 steps of DiT-S/2, random weights)
 
 full: both branches at all of calls / 2 steps. chosen: search(calls=), its steps and its N found too. fixed: search(N,
-calls=) at N = .625 calls. At that N too, each with its table searched: drop, both branches at the first steps and one
+calls=) at N = .66 calls. At that N too, each with its table searched: drop, both branches at the first steps and one
 without guidance then; interval, in the middle alone; stale, the last difference used again. Errors are from a reference
 of ``REFERENCE`` calls, on ``SAMPLES`` noises that no search has seen.
 """

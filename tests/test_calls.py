@@ -294,7 +294,7 @@ def test_theta_holds_the_second_triangle():
 
 def test_splits_of_so_many_calls():
     assert splits(11) == {5: 5, 7: 4}
-    assert splits(10) == {5: 5, 6: 4}
+    assert splits(10) == {5: 5, 7: 3}
     assert splits(2) == {1: 1}
     assert splits(11, (7,)) == {7: 4}
     for calls, steps in ((11, (5,)), (7, (7,))):

@@ -29,7 +29,7 @@ SKETCHES = 2  # random signs a sample
 SKETCHED = 24  # samples
 BEAM = 8  # choices kept while steps are taken away one by one
 RIDGE = 0.1  # of the form's mean diagonal, towards the linear forecast: of few samples the form knows a part alone
-STEPS = 0.625  # of the calls, of the candidate beside both branches at all steps: 7 of 11, 8 of 12, 10 of 16
+STEPS = 0.66  # of the calls, of the candidate beside both branches at all steps: 7 of 10 and 11, 8 of 12, 9 of 14
 
 
 def splits(calls: int, num_steps: Sequence[int] | None = None) -> dict[int, int]:
