@@ -9,8 +9,8 @@ import torch
 from dss_fast import VP, Flow, GaussNewton, Solver, Target, compare, plan, sample, search
 from dss_fast.denoiser import Denoiser
 from dss_fast.methods import handmade
-from dss_fast.searching.calls import forecast, free_places, splits
-from dss_fast.searching.space import Space
+from dss_fast.searching.calls import Worth, forecast, splits
+from dss_fast.searching.space import Space, free_places
 from dss_fast.serving import Batch
 from dss_fast.step import added_by_guidance, multistep_step, multistep_update
 from dss_fast.table import StepTable
@@ -430,3 +430,17 @@ def test_a_moved_table_gives_samples_of_the_other_size(told):
     found = sample(larger, x, moved, **given, guidance_scale=scale)
     torch.testing.assert_close(found, wanted, rtol=1e-6 if told is None else 2e-2, atol=1e-6 if told is None else 2e-2)
     assert solver.moved(1.0) is solver
+
+
+def test_what_the_form_finds_is_in_the_space():
+    """Also where the first call is told another time, and rows sum to one after the first column is divided."""
+    space = Space("noise+start", Flow(), 5)
+    theta = space.theta(handmade("ab3", 5, Flow()))
+    theta[-1] = 0.04
+    rows = torch.randn(60, 25, dtype=F64, generator=torch.Generator().manual_seed(2))
+    form = (rows.mT @ rows / 60).reshape(5, 5, 5, 5)
+    for solver in Worth(space.solver(theta), form).best(3, 2):
+        assert solver.guided_calls == 8
+        steps = replace(space, guided_steps=solver.guided_steps)
+        again = steps.solver(steps.theta(solver))
+        torch.testing.assert_close(again.tensors()["guidance_coeffs"], solver.tensors()["guidance_coeffs"])

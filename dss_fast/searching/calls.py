@@ -82,6 +82,7 @@ class Worth:
         moves = torch.zeros(len(rows), n, n, dtype=torch.float64)
         moves[range(len(rows)), rows, columns] = 1
         moves[range(len(rows)), rows, last] -= 1
+        moves = moves * _factor(self.solver)
         flat, form = moves.flatten(1), self.form.reshape(n * n, n * n)
         matrix, gradient = flat @ form @ flat.mT, flat @ form @ (start - coeffs).flatten()
         ridge = RIDGE * matrix.diagonal().mean() + 1e-300
@@ -135,7 +136,7 @@ def forecast(solver: Solver, steps: Sequence[int]) -> Tensor:
     """
     n, u = solver.num_steps, solver.timesteps
     coeffs = torch.tensor(solver.coeffs, dtype=torch.float64)
-    factor = torch.tensor([solver.coeffs[0][0], *[1.0] * (n - 1)], dtype=torch.float64)
+    factor = _factor(solver)
     taken = torch.zeros(n, n, dtype=torch.float64)
     for k in range(n):
         known = [j for j in steps if j <= k]
@@ -146,3 +147,8 @@ def forecast(solver: Solver, steps: Sequence[int]) -> Tensor:
             taken[k, last] += slope
             taken[k, before] -= slope
     return coeffs / factor @ taken * factor
+
+
+def _factor(solver: Solver) -> Tensor:
+    """(N,) what c's columns are multiplied by over rows that sum to one: other than 1 for the first alone."""
+    return torch.tensor([solver.coeffs[0][0], *[1.0] * (solver.num_steps - 1)], dtype=torch.float64)
