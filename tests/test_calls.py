@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dss_fast import VP, Flow, GaussNewton, Solver, Target, compare, plan, sample, search
+from dss_fast.__main__ import main
 from dss_fast.denoiser import Denoiser
 from dss_fast.methods import handmade
 from dss_fast.searching.calls import Worth, forecast, splits
@@ -361,13 +362,31 @@ def test_calls_that_cannot_be_are_refused(arguments, match):
         search(target_of(), **arguments)
 
 
-def test_a_report_of_fewer_calls(tmp_path):
-    quick = {"method": GaussNewton(rounds=1, samples=8), "progress": False, "budget": 1500}
-    target = replace(target_of(), schedule=Flow(prediction_type="v_prediction"), key="one")
-    result = search(target, 4, calls=6, out=tmp_path, **quick)
-    text = (tmp_path / "report.md").read_text()
-    assert "N = 3" in text and "calls=6" in text and result.solver.name in text
-    assert "A sample takes 6\ncalls" in text or "A sample takes 6 calls" in text
+def test_the_command_line_and_its_report_count_calls(tmp_path, monkeypatch, capsys):
+    (tmp_path / "guided_model.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    line = "search guided_model:target --steps 4 --calls 6 --budget 1500 --samples 8 -o out"
+    assert main(line.split()) == 0
+    assert "N = 4 in 6 calls a sample" in capsys.readouterr().out
+    text = " ".join((tmp_path / "out" / "report.md").read_text().split())
+    assert "N = 3" in text and "calls=6" in text and "A sample takes 6 calls" in text
+    assert main("show out/solver-4.json".split()) == 0
+    assert "both branches at steps 0, " in capsys.readouterr().out
+
+
+MODULE = """
+import torch
+from dss_fast import Flow, Target
+
+def model(x, t, y):
+    return torch.tanh(x + y[:, None] * (1 + t[:, None])) - x
+
+def draw(n, generator):
+    return {"y": torch.randn(n, generator=generator)}
+
+target = Target(model, (6,), cond=draw, uncond={"y": 0.0}, guidance_scale=2.0, name="small")
+"""
 
 
 def test_calls_need_guidance():
