@@ -90,7 +90,8 @@ def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solv
     left, count = list(tables), 0
     errors: dict[Solver, Tensor] = {}  # (targets, samples so far)
     n, targets, wanted = left[0].num_steps, len(draws.targets), draws.world
-    sizes = [teacher.sizes[t::targets] if wanted == 1 else teacher.sizes[t : t + 1] for t in range(targets)]
+    alone = wanted > 1 or len(left) == 1
+    sizes = [teacher.sizes[t : t + 1] if alone else teacher.sizes[t::targets] for t in range(targets)]
     most = min(map(sum, sizes)) // draws.world * draws.world
     left = left[: max(1, limit // (2 * n * wanted * targets))]
     wanted = most if len(left) == 1 else wanted
