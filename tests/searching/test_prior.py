@@ -1,4 +1,4 @@
-"""The prior: coordinates in which data of any size are alike, and what the curvature there says of a table's numbers."""
+"""The prior: coordinates in which data of any size are alike, and what curvature says there of a table's numbers."""
 
 from dataclasses import replace
 
