@@ -95,12 +95,13 @@ class Worth:
 
 
 def worth(solver: Solver, ledger: Ledger, teacher: Teacher, seed: int) -> Worth:
-    """The worth of differences along a table, from its rollouts on a few training samples."""
+    """The worth of differences along a table, from its rollouts on a few training samples, none where the budget allows
+    none: then the first steps call both branches."""
     draws, n = teacher.draws, solver.num_steps
     full = replace(solver, guided_steps=tuple(range(n)), guidance_coeffs=solver.coeffs)
     steps = b_of(solver)
     form, seen, k = torch.zeros(n * n, n * n, dtype=torch.float64), 0, 0
-    while seen < SKETCHED and k < len(teacher):
+    while seen < SKETCHED and k < len(teacher) and ledger.affords(cost_of_worth(n, teacher.sizes[k])):
         batch, _ = teacher[k]
         table = StepTable.of(full, guidance=batch.guidance, dtype=batch.noise.dtype, device=batch.noise.device)
         rollout = Rollout(batch.denoiser(), batch.noise, table.weights, table.times, wrt=("weights",))
@@ -111,10 +112,10 @@ def worth(solver: Solver, ledger: Ledger, teacher: Teacher, seed: int) -> Worth:
         assert pulled is not None
         products = pulled[..., HISTORY + n + 1 :].double().cpu() * steps[:, None]
         form += products.flatten(2).flatten(0, 1).mT @ products.flatten(2).flatten(0, 1)
-        ledger.spend(n * batch.size * (1 + 2 * SKETCHES))
+        ledger.spend(cost_of_worth(n, batch.size))
         seen, k = seen + batch.size, k + 1
     draws.all_reduce(form)
-    return Worth(solver, form.reshape(n, n, n, n) / (seen * SKETCHES))
+    return Worth(solver, form.reshape(n, n, n, n) / max(1, seen * SKETCHES))
 
 
 def b_of(solver: Solver) -> Tensor:
