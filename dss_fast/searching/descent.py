@@ -268,12 +268,15 @@ class Descent:
         return all(point.finished or (waits and point.round >= TRIED) for point in points)
 
     def choose(self, rounds: Rounds) -> None:
-        """Of the candidates the one that errs least on the samples that choose goes on, the others end."""
-        seen = rounds.held_out if len(rounds.held_out) else rounds.train
+        """Of the candidates the one that errs least on all samples goes on, the others end.
+
+        Few of them have been fitted to yet; those held out are too few: eleven chose a table of 1.23 times the error.
+        """
         errors = {}
         for n, (point,) in self.racers.items():
             theta = point.candidate.theta if point.theta is None else point.theta
-            errors[n] = rounds.look(replace(point.candidate, theta=theta), seen).errors
+            at, sets = replace(point.candidate, theta=theta), (rounds.train, rounds.held_out)
+            errors[n] = torch.cat([rounds.look(at, seen).errors for seen in sets if len(seen)])
         scale = ROBUST * min(float(values.median()) for values in errors.values())
         self.chosen = min(errors, key=lambda n: robust(errors[n], scale))
         for n, points in self.racers.items():

@@ -77,7 +77,7 @@ class Sizes:
             each = calls(samples) + sum(steps) * (1 + 4 * rounds)
             if job.chooses:  # the Ns that are not chosen take part in the first rounds
                 others = GROWTH[:TRIED] + (racers - 1) * GROWTH[:RACE]
-                each += (sum(job.steps) - sum(steps)) * 4 * SLACK * sum(others)
+                each += (sum(job.steps) - sum(steps)) * 4 * SLACK * sum(others) + sum(job.steps)
             if job.guided is not None:
                 each += cost_of_worth(sum(job.steps), min(samples, SKETCHED)) / samples
             looks = held_out(samples) * (calls(samples) + sum(steps) * LOOKS)
