@@ -305,7 +305,7 @@ def test_steps_are_found_without_reading_the_device():
     assert not reads
     scheduler.set_timesteps(6)
     scheduler.set_begin_index(0)
-    for t in scheduler.timesteps.clone():
+    for t in scheduler.timesteps.to("meta"):  # a copy on a device, in the order that was declared
         x = scheduler.step(x, t, x).prev_sample
     assert not reads
 
