@@ -162,7 +162,7 @@ class Trajectory:
         grid, real = self.grid, self.states.dtype
         if u.ndim != 1:
             raise ValueError(f"u has shape {tuple(u.shape)}; give (n,)")
-        u = u.double().cpu()
+        u = u.cpu().double()
         position = grid.s(u.clamp(0, grid.end)) * grid.intervals
         k = position.detach().floor().clamp(0, grid.intervals - 1).long()
         fraction = position - k

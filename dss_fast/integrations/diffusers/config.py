@@ -471,6 +471,14 @@ def _same_noise(schedule: VP, table: Tensor) -> bool:
     return bool(((alpha / sigma).log() - discrete).abs().max() < 0.05)
 
 
+def _is_name(entry: str | os.PathLike[str]) -> bool:
+    """Whether a text is a solver's name, which goes before a folder that happens to be called so."""
+    try:
+        return isinstance(entry, str) and bool(Name.parse(entry))
+    except ValueError:
+        return False
+
+
 def read_solvers(solver: Any) -> tuple[dict[int, Solver], list[Name], list[str], list[dict[str, Any]]]:
     """What ``solver`` names: learned tables by N, hand-made methods, the names to write in a config, and the tables to
     embed in it. Raises ValueError naming what exists.
@@ -486,7 +494,7 @@ def read_solvers(solver: Any) -> tuple[dict[int, Solver], list[Name], list[str],
             embedded.append(entry.to_dict())
         elif not isinstance(entry, str | os.PathLike):
             raise ValueError(f"solver={entry!r}: give a Solver, a name, the path of a JSON file or folder, or a list")
-        elif is_file(entry) or Path(entry).is_dir():
+        elif is_file(entry) or (Path(entry).is_dir() and not _is_name(entry)):
             files = sorted(Path(entry).glob("*.json")) if Path(entry).is_dir() else [entry]
             found = [Solver.load(file) for file in files]
             embedded += [table.to_dict() for table in found]
