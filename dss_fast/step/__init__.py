@@ -187,7 +187,7 @@ def _module(backend: str, device: torch.device) -> ModuleType | None:
 
 def _have_tangents(*tensors: Tensor) -> bool:
     """Whether forward-mode differentiation runs through one of them, or a transform of torch.func around them all."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return True
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 

@@ -265,7 +265,13 @@ def handmade_table(
                 f"solver '{name.name}@{name.spacing}' brings its own spacing; leave out sigmas and timesteps"
             )
         schedule = model_schedule({**config, "shift": 1.0, "flow_shift": 1.0, "use_dynamic_shifting": False})
-        return handmade(name.name, num_steps, schedule, spacing=name.spacing, lower_order_final=config.get("lower_order_final") is not False)
+        return handmade(
+            name.name,
+            num_steps,
+            schedule,
+            spacing=name.spacing,
+            lower_order_final=config.get("lower_order_final") is not False,
+        )
     if config.get("euler_at_final") and config.get("final_sigmas_type") == "sigma_min" and num_steps >= 15:
         warnings.warn(
             "euler_at_final=True is not applied: from 15 steps on the last keeps its order unless sigma ends at 0",
@@ -287,7 +293,10 @@ def handmade_table(
 
 def table_on(method: str, config: Config, grid: Grid) -> Solver:
     """A hand-made method on the points of a grid."""
-    told: dict[str, Any] = {"timesteps": grid.timesteps, "lower_order_final": config.get("lower_order_final") is not False}
+    told: dict[str, Any] = {
+        "timesteps": grid.timesteps,
+        "lower_order_final": config.get("lower_order_final") is not False,
+    }
     try:
         return handmade(method, None, grid, **told)
     except ValueError:
@@ -388,7 +397,8 @@ def _vp_grid(
         closed = len(sigmas) > 1 and (sigmas[-1] == 0 or name == "EulerDiscreteScheduler")
         ratio = np.append(np.asarray(sigmas, dtype=np.float64), [] if closed else 0.0)
         log_ratio = 0.5 * np.log(1 / table - 1)
-        return ratio_grid(ratio, np.interp(np.log(ratio[:-1]), log_ratio, np.arange(len(table))).tolist(), kind)
+        times = np.interp(np.log(ratio[:-1]), log_ratio, np.arange(len(table))).tolist()
+        return ratio_grid(ratio, times, kind, method, config)
     stock = stock_scheduler(name, config)
     if config.get("snr_shift_scale") is None:  # one with that setting keeps the model's own noise
         there = stock.alphas_cumprod.double().clamp_min(1e-30).numpy()
@@ -399,12 +409,16 @@ def _vp_grid(
                 stacklevel=4,
             )
         table = there
-    own = timesteps is not None and name == "EulerDiscreteScheduler"  # which takes a sigma, not log alpha, between times
+    own = (
+        timesteps is not None and name == "EulerDiscreteScheduler"
+    )  # which takes a sigma, not log alpha, between times
     if timesteps is None or own:
-        stock.set_timesteps(**{"timesteps": list(timesteps)} if own and timesteps is not None else {"num_inference_steps": n})
+        stock.set_timesteps(
+            **{"timesteps": list(timesteps)} if own and timesteps is not None else {"num_inference_steps": n}
+        )
         if not landing and config.get("snr_shift_scale") is None:
-            times = stock.timesteps.tolist()  # under interpolation_type="log_linear" there is a sigma too many
-            return ratio_grid(_falling(stock.sigmas.double()[: len(times) + 1]), times, kind)
+            walked = stock.timesteps.tolist()  # under interpolation_type="log_linear" there is a sigma too many
+            return ratio_grid(_falling(stock.sigmas.double()[: len(walked) + 1]), walked, kind, method, config)
     times = np.asarray(stock.timesteps.tolist() if timesteps is None else timesteps, dtype=np.float64)
     if landing:
         last = float(stock.final_alpha_cumprod)
@@ -422,15 +436,22 @@ def _vp_grid(
     return Grid(tuple(np.exp(0.5 * log_alpha)), tuple(np.sqrt(-np.expm1(log_alpha))), tuple(times), "vp", kind)
 
 
-def check_start(config: Config, schedule: Schedule) -> None:
-    """Raises ValueError for a network that predicts epsilon where the first state is noise alone."""
+def check_start(config: Config, schedule: Schedule, label: str) -> None:
+    """Raises ValueError for a network that predicts epsilon where the first state is noise alone, and for the table of
+    a flow where states are those of noise levels above 1."""
+    top = config.get("sigma_max")
+    if schedule.family == "flow" and top is not None and top > 1 and not config.get("use_flow_sigmas"):
+        raise ValueError(
+            f"sigma_max={top}: this pipeline's states are x0 + sigma * epsilon up to there, which {label} is not for; "
+            "a hand-made solver such as 'dpmpp_2m' runs"
+        )
     if schedule.family == "vp" and schedule.prediction_type == "epsilon" and family_of(config) == "vp":
         first = float(schedule.alpha_sigma(torch.zeros(1, dtype=torch.float64))[0])
         if first**2 <= FLOOR and float(alphas_cumprod(config)[-1]) in (0.0, FLOOR):
             told = config.get("rescale_betas_zero_snr")
             raise ValueError(
-                f"rescale_betas_zero_snr={told} with prediction_type='epsilon': the first state is noise alone, of which "
-                "epsilon tells nothing about the data; set prediction_type to what the network was trained for "
+                f"rescale_betas_zero_snr={told} with prediction_type='epsilon': the first state is noise alone, of "
+                "which epsilon tells nothing about the data; set prediction_type to what the network was trained for "
                 "('v_prediction' or 'sample'), or timestep_spacing='leading', which begins below"
             )
 
@@ -441,10 +462,12 @@ def _falling(levels: Tensor) -> list[float]:
     return [*values[:-1], min(values[-1], values[-2] * (1 - STILL))]
 
 
-def ratio_grid(ratio: Any, times: Sequence[float], kind: str) -> Grid:
-    """A VP grid on falling ratios sigma / alpha, (N + 1,)."""
+def ratio_grid(ratio: Any, times: Sequence[float], kind: str, method: str, config: Config) -> Grid:
+    """A VP grid on falling ratios sigma / alpha, (N + 1,). Stock Euler's last state is x0 + sigma * epsilon."""
     ratio = np.asarray(ratio, dtype=np.float64)
     alphas = 1 / np.sqrt(1 + ratio**2)
+    if stock_class(method, config) == "EulerDiscreteScheduler":
+        alphas[-1] = 1
     return Grid(tuple(alphas), tuple(ratio * alphas), tuple(times), "vp", kind)
 
 

@@ -148,8 +148,8 @@ class _Layout:
         if not 1 <= len(calls) <= 2 or any(len(s.calls) != len(calls) for s in one.steps):
             seen = [len(s.calls) for s in one.steps]
             raise ValueError(
-                f"the pipeline called its network {seen} times in its {len(seen)} steps; 1 or 2 are understood, the same "
-                "at every step (a guider that begins late or ends early is to be switched on throughout)"
+                f"the pipeline called its network {seen} times in its {len(seen)} steps; 1 or 2 are understood, the "
+                "same at every step (a guider that begins late or ends early is to be switched on throughout)"
             )
         names = list(inspect.signature(calls[0].module.forward).parameters)
         x_key, t_key = names[0], next((n for n in TIMES if n in names), "")
@@ -219,7 +219,7 @@ class _Layout:
         if error > self.tolerance or abs(abs(total) - 1) > self.tolerance:
             raise ValueError(
                 f"the pipeline's output is not a linear guidance of its network's ({error:.1e} off, weights "
-                f"{[round(float(w), 4) for w in weights]}): it rescales, renormalises or guides a part of the channels. "
+                f"{[round(float(w), 4) for w in weights]}): it rescales, renormalises or guides some channels alone. "
                 + (f"Switch that off ({', '.join(switches)})" if switches else "Its call has no switch for that")
                 + "; a search guides linearly"
             )
@@ -359,8 +359,8 @@ def _check_constant(notes: Notes, without: Sequence[str]) -> None:
             changed = [key for key in first | other if not _equal(first.get(key), other.get(key))]
             if changed:
                 raise ValueError(
-                    f"{changed[0]}, an argument of the network beside its state and time, is another at step {i} than at "
-                    "step 0: a search keeps it fixed, so this pipeline is no target (a second state, or something "
+                    f"{changed[0]}, an argument of the network beside its state and time, is another at step {i} than "
+                    "at step 0: a search keeps it fixed, so this pipeline is no target (a second state, or something "
                     "that begins at a later step?)"
                 )
 
@@ -373,7 +373,8 @@ def _equal(one: Any, two: Any) -> bool:
         return False
     if isinstance(one, list | tuple):
         return len(one) == len(two) and all(map(_equal, one, two))
-    return type(one).__eq__ is object.__eq__ or bool(one == two)
+    silent = getattr(type(one), "__eq__", None) is getattr(object, "__eq__", None)
+    return silent or bool(one == two)
 
 
 def _stacked(value: Any) -> Any:

@@ -69,7 +69,9 @@ class NoteTaker(DSSScheduler):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoteTaker:
         twin = copy.copy(self)
-        twin.__dict__ = {key: value if key == "_notes" else copy.deepcopy(value, memo) for key, value in vars(self).items()}
+        twin.__dict__ = {
+            key: value if key == "_notes" else copy.deepcopy(value, memo) for key, value in vars(self).items()
+        }
         twin._copied = True
         return twin
 
@@ -108,8 +110,8 @@ def record(
     """The first steps of a run of a pipeline, written down. A twin runs them: nothing is set in the pipeline itself,
     which other threads may use, and nothing has to be put back when a run breaks off.
 
-    steps: of those that the pipeline is asked for, ``ASKED`` unless the arguments say num_inference_steps, as some grids
-        (a terminal shift, a line and a parabola) need two or three; None: all of them.
+    steps: of those that the pipeline is asked for, ``ASKED`` unless the arguments say num_inference_steps, as some
+        grids (a terminal shift, a line and a parabola) need two or three; None: all of them.
     """
     asked = int(arguments.get("num_inference_steps") or ASKED)
     notes = Notes(len(next(iter(chunk.values()))), steps or asked)

@@ -266,7 +266,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             solver = handmade_table(name, self.config, n, sigmas=sigmas, timesteps=timesteps, mu=mu)
             schedule, n = solver.schedule, solver.num_steps
             scale = 1.0 if name.spacing else initial_scale(name.name, self.config, schedule)
-        check_start(self.config, schedule)
+        check_start(self.config, schedule, solver.label)
         table = StepTable.of(solver, schedule, dtype=torch.float64, strict=False)  # the schedule has been settled
         visible = sigmas_at(schedule, torch.tensor(solver.timesteps, dtype=torch.float64))
         if self._upwards:
@@ -309,7 +309,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         if not torch.compiler.is_compiling() and self._edited():
             self._take_edits()
         i = self._locate(timestep)
-        if i != self._next or self._history is None:
+        if i != self._next or self._history is None or self._others(sample):
             self._begin(i, sample)
         if model_output.shape != sample.shape:
             model_output = self._mean(model_output, sample)
@@ -496,7 +496,14 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
                     upright = [steps - t for t in times] if self._upwards else times
                     grid = flow_grid(1 - falling if self._upwards else falling, upright, kind)
                 else:
-                    grid = ratio_grid(falling, times, kind)
+                    at = self._next or 0
+                    scaled = stock_class(self._name.name, self.config) == "EulerDiscreteScheduler"
+                    if scaled and (not regular or levels[at] != self._host[1][at]):
+                        raise ValueError(
+                            f"scheduler.sigmas[{at}] was {self._host[1][at]:g} and the state is that of it: give "
+                            "sigmas to set_timesteps, whose init_noise_sigma then is theirs"
+                        )
+                    grid = ratio_grid(falling, times, kind, self._name.name, self.config)
                 solver = table_on(self._name.name, self.config, grid)
             else:
                 solver = None  # the network is told other times, and the steps are as they were
@@ -521,8 +528,13 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
     def _begin(self, i: int, sample: Tensor) -> None:
         assert self._table is not None and self.schedule is not None and self.solver is not None
         check_latents(self.solver, sample.shape[1:])
-        if self._next is not None and (i > 0 or self._next == 1) and self.solver.num_steps > 1:
-            self._warn_of_order(i)
+        if self._next is not None and i != self._next and (i > 0 or self._next == 1) and self._looks_back():
+            warnings.warn(
+                f"step {i} after step {self._next - 1}: the predictions before are forgotten. Where several images "
+                "take turns, give each a scheduler of its own (copy.deepcopy); steps that are repeated, skipped or taken "
+                "back are right with 'euler' alone",
+                stacklevel=3,
+            )
         self._started = i
         table = self._table_from(i).to(sample.device, sample.dtype)
         self._rows = table.weights
@@ -532,17 +544,17 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         self._history = table.new_history(sample, None if exact else torch.float32)
         self._noise_slot_empty = table.weighs_noise and i > 0
 
-    def _warn_of_order(self, i: int) -> None:
-        """Names a step out of order where a table goes by earlier predictions."""
+    def _others(self, sample: Tensor) -> bool:
+        """Whether the sample is of other images than the history, which a table that does not look back allows."""
+        assert self._history is not None
+        return (
+            sample.shape[1:] != self._history.shape[2:] or len(sample) != len(self._history)
+        ) and not self._looks_back()
+
+    def _looks_back(self) -> bool:
+        """Whether a row weighs an earlier prediction."""
         assert self._table is not None
-        history = self._table.history[0, :, : self._table.num_steps]
-        if bool(torch.tril(history, -1).any()):
-            warnings.warn(
-                f"step {i} after step {self._next - 1 if self._next else 0}: the predictions before are forgotten. Where "
-                "several images take turns, give each a scheduler of its own (copy.deepcopy); steps that are repeated, "
-                "skipped or taken back are right with 'euler' alone",
-                stacklevel=4,
-            )
+        return bool(torch.tril(self._table.history[0, :, : self._table.num_steps], -1).any())
 
     def _towards_noise(self, output: Tensor, per_token_timesteps: Tensor | None) -> Tensor:
         """The output in the sign of the schedule's convention; Mochi and callers with per-token times give x0 - eps."""
