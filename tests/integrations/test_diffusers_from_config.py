@@ -9,9 +9,8 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: E402
-
 from dss_fast.integrations.diffusers import DSSScheduler  # noqa: E402
+from helpers.diffusers_classes import every_class  # noqa: E402
 from helpers.diffusers_runs import noise, run  # noqa: E402
 
 DPM, UNIPC, DEIS = (getattr(diffusers, f"{n}MultistepScheduler") for n in ("DPMSolver", "UniPC", "DEIS"))
@@ -27,13 +26,6 @@ SIGMA_SPACE = (
     "KDPM2AncestralDiscrete",
     "LMSDiscrete",
 )
-
-
-def every_class():
-    for name in sorted(dir(diffusers)):
-        kind = getattr(diffusers, name) if "Scheduler" in name else None
-        if inspect.isclass(kind) and issubclass(kind, SchedulerMixin) and kind is not SchedulerMixin:
-            yield name
 
 
 def made(name, **options):

@@ -14,10 +14,9 @@ import torch
 
 diffusers = pytest.importorskip("diffusers")
 
-from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: E402
-
 from dss_fast.integrations.diffusers import DSSScheduler  # noqa: E402
 from dss_fast.integrations.diffusers.config import adopt, stock_class  # noqa: E402
+from helpers.diffusers_classes import config_of, every_class, settings  # noqa: E402
 from helpers.diffusers_runs import network, noise  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -49,17 +48,6 @@ OWN = {
 }
 EULERS = ("DDIMScheduler", "CogVideoXDDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler")
 REFUSED = "neither a flow|one path"
-
-
-def every_class():
-    for name in sorted(dir(diffusers)):
-        kind = getattr(diffusers, name) if "Scheduler" in name else None
-        if inspect.isclass(kind) and issubclass(kind, SchedulerMixin) and kind is not SchedulerMixin:
-            yield name
-
-
-def settings(kind):
-    return {k: p for k, p in inspect.signature(kind.__init__).parameters.items() if k not in ("self", "kwargs")}
 
 
 def literals(annotation):
@@ -100,13 +88,6 @@ def base(kind):
     """Settings under which a class is linear and deterministic, and a predictor alone."""
     told = {"clip_sample": False, "disable_corrector": list(range(STEPS))}
     return {key: value for key, value in told.items() if key in settings(kind)}
-
-
-def config_of(kind, **told):
-    """The config of a scheduler as a loaded pipeline has it; some classes take .2 s to make one."""
-    defaults = {key: parameter.default for key, parameter in settings(kind).items()}
-    unset = [key for key in defaults if key not in told]
-    return {**defaults, **told, "_use_default_values": unset, "_class_name": kind.__name__}
 
 
 def latents(scheduler, options):

@@ -97,7 +97,7 @@ def test_states_that_take_turns_on_a_multistep_table_are_named():
     scheduler = ours(FLOW(), "ab2")
     scheduler.set_timesteps(4)
     scheduler.step(noise(), scheduler.timesteps[0], noise())
-    with pytest.warns(UserWarning, match="take turns"):
+    with pytest.warns(UserWarning, match="images take turns"):
         scheduler.step(noise(), scheduler.timesteps[0], noise())
     with pytest.warns(UserWarning, match="step 3 after step 0"):
         scheduler.step(noise(), scheduler.timesteps[3], noise())

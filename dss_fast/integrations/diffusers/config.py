@@ -307,6 +307,32 @@ def table_on(method: str, config: Config, grid: Grid) -> Solver:
         return replace(handmade(method, None, moving, **told), schedule=grid)
 
 
+def edited_table(method: str, config: Config, times: Sequence[float], sigmas: Sequence[float] | None) -> Solver:
+    """A hand-made method along a program's own times, and its own sigmas (N + 1,) unless these are None.
+
+    Raises ValueError for numbers of them that do not belong together.
+    """
+    if sigmas is None and family_of(config) == "vp" and lands(method, config):
+        return table_on(method, config, _vp_grid(method, config, len(times), None, times))
+    if sigmas is None or len(sigmas) != len(times) + 1:
+        held = "those of another run" if sigmas is None else f"{len(sigmas)} numbers"
+        raise ValueError(
+            f"scheduler.sigmas holds {held} and scheduler.timesteps {len(times)}: a run of N steps has N timesteps and "
+            "N + 1 sigmas, the last of them where it ends"
+        )
+    levels, kind = torch.tensor(sigmas, dtype=torch.float64), prediction_of(config)
+    if family_of(config) == "vp":
+        return table_on(method, config, ratio_grid(levels, times, kind, method, config))
+    if config.get("invert_sigmas"):
+        levels, times = 1 - levels, [config["num_train_timesteps"] - t for t in times]
+    return table_on(method, config, flow_grid(levels, times, kind))
+
+
+def lands(method: str, config: Config) -> bool:
+    """Whether a VP method walks DDIM's grid, of times rather than sigmas."""
+    return stock_class(method, config).endswith("DDIMScheduler")
+
+
 def stock_class(method: str, config: Config) -> str:
     """The scheduler of diffusers whose grid a hand-made method walks on a pipeline with this config."""
     own, kind = str(config.get("stock_class")), method.split("_")[0].rstrip("0123456789")
@@ -387,7 +413,7 @@ def _vp_grid(
     method: str, config: Config, n: int, sigmas: Sequence[float] | None, timesteps: Sequence[float] | None
 ) -> Grid:
     kind, name = prediction_of(config), stock_class(method, config)
-    landing = name in ("DDIMScheduler", "CogVideoXDDIMScheduler")
+    landing = lands(method, config)
     # A zero terminal SNR has no log. For DDIM next to nothing stands in its place, for the others their own choice.
     table = alphas_cumprod(config).clamp_min(1e-30 if landing else FLOOR).numpy()
     if sigmas is not None:

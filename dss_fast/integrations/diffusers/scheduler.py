@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,16 +25,16 @@ from .config import (
     adopt,
     alphas_cumprod,
     check_start,
+    edited_table,
     family_of,
-    flow_grid,
     handmade_table,
     initial_scale,
+    lands,
     prediction_of,
-    ratio_grid,
     read_solvers,
     settings,
     stock_class,
-    table_on,
+    stock_scheduler,
     table_schedule,
     training_scheduler,
 )
@@ -51,6 +51,22 @@ __all__ = [
 def on_host(value: float | Tensor) -> bool:
     """Whether a value can be read without waiting for a device."""
     return not isinstance(value, Tensor) or value.device.type == "cpu"
+
+
+@dataclass
+class DSSSchedulerOutput(SchedulerOutput):
+    """What a step returns: the next state, and on demand the clean sample that its prediction implies."""
+
+    def _of(self, scheduler: DSSScheduler, i: int, x: Tensor, history: Tensor) -> DSSSchedulerOutput:
+        self.__dict__["_step"] = scheduler, i, x, history
+        return self
+
+    @property
+    def pred_original_sample(self) -> Tensor:
+        """x0 of the step's own prediction, (B, *S), for previews; worked out when it is read."""
+        scheduler, i, x, history = self.__dict__["_step"]
+        x0: Tensor = scheduler._x0(i, x, history[:, i].to(x.dtype))
+        return x0
 
 
 class DSSScheduler(SchedulerMixin, ConfigMixin):
@@ -151,11 +167,18 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
 
         self.init_noise_sigma = 1.0
         self._upwards = invert_sigmas
-        if family == "vp" or trained_betas is not None:
-            self.betas = training_scheduler(self.config).betas
         self.num_inference_steps = self.solver = self.schedule = self._table = self._name = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
         self.sigmas = torch.linspace(1, 0, num_train_timesteps + 1)
+        if family == "vp" or trained_betas is not None:
+            trained = training_scheduler(self.config)
+            self.betas, self.alphas_cumprod = trained.betas.float(), trained.alphas_cumprod.float()
+            self.alphas, self.one = 1 - self.betas, torch.tensor(1.0)
+            self.final_alpha_cumprod = getattr(trained, "final_alpha_cumprod", self.one)
+        else:  # before a run the training times, as trainers read them
+            trained = stock_scheduler("FlowMatchEulerDiscreteScheduler", self.config)
+            self.timesteps, self.sigmas = trained.timesteps, trained.sigmas
+            self.sigma_min, self.sigma_max = trained.sigma_min, trained.sigma_max
         self._host, self._seen = (self.timesteps.tolist(), self.sigmas.tolist()), (self.timesteps, self.sigmas)
         self._forget()
 
@@ -218,6 +241,22 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         """Says at which step the run starts, as img2img pipelines do before their first step."""
         self._begin_index = begin_index
 
+    @property
+    def shift(self) -> float:
+        """The shift of a flow's hand-made grids."""
+        return float(self.config.get(self._shift_key) or 1.0)
+
+    @property
+    def _shift_key(self) -> str:
+        return "flow_shift" if self.config.get("use_flow_sigmas") else "shift"
+
+    def set_shift(self, shift: float) -> None:
+        """Another shift for the hand-made grids of the runs to come; learned tables have their own sigmas."""
+        if not shift > 0:
+            raise ValueError(f"shift={shift!r}: must be above 0")
+        unset = [key for key in self.config.get("stock_defaults") or () if key != self._shift_key]
+        self.register_to_config(**{self._shift_key: float(shift), "stock_defaults": unset})
+
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The sample itself: flows and VP models take it unscaled."""
         return sample
@@ -234,15 +273,19 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
         timesteps: Sequence[float] | None = None,
+        shift: float | None = None,
     ) -> None:
         """Chooses the table for n steps and forgets the run before.
 
         sigmas, timesteps: of a hand-made solver, shifted as its stock scheduler shifts them; refused by a learned
             table, whose coefficients belong to its own times. What pipelines pass unasked counts as none.
         mu: the log of a resolution-dependent shift, for hand-made solvers on a config with ``use_dynamic_shifting``.
+        shift: as :meth:`set_shift`.
 
         Raises ValueError naming the numbers of steps there are tables for.
         """
+        if shift is not None:
+            self.set_shift(shift)
         sigmas, timesteps = (v.tolist() if isinstance(v, Tensor) else v for v in (sigmas, timesteps))
         given = next((v for v in (sigmas, timesteps) if v is not None), None)
         if given is not None:
@@ -302,7 +345,8 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         per_token_timesteps: (B, L) or (B, 1) of a (B, L, C) sample, as LTXCondition passes them: tokens of another time
             than this step's, such as a given frame's, keep their value. model_output is then x0 - epsilon, as there.
 
-        Returns (x_next,), or an object with ``prev_sample``; in the sample's dtype, sums in float32.
+        Returns (x_next,), or an object with ``prev_sample`` and ``pred_original_sample``; in the sample's dtype, sums
+        in float32.
         """
         if self._table is None:
             raise ValueError("call set_timesteps before step")
@@ -324,7 +368,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         self._step_index = self._next = i + 1
         if not return_dict:
             return (sample,)
-        return SchedulerOutput(prev_sample=sample)
+        return DSSSchedulerOutput(sample)._of(self, i, before, self._history)
 
     def predict_x0(self, sample: Tensor) -> Tensor:
         """The clean sample that the last prediction implies, for previews in ``callback_on_step_end``.
@@ -365,6 +409,13 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """:meth:`add_noise` in the argument order of diffusers' flow schedulers."""
         return self.add_noise(sample, noise, timestep)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What a network learns: alpha_t * noise - sigma_t * sample of a VP model, noise - sample of a flow."""
+        if family_of(self.config) == "flow":
+            return noise - sample
+        alpha, sigma = self._levels(timesteps, sample)
+        return alpha * noise - sigma * sample
 
     def _levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         points = self._points(timesteps)
@@ -470,56 +521,38 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
 
         Raises ValueError for a learned table, whose coefficients belong to its own, and for lists that do not fit.
         """
-        assert self.schedule is not None and self._table is not None
-        times, levels = self.timesteps.tolist(), self.sigmas.tolist()
-        changed = [a != b for a, b in zip((times, levels), self._host, strict=True)]
-        if any(changed):
-            if self._name is None:
+        times, sigmas = self.timesteps.tolist(), self.sigmas.tolist()
+        new_times, new_sigmas = (a != b for a, b in zip((times, sigmas), self._host, strict=True))
+        if new_times or new_sigmas:
+            self._run_along(times, sigmas, new_times, new_sigmas)
+        self._host, self._seen = (times, sigmas), (self.timesteps, self.sigmas)
+
+    def _run_along(self, times: list[float], sigmas: list[float], new_times: bool, new_sigmas: bool) -> None:
+        assert self.schedule is not None and self.solver is not None and self._table is not None
+        if self._name is None:
+            raise ValueError(
+                f"scheduler.{'timesteps' if new_times else 'sigmas'} has been assigned or edited, and "
+                f"{self.solver.label} cannot run there: its coefficients were searched together with its own; leave "
+                "them, or take a hand-made solver such as 'dpmpp_2m'"
+            )
+        name, n = self._name.name, self._table.num_steps
+        if new_sigmas or len(times) != n or (self.schedule.family == "vp" and lands(name, self.config)):
+            at, before = self._next or 0, self._host[1]
+            scaled = self.schedule.family == "vp" and stock_class(name, self.config) == "EulerDiscreteScheduler"
+            if scaled and sigmas[at : at + 1] != before[at : at + 1]:
                 raise ValueError(
-                    f"scheduler.{'timesteps' if changed[0] else 'sigmas'} has been assigned or edited, and "
-                    f"{self.solver.label if self.solver else 'the table'} cannot run there: its coefficients were "
-                    "searched together with its own; leave them, or take a hand-made solver such as 'dpmpp_2m'"
+                    f"scheduler.sigmas[{at}] was {before[at]:g} and the state is that of it: give sigmas to "
+                    "set_timesteps, whose init_noise_sigma then is theirs"
                 )
-            regular = len(times) == self._table.num_steps
-            landing = not changed[1] and stock_class(self._name.name, self.config).endswith("DDIMScheduler")
-            if landing and self.schedule.family == "vp":
-                solver = handmade_table(replace(self._name, spacing=None), self.config, len(times), timesteps=times)
-            elif changed[1] or not regular:
-                if len(levels) != len(times) + 1:
-                    raise ValueError(
-                        f"scheduler.sigmas holds {len(levels)} numbers and scheduler.timesteps {len(times)}: a run of "
-                        "N steps has N timesteps and N + 1 sigmas, the last of them where it ends"
-                    )
-                kind, falling = prediction_of(self.config), torch.tensor(levels, dtype=torch.float64)
-                if family_of(self.config) == "flow":
-                    steps = self.config["num_train_timesteps"]
-                    upright = [steps - t for t in times] if self._upwards else times
-                    grid = flow_grid(1 - falling if self._upwards else falling, upright, kind)
-                else:
-                    at = self._next or 0
-                    scaled = stock_class(self._name.name, self.config) == "EulerDiscreteScheduler"
-                    if scaled and (not regular or levels[at] != self._host[1][at]):
-                        raise ValueError(
-                            f"scheduler.sigmas[{at}] was {self._host[1][at]:g} and the state is that of it: give "
-                            "sigmas to set_timesteps, whose init_noise_sigma then is theirs"
-                        )
-                    grid = ratio_grid(falling, times, kind, self._name.name, self.config)
-                solver = table_on(self._name.name, self.config, grid)
-            else:
-                solver = None  # the network is told other times, and the steps are as they were
-            if solver is None:
-                self._table = replace(self._table, times=torch.tensor(times, dtype=torch.float64))
-            else:
-                self.solver, self.schedule = solver, solver.schedule
-                self._table = StepTable.of(solver, dtype=torch.float64, strict=False)
-                if self._upwards:
-                    self._table = replace(self._table, times=torch.tensor(times, dtype=torch.float64))
-                if not regular:
-                    self._history = self._next = None
-                elif self._history is not None and self._rows is not None:
-                    self._rows = self._table_from(self._started).to(self._rows.device, self._rows.dtype).weights
-            self.num_inference_steps = len(times)
-        self._host, self._seen = (times, levels), (self.timesteps, self.sigmas)
+            self.solver = edited_table(name, self.config, times, sigmas if new_sigmas else None)
+            self.schedule = self.solver.schedule
+            self._table = StepTable.of(self.solver, dtype=torch.float64, strict=False)
+        self._table = replace(self._table, times=torch.tensor(times, dtype=torch.float64))
+        self.num_inference_steps = len(times)
+        if len(times) != n:
+            self._history = self._next = None
+        elif self._history is not None and self._rows is not None:
+            self._rows = self._table_from(self._started).to(self._rows.device, self._rows.dtype).weights
 
     def _table_from(self, i: int) -> StepTable:
         assert self._table is not None
@@ -530,9 +563,9 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         check_latents(self.solver, sample.shape[1:])
         if self._next is not None and i != self._next and (i > 0 or self._next == 1) and self._looks_back():
             warnings.warn(
-                f"step {i} after step {self._next - 1}: the predictions before are forgotten. Where several images "
-                "take turns, give each a scheduler of its own (copy.deepcopy); steps that are repeated, skipped or taken "
-                "back are right with 'euler' alone",
+                f"step {i} after step {self._next - 1}: the predictions before are forgotten. Where several "
+                "images take turns, give each a scheduler of its own (copy.deepcopy); steps that are repeated, skipped "
+                "or taken back are right with 'euler' alone",
                 stacklevel=3,
             )
         self._started = i
