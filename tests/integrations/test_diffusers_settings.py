@@ -40,6 +40,15 @@ VALUES = {
     "snr_shift_scale": [2.0],
     "rescale_betas_zero_snr": [True],
 }
+WORDS = {  # of releases whose signatures do not list them
+    "algorithm_type": ["dpmsolver++", "sde-dpmsolver++"],
+    "beta_schedule": ["linear", "scaled_linear", "squaredcos_cap_v2"],
+    "solver_type": ["midpoint", "heun"],
+    "time_shift_type": ["exponential", "linear"],
+    "timestep_spacing": ["linspace", "leading", "trailing"],
+    "upscale_mode": ["nearest"],
+    "variance_type": ["learned", "learned_range"],
+}
 # The method that stands in for a class, by its order; "euler" for the others.
 OWN = {
     "DPMSolverMultistepScheduler": ("euler", "dpmpp_2m", "dpmpp_3m"),
@@ -79,7 +88,7 @@ def values(kind, key, parameter):
             v for group in re.findall(rf"{key} in [\[(]([^\])]+)", source) for v in re.findall(r'"([^"]+)"', group)
         ]
         found = found or spelled(key)
-    found = list(dict.fromkeys(found or spelled(key)))
+    found = list(dict.fromkeys(found or spelled(key) or WORDS.get(key, [])))
     assert found, f"{kind.__name__} has a setting {key}={default!r} whose values are unknown here: name some in VALUES"
     return [value for value in found if value != default]
 

@@ -287,3 +287,11 @@ def test_epsilon_at_zero_terminal_snr_is_refused():
             ours(stock, "dpmpp_2m" if kind is DPM else "euler", clip_sample=False).set_timesteps(5)
     below = DDIM(rescale_betas_zero_snr=True, timestep_spacing="leading", clip_sample=False)
     close(run(below, 5), run(ours(below), 5))
+
+
+def test_a_folder_that_is_called_like_a_method(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "euler").mkdir()
+    scheduler = ours(FLOW())
+    scheduler.set_timesteps(4)
+    assert scheduler.solver.name == "euler/4"

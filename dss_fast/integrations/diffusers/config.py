@@ -191,6 +191,11 @@ def settings() -> set[str]:
     return {key for name in STOCK for key in keywords(getattr(diffusers, name))}
 
 
+def every_setting() -> set[str]:
+    """The keywords that any scheduler of diffusers takes, and what its pipelines write beside them."""
+    return {key for keys, _ in _by_keys() for key in keys} | {"sigma_data"}
+
+
 def training_scheduler(config: Config) -> Any:
     """A scheduler of diffusers with the noise that a VP model was trained on, ``betas`` and ``alphas_cumprod``."""
     own = str(config.get("stock_class"))

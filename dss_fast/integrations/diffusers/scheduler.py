@@ -26,6 +26,7 @@ from .config import (
     alphas_cumprod,
     check_start,
     edited_table,
+    every_setting,
     family_of,
     handmade_table,
     initial_scale,
@@ -88,6 +89,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
     invert_sigmas: of Mochi, whose times and sigmas rise and whose network returns x0 - epsilon.
     num_train_timesteps, beta_*, trained_betas, rescale_betas_zero_snr, snr_shift_scale, prediction_type: the model's.
     stock_class, stock_defaults: filled in by ``from_config``: the class the config comes from, and what it left unset.
+    kwargs: other settings of stock schedulers, which a server that calls the class with a whole config passes here.
     thresholding: refused, unless not strict: clipping x0 is not linear. clip_sample: warned about by ``from_config``.
 
     A run that starts part-way in, as in img2img and inpainting, has no predictions before its first step k. The
@@ -103,6 +105,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers] + ["FlowMatchEulerDiscreteScheduler"]
     order = 1
+    ignore_for_config = ["kwargs"]
 
     # These belong to one run: set_timesteps makes the first, the first step the rest.
     num_inference_steps: int | None
@@ -146,7 +149,16 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         strict: bool = True,
         stock_class: str | None = None,
         stock_defaults: Sequence[str] | None = None,
+        **kwargs: Any,
     ) -> None:
+        strange = sorted(kwargs.keys() - every_setting())
+        if strange:
+            raise TypeError(f"{strange[0]}={kwargs[strange[0]]!r}: no scheduler of diffusers has that setting")
+        if kwargs:
+            self.register_to_config(**kwargs)
+        written = self.config.get("_solvers")  # tables beside the names, where a server calls the class with a config
+        if written:
+            solver = [*([solver] if isinstance(solver, str) else solver), *written]  # type: ignore[misc]
         tables, self._methods, names, embedded = read_solvers(solver)
         if family is None:
             learned = next(iter(tables.values()), None)
@@ -167,6 +179,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
 
         self.init_noise_sigma = 1.0
         self._upwards = invert_sigmas
+        self.num_train_timesteps = num_train_timesteps
         self.num_inference_steps = self.solver = self.schedule = self._table = self._name = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
         self.sigmas = torch.linspace(1, 0, num_train_timesteps + 1)
