@@ -5,8 +5,8 @@ python -m examples.pipeline_matrix flux sdxl             # some
 python -m examples.pipeline_matrix --write docs/integrations.md
 
 Every cell compares final latents, the largest difference over the largest value, on random networks of a few kilobytes.
-`euler` stands beside FlowMatchEuler, DDIM or EulerDiscrete, whichever is the model's, and `dpmpp_2m` beside
-DPMSolverMultistep, both as their own from_config makes them of the pipeline's config. Many flow pipelines pass sigmas,
+`euler` stands beside FlowMatchEuler, DDIM or EulerDiscrete, whichever is the model's, or UniPC of order 1, and
+`dpmpp_2m` beside DPMSolverMultistep, both as their own from_config makes them of the pipeline's config. Many flow pipelines pass sigmas,
 which stock DPM++ refuses: it is given a set_timesteps that takes and ignores them, and the signs of Mochi and
 LTXCondition.
 """
@@ -81,7 +81,10 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def stock_euler(config: Any) -> Any:
-    return getattr(diffusers, stock_class("euler", adopt(config))).from_config(config)
+    """On the grid of a multistep class (SANA-Video's, SkyReels') that class at order 1, which is Euler's step."""
+    kind = getattr(diffusers, stock_class("euler", adopt(config)))
+    alone = {"solver_order": 1, "disable_corrector": list(range(STEPS))} if "Multistep" in kind.__name__ else {}
+    return kind.from_config(config, **alone)
 
 
 def dpm_settings(config: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from ...target import Target
 from .config import adopt, model_schedule
 from .recording import Notes, Step, record, tensor_of
 from .request import request_of, scales_of
+from .unasked import unasked
 
 TIMES = ("timestep", "timesteps", "t")
 PART_WAY = ("Img2Img", "Inpaint", "Image2Image", "ControlNet", "Control", "InstructPix2Pix", "Upscale", "Edit")
@@ -77,7 +78,7 @@ def from_pipeline(
         uncond=null if layout.guided else None,
         guidance_scale=layout.scale,
         decode=_decoder(pipe, shape, arguments),
-        request=request_of(pipe, arguments, shape, count),
+        request=request_of(pipe, arguments, shape, count, _passed(pipe, one, arguments)),
     )
     model.requires_grad_(False)  # last: a call that raises changes nothing
     return target
@@ -321,12 +322,25 @@ def _check_kind(pipe: Any, arguments: Mapping[str, Any]) -> None:
             f"{kind} starts from an image or sees one at every step: a search needs the network from noise alone. "
             "Search on its text-to-image pipeline (AutoPipelineForText2Image.from_pipe); the table runs in this one too"
         )
+    scale = arguments.get("pag_scale", inspect.signature(pipe.__call__).parameters.get("pag_scale"))
+    if scale is not None and getattr(scale, "default", scale) > 0:
+        raise ValueError(
+            f"pag_scale={getattr(scale, 'default', scale)}: perturbed attention is a third branch, and a search knows two. "
+            f"Give pag_scale=0, or search on the pipeline without it; the table runs in {kind} too"
+        )
     steppers = [name for name, part in pipe.components.items() if hasattr(part, "set_timesteps")]
     if len(steppers) > 1:
         raise ValueError(f"{kind} has {len(steppers)} schedulers ({', '.join(steppers)}); a search knows but one state")
     for key, value in arguments.items():
         if "trunc" in key and isinstance(value, int | float) and value != 1:
             raise ValueError(f"{key}={value}: guidance for a part of the steps only is not linear; leave it at 1")
+
+
+def _passed(pipe: Any, notes: Notes, arguments: Mapping[str, Any]) -> list[str]:
+    """The names of the times that a pipeline passes of itself and that the scheduler does not know as a habit."""
+    given = {key: values for key, values in notes.passed.items() if key not in arguments}
+    steps = int(pipe.scheduler.config.get("num_train_timesteps") or 1000)
+    return [] if unasked(given.get("sigmas"), given.get("timesteps"), steps) else list(given)
 
 
 def _scales(pipe: Any, arguments: Mapping[str, Any]) -> list[float]:

@@ -39,7 +39,7 @@ from .config import (
     table_schedule,
     training_scheduler,
 )
-from .request import check_latents
+from .request import check_latents, passed_beside
 from .settings import unapplied
 from .unasked import unasked
 
@@ -494,7 +494,12 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         for label, given, own in (("sigmas", sigmas, own_sigmas), ("timesteps", timesteps, own_times)):
             if given is None:
                 continue
-            if not torch.allclose(torch.as_tensor(given, dtype=torch.float64), own, rtol=1e-4, atol=1e-6):
+            asked = torch.as_tensor(given, dtype=torch.float64)
+            if asked.shape != own.shape or not torch.allclose(asked, own, rtol=1e-4, atol=1e-6):
+                if passed_beside(
+                    solver, [key for key, v in (("sigmas", sigmas), ("timesteps", timesteps)) if v is not None]
+                ):
+                    return
                 raise ValueError(
                     f"{solver.label} cannot run on custom {label}: its coefficients were searched "
                     f"together with its own, {[round(v, 4) for v in own.tolist()]}; leave them out, or take a "
