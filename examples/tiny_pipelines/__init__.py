@@ -30,7 +30,7 @@ MORE_VP = (
 NEWER = (
     "flux2", "flux2_klein", "bria", "easyanimate", "skyreels", "skyreels_df", "ovis", "prx", "krea2",
     "lumina", "hunyuan_image", "sana_video", "allegro", "latte", "cogview3plus", "kandinsky3",
-    "if_stage1", "pixart_alpha", "sd_pag", "sdxl_pag", "sana_pag", "sd3_img2img", "sd3_pag", "qwen_img2img",
+    "if_stage1", "pixart_alpha", "sd_pag", "sdxl_pag", "sana_pag", "sd3_img2img", "z_image_inpaint", "qwen_img2img",
     "qwen_inpaint", "chroma_img2img", "z_image_img2img", "pixart_pag", "wan_v2v",
 )  # fmt: skip
 ALL = NAMES + MORE_FLOW + MORE_VP + NEWER

@@ -439,7 +439,8 @@ def sdxl_pag(batch: int, randn: Randn) -> Built:
 
 
 def sana_pag(batch: int, randn: Randn) -> Built:
-    return _kin("SanaPAG", sana(batch, randn), pag_applied_layers="blocks.0")
+    pipe, arguments = _kin("SanaPAG", sana(batch, randn), pag_applied_layers="blocks.0")
+    return pipe, {**arguments, "pag_scale": 1.0}
 
 
 def pixart_pag(batch: int, randn: Randn) -> Built:
@@ -458,10 +459,8 @@ def sd3_img2img(batch: int, randn: Randn) -> Built:
     return _with_image("StableDiffusion3", sd3(batch, randn), 8, False)
 
 
-def sd3_pag(batch: int, randn: Randn) -> Built:
-    pipe, arguments = sd3(batch, randn)
-    parts = {k: v for k, v in pipe.components.items() if k not in ("image_encoder", "feature_extractor")}
-    return diffusers.StableDiffusion3PAGPipeline(**parts, pag_applied_layers="blocks.0"), arguments
+def z_image_inpaint(batch: int, randn: Randn) -> Built:
+    return _with_image("ZImage", z_image(batch, randn), 32, True)
 
 
 def qwen_img2img(batch: int, randn: Randn) -> Built:

@@ -24,7 +24,17 @@ from .request import request_of, scales_of
 from .unasked import unasked
 
 TIMES = ("timestep", "timesteps", "t")
-PART_WAY = ("Img2Img", "Inpaint", "Image2Image", "ControlNet", "Control", "InstructPix2Pix", "Upscale", "Edit")
+PART_WAY = (
+    "Img2Img",
+    "Inpaint",
+    "Image2Image",
+    "VideoToVideo",
+    "ControlNet",
+    "Control",
+    "InstructPix2Pix",
+    "Upscale",
+    "Edit",
+)
 
 
 def from_pipeline(
@@ -325,8 +335,8 @@ def _check_kind(pipe: Any, arguments: Mapping[str, Any]) -> None:
     scale = arguments.get("pag_scale", inspect.signature(pipe.__call__).parameters.get("pag_scale"))
     if scale is not None and getattr(scale, "default", scale) > 0:
         raise ValueError(
-            f"pag_scale={getattr(scale, 'default', scale)}: perturbed attention is a third branch, and a search knows two. "
-            f"Give pag_scale=0, or search on the pipeline without it; the table runs in {kind} too"
+            f"pag_scale={getattr(scale, 'default', scale)}: perturbed attention is a third branch, and a search knows "
+            f"two: give pag_scale=0, or search on the pipeline without it; the table runs in {kind} too"
         )
     steppers = [name for name, part in pipe.components.items() if hasattr(part, "set_timesteps")]
     if len(steppers) > 1:

@@ -91,7 +91,8 @@ class NoteTaker(DSSScheduler):
             )
         calls, self._notes.calls = self._notes.calls, []
         t = float(self.timesteps[self._locate(timestep)])
-        output = self._towards_noise(model_output.clone(), options.get("per_token_timesteps"))
+        mean = model_output[:, : sample.shape[1]]  # without the variances that DeepFloyd's pipelines hand on
+        output = self._towards_noise(mean.clone(), options.get("per_token_timesteps"))
         if self._upwards:
             t = self.config["num_train_timesteps"] - t
         self._notes.steps.append(Step(calls, t, sample.clone(), output))
