@@ -98,7 +98,8 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
     that the first prediction implies.
 
     State is per instance and set afresh by ``set_timesteps``, and also by a step that does not follow the one before.
-    ``step`` never waits for the device: the position comes from where ``timestep`` lies in ``timesteps``.
+    ``step`` takes the position from where ``timestep`` lies in ``timesteps``, or from its value, and waits for the device
+    only for a time that lies there, is no such element and whose place nobody has declared.
 
     Raises ValueError where the solver, its schedule, the number of steps or custom times do not fit, saying why.
     """
@@ -114,7 +115,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
     timesteps: Tensor
     sigmas: Tensor
     _table: StepTable | None
-    _name: Name | None
+    _name: Name | None  # of the hand-made method; None: a learned table
     _host: tuple[list[float], list[float]]  # timesteps and sigmas as they were read last
     _seen: tuple[Tensor, Tensor]  # and the tensors they were read from
     _begin_index: int | None
