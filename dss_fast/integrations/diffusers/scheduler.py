@@ -98,8 +98,8 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
     that the first prediction implies.
 
     State is per instance and set afresh by ``set_timesteps``, and also by a step that does not follow the one before.
-    ``step`` takes the position from where ``timestep`` lies in ``timesteps``, or from its value, and waits for the device
-    only for a time that lies there, is no such element and whose place nobody has declared.
+    ``step`` takes the position from where ``timestep`` lies in ``timesteps``, or from its value, and waits for the
+    device only for a time that lies there, is no such element and whose place nobody has declared.
 
     Raises ValueError where the solver, its schedule, the number of steps or custom times do not fit, saying why.
     """
