@@ -35,6 +35,8 @@ class Target:
     noise: ``noise(n, generator) -> (n, *shape)``, the source of the flow; by default standard normal.
     decode: samples -> images in [0, 1], for pictures. features: samples -> (B, F), for a Frechet distance.
     classify: samples -> logits (B, L), labels: cond -> (B,): the share of samples read as what was asked.
+    checkpointing: ``checkpointing(on)`` switches the model's recomputation of activations on and off, for a search that
+        does not fit otherwise. None: the networks' own in diffusers and transformers.
     device: where samples live. None: the model's, or, for a callable without parameters, the noise's, or the CPU.
     dtype: of the states that are drawn here.
     key: names the model in run folders, instead of a hash of what it returns for a few samples.
@@ -56,6 +58,7 @@ class Target:
     features: Callable[[Tensor], Tensor] | None = None
     classify: Callable[[Tensor], Tensor] | None = None
     labels: Callable[[Mapping[str, Any]], Tensor] | None = None
+    checkpointing: Callable[[bool], object] | None = None
     device: torch.device | str | None = None
     dtype: torch.dtype = torch.float32
     key: str | None = None
@@ -75,6 +78,8 @@ class Target:
             raise ValueError(f"schedule={self.schedule!r}: give a schedule, as in Flow() or VP()")
         if self.noise is not None and not callable(self.noise):
             raise ValueError(f"noise={type(self.noise).__name__}: give a function noise(n, generator) -> (n, *shape)")
+        if self.checkpointing is not None and not callable(self.checkpointing):
+            raise ValueError(f"checkpointing={self.checkpointing!r}: give a function that takes True and False")
         if not self.dtype.is_floating_point:
             raise ValueError(f"dtype={self.dtype}: must be floating point")
         if isinstance(self.guidance_scale, tuple | list):

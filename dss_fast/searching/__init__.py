@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ from .budget import Ledger, default_budget, evaluations_in
 from .descent import descend
 from .job import Job, prepare
 from .lion import imitate
-from .plan import Plan, plan, planned
+from .plan import Plan, batch_of, plan, planned, with_room
 from .probe import CALLS, KEYLESS, PLAUSIBLE_CALLS, doubt, identity, probe
 from .processes import agreed, from_first, is_first, joined
+from .recompute import recomputing
 from .result import Event, SearchResult
+from .room import usable
 from .runs import RunFolder, is_finished, opened, restored, run
 from .settings import METHODS, GaussNewton, Lion, Method
 
@@ -42,6 +45,7 @@ def search(
     initial: str | Solver | None = None,
     budget: int | str | None = None,
     seed: int | torch.Generator = 0,
+    memory: int | None = None,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -65,6 +69,9 @@ def search(
         checks and rejected steps count), or a time, ``"20min"``, which one forward and one backward of the model turn
         into evaluations. None: the method's. :func:`plan` says what one takes.
     seed: settles all noise and conditions; a Generator gives one number. Global generators stay as they are.
+    memory: bytes of the device that it may use beside the model's weights; by default half of what is free. Batches that take more run in parts, down to one sample, with the network's own gradient checkpointing on where
+        it has one (diffusers, ``Target(checkpointing=...)``), and find the same table up to rounding. Where memory runs
+        out nevertheless, parts of half the size go on.
     out: a run folder: config, log, checkpoint, solvers, a report. resume: continue the search in it, to
         the bit-identical table.
     progress: print the plan and show a bar. report: write report.html, and report.md with its
@@ -77,12 +84,13 @@ def search(
     if out is not None:
         check_writable(out)  # before any call of the model
     asked: dict[str, Any] = {"method": method, "initial": initial, "budget": budget, "seed": seed}
+    asked["memory"] = memory
     with joined(), torch.inference_mode(False), torch.enable_grad():
         job = prepare(target, num_steps, **asked, **description)
         config = job.config()
         models = [one.model for one in job.draws.targets]
-        with opened(out, config, resume) as (folder, checkpoint), frozen(models):
-            ledger = begin(job, config, folder, checkpoint, progress)
+        with opened(out, config, resume) as (folder, checkpoint), frozen(models), ExitStack() as until_the_end:
+            job, ledger = begin(job, config, folder, checkpoint, progress, until_the_end)
             over = checkpoint is not None and is_finished(checkpoint, ledger)
             if checkpoint is not None and over:
                 result = restored(checkpoint, folder)
@@ -100,8 +108,10 @@ def begin(
     folder: RunFolder | None,
     checkpoint: dict[str, Any] | None,
     progress: bool,
-) -> Ledger:
-    """The ledger of a search, after a look at the model, or at whether it is still the one of the checkpoint.
+    until_the_end: ExitStack,
+) -> tuple[Job, Ledger]:
+    """The job with its room and the ledger of a search, after a look at the model, and at whether it is still the
+    one of the checkpoint. Gradient checkpointing that the search needs is on until its end.
 
     Writes the targets' identities into the config. Raises ValueError where a model cannot be searched, or is another.
     """
@@ -110,12 +120,17 @@ def begin(
         ledger.budget = default_budget(job.settings, job.steps)
     if checkpoint is not None and isinstance(job.budget, str):
         ledger.budget = checkpoint["budget"]  # what the time came to when it began
-    if checkpoint is None:
+    if checkpoint is None or not is_finished(checkpoint, ledger):
         looks = CALLS * len(draws.targets)
-        if not ledger.affords(looks):
+        if checkpoint is None and not ledger.affords(looks):
             raise ValueError(f"budget={job.budget!r}: the look at the model alone takes {looks}")
-        cost = probe(draws, job.differentiated)
-        ledger.spend_once("probe", looks)
+        evaluations = job.budget if isinstance(job.budget, int) else None
+        cost = probe(draws, job.differentiated, *usable(draws.device, job.memory), batch_of(job, evaluations)[0])
+        job = with_room(job, evaluations, cost)
+        if cost.recomputed:
+            until_the_end.enter_context(recomputing(draws.targets))
+    if checkpoint is None:
+        ledger.spend_once("probe", cost.calls or looks)
         limit, given = job.budget, ledger.budget  # what the first process says counts, also where others say no time
         ledger.budget = from_first(lambda: evaluations_in(limit, cost) if isinstance(limit, str) else given)
         if progress and is_first():
@@ -132,7 +147,7 @@ def begin(
     # A process that alone doubts its schedule has spent more, and would stop in another round than the others.
     ledger.evaluations = from_first(lambda: ledger.evaluations)
     from_first(lambda: folder.check(config) if folder else None)
-    return ledger
+    return job, ledger
 
 
 def finish(job: Job, result: SearchResult, config: Mapping[str, Any], progress: bool = False) -> None:

@@ -6,8 +6,9 @@ Nothing is decided here: ``descent`` says what is tried and what becomes of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ from ..distance import squares
 from ..draws import mix
 from ..table import StepTable
 from ..target import Samples
+from ..trajectory import Trajectory
 from ..unroll import Rollout
 from ..unroll.kept import budget_bytes
 from .budget import Ledger
 from .gauss_newton import ROBUST, Quadratic, Sums, signs_beside
 from .job import Job
-from .plan import MEMORY
 from .residual import Residual, residual
 from .settings import GaussNewton
 from .space import Space
@@ -53,22 +54,23 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Tried:
-    """One batch of a trial. rollout: None where it did not fit beside the others and must run again. residual: under
-    the weight of the round to come."""
+    """Some samples of a batch of a trial. rollout, and residual under the weight of the round to come: None where they
+    did not fit beside the others and must be made again."""
 
-    batch: Samples
+    rows: slice
     rollout: Rollout | None
-    residual: Residual
+    residual: Residual | None
 
 
 @dataclass(frozen=True, eq=False)
 class Trial:
     """What a candidate was worth, of all samples of all processes, (n,) float64 means of squares: |r|^2 under the
-    weights of the round before and of this one, and the end point's errors. number: of the round."""
+    weights of the round before and of this one, and the end point's errors. number: of the round. parts: of each batch,
+    on this process."""
 
     candidate: Candidate
     number: int
-    parts: list[Tried]
+    parts: list[list[Tried]]
     before: Tensor
     values: Tensor
     errors: Tensor
@@ -105,29 +107,36 @@ class Rounds:
 
     def cost(self, candidate: Candidate, number: int, batches: int) -> int:
         """Evaluations of a trial of so many batches and, once accepted, of its differentiation."""
+        again = 2 * self.train.again(slice(0, batches))
         sizes, n = self.train.sizes[:batches], candidate.space.num_steps
         sketched = sum(size for k, size in enumerate(sizes) if _sketches(k, candidate, number, batches))
-        return n * (sum(sizes) * (3 if self._keeps(n, sum(sizes)) else 4) + 2 * sketched)
+        return n * (sum(sizes) * (3 if self._keeps(n, sum(sizes)) else 4) + 2 * sketched) + again
 
     def attempt(self, candidate: Candidate, number: int, batches: int) -> Trial | None:
         """The rollouts of round ``number``; None when one diverges to NaN or Inf."""
         n, sizes = candidate.space.num_steps, self.train.sizes[:batches]
         old, new = _weight(number - 1), _weight(number)
-        loss, targets = self._settings.loss, candidate.space.targets(candidate.theta)
-        parts, before = [], []
+        targets, kept, room = candidate.space.targets(candidate.theta), self._keeps(n, sum(sizes)), self.job.room
+        parts: list[list[Tried]] = []
+        numbers: list[list[Tensor]] = [[], [], []]  # of each batch, squares before, now and at the end point
+        alive = sum(-(-size // (room.rows or size)) for size in sizes) if kept else 0
+        self.ledger.spend(self.train.again(slice(0, batches)))
+
+        def run(k: int, rows: slice) -> tuple[Tried, Tensor, Tensor, Tensor]:
+            part, trajectory = self.train.part(k, rows)
+            rollout = Rollout(**self._arguments(candidate, part, alive))
+            found = self._residual(candidate, k, new, rollout, trajectory, targets)
+            past = found if old == new else self._residual(candidate, k, old, rollout, trajectory, targets)
+            tried = Tried(rows, rollout, found) if kept else Tried(rows, None, None)
+            return tried, past.squares(), found.squares(), found.error
+
         try:
             for k in range(batches):
-                batch, trajectory = self.train[k]
-                kept = self._keeps(n, batches * batch.size)
-                rollout = Rollout(**self._arguments(candidate, batch, batches if kept else 0))
-                found = residual(loss, new, rollout.states, trajectory, targets).over(candidate.unit(k))
-                past = found
-                if old != new:
-                    past = residual(loss, old, rollout.states, trajectory, targets).over(candidate.unit(k))
-                parts.append(Tried(batch, rollout if kept else None, found))
-                before.append(past.squares())
-            values, errors = [part.residual.squares() for part in parts], [part.residual.error for part in parts]
-            gathered = self.job.draws.gathered(sizes, before, values, errors)
+                tried, *squares = zip(*room.over(slice(0, len(self.train[k][0])), partial(run, k)), strict=True)
+                parts.append(list(tried))
+                for column, found in zip(numbers, squares, strict=True):
+                    column.append(torch.cat(found))
+            gathered = self.job.draws.gathered(sizes, *numbers)
         except FloatingPointError:
             return None
         finally:
@@ -136,31 +145,47 @@ class Rounds:
 
     def differentiate(self, trial: Trial) -> Quadratic:
         """Gradient and J'J at the candidate. Lets each rollout go as soon as it was pulled back."""
-        candidate, draws = trial.candidate, self.job.draws
+        candidate, draws, room = trial.candidate, self.job.draws, self.job.room
         space, theta, n = candidate.space, candidate.theta, candidate.space.num_steps
         start, sums, jacobian = 0, Sums(len(theta)), space.jacobian(theta)
-        for k, part in enumerate(trial.parts):
-            batch, rollout, found = part.batch, part.rollout, part.residual
-            values = trial.values[draws.mine(start, batch.size), None]
+        targets, new, batches = space.targets(theta), _weight(trial.number), len(trial.parts)
+        self.ledger.spend(self.train.again(slice(0, batches)))
+
+        def pull(k: int, tried: Tried, signs: Callable[[int], Tensor] | None, rows: slice) -> tuple[Tensor, float]:
+            part, trajectory = self.train.part(k, rows)
+            rollout, found = tried.rollout, tried.residual
+            if rollout is None or found is None or rows != tried.rows:
+                rollout = Rollout(**self._arguments(candidate, part, 1))
+                found = self._residual(candidate, k, new, rollout, trajectory, targets)
             cotangents = [found.values]
-            if _sketches(k, candidate, trial.number, len(trial.parts)):
-                cotangents.append(self._signs(found.values, n, trial.number, k, batch.size))
+            if signs is not None:
+                drawn = signs(found.values.shape[1])[rows]
+                cotangents.append(signs_beside(found.values, drawn.to(found.values) * 2 - 1))
             scale = found.values.shape[1] ** -0.5  # |r|^2 is averaged over its elements
-            if rollout is None:  # all of them together did not fit
-                rollout = Rollout(**self._arguments(candidate, batch, 1))
-                self.ledger.spend(n * batch.size)
             scaled = torch.stack(cotangents) * scale
             pulled = rollout.pull(found.back(scaled))
             assert pulled.weights is not None and pulled.times is not None
             flat = torch.cat([pulled.weights.flatten(2), pulled.times], 2).double().cpu()
-            rows = flat @ jacobian[: flat.shape[2]]
+            through = flat @ jacobian[: flat.shape[2]]
             if found.moves is not None:
-                rows = rows + found.moves(scaled, self.train[k][1]) @ jacobian[flat.shape[2] : -1]
-            trial.parts[k] = replace(part, rollout=None)
-            del part, rollout, pulled, flat
-            sums.add(rows, values, trial.scale / (trial.scale + values), scale, batch.size)
-            self.ledger.spend(2 * n * batch.size * len(cotangents))
-            start += batch.size
+                through = through + found.moves(scaled, trajectory) @ jacobian[flat.shape[2] : -1]
+            return through, scale
+
+        for k, parts in enumerate(trial.parts):
+            size, signs = self.train.sizes[k], None
+            if _sketches(k, candidate, trial.number, batches):
+                signs = cache(partial(self._signs, n, trial.number, k))
+            pulled: list[tuple[Tensor, float]] = []
+            while parts:
+                tried = parts.pop(0)
+                if tried.rollout is None:  # all of them together did not fit
+                    self.ledger.spend(n * (size if not pulled else 0))
+                pulled += room.over(tried.rows, partial(pull, k, tried, signs))
+            rows, scale = torch.cat([through for through, _ in pulled], 1), pulled[0][1]
+            values = trial.values[draws.mine(start, size), None]
+            sums.add(rows, values, trial.scale / (trial.scale + values), scale, size)
+            self.ledger.spend(2 * n * size * len(rows))
+            start += size
         return sums.quadratic(draws.all_reduce)
 
     @torch.no_grad()
@@ -170,20 +195,35 @@ class Rounds:
         by_features = self._settings.select == "features"
         self.ledger.spend(candidate.space.num_steps * total)
         try:
-            for k, (batch, trajectory) in enumerate(at):
-                end = Rollout(**self._arguments(candidate, batch, 0)).states[:, -1]
-                ends.append(squares(end, trajectory.last) / candidate.unit(k))
-                if by_features and batch.target.features is not None:
-                    mine, wanted = (batch.target.features(x.clone()).clone() for x in (end, trajectory.last))
-                    if bool(end.isfinite().all()) and not bool((mine.isfinite() & wanted.isfinite()).all()):
-                        raise ValueError(
-                            "the target's features are NaN or Inf for finite samples: none can choose by them"
-                        )
-                    seen.append(squares(mine, wanted))
+            for k in range(len(at)):
+                part = partial(self._seen, candidate, at, k, by_features)
+                found = self.job.room.over(slice(0, len(at[k][0])), part)
+                ends.append(torch.cat([end for end, _ in found]))
+                if by_features:
+                    seen.append(torch.cat([feature for _, feature in found]))
             errors, *features = self.job.draws.gathered(at.sizes, ends, *([seen] if seen else []))
         except FloatingPointError:
             return Look(torch.full((total,), math.inf, dtype=torch.float64))
         return Look(errors, *features)
+
+    def _seen(self, candidate: Candidate, at: Teacher, k: int, by_features: bool, rows: slice) -> tuple[Tensor, Tensor]:
+        """Squares of some samples' errors, and of those of their features."""
+        batch, trajectory = at[k]
+        part, last = batch.rows(rows), trajectory.last[rows]
+        end = Rollout(**self._arguments(candidate, part, 0)).states[:, -1]
+        found = squares(end, last) / candidate.unit(k)
+        if not by_features or part.target.features is None:
+            return found, found
+        mine, wanted = (part.target.features(x.clone()).clone() for x in (end, last))
+        if bool(end.isfinite().all()) and not bool((mine.isfinite() & wanted.isfinite()).all()):
+            raise ValueError("the target's features are NaN or Inf for finite samples: none can choose by them")
+        return found, squares(mine, wanted)
+
+    def _residual(
+        self, candidate: Candidate, k: int, weight: float, rollout: Rollout, trajectory: Trajectory, targets: Tensor
+    ) -> Residual:
+        """Of some samples of batch k, in its target's unit."""
+        return residual(self._settings.loss, weight, rollout.states, trajectory, targets).over(candidate.unit(k))
 
     @property
     def _settings(self) -> GaussNewton:
@@ -195,29 +235,30 @@ class Rounds:
 
         Of several processes none may leave alone, so that what diverges is noticed when their numbers are gathered.
         """
-        (weights, times), auto = candidate.table(batch), budget_bytes("auto", batch.noise.device)
+        (weights, times), room = candidate.table(batch), self.job.room
+        graphs = budget_bytes(room.graphs, batch.noise.device)
         return {
             "model": batch.denoiser(None if self.job.draws.world == 1 else False),
             "x": batch.noise,
             "weights": weights,
             "times": times,
-            "memory_budget": auto // alive if auto is not None and alive else None,
+            "memory_budget": graphs // alive if graphs is not None and alive else None,
             "wrt": ("weights", "times") if alive else (),
         }
 
-    def _signs(self, values: Tensor, n: int, number: int, k: int, size: int) -> Tensor:
-        """(B, R) random signs beside the residual; the same for any number of processes."""
+    def _signs(self, n: int, number: int, k: int, width: int) -> Tensor:
+        """(B, R) random bits for the samples of batch k; the same for any number of processes."""
         draws = self.job.draws
         generator = torch.Generator().manual_seed(mix(draws.seed, "sketch", n, number, k))
-        signs = torch.randint(0, 2, (size, values.shape[1]), generator=generator, dtype=torch.int8)
-        return signs_beside(values, signs[draws.rank :: draws.world].to(values) * 2 - 1)
+        signs = torch.randint(0, 2, (self.train.sizes[k], width), generator=generator, dtype=torch.int8)
+        return signs[draws.rank :: draws.world]
 
     def _keeps(self, num_steps: int, samples: int) -> bool:
         """Whether the states and histories of so many samples may stay in memory together."""
         draws = self.job.draws
         largest = max(math.prod(target.shape or ()) for target in draws.targets)
         numbers = (2 * num_steps + 1) * largest * samples / draws.world
-        return numbers * draws.target.dtype.itemsize <= MEMORY
+        return numbers * draws.target.dtype.itemsize <= self.job.room.kept
 
 
 def enough(sizes: Sequence[int], wanted: int) -> int:

@@ -1,0 +1,91 @@
+"""Room: the memory that a search has, and a batch run in parts that fit it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from ..unroll.kept import AUTO_SHARE, free_bytes
+
+T = TypeVar("T")
+HOST = 32 << 30  # bytes of trajectories on the host at most, of what is free there AUTO_SHARE at most
+MEMORY = 1 << 29  # bytes of a round's rollouts that are kept
+PART = 8 << 30  # bytes of a part of a batch that does not fit whole: from here on a card is busy, and more is no faster
+
+
+@dataclass
+class Room:
+    """rows: samples that run at a time on this process; None: whole batches. It is halved where memory runs out, which
+    changes sums in their last bits only. host: bytes left for the inner states of trajectories. kept: bytes of a
+    round's rollouts between its acceptance test and its backward; beyond, they run again. graphs: what their calls may keep
+    beside, a memory budget of ``Rollout``."""
+
+    rows: int | None = None
+    host: int = HOST
+    kept: int = MEMORY
+    graphs: int | str | None = "auto"
+
+    def keeps(self, size: int) -> bool:
+        """Takes so many bytes of the host, if there are."""
+        if size > self.host:
+            return False
+        self.host -= size
+        return True
+
+    def over(self, rows: slice, work: Callable[[slice], T]) -> list[T]:
+        """What some work gives for each part of some rows, in their order.
+
+        Out of memory it goes on with parts of half as many, from the one that failed on. Raises torch.OutOfMemoryError
+        where a single sample does not fit.
+        """
+        done, start = [], rows.start
+        while start < rows.stop:
+            stop = rows.stop if self.rows is None else min(start + self.rows, rows.stop)
+            try:
+                done.append(work(slice(start, stop)))
+            except torch.OutOfMemoryError as error:
+                if stop - start == 1:
+                    error.add_note(f"of a single sample: {REMEDIES}")
+                    raise
+            else:
+                start = stop
+                continue
+            self._halve(stop - start)  # here the error is gone, and with it the tensors of its frames
+        return done
+
+    def _halve(self, rows: int) -> None:
+        said = self.rows is not None and self.rows < rows  # by a part that was begun before
+        self.rows = min(self.rows or rows, rows) // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if not said:
+            warnings.warn(
+                f"out of memory with {rows} samples at a time: going on with {self.rows}, which changes nothing but "
+                "the time",
+                stacklevel=2,
+            )
+
+
+REMEDIES = (
+    "switch the network's gradient checkpointing on (Target(checkpointing=function) where it has none that is known), "
+    "store its weights in fewer bytes (float8, nf4), offload them, or search at smaller samples, whose table is a "
+    "start for these (initial=)"
+)
+
+
+def usable(device: torch.device, memory: int | None) -> tuple[int, int]:
+    """Bytes of a device that a search may use beside the weights, and the most that a single sample may: those given,
+    or half and nine tenths of what is free."""
+    if memory is not None:
+        return memory, memory
+    free = free_bytes(device)
+    return int(AUTO_SHARE * free), int(0.9 * free)
+
+
+def host_room() -> int:
+    """Bytes of trajectories that the host may keep."""
+    return min(HOST, int(AUTO_SHARE * free_bytes(torch.device("cpu"))))
