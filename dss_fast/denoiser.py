@@ -126,8 +126,9 @@ class Denoiser:
             if not detached.sum(dtype=torch.float32).isfinite():
                 bad = int((~detached.isfinite()).flatten(1).any(1).sum()) if detached.numel() else 0
                 if bad:
+                    time = float(t.detach()[0])
                     raise FloatingPointError(
-                        f"the model returned NaN or Inf for {bad} of {len(x)} samples at time {float(t[0]):.6g}"
+                        f"the model returned NaN or Inf for {bad} of {len(x)} samples at time {time:.6g}"
                     )
             if self.guided and self.nfe == 0 and len(x) and self._cond:
                 uncond, cond = detached.chunk(2)

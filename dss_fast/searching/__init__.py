@@ -69,7 +69,8 @@ def search(
         checks and rejected steps count), or a time, ``"20min"``, which one forward and one backward of the model turn
         into evaluations. None: the method's. :func:`plan` says what one takes.
     seed: settles all noise and conditions; a Generator gives one number. Global generators stay as they are.
-    memory: bytes of the device that it may use beside the model's weights; by default half of what is free. Batches that take more run in parts, down to one sample, with the network's own gradient checkpointing on where
+    memory: bytes of the device that it may use beside the model's weights; by default half of what is free.
+        Batches that take more run in parts, down to one sample, with the network's own gradient checkpointing on where
         it has one (diffusers, ``Target(checkpointing=...)``), and find the same table up to rounding. Where memory runs
         out nevertheless, parts of half the size go on.
     out: a run folder: config, log, checkpoint, solvers, a report. resume: continue the search in it, to

@@ -17,6 +17,7 @@ from .job import Job, prepare
 from .probe import probe
 from .room import MEMORY, PART, REMEDIES, Room, usable
 from .settings import GaussNewton, Method
+from .space import DENSE
 
 # RMSE over the best hand-made solver's, by evaluations for each N: the mean over N = 5, 8, 10 on the exact mixture and
 # both MNIST models, for 10,000 and 40,000 over fewer of them (benchmarks/README.md).
@@ -178,7 +179,7 @@ def memory_of(job: Job, sizes: Sizes | None, batch: int, calls: int, cost: Cost)
     room, shared = job.room, (2 * n + 1) * state
     rollouts = min(samples * shared, room.kept) * (3 * n + 1) // (2 * n + 1)
     parameters = sum(job.settings.space_of(draws.schedule, n).sizes())
-    numbers = 3 * (n * (n + 6) + n) * parameters + 7 * parameters**2
+    numbers = (3 * (n * (n + 6) + n) if n <= DENSE else batch) * parameters + 6 * parameters**2
     teacher = min(inner, room.host) + 2 * state * (samples + others)
     if isinstance(room.graphs, int):  # of calls that need not run again
         graphs += min(room.graphs, cost.saved * n * samples)

@@ -24,6 +24,7 @@ from ..schedule import PREDICTION_TYPES, VP, Flow, Schedule
 from ..trajectory import dense_grid, integrate
 from ..unroll.kept import FirstCall, TooMuch
 from .budget import Cost, gigabytes
+from .gauss_newton import NO_NUMBER
 from .recompute import recomputing
 from .room import PART, REMEDIES
 
@@ -50,8 +51,8 @@ def probe(draws: Draws, differentiated: bool, may: float = math.inf, most: float
     the mean of the seconds and the largest graph.
 
     differentiated: whether the search goes back through the model. may, most: bytes that the graphs of ``batch``
-    samples may take, and of one. Where they take more, the network's own gradient checkpointing is measured instead, which the
-    search then switches on, if the gradient stays the same.
+    samples may take, and of one. Where they take more, the network's own gradient checkpointing is measured instead,
+    which the search then switches on, if the gradient stays the same.
 
     Raises ValueError for a model that returns nothing but zeros, and of one to go back through when its output has no
     graph, when that cannot be gone through twice, when a part of the gradient is missing, and when the graph of one
@@ -128,6 +129,8 @@ def _looked(draws: Draws, differentiated: bool, most: float = math.inf) -> tuple
                 torch.compiler.reset()
                 leaves, output, saved = graph(times[1:])
                 gradient = _pulled(output, leaves, w)
+            if not bool(gradient.isfinite().all()):
+                raise FloatingPointError(NO_NUMBER)
             wanted = float(w.square().sum())
             shares.append(float((gradient * v).sum()) / wanted if wanted else 1.0)
             if len(shares) == 1:

@@ -21,8 +21,8 @@ PART = 8 << 30  # bytes of a part of a batch that does not fit whole: from here 
 class Room:
     """rows: samples that run at a time on this process; None: whole batches. It is halved where memory runs out, which
     changes sums in their last bits only. host: bytes left for the inner states of trajectories. kept: bytes of a
-    round's rollouts between its acceptance test and its backward; beyond, they run again. graphs: what their calls may keep
-    beside, a memory budget of ``Rollout``."""
+    round's rollouts between its acceptance test and its backward; beyond, they run again. graphs: what their calls may
+    keep beside, a memory budget of ``Rollout``."""
 
     rows: int | None = None
     host: int = HOST

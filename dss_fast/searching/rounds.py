@@ -147,7 +147,7 @@ class Rounds:
         """Gradient and J'J at the candidate. Lets each rollout go as soon as it was pulled back."""
         candidate, draws, room = trial.candidate, self.job.draws, self.job.room
         space, theta, n = candidate.space, candidate.theta, candidate.space.num_steps
-        start, sums, jacobian = 0, Sums(len(theta)), space.jacobian(theta)
+        start, sums, back = 0, Sums(len(theta)), space.back(theta)
         targets, new, batches = space.targets(theta), _weight(trial.number), len(trial.parts)
         self.ledger.spend(self.train.again(slice(0, batches)))
 
@@ -166,10 +166,7 @@ class Rounds:
             pulled = rollout.pull(found.back(scaled))
             assert pulled.weights is not None and pulled.times is not None
             flat = torch.cat([pulled.weights.flatten(2), pulled.times], 2).double().cpu()
-            through = flat @ jacobian[: flat.shape[2]]
-            if found.moves is not None:
-                through = through + found.moves(scaled, trajectory) @ jacobian[flat.shape[2] : -1]
-            return through, scale
+            return back(flat, None if found.moves is None else found.moves(scaled, trajectory)), scale
 
         for k, parts in enumerate(trial.parts):
             size, signs = self.train.sizes[k], None
