@@ -132,7 +132,7 @@ def state_bytes(job: Job) -> int:
 def way_bytes(job: Job, calls: int) -> int:
     """Of the tensors beside the graph while one sample goes there and back, or along its teacher's trajectory: the
     states, histories, cotangents and adjoints of N steps."""
-    return state_bytes(job) * max(12 * max(job.steps), 2 * calls + 8)
+    return state_bytes(job) * max(12 * max(job.steps) + 40, 2 * calls + 8)
 
 
 def batch_of(job: Job, budget: int | None) -> tuple[int, int]:

@@ -69,9 +69,15 @@ def probe(draws: Draws, differentiated: bool, may: float = math.inf, most: float
         with recomputing([draws.target] if recomputed else []) as switched:
             if found is None and switched == recomputed:
                 calls += CALLS
-                with suppress(TooMuch, torch.OutOfMemoryError):
+                try:
                     found = _looked(draws, True, limit)
                     cost, gradient = replace(found[0], recomputed=recomputed), found[1]
+                except (TooMuch, torch.OutOfMemoryError):
+                    continue
+                except ValueError as error:
+                    if not recomputed:
+                        raise
+                    warnings.warn(f"the network's gradient checkpointing stays off: {error}", stacklevel=3)
     if found is None:
         raise ValueError(f"the graph of one sample takes more than the {gigabytes(most)} that may be used: {REMEDIES}")
     if cost.recomputed:
@@ -80,7 +86,7 @@ def probe(draws: Draws, differentiated: bool, may: float = math.inf, most: float
             plain, whole = _looked(draws, True, min(most, PART))
             same = float((gradient - whole).norm()) <= SAME_GRADIENT * float(whole.norm())
             if not same:
-                warnings.warn("the network's gradient checkpointing changes its gradient and stays off", stacklevel=3)
+                warnings.warn("the network's gradient checkpointing stays off: it changes its gradient", stacklevel=3)
             cost = cost if same and cost.saved < plain.saved else plain
     return replace(cost, calls=calls)
 

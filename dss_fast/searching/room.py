@@ -28,6 +28,7 @@ class Room:
     host: int = HOST
     kept: int = MEMORY
     graphs: int | str | None = "auto"
+    halved: bool = False
 
     def keeps(self, size: int) -> bool:
         """Takes so many bytes of the host, if there are."""
@@ -58,16 +59,12 @@ class Room:
         return done
 
     def _halve(self, rows: int) -> None:
-        said = self.rows is not None and self.rows < rows  # by a part that was begun before
         self.rows = min(self.rows or rows, rows) // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if not said:
-            warnings.warn(
-                f"out of memory with {rows} samples at a time: going on with {self.rows}, which changes nothing but "
-                "the time",
-                stacklevel=2,
-            )
+        if not self.halved:
+            warnings.warn(f"out of memory with {rows} samples at a time: going on with half as many", stacklevel=3)
+        self.halved = True
 
 
 REMEDIES = (
