@@ -179,7 +179,7 @@ def memory_of(job: Job, sizes: Sizes | None, batch: int, calls: int, cost: Cost)
     room, shared = job.room, (2 * n + 1) * state
     rollouts = min(samples * shared, room.kept) * (3 * n + 1) // (2 * n + 1)
     parameters = sum(job.settings.space_of(draws.schedule, n).sizes())
-    numbers = (3 * (n * (n + 6) + n) if n <= DENSE else batch) * parameters + 6 * parameters**2
+    numbers = (3 * (n * (n + 6) + n) if n <= DENSE else batch) * parameters + 5 * parameters**2
     teacher = min(inner, room.host) + 2 * state * (samples + others)
     if isinstance(room.graphs, int):  # of calls that need not run again
         graphs += min(room.graphs, cost.saved * n * samples)
