@@ -125,11 +125,14 @@ class Target:
 
     @property
     def home(self) -> torch.device | None:
-        """Where samples live: ``device``, or where the model's parameters are; None when neither says."""
+        """Where samples live: ``device``, or where the model runs: of one that is offloaded its hooks say so, else
+        its parameters; None when nothing says."""
         if self.device is not None:
             return torch.device(self.device)
         if not isinstance(self.model, nn.Module):
             return None
+        if (running := _execution_device(self.model)) is not None:
+            return running
         tensor: Tensor | None = next(self.model.parameters(), None)
         tensor = next(self.model.buffers(), None) if tensor is None else tensor
         return None if tensor is None or tensor.is_meta else tensor.device
@@ -162,6 +165,22 @@ class Target:
 
         cond = {key: place(value) for key, value in cond.items()}
         return Samples(self, place(noise.to(self.dtype)), cond, None if scale is None else place(scale), count)
+
+
+def _execution_device(model: nn.Module) -> torch.device | None:
+    """Where a module runs whose weights wait elsewhere: by accelerate's hooks (``enable_model_cpu_offload``,
+    ``enable_sequential_cpu_offload``) or diffusers' (group offloading); None without such hooks."""
+    for part in model.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for one in (hook, *getattr(hook, "hooks", ())):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+        registry = getattr(part, "_diffusers_hook", None)
+        grouped = None if registry is None else registry.get_hook("group_offloading")
+        if (device := getattr(getattr(grouped, "group", None), "onload_device", None)) is not None:
+            return torch.device(device)
+    return None
 
 
 @dataclass(frozen=True, eq=False)

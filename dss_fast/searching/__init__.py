@@ -45,7 +45,7 @@ def search(
     initial: str | Solver | None = None,
     budget: int | str | None = None,
     seed: int | torch.Generator = 0,
-    memory: int | None = None,
+    group: Any = None,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -69,14 +69,17 @@ def search(
         checks and rejected steps count), or a time, ``"20min"``, which one forward and one backward of the model turn
         into evaluations. None: the method's. :func:`plan` says what one takes.
     seed: settles all noise and conditions; a Generator gives one number. Global generators stay as they are.
-    memory: bytes of the device that it may use beside the model's weights; by default half of what is free.
-        Batches that take more run in parts, down to one sample, with the network's own gradient checkpointing on where
-        it has one (diffusers, ``Target(checkpointing=...)``), and find the same table up to rounding. Where memory runs
-        out nevertheless, parts of half the size go on.
+    group: a torch.distributed process group whose processes share the samples, as the data-parallel one of a device
+        mesh. None: torchrun's, where none is initialised. In one that is, each process takes all samples, as tensor or
+        context parallelism asks for; every process of it calls ``search`` alike, and its first one reports.
     out: a run folder: config, log, checkpoint, solvers, a report. resume: continue the search in it, to
         the bit-identical table.
     progress: print the plan and show a bar. report: write report.html, and report.md with its
         pictures, into ``out``; its evaluations are not part of the budget.
+
+    Batches that take more than the memory there is (``GaussNewton(memory=...)``) run in parts, down to one sample,
+    with the network's own gradient checkpointing on where it has one (diffusers, ``Target(checkpointing=...)``), and
+    find the same table up to rounding. Where memory runs out nevertheless, parts of half the size go on.
 
     Under torchrun the samples are shared by the processes; rank 0 reports. Ctrl-C ends the search with the
     best solver so far. Raises ValueError for what does not fit, OSError for a folder that cannot be
@@ -85,9 +88,8 @@ def search(
     if out is not None:
         check_writable(out)  # before any call of the model
     asked: dict[str, Any] = {"method": method, "initial": initial, "budget": budget, "seed": seed}
-    asked["memory"] = memory
-    with joined(), torch.inference_mode(False), torch.enable_grad():
-        job = prepare(target, num_steps, **asked, **description)
+    with joined() as own, torch.inference_mode(False), torch.enable_grad():
+        job = prepare(target, num_steps, group=own if group is None else group, **asked, **description)
         config = job.config()
         models = [one.model for one in job.draws.targets]
         with opened(out, config, resume) as (folder, checkpoint), frozen(models), ExitStack() as until_the_end:

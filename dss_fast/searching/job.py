@@ -30,7 +30,7 @@ class Job:
 
     draws: the samples of its targets, which every process draws alike. steps: the Ns. initial: the table to start from
     at each N; None where the search looks for the best one. budget: evaluations, a time, or None for the method's own.
-    memory: bytes of the device to use. room: what there is of it.
+    room: memory for it.
     """
 
     draws: Draws
@@ -38,7 +38,6 @@ class Job:
     steps: tuple[int, ...]
     initial: dict[int, Solver] | None = None
     budget: int | str | None = None
-    memory: int | None = None
     room: Room = field(default_factory=Room)
 
     def functions(self, target: Target) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -50,6 +49,11 @@ class Job:
             if settings.select == "features" and target.features is not None:
                 found["features"] = target.features
         return found
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes of the device to use, where they are given."""
+        return self.settings.memory
 
     @property
     def follows(self) -> bool:
@@ -109,7 +113,7 @@ def prepare(
     initial: str | Solver | None = None,
     budget: int | str | None = None,
     seed: int | torch.Generator = 0,
-    memory: int | None = None,
+    group: Any = None,
     **description: Any,
 ) -> Job:
     """The arguments of ``search`` as a Job. Raises ValueError naming what does not fit."""
@@ -119,8 +123,6 @@ def prepare(
         evaluations_in(budget, Cost(1.0, 0))  # what is no duration is refused before any work
     elif budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
         raise ValueError(f"budget={budget!r}: give a whole number from 1, or a time such as '20min'")
-    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory < 1):
-        raise ValueError(f"memory={memory!r}: give a number of bytes")
     targets = targets_of(target, **description)
     if any(one.shape is None for one in targets):
         raise ValueError("the shape of one sample is not known: give it, as in search(Target(model, (4, 32, 32)), 10)")
@@ -133,9 +135,9 @@ def prepare(
         seed = int(torch.randint(2**62, (1,), generator=seed, device=seed.device))
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed={seed!r}: give a whole number or a torch.Generator")
-    draws = Draws.of(targets, seed)
+    draws = Draws.of(targets, seed, group)
     given = None if initial is None else {n: _initial(initial, settings.space_of(draws.schedule, n)) for n in steps}
-    return Job(draws, settings, steps, given, budget, memory, Room(host=from_first(host_room)))
+    return Job(draws, settings, steps, given, budget, Room(host=from_first(host_room)))
 
 
 def _initial(initial: str | Solver, space: Space) -> Solver:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from typing import Any
 
 import torch
@@ -88,15 +88,19 @@ class Recipe:
 
     def loss(self, point: Point, batch: Samples, trajectory: Tensor) -> tuple[Tensor, Tensor]:
         """The loss over all processes and its gradient in theta."""
-        found = self.room.over(slice(0, len(batch)), partial(self._part, point, batch, trajectory))
-        loss, gradient = (reduce(torch.add, parts) for parts in zip(*found, strict=True))
+        losses, gradients = [], []
+        for part in self.room.over(slice(0, len(batch))):
+            with part as rows:
+                loss = self._part(point, batch.rows(rows), trajectory[rows], batch.size)
+                gradients.append(torch.autograd.grad(loss, point.theta)[0])
+                losses.append(loss.detach())
+        loss, gradient = reduce(torch.add, losses), reduce(torch.add, gradients)
         self.draws.all_reduce(loss, gradient)
         self.ledger.spend(3 * self.settings.batch_size * point.space.num_steps)
         return loss, gradient
 
-    def _part(self, point: Point, whole: Samples, trajectory: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """What some samples of a batch add to the loss and to its gradient."""
-        batch, trajectory = whole.rows(rows), trajectory[rows]
+    def _part(self, point: Point, batch: Samples, trajectory: Tensor, size: int) -> Tensor:
+        """What some samples add to the loss of a batch of ``size``."""
         table = point.space.table(point.theta, batch.guidance).to(batch.noise.device, batch.noise.dtype)
         states = unroll(batch.denoiser(None), batch.noise, table.weights, table.times, memory_budget=self.room.graphs)
         last = trajectory.shape[1] - 1
@@ -104,14 +108,13 @@ class Recipe:
         nearest = (timesteps[1:] * last).round().long().clamp(0, last).to(trajectory.device)
         real = torch.promote_types(states.dtype, torch.float32)
         difference = (states - sent(trajectory[:, nearest], states.device)).to(real)
-        share = whole.size * difference[0, 0].numel()
+        share = size * difference[0, 0].numel()
         loss = difference.square().sum() / share
         if self.settings.huber_weight:
             end, delta = difference[:, -1], self.settings.huber_delta
             huber = torch.nn.functional.huber_loss(end, torch.zeros_like(end), reduction="sum", delta=delta)
             loss = loss + self.settings.huber_weight * huber / share
-        (gradient,) = torch.autograd.grad(loss, point.theta)
-        return loss.detach(), gradient
+        return loss
 
     def affords_look(self, steps: tuple[int, ...]) -> bool:
         """Whether there are held-out samples and the budget allows a look at tables of these N."""
@@ -126,7 +129,13 @@ class Recipe:
         for k, size in enumerate(self.held_out):
             batch = self.draws.batch("held_out", k, size)
             end = self._states("held_out", k, batch, keep=True)[:, -1]
-            errors.append(torch.cat(self.room.over(slice(0, len(batch)), partial(_errors, candidate, batch, end))))
+            parts: list[Tensor] = []
+            for part in self.room.over(slice(0, len(batch))):
+                with part as rows:
+                    some = batch.rows(rows)
+                    states = Rollout(some.denoiser(None), some.noise, *candidate.table(some), wrt=()).states
+                    parts.append(squares(states[:, -1], sent(end[rows], states.device)))
+            errors.append(torch.cat(parts))
         self.ledger.spend_once("held-out teacher", sum(self.held_out) * self.calls)
         self.ledger.spend(sum(self.held_out) * point.space.num_steps)
         try:
@@ -138,24 +147,17 @@ class Recipe:
         """The teacher's states of a batch, of a held-out one the last; on the host where they are kept."""
         found = self._made.get((stream, k))
         if found is None:
-
-            def run(rows: slice) -> Tensor:
-                part, num = batch.rows(rows), self.settings.teacher_steps
-                states = paper_trajectory(part.predictor(None), part.noise, part.schedule, num)
-                states = states[:, -1:] if stream == "held_out" else states
-                return states.cpu() if keep or self.room.rows else states
-
-            found = torch.cat(self.room.over(slice(0, len(batch)), run))
+            parts: list[Tensor] = []
+            for part in self.room.over(slice(0, len(batch))):
+                with part as rows:
+                    some, num = batch.rows(rows), self.settings.teacher_steps
+                    states = paper_trajectory(some.predictor(None), some.noise, some.schedule, num)
+                    states = states[:, -1:] if stream == "held_out" else states
+                    parts.append(states.cpu() if keep or self.room.rows else states)
+            found = torch.cat(parts)
             if keep:
                 self._made[stream, k] = found
         return found
-
-
-def _errors(candidate: Candidate, batch: Samples, end: Tensor, rows: slice) -> Tensor:
-    """(B,) mean squares of the errors of some samples' end points."""
-    part = batch.rows(rows)
-    states = Rollout(part.denoiser(None), part.noise, *candidate.table(part), wrt=()).states
-    return squares(states[:, -1], sent(end[rows], states.device))
 
 
 def imitate(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> Iterator[Event]:

@@ -232,13 +232,12 @@ def plan(
     *,
     method: str | Method = "gauss_newton",
     budget: int | None = None,
-    memory: int | None = None,
 ) -> Plan:
     """What ``search`` with the same arguments will take. Costs 8 model evaluations for each target, more where one
     whose graph is too large is looked at with its activations computed again."""
-    job = prepare(target, num_steps, method=method, budget=budget, memory=memory)
+    job = prepare(target, num_steps, method=method, budget=budget)
     with frozen([one.model for one in job.draws.targets]):
-        cost = probe(job.draws, True, *usable(job.draws.device, memory), batch_of(job, budget)[0])
+        cost = probe(job.draws, True, *usable(job.draws.device, job.memory), batch_of(job, budget)[0])
     return planned(with_room(job, budget, cost), budget, cost)
 
 

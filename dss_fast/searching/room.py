@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
 from ..unroll.kept import AUTO_SHARE, free_bytes
 
-T = TypeVar("T")
 HOST = 32 << 30  # bytes of trajectories on the host at most, of what is free there AUTO_SHARE at most
 MEMORY = 1 << 29  # bytes of a round's rollouts that are kept
 PART = 8 << 30  # bytes of a part of a batch that does not fit whole: from here on a card is busy, and more is no faster
@@ -37,34 +35,49 @@ class Room:
         self.host -= size
         return True
 
-    def over(self, rows: slice, work: Callable[[slice], T]) -> list[T]:
-        """What some work gives for each part of some rows, in their order.
+    def over(self, rows: slice) -> Iterator[Part]:
+        """Some rows in parts, each a context for the work on it: ``for part in room.over(...): with part as rows:``.
 
-        Out of memory it goes on with parts of half as many, from the one that failed on. Raises torch.OutOfMemoryError
-        where a single sample does not fit.
+        Out of memory it goes on with parts of half as many, from the one that failed on. Raises
+        torch.OutOfMemoryError where a single sample does not fit.
         """
-        done, start = [], rows.start
+        start = rows.start
         while start < rows.stop:
             stop = rows.stop if self.rows is None else min(start + self.rows, rows.stop)
-            try:
-                done.append(work(slice(start, stop)))
-            except torch.OutOfMemoryError as error:
-                if stop - start == 1:
-                    error.add_note(f"of a single sample: {REMEDIES}")
-                    raise
-            else:
-                start = stop
-                continue
-            self._halve(stop - start)  # here the error is gone, and with it the tensors of its frames
-        return done
+            part = Part(self, slice(start, stop))
+            yield part
+            start = stop if part.done else start
 
-    def _halve(self, rows: int) -> None:
+    def halve(self, rows: int) -> None:
         self.rows = min(self.rows or rows, rows) // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if not self.halved:
-            warnings.warn(f"out of memory with {rows} samples at a time: going on with half as many", stacklevel=3)
+            warnings.warn(f"out of memory with {rows} samples at a time: going on with half as many", stacklevel=4)
         self.halved = True
+
+
+@dataclass
+class Part:
+    """Some samples of a batch, while they run. done: whether their work came to its end."""
+
+    room: Room
+    rows: slice
+    done: bool = False
+
+    def __enter__(self) -> slice:
+        return self.rows
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        self.done, count = error is None, self.rows.stop - self.rows.start
+        if not isinstance(error, torch.OutOfMemoryError):
+            return False
+        if count == 1:
+            error.add_note(f"of a single sample: {REMEDIES}")
+            return False
+        error.__traceback__ = None  # whose frames hold tensors
+        self.room.halve(count)
+        return True
 
 
 REMEDIES = (

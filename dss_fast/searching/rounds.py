@@ -6,9 +6,8 @@ Nothing is decided here: ``descent`` says what is tried and what becomes of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
 from typing import Any
 
 import torch
@@ -118,24 +117,27 @@ class Rounds:
         old, new = _weight(number - 1), _weight(number)
         targets, kept, room = candidate.space.targets(candidate.theta), self._keeps(n, sum(sizes)), self.job.room
         parts: list[list[Tried]] = []
-        numbers: list[list[Tensor]] = [[], [], []]  # of each batch, squares before, now and at the end point
+        numbers: list[list[Tensor]] = [[], [], []]  # of each batch: squares before and now, errors at the end point
         alive = sum(-(-size // (room.rows or size)) for size in sizes) if kept else 0
         self.ledger.spend(self.train.again(slice(0, batches)))
-
-        def run(k: int, rows: slice) -> tuple[Tried, Tensor, Tensor, Tensor]:
-            part, trajectory = self.train.part(k, rows)
-            rollout = Rollout(**self._arguments(candidate, part, alive))
-            found = self._residual(candidate, k, new, rollout, trajectory, targets)
-            past = found if old == new else self._residual(candidate, k, old, rollout, trajectory, targets)
-            tried = Tried(rows, rollout, found) if kept else Tried(rows, None, None)
-            return tried, past.squares(), found.squares(), found.error
-
         try:
             for k in range(batches):
-                tried, *squares = zip(*room.over(slice(0, len(self.train[k][0])), partial(run, k)), strict=True)
-                parts.append(list(tried))
-                for column, found in zip(numbers, squares, strict=True):
-                    column.append(torch.cat(found))
+                tried: list[Tried] = []
+                columns: list[list[Tensor]] = [[], [], []]
+                for part in room.over(slice(0, len(self.train[k][0]))):
+                    with part as rows:
+                        batch, trajectory = self.train.part(k, rows)
+                        rollout = Rollout(**self._arguments(candidate, batch, alive))
+                        found = self._residual(candidate, k, new, rollout, trajectory, targets)
+                        past = found if old == new else self._residual(candidate, k, old, rollout, trajectory, targets)
+                        squared = past.squares(), found.squares(), found.error
+                        for column, of_part in zip(columns, squared, strict=True):
+                            column.append(of_part)
+                        tried.append(Tried(rows, rollout, found) if kept else Tried(rows, None, None))
+                        del batch, trajectory, rollout, found, past
+                parts.append(tried)
+                for whole, column in zip(numbers, columns, strict=True):
+                    whole.append(torch.cat(column))
             gathered = self.job.draws.gathered(sizes, *numbers)
         except FloatingPointError:
             return None
@@ -145,43 +147,41 @@ class Rounds:
 
     def differentiate(self, trial: Trial) -> Quadratic:
         """Gradient and J'J at the candidate. Lets each rollout go as soon as it was pulled back."""
-        candidate, draws, room = trial.candidate, self.job.draws, self.job.room
+        candidate, draws, new = trial.candidate, self.job.draws, _weight(trial.number)
         space, theta, n = candidate.space, candidate.theta, candidate.space.num_steps
-        start, sums, back = 0, Sums(len(theta)), space.back(theta)
-        targets, new, batches = space.targets(theta), _weight(trial.number), len(trial.parts)
-        self.ledger.spend(self.train.again(slice(0, batches)))
-
-        def pull(k: int, tried: Tried, signs: Callable[[int], Tensor] | None, rows: slice) -> tuple[Tensor, float]:
-            part, trajectory = self.train.part(k, rows)
-            rollout, found = tried.rollout, tried.residual
-            if rollout is None or found is None or rows != tried.rows:
-                rollout = Rollout(**self._arguments(candidate, part, 1))
-                found = self._residual(candidate, k, new, rollout, trajectory, targets)
-            cotangents = [found.values]
-            if signs is not None:
-                drawn = signs(found.values.shape[1])[rows]
-                cotangents.append(signs_beside(found.values, drawn.to(found.values) * 2 - 1))
-            scale = found.values.shape[1] ** -0.5  # |r|^2 is averaged over its elements
-            scaled = torch.stack(cotangents) * scale
-            pulled = rollout.pull(found.back(scaled))
-            assert pulled.weights is not None and pulled.times is not None
-            flat = torch.cat([pulled.weights.flatten(2), pulled.times], 2).double().cpu()
-            return back(flat, None if found.moves is None else found.moves(scaled, trajectory)), scale
-
+        start, sums, back, targets = 0, Sums(len(theta)), space.back(theta), space.targets(theta)
+        self.ledger.spend(self.train.again(slice(0, len(trial.parts))))
         for k, parts in enumerate(trial.parts):
-            size, signs = self.train.sizes[k], None
-            if _sketches(k, candidate, trial.number, batches):
-                signs = cache(partial(self._signs, n, trial.number, k))
-            pulled: list[tuple[Tensor, float]] = []
+            size, signs, scale = self.train.sizes[k], None, 0.0
+            pulled: list[Tensor] = []
+            if parts[0].rollout is None:  # all of them together did not fit
+                self.ledger.spend(n * size)
             while parts:
                 tried = parts.pop(0)
-                if tried.rollout is None:  # all of them together did not fit
-                    self.ledger.spend(n * (size if not pulled else 0))
-                pulled += room.over(tried.rows, partial(pull, k, tried, signs))
-            rows, scale = torch.cat([through for through, _ in pulled], 1), pulled[0][1]
-            values = trial.values[draws.mine(start, size), None]
-            sums.add(rows, values, trial.scale / (trial.scale + values), scale, size)
-            self.ledger.spend(2 * n * size * len(rows))
+                for part in self.job.room.over(tried.rows):
+                    with part as rows:
+                        batch, trajectory = self.train.part(k, rows)
+                        rollout, found = tried.rollout, tried.residual
+                        if rollout is None or found is None or rows != tried.rows:
+                            rollout = Rollout(**self._arguments(candidate, batch, 1))
+                            found = self._residual(candidate, k, new, rollout, trajectory, targets)
+                        cotangents = [found.values]
+                        if _sketches(k, candidate, trial.number, len(trial.parts)):
+                            signs = self._signs(n, trial.number, k, found.values.shape[1]) if signs is None else signs
+                            drawn = signs[rows].to(found.values) * 2 - 1
+                            cotangents.append(signs_beside(found.values, drawn))
+                        scale = found.values.shape[1] ** -0.5  # |r|^2 is averaged over its elements
+                        scaled = torch.stack(cotangents) * scale
+                        gradients = rollout.pull(found.back(scaled))
+                        assert gradients.weights is not None and gradients.times is not None
+                        flat = torch.cat([gradients.weights.flatten(2), gradients.times], 2).double().cpu()
+                        moves = None if found.moves is None else found.moves(scaled, trajectory)
+                        pulled.append(back(flat, moves))
+                        del batch, trajectory, rollout, found, cotangents, scaled, gradients
+                del tried
+            through, values = torch.cat(pulled, 1), trial.values[draws.mine(start, size), None]
+            sums.add(through, values, trial.scale / (trial.scale + values), scale, size)
+            self.ledger.spend(2 * n * size * len(through))
             start += size
         return sums.quadratic(draws.all_reduce)
 
@@ -193,28 +193,28 @@ class Rounds:
         self.ledger.spend(candidate.space.num_steps * total)
         try:
             for k in range(len(at)):
-                part = partial(self._seen, candidate, at, k, by_features)
-                found = self.job.room.over(slice(0, len(at[k][0])), part)
-                ends.append(torch.cat([end for end, _ in found]))
-                if by_features:
-                    seen.append(torch.cat([feature for _, feature in found]))
-            errors, *features = self.job.draws.gathered(at.sizes, ends, *([seen] if seen else []))
+                found: list[Tensor] = []
+                of_features: list[Tensor] = []
+                batch, trajectory = at[k]
+                for part in self.job.room.over(slice(0, len(batch))):
+                    with part as rows:
+                        last, features = trajectory.last[rows], batch.target.features
+                        end = Rollout(**self._arguments(candidate, batch.rows(rows), 0)).states[:, -1]
+                        errors = squares(end, last) / candidate.unit(k)
+                        if by_features and features is not None:
+                            mine, wanted = (features(x.clone()).clone() for x in (end, last))
+                            if bool(end.isfinite().all()) and not bool((mine.isfinite() & wanted.isfinite()).all()):
+                                raise ValueError(
+                                    "the target's features are NaN or Inf for finite samples: none can choose by them"
+                                )
+                            of_features.append(squares(mine, wanted))
+                        found.append(errors)
+                ends.append(torch.cat(found))
+                seen += [torch.cat(of_features)] if of_features else []
+            all_errors, *all_features = self.job.draws.gathered(at.sizes, ends, *([seen] if seen else []))
         except FloatingPointError:
             return Look(torch.full((total,), math.inf, dtype=torch.float64))
-        return Look(errors, *features)
-
-    def _seen(self, candidate: Candidate, at: Teacher, k: int, by_features: bool, rows: slice) -> tuple[Tensor, Tensor]:
-        """Squares of some samples' errors, and of those of their features."""
-        batch, trajectory = at[k]
-        part, last = batch.rows(rows), trajectory.last[rows]
-        end = Rollout(**self._arguments(candidate, part, 0)).states[:, -1]
-        found = squares(end, last) / candidate.unit(k)
-        if not by_features or part.target.features is None:
-            return found, found
-        mine, wanted = (part.target.features(x.clone()).clone() for x in (end, last))
-        if bool(end.isfinite().all()) and not bool((mine.isfinite() & wanted.isfinite()).all()):
-            raise ValueError("the target's features are NaN or Inf for finite samples: none can choose by them")
-        return found, squares(mine, wanted)
+        return Look(all_errors, *all_features)
 
     def _residual(
         self, candidate: Candidate, k: int, weight: float, rollout: Rollout, trajectory: Trajectory, targets: Tensor

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from ..rivals import handmade_tables
 from ..schedule import Schedule
 from ..solver import Solver
 from ..table import StepTable
-from ..target import Samples
 from ..unroll import Rollout
 from .budget import Ledger
 from .gauss_newton import ROBUST, robust
@@ -76,9 +74,20 @@ def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solv
             batch, trajectory = teacher[t]
             part, end = batch.rows(mine), trajectory.last[mine]
             for k, solver in enumerate(left):
-                errors_of = partial(_errors, solver, part, end)
-                error = torch.cat(teacher.room.over(slice(0, len(part)), errors_of))
-                found[k, t, draws.rank :: draws.world] = error
+                parts: list[Tensor] = []
+                for one in teacher.room.over(slice(0, len(part))):
+                    with one as rows:
+                        some = part.rows(rows)
+                        table = StepTable.of(
+                            solver, guidance=some.guidance, dtype=some.noise.dtype, device=some.noise.device
+                        )
+                        try:
+                            rollout = Rollout(some.denoiser(), some.noise, table.weights, table.times, wrt=())
+                            error = squares(rollout.states[:, -1], end[rows])
+                        except FloatingPointError:
+                            error = torch.full((len(some),), LOST, dtype=torch.float64)
+                        parts.append(error.nan_to_num(nan=LOST, posinf=LOST).clamp_max(LOST))
+                found[k, t, draws.rank :: draws.world] = torch.cat(parts)
         draws.all_reduce(found)
         ledger.spend(cost)
         limit -= cost
@@ -93,17 +102,6 @@ def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solv
     if targets == 1:
         return [Start(solver, (1.0,)) for solver in left]
     return [Start(solver, tuple(errors[solver].median(1).values.clamp_min(1e-300).tolist())) for solver in left]
-
-
-def _errors(solver: Solver, batch: Samples, end: Tensor, rows: slice) -> Tensor:
-    """(B,) mean squares of a table's errors on some samples."""
-    part = batch.rows(rows)
-    table = StepTable.of(solver, guidance=part.guidance, dtype=part.noise.dtype, device=part.noise.device)
-    try:
-        rollout = Rollout(part.denoiser(), part.noise, table.weights, table.times, wrt=())
-        return squares(rollout.states[:, -1], end[rows]).nan_to_num(nan=LOST, posinf=LOST).clamp_max(LOST)
-    except FloatingPointError:
-        return torch.full((len(part),), LOST, dtype=torch.float64)
 
 
 def of_different_spacings(starts: Sequence[Start]) -> list[Start]:

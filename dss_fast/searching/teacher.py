@@ -72,7 +72,14 @@ class Teacher:
             return batch, replace(made, last=made.last.to(batch.noise.device))
         if self.inner and self.room.keeps(self._bytes(k)):
             self._whole.add(k)
-        made = Trajectory.joined(self.room.over(slice(0, len(batch)), lambda rows: self._run(batch.rows(rows), k)))
+        parts: list[Trajectory] = []
+        for part in self.room.over(slice(0, len(batch))):
+            with part as rows:
+                some = batch.rows(rows)
+                whole = integrate(some.predictor(check_finite=None), some.noise, self.grid)
+                whole = whole if k in self._whole else whole.ends()
+                parts.append(replace(whole, states=whole.states.cpu(), slopes=whole.slopes.cpu()))
+        made = Trajectory.joined(parts)
         if not bool(made.last.isfinite().all()):  # on a GPU no single call was checked
             raise FloatingPointError(f"the model returned NaN or Inf on the teacher's way, batch {k}")
         if made.loose > LOOSE:
@@ -108,12 +115,6 @@ class Teacher:
     def cost(self) -> int:
         """Model evaluations of all trajectories, made or not."""
         return sum(self.sizes) * evaluations(self.grid)
-
-    def _run(self, part: Samples, k: int) -> Trajectory:
-        """The trajectories of a part of batch k as they are kept, inner states on the host."""
-        made = integrate(part.predictor(check_finite=None), part.noise, self.grid)
-        kept = made if k in self._whole else made.ends()
-        return replace(kept, states=kept.states.cpu(), slopes=kept.slopes.cpu())
 
     def _bytes(self, k: int) -> int:
         """Of a batch's inner states, the same on every process."""

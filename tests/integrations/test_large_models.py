@@ -3,6 +3,7 @@
 import importlib
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_what_graphs_hold_is_at_most_what_the_plan_says_whatever_the_memory(kind
         net = kind().eval()
         memory = None if cards is None else int(cards * each)
         monkeypatch.undo()
-        said = plan(target(net), 3, method=METHOD, budget=2_000, memory=memory)
+        said = plan(target(net), 3, method=replace(METHOD, memory=memory), budget=2_000)
         assert memory is None or said.memory.graphs <= memory
         assert said.cost.recomputed == (cards is not None and cards < 2)
         held = Held(net)
@@ -138,7 +139,7 @@ def test_what_graphs_hold_is_at_most_what_the_plan_says_whatever_the_memory(kind
 
 
 def searched(target, memory):
-    return search(target, 3, initial="ab2", method=METHOD, budget=2_000, memory=memory, progress=False)
+    return search(target, 3, initial="ab2", method=replace(METHOD, memory=memory), budget=2_000, progress=False)
 
 
 class _Around(torch.nn.Module):
@@ -156,6 +157,6 @@ def test_weights_in_float8_are_searched_in_parts():
     net.network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
     assert compute_dtype(net) == torch.bfloat16
     each = plan(target(net), 3, method=METHOD, budget=2_000).cost.saved
-    said = plan(target(net), 3, method=METHOD, budget=2_000, memory=each)
+    said = plan(target(net), 3, method=replace(METHOD, memory=each), budget=2_000)
     assert said.cost.recomputed and said.cost.saved < each / 2
     assert searched(target(net), memory=each).solver.num_steps == 3

@@ -51,8 +51,8 @@ def target(net, **options):
     return Target(net, (6,), dtype=F64, key="net", **options)
 
 
-def found(net, **options):
-    options = {"method": SMALL, "budget": 10_000, "progress": False, **options}
+def found(net, method=SMALL, memory=None, **options):
+    options = {"method": replace(method, memory=memory), "budget": 10_000, "progress": False, **options}
     return search(target(net, checkpointing=net.switch), 3, **options)
 
 
@@ -80,7 +80,7 @@ def test_a_table_does_not_depend_on_the_parts_its_batches_run_in(rows, loss, mon
     each = plan(target(Net()), 3, method=method, budget=10_000).cost.saved + 6 * 8 * 76
     net = Net()
     memory = int((rows + 0.5) * each / 0.75)
-    result = search(target(net), 3, method=method, budget=10_000, progress=False, memory=memory)
+    result = search(target(net), 3, method=replace(method, memory=memory), budget=10_000, progress=False)
     same(result, whole(method))
     assert max(count for count, graph in net.rows) == rows
 
@@ -98,7 +98,7 @@ def test_checkpointing_is_on_while_a_search_needs_it_and_then_off():
     plain, again = (plan(target(Net(), checkpointing=None if k == 0 else Net().switch), 3) for k in (0, 1))
     assert not plain.cost.recomputed and not again.cost.recomputed  # where all fits there is no need
     net = Net()
-    said = plan(target(net, checkpointing=net.switch), 3, memory=11_000)
+    said = plan(target(net, checkpointing=net.switch), 3, method=GaussNewton(memory=11_000))
     assert (
         said.cost.recomputed
         and said.cost.saved < plain.cost.saved / 2
@@ -121,7 +121,7 @@ def test_checkpointing_that_changes_the_gradient_stays_off():
     net = Net()
     net.broken = True
     with pytest.warns(UserWarning, match="checkpointing stays off: (it changes its|a part of the model's) gradient"):
-        said = plan(target(net, checkpointing=net.switch), 3, memory=11_000)
+        said = plan(target(net, checkpointing=net.switch), 3, method=GaussNewton(memory=11_000))
     assert not said.cost.recomputed
 
 
@@ -142,25 +142,27 @@ def test_a_part_that_fails_goes_on_where_it_was():
     room, done = Room(), []
 
     def work(rows):
-        if rows.stop - rows.start > 3:
-            raise torch.OutOfMemoryError("full")
-        done.append(rows)
-        return rows.stop - rows.start
+        for part in room.over(rows):
+            with part as some:
+                if some.stop - some.start > 3:
+                    raise torch.OutOfMemoryError("full")
+                done.append((some.start, some.stop))
+        return done
 
     with pytest.warns(UserWarning, match="out of memory with 12 samples at a time: going on with half") as said:
-        assert room.over(slice(0, 12), work) == [3, 3, 3, 3]
-    assert len(said) == 1 and room.rows == 3 and room.over(slice(4, 8), work) == [3, 1]
+        assert work(slice(0, 12)) == [(0, 3), (3, 6), (6, 9), (9, 12)]
+    assert len(said) == 1 and room.rows == 3 and work(slice(4, 8))[4:] == [(4, 7), (7, 8)]
 
 
 def test_what_cannot_fit_is_refused_before_any_work_with_what_to_change(tmp_path):
     net = Net()
     for memory, word in ((600, "graph of one sample takes more"), (12_000, "one sample takes .* fewer steps than 40")):
         with pytest.raises(ValueError, match=rf"{word}.*") as refused:
-            search(target(net), 40, memory=memory, out=tmp_path / "run", progress=False)
+            search(target(net), 40, method=GaussNewton(memory=memory), out=tmp_path / "run", progress=False)
         assert "gradient checkpointing" in str(refused.value) and "float8" in str(refused.value)
     assert not (tmp_path / "run" / "config.json").exists()
-    with pytest.raises(ValueError, match="memory=0: give a number of bytes"):
-        search(target(net), 3, memory=0)
+    with pytest.raises(ValueError, match="memory=0"):
+        GaussNewton(memory=0)
 
 
 def test_the_teacher_is_planned_within_the_hosts_room(monkeypatch):
