@@ -1,9 +1,10 @@
 """What the step's kernels reach of a device's memory bandwidth, beside a copy and torch.compile captured the same way.
 
-    python benchmarks/bandwidth.py ROWS.jsonl [--ops forward list backward pull] [--seconds 120] [--warm-up] [--tiny]
+    python benchmarks/bandwidth.py ROWS.jsonl [--ops forward list backward pull gradient] [--seconds 120] [--tiny]
 
 On a GPU by graph replay, 20 launches a graph. Cold: the launches rotate over sets of tensors of more than 200 MB
-together, four times the L2 of an H100, as after a model call. Warm: all on one set, where that fits into the L2.
+together, four times the L2 of an H100, as after a model call. Warm: all on one set, where that fits into the L2. Two
+yardsticks read and write as many bytes: "copy", an elementwise kernel, which starts as our kernels do, and "memcpy".
 --warm-up only compiles, for a measurement that follows. On a CPU the same without graphs, to see that it runs.
 """
 
@@ -29,8 +30,10 @@ SHAPES = (
     (1, 4, 32, 32), (16, 4, 32, 32), (1, 16, 128, 128), (4, 16, 128, 128), (1, 16, 21, 90, 160), (4, 16, 21, 90, 160)
 )  # fmt: skip
 TINY = ((1, 4, 8, 8),)
+# What is measured first where the time may not last: the sizes that have goals, the network's own dtype.
+URGENT = (4, 5, 2, 3, 1, 0)
 F32, BF16 = torch.float32, torch.bfloat16
-DTYPES = {"fp32": (F32, F32), "mixed": (F32, BF16), "bf16": (BF16, BF16)}  # of the state and of the network
+DTYPES = {"bf16": (BF16, BF16), "mixed": (F32, BF16), "fp32": (F32, F32)}  # of the state and of the network
 STEPS, LAUNCHES, BEYOND = 10, 20, 200e6
 L2 = 40e6  # bytes that stay there on every GPU with 50 MB of it
 
@@ -219,13 +222,16 @@ class Replay:
         return start.elapsed_time(end) * 1e-3 / repeats / len(self.calls)
 
 
-def copies(size: int, count: int) -> list[Callable[[], Any]]:
-    """Plain copies that read and write as many bytes in all, each between tensors of its own."""
+def yardsticks(size: int, count: int) -> dict[str, list[Callable[[], Any]]]:
+    """What reads and writes as many bytes in all, each call between tensors of its own."""
     pairs = []
     for _ in range(count):
-        a = torch.empty(size // 2, dtype=torch.uint8, device=DEVICE).random_()
+        a = torch.empty(size // 8, dtype=torch.int32, device=DEVICE).random_()
         pairs.append((a, torch.empty_like(a)))
-    return [lambda a=a, b=b: b.copy_(a) for a, b in pairs]
+    return {
+        "copy": [lambda a=a, b=b: torch.bitwise_not(a, out=b) for a, b in pairs],
+        "memcpy": [lambda a=a, b=b: b.copy_(a) for a, b in pairs],
+    }
 
 
 def cell(op: str, shape: tuple[int, ...], types: str, rounds: int) -> Iterator[dict[str, Any]]:
@@ -245,19 +251,20 @@ def cell(op: str, shape: tuple[int, ...], types: str, rounds: int) -> Iterator[d
     replays = {
         name: Replay([lambda s=sets[k % count], way=way: way(s) for k in range(launches)]) for name, way in ways.items()
     }
-    copy = copies(size, count)
-    replays["copy"] = Replay([copy[k % count] for k in range(launches)])
+    plain = yardsticks(size, count)
+    for name, calls in plain.items():
+        replays[name] = Replay([calls[k % count] for k in range(launches)])
     cold = measured(replays, rounds)
     warm = {}
     if size < L2:
         one = {name: Replay([lambda way=way: way(sets[0])] * LAUNCHES) for name, way in ways.items()}
-        warm = measured({**one, "copy": Replay([copy[0]] * LAUNCHES)}, rounds)
+        warm = measured(one | {name: Replay([calls[0]] * LAUNCHES) for name, calls in plain.items()}, rounds)
     for name, (low, middle, high) in cold.items():
         yield {
             "stage": "bandwidth", "op": op, "way": name, "shape": "x".join(map(str, shape)), "elements": n,
             "steps": STEPS, "types": types, "bytes": size, "sets": count, "us": middle * 1e6, "p20_us": low * 1e6,
             "p80_us": high * 1e6, "gb_per_s": size / middle / 1e9, "of_copy": cold["copy"][1] / middle,
-            "warm_us": warm[name][1] * 1e6 if warm else None, **conditions(),
+            "of_memcpy": cold["memcpy"][1] / middle, "warm_us": warm[name][1] * 1e6 if warm else None, **conditions(),
         }  # fmt: skip
 
 
@@ -284,16 +291,16 @@ def quantiles(seconds: list[float]) -> tuple[float, float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, help="JSON lines are appended here as soon as they are known")
-    parser.add_argument("--ops", nargs="+", default=["forward", "list", "backward", "pull"], choices=list(OPS))
+    parser.add_argument("--ops", nargs="+", default=list(OPS), choices=list(OPS))
     parser.add_argument("--types", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--seconds", type=float, default=120, help="no cell is begun later than this")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--warm-up", action="store_true", help="only compile")
     parser.add_argument("--tiny", action="store_true", help="tiny tensors")
     options = parser.parse_args()
-    begin, shapes = time.monotonic(), TINY if options.tiny else SHAPES
-    cells = [(op, shape, types) for types in options.types for shape in shapes[::-1] for op in options.ops]
-    for op, shape, types in cells:  # the large sizes, where the goals are, come first
+    begin, shapes = time.monotonic(), TINY if options.tiny else [SHAPES[k] for k in URGENT]
+    cells = [(op, shape, types) for shape in shapes for op in options.ops for types in options.types]
+    for op, shape, types in cells:
         if time.monotonic() - begin > options.seconds:
             print(f"no time for {op} {shape} {types}", flush=True)
             continue

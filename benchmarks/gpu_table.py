@@ -1,20 +1,17 @@
-"""What a run of scripts/gpu.sh found, goal beside figure: how each stage ended, then the figures.
-
-python benchmarks/gpu_table.py FOLDER        # that holds rows.jsonl, stages.tsv and logs/
-"""
+"""What a run of scripts/gpu.py found, goal beside figure: how each stage ended, then the figures."""
 
 from __future__ import annotations
 
 import csv
 import json
 import re
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 LARGE = 64e6
 FLUX = "1x16x128x128"
+TYPES = "bf16", "mixed", "fp32"  # in the order of their counters
 Rows = list[dict[str, Any]]
 
 
@@ -33,11 +30,16 @@ def cells(rows: Rows, **wanted: Any) -> Rows:
     return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
 
 
+def newest(rows: Rows) -> Rows:
+    """The last of those that measure the same, as a second call does after a fix."""
+    return list({(row["op"], row["shape"], row["types"]): row for row in rows}.values())
+
+
 def of_copy(op: str, keep: Callable[[dict], bool]) -> Callable[[Rows], str]:
     """The lowest share of the copy's speed over some cells, and where it is."""
 
     def text(rows: Rows) -> str:
-        found = [row for row in cells(rows, stage="bandwidth", op=op, way="ours") if keep(row)]
+        found = [row for row in newest(cells(rows, stage="bandwidth", op=op, way="ours")) if keep(row)]
         low = min(found, key=lambda row: row["of_copy"], default=None)
         where = low and f"{low['shape']} {low['types']}, the lowest of {len(found)}"
         return f"{100 * low['of_copy']:.0f} % ({where})" if low else ""
@@ -50,9 +52,10 @@ def against_compiled(ops: Iterable[str]) -> Callable[[Rows], str]:
 
     def text(rows: Rows) -> str:
         found = []
-        for row in cells(rows, stage="bandwidth", way="compiled"):
+        for row in newest(cells(rows, stage="bandwidth", way="compiled")):
             same = {key: row[key] for key in ("op", "shape", "types")}
-            found += [(row["us"] / ours["us"], row) for ours in cells(rows, way="ours", **same) if row["op"] in ops]
+            ours = cells(rows, way="ours", **same)[-1:] if row["op"] in ops else []
+            found += [(row["us"] / one["us"], row) for one in ours]
         if not found:
             return ""
         ratio, row = min(found, key=lambda pair: pair[0])
@@ -68,6 +71,26 @@ def loop(figure: str) -> Callable[[Rows], str]:
 def planned(rows: Rows) -> str:
     found = [row for row in cells(rows, stage="unroll") if row["counted_bytes"]]
     return ", ".join(f"{row['planned_bytes'] / row['counted_bytes']:.3f} ({row['model']})" for row in found)
+
+
+def real(figure: str) -> Callable[[Rows], str]:
+    """Seconds, and gigabytes beside the weights where they are known."""
+
+    def text(rows: Rows) -> str:
+        found = cells(rows, stage="real", figure=figure)[-1:]
+        return "".join(f"{r['seconds']:.3g} s" + (f", {r['bytes'] / 1e9:.1f} GB" if r["bytes"] else "") for r in found)
+
+    return text
+
+
+def planned_search(rows: Rows) -> str:
+    """N, batch, memory and minutes, of the plans that fit the card and of those that do not."""
+    each = []
+    for row in {row["num_steps"]: row for row in cells(rows, stage="real", figure="plan")}.values():
+        fits = "" if row["bytes"] <= (row["free"] or 0) else ", more than is free"
+        sizes = f"batches of {row['batch_size']}, {row['bytes'] / 1e9:.0f} GB{fits}"
+        each.append(f"N = {row['num_steps']}: {row['budget']:,} evaluations, {sizes}, {row['minutes']:.0f} min")
+    return "; ".join(each)
 
 
 def searched(rows: Rows) -> str:
@@ -89,6 +112,11 @@ FIGURES: list[tuple[str, str, Callable[[Rows], str]]] = [
     ("eager step, host", "15 us", loop("eager step, host")),
     ("sample(cuda_graph=True) outside the graph", "60 us", loop("graph sample call outside the graph, host")),
     ("unroll: bytes planned / bytes counted", "1", planned),
+    ("FLUX's size, ten steps, eager", "", real("sample, eager")),
+    ("FLUX's size, ten steps, one graph", "1.0x eager", real("sample, one graph")),
+    ("FLUX's size, a gradient, checkpointing", "", real("gradient, checkpointing")),
+    ("FLUX's size, a gradient, all kept", "", real("gradient, all kept")),
+    ("FLUX's size, the search that is planned", "fits the card", planned_search),
     ("search, MNIST flow", "", searched),
 ]
 
@@ -102,41 +130,36 @@ METRICS = {
 }
 
 
-def counters(log: Path) -> str:
-    """The hardware counters of the profiler's comma-separated log."""
+def counters(log: Path) -> list[str]:
+    """The hardware counters of the profiler's comma-separated log, a line for each dtype's launch."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    first = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
-    if first is None:
-        return ""
-    found = [row for row in csv.DictReader(lines[first:]) if row.get("Metric Name") in METRICS]
-    return ", ".join(f"{METRICS[r['Metric Name']]} {r['Metric Value']} {r['Metric Unit']}".strip() for r in found)
+    first = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    found: dict[str, list[str]] = {}
+    for row in csv.DictReader(lines[first:]):
+        if row.get("Metric Name") in METRICS:
+            text = f"{METRICS[row['Metric Name']]} {row['Metric Value']} {row['Metric Unit']}".strip()
+            found.setdefault(row["ID"], []).append(text)
+    named = zip(TYPES, found.values(), strict=False)  # a call that was cut off has fewer
+    return [f"counters of the forward, {types}: {', '.join(texts)}" for types, texts in named]
 
 
-def tests(log: Path) -> str:
-    """pytest's or the sanitizer's last word, or the last line there is."""
+def last_word(log: Path) -> str:
+    """pytest's or the sanitizer's, or the last line there is."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    telling = [line for line in lines if re.search(r"\d+ (passed|failed|error)|ERROR SUMMARY", line)]
+    telling = [line for line in lines if re.search(r"\d+ (passed|failed|error)|ERROR SUMMARY|^skipped", line)]
     return (telling or [line for line in lines if line.strip()] or [""])[-1].strip("= ")[:100]
 
 
-def render(folder: Path) -> str:
-    """Both tables."""
-    rows = cells(load(folder / "rows.jsonl"), device="cuda")  # a dry run's say nothing about a GPU
-    lines = ["stage           ended    seconds  last word"]
-    stages = folder / "stages.tsv"
-    for line in stages.read_text().splitlines() if stages.exists() else []:
-        name, ended, seconds = line.split("\t")
-        if name.startswith("warm-") and ended == "ok":
-            continue
-        lines.append(f"{name:15} {ended:8} {seconds:>7}  {tests(folder / 'logs' / f'{name}.log')}")
-    for types in ("fp32", "mixed", "bf16"):
-        text = counters(folder / "logs" / f"counters-{types}.log")
-        lines += [f"counters of the forward, {types}: {text}"] if text else []
+def render(file: Path, logs: Path) -> str:
+    """Both tables, from the rows and the stages' logs."""
+    found = load(file)
+    rows = cells(found, device="cuda")  # a dry run's say nothing about a GPU
+    lines = ["stage        ended     seconds  limit  last word"]
+    for row in cells(found, stage="ended"):
+        figures = f"{row['name']:12} {row['how']:8} {row['seconds']:8.1f} {row['limit']:6}"
+        lines.append(f"{figures}  {last_word(logs / (row['name'] + '.log'))}")
+    lines += counters(logs / "counters.log")
     device = next((f"{row['device_name']}, torch {row['torch']}, triton {row['triton']}" for row in rows), "no GPU")
     lines += ["", f"{'figure':45} {'goal':18} measured on {device}"]
     lines += [f"{name:45} {goal:18} {measured(rows) or '-'}" for name, goal, measured in FIGURES]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(render(Path(sys.argv[1])))

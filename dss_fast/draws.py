@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .schedule import Flow, Schedule
+from .schedule import Flow, Schedule, check_path
 from .target import Model, Samples, Target
 
 
@@ -35,10 +35,12 @@ class Draws:
         """For the processes of a group, which share samples; without one each process has all of them, as those of a
         model that is itself spread over processes must. A target without a schedule gets the paper's flow.
 
-        Raises ValueError for targets of several schedules, dtypes or devices.
+        Raises ValueError for targets of several schedules, dtypes or devices, and for a schedule without numbers.
         """
         given = [targets] if isinstance(targets, Target) else list(targets)
         target, *others = [t if t.schedule is not None else replace(t, schedule=Flow()) for t in given]
+        for one in (target, *others):
+            check_path(one.schedule or Flow(), torch.linspace(0, 1, 33, dtype=torch.float64))
         for other in others:
             for word in ("schedule", "dtype", "home"):
                 mine, found = getattr(target, word), getattr(other, word)

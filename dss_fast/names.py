@@ -1,7 +1,8 @@
 """Names of solvers: the only place that reads ``"sit-xl-2-256/10"``, ``"dpmpp_2m/8@karras"`` or the path of a file.
 
 solver  = name["/" N]["@" spacing]  |  path ending in ".json"
-name    = a published table  |  a hand-made method (which alone takes a spacing)
+name    = a published table, or one of the library  |  a hand-made method
+spacing = "uniform", "karras", "lambda", "shift" and a factor; a published table takes a shift alone, and is moved by it
 """
 
 from __future__ import annotations
@@ -42,8 +43,11 @@ class Name:
         if slash and not (steps.isascii() and steps.isdigit() and int(steps) > 0):
             raise ValueError(f"solver={text!r}: {steps!r} is no number of steps; write for example '{name}/10'")
         if at:
-            if name not in METHODS:
-                raise ValueError(f"solver={text!r}: a published table has its own timesteps; leave out '@{spacing}'")
+            if name not in METHODS and not spacing.startswith("shift"):
+                raise ValueError(
+                    f"solver={text!r}: a published table has its own timesteps; leave out '@{spacing}', or move it to "
+                    f"data k times as large by '@shift' and k, as in '{name}/10@shift2'"
+                )
             check_spacing(spacing)
         return cls(name, int(steps) if slash else None, spacing if at else None)
 
@@ -71,7 +75,8 @@ def find_solver(
         return _handmade(name.name, steps, schedule, spacing=name.spacing or "uniform")
     if steps not in published_steps(name.name):
         raise ValueError(f"no published solver is called {name.name}/{steps}; there are {known()}")
-    return _table(name.name, steps)
+    table = _table(name.name, steps)
+    return table if name.spacing is None else table.moved(float(name.spacing.removeprefix("shift")))
 
 
 def is_file(solver: str | os.PathLike[str]) -> bool:
@@ -87,6 +92,11 @@ def solver_names() -> list[str]:
 def families() -> list[str]:
     """The published tables' names without their steps, ``"sit-xl-2-256"`` and so on."""
     return list(_published())
+
+
+def library() -> list[str]:
+    """Those of them that were searched here for many models at once, to be moved to the one at hand."""
+    return [name for name, entry in _published().items() if "library" in entry]
 
 
 def published_steps(name: str) -> list[int]:
@@ -120,6 +130,8 @@ _handmade = kept(64)(handmade)
 def _table(name: str, num_steps: int) -> Solver:
     entry = _published()[name]
     row = entry["steps"][str(num_steps)]
+    if name in library():
+        return Solver.from_dict(row)
     schedule = from_dict(entry["schedule"])
     return Solver.from_timedeltas(
         row["timedeltas"], row["coeffs"], schedule, name=f"{name}/{num_steps}", source=entry["source"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .methods import METHODS, grid
-from .names import Name, families, find_solver, published_steps
+from .names import Name, families, find_solver, library, published_steps
 from .schedule import Schedule
 from .solver import Solver
 
@@ -45,23 +45,36 @@ def handmade_tables(schedule: Schedule, num_steps: int) -> Mapping[Solver, int]:
 
 
 def published_tables(schedule: Schedule, num_steps: int) -> list[Solver]:
-    """The published tables of N steps whose path is the schedule's."""
+    """The published tables of N steps that run on the schedule, moved along with a flow's shift."""
     found = []
-    for name in families():
+    for name in _papers():
         if num_steps in published_steps(name):
             table = find_solver(f"{name}/{num_steps}")
             try:
-                table.on(schedule)
+                found.append(table.following(schedule))
             except ValueError:  # another family or another path
                 continue
-            found.append(table)
     return found
+
+
+def _papers() -> list[str]:
+    """The published tables' names; those of the library are what a search may return, and no rivals of it."""
+    return [name for name in families() if name not in library()]
 
 
 def is_rival(solver: Solver) -> bool:
     """Whether a solver is hand-made or a published table, by what it says of its source and not by its name."""
-    published = (find_solver(f"{f}/{solver.num_steps}") for f in families() if solver.num_steps in published_steps(f))
-    return solver.source == "hand-made" or any(solver == p and solver.source == p.source for p in published)
+    return solver.source == "hand-made" or any(solver.source == p.source and solver == p for p in _published(solver))
+
+
+def _published(solver: Solver) -> Iterator[Solver]:
+    """The published tables of a solver's family and N, moved as it says it was."""
+    k = solver.provenance.get("moved", 1.0)
+    for name in _papers():
+        if solver.num_steps in published_steps(name):
+            table = find_solver(f"{name}/{solver.num_steps}")
+            if table.family == solver.family and isinstance(k, float):
+                yield table if k == 1 else table.moved(k, solver.schedule)
 
 
 @dataclass(frozen=True, eq=False)

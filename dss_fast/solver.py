@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +22,13 @@ import torch
 
 from . import schedule as schedules
 from .files import read_json, shortened, write_json
-from .schedule import DiscreteVP, Schedule, default_schedule, path_difference
+from .schedule import LARGEST_SHIFT, DiscreteVP, Flow, Schedule, default_schedule, path_difference
+from .x0form import X0Form
 
 FORMAT = "dss_fast.solver"
 VERSION = 2
 ROW_SUM_TOLERANCE = 1e-6
+ROUNDING = 1e-9  # of a row's sum, in what float64 makes of a moved plain table
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,48 @@ class Solver:
                     "that one, search a solver for this model, or pass strict=False to run it all the same"
                 )
         return schedule
+
+    def moved(self, k: float, schedule: Schedule | None = None) -> Solver:
+        """The same solver for a model whose data are k times as large: it gives k times the samples.
+
+            noise levels sigma'/alpha' = k sigma/alpha,  the states' weights on noise and x0 predictions as they are
+
+        So does a model of k times the resolution, to first order, and the shift of SD3 and FLUX is this k. Exact on
+        flows (to 1e-6 of the samples where the first call is told a time of its own); on VP as far as the path
+        reaches. Plain tables stay plain; others get rows that need not sum to 1 (``free_rows``).
+
+        schedule: of that model; its own by default. One of the other family too, whose models are the same in other
+        coordinates; there the first call is told its state's time. Raises ValueError for a k that cannot be.
+        """
+        if isinstance(k, bool) or not isinstance(k, int | float) or not 1 / LARGEST_SHIFT <= k <= LARGEST_SHIFT:
+            raise ValueError(f"k={k!r}: give a number from {1 / LARGEST_SHIFT:g} to {LARGEST_SHIFT:g}, 1 for no change")
+        schedule = self.schedule if schedule is None else schedule
+        if k == 1 and schedule == self.schedule:
+            return self
+        form = X0Form.of(self.schedule, **self.tensors()).moved(k)
+        found = (form if schedule.family == self.family else form.told_its_own()).numbers(schedule)
+        coeffs = found["coeffs"]
+        short = coeffs.sum(1) - 1
+        free = bool((short.abs() > ROUNDING).any())
+        coeffs = coeffs if free else coeffs - torch.diag(short)
+        numbers: dict[str, Any] = {
+            key: None if value is None else value.tolist() for key, value in (found | {"coeffs": coeffs}).items()
+        }
+        base, at, before = self.name.partition("@shift")
+        factor = k * float(before) if at and re.fullmatch(r"[0-9.]+", before) else k
+        name = f"{base}@shift{factor:g}" if base and k != 1 else self.name
+        provenance = {**self.provenance, "moved": k * self.provenance.get("moved", 1.0)}
+        return Solver(
+            schedule=schedule, name=name, source=self.source, provenance=provenance, free_rows=free, **numbers
+        )
+
+    def following(self, schedule: Schedule | None) -> Solver:
+        """The table for a model with this schedule (None: its own): itself on its own path, moved along where the two
+        are flows of different shifts, by the ratio of the shifts. Raises ValueError as :meth:`on` for anything else."""
+        if isinstance(schedule, Flow) and isinstance(self.schedule, Flow) and schedule.shift != self.schedule.shift:
+            return self.moved(schedule.shift / self.schedule.shift, schedule)
+        self.on(schedule)
+        return self
 
     @property
     def label(self) -> str:

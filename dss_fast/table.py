@@ -76,7 +76,8 @@ class StepTable:
     ) -> StepTable:
         """The table of a solver for states of a dtype on a device; made once and kept.
 
-        schedule: the model's, see :meth:`Solver.on`, which also says what ``strict`` allows; None: the solver's.
+        schedule: the model's; None: the solver's. strict: refuse a solver of another path, but where it can follow, see
+        :meth:`Solver.following`; False: run it there at its own u.
         guidance: see :meth:`guided`. dtype: of the states; the table is float64 for float64 and float32 for the rest.
         """
         fixed = guidance if isinstance(guidance, int | float | tuple) else None
@@ -205,22 +206,36 @@ def _made(
     strict: bool,
 ) -> StepTable:
     """The same on the CPU."""
-    table = StepTable.build(solver.on(schedule, strict=strict), **solver.tensors())
+    solver = solver.following(schedule) if strict else solver
+    table = StepTable.build(solver.on(schedule, strict=False), **solver.tensors())
     table = table if guidance is None or guidance == 1 else table.guided(guidance)
-    return table.to("cpu", real)
+    table = table.to("cpu", real)
+    sound = table.weights.isfinite().flatten(2).all(2)[0] & table.times.isfinite()
+    if not bool(sound.all()):
+        raise ValueError(
+            f"step {int((~sound).nonzero()[0])} of {solver.label} on {schedule or solver.schedule!r} has numbers that "
+            f"are no finite {real}: see that alpha, sigma and time are finite from u = 0 to 1"
+        )
+    return table
 
 
 def guidance_table(scale: Guidance, rows: int, num_steps: int) -> float | tuple[float, ...] | Tensor:
     """The guidance scale of ``rows`` samples as :meth:`StepTable.guided` takes it.
 
     A number stays one and N numbers a tuple, whose tables are kept. Else a tensor (N,), (B, 1) or (B, N); a tensor (B,)
-    is per sample unless N = B is per step. Raises ValueError on any other shape.
+    is per sample unless N = B is per step. Raises ValueError on any other shape, and for what is no number.
     """
     if isinstance(scale, int | float):
         return scale
     if isinstance(scale, list | tuple) and len(scale) == num_steps and all(isinstance(s, int | float) for s in scale):
         return tuple(map(float, scale))
-    table = torch.as_tensor(scale, dtype=torch.float64)
+    try:
+        table = torch.as_tensor(scale, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"guidance_scale={str(scale)[:60]!r} of type {type(scale).__name__}: give a number, {num_steps} numbers "
+            "(one per step), or a tensor"
+        ) from None
     per_sample = isinstance(scale, Tensor) and table.shape == (rows,)
     if table.shape == (num_steps,) and not (per_sample and rows != num_steps):
         return table

@@ -1,8 +1,8 @@
 """Launches kernels for others to look at: compute-sanitizer, a profiler of hardware counters, a compile cache.
 
 python scripts/every_kernel.py                      # every kernel once, small and with odd sizes
-python scripts/every_kernel.py --share 0 8          # the first of eight shares, for processes that compile at once
-python scripts/every_kernel.py --forward mixed      # the last of ten steps on 1 x 16 x 21 x 90 x 160, three times
+python scripts/every_kernel.py --share 0 5          # a fifth of them, in which each dtype, size and flag is
+python scripts/every_kernel.py --forward bf16 mixed # the last of ten steps on 1 x 16 x 21 x 90 x 160, once for each
 DEVICE=cpu TRITON_INTERPRET=1 python scripts/every_kernel.py --share 0 40    # interpreted
 DEVICE=cpu STUB=out/stub python scripts/every_kernel.py --share 0 40         # compiled, launched on no device
 """
@@ -62,19 +62,18 @@ def forward(types, shape=(1, 16, 21, 90, 160), steps=10):
     history = torch.randn(shape[0], steps, *shape[1:], device=DEVICE).to(network)
     weights = torch.randn(1, steps, 4 + steps, device=DEVICE)
     index = torch.tensor([steps - 1], device=DEVICE)
-    for _ in range(3):
-        step_triton.multistep_step_(x, history[:, 0].contiguous(), history, weights, index, torch.empty_like(x))
+    step_triton.multistep_step_(x, history[:, 0].contiguous(), history, weights, index, torch.empty_like(x))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", type=int, nargs=2, metavar=("K", "N"), default=(0, 1))
-    parser.add_argument("--forward", choices=DTYPES, metavar="TYPES")
+    parser.add_argument("--forward", nargs="+", choices=DTYPES, metavar="TYPES")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
-    if options.forward:
-        forward(options.forward, **({"shape": (1, 4, 8, 8)} if options.tiny else {}))
-    else:
+    for types in options.forward or ():
+        forward(types, **({"shape": (1, 4, 8, 8)} if options.tiny else {}))
+    if not options.forward:
         k, n = options.share
         for variant in variants()[k::n]:
             run(*variant)

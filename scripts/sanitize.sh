@@ -4,7 +4,7 @@
 #     bash scripts/sanitize.sh [folder]     # builds in a copy under the folder, out/sanitize by default; about 15 minutes
 #
 # Reports come from this package's own code: PyTorch, Python and OpenMP are not built with sanitizers, so leaks of theirs
-# are not looked for and races inside them are left out. For kernels on a GPU, scripts/gpu.sh runs NVIDIA's sanitizers
+# are not looked for and races inside them are left out. For kernels on a GPU, scripts/gpu.py runs NVIDIA's sanitizers
 # over scripts/every_kernel.py.
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dss_fast import Flow, Target, find_solver, handmade, sample
+from dss_fast import Flow, Grid, Target, find_solver, handmade, sample
 from dss_fast.compare import Verdict, _ratio, compare
 from dss_fast.distance import frechet_distance, squares
 from dss_fast.draws import Draws
@@ -233,7 +233,7 @@ def test_calls_of_the_best_hand_made_solver():
 
 
 def test_rivals_are_published_tables_the_start_and_what_is_named():
-    """Each with a row; a published table on another path is none; hand-made solvers named are rivals too."""
+    """Each with a row; a published table moves along with a shift; hand-made solvers named are rivals too."""
     start = replace(handmade("ab4", 5), noise_coeffs=(0.1,) * 5, name="start/5", source="dss_fast.search")
     result = compare(
         TARGET, [searched("ab3", 5), "deis"], num_steps=(5,), rivals=("all", start), samples=16, progress=False
@@ -244,7 +244,9 @@ def test_rivals_are_published_tables_the_start_and_what_is_named():
     shifted = Flow(shift=3.0)
     target = replace(TARGET, schedule=shifted)
     rows = compare(target, [searched("ab2", 5, schedule=shifted)], samples=16, progress=False).rows
-    assert len(rows) == 2 and published_tables(shifted, 5) == []
+    moved = [table.name for table in published_tables(shifted, 5)]
+    assert len(rows) == 4 and sorted(moved) == ["flowdcn-b-2-256/5@shift3", "sit-xl-2-256/5@shift3"]
+    assert all(is_rival(table) for table in published_tables(shifted, 5))
 
 
 def test_a_target_named_like_a_published_family_is_not_one():
@@ -379,7 +381,7 @@ def test_bad_solvers_are_refused_before_any_work():
         (["dit-xl-2-256/5"], "vp"),
         (["heun"], "heun"),
         (["sit-xl-2-256"], "none of num_steps"),
-        ([handmade("euler", 5, Flow(shift=3.0))], "another noise schedule"),
+        ([handmade("euler", 2, Grid.flow([1.0, 0.9, 0.0], [1.0, 0.9]))], "another noise schedule"),
     ):
         with pytest.raises(ValueError, match=words):
             compare(counting, solvers, num_steps=(99,), shape=(4, 2, 2), cond=draw, progress=False)
@@ -491,3 +493,55 @@ def test_a_users_function_that_fails_costs_its_own_figures_alone(part):
     with pytest.warns(UserWarning, match="features, classify or labels failed .KeyError: 'no'"):
         result = compare(target, [searched("ab4", 5)], samples=16, progress=False)
     assert [row.rmse for row in result.rows] and result.verdicts and result.rows[0].accuracy is None
+
+
+def unread(x):
+    return x * torch.nan
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (dict(classify=unread), "classify returned NaN for 8 of 8 samples.*none is read as a class"),
+        (dict(classify=lambda x: x, labels=lambda cond: torch.full((8,), torch.nan)), "labels returned NaN for 8 of 8"),
+    ],
+)
+def test_what_reads_nan_is_said(given, words):
+    with pytest.warns(UserWarning, match=words):
+        found = compare(lambda x, t: -0.7 * x, ["ab2/4"], shape=(3,), samples=8, progress=False, **given)
+    assert found.rows[0].accuracy is None
+
+
+def test_a_sample_that_a_classifier_cannot_read_is_switched_and_wrong():
+    calls = []
+
+    def classify(x):
+        calls.append(x)
+        return x if len(calls) == 1 else unread(x)
+
+    with pytest.warns(UserWarning, match="classify returned NaN for 8 of 8 samples: they count as switched"):
+        found = compare(
+            lambda x, t: -0.7 * x,
+            ["ab2/4"],
+            shape=(3,),
+            samples=8,
+            progress=False,
+            classify=classify,
+            labels=lambda cond: torch.zeros(8, dtype=torch.long),
+        )
+    assert found.rows[0].switched == 1.0 and found.rows[0].accuracy == 0.0
+
+
+@pytest.mark.parametrize(
+    "real, words",
+    [
+        (torch.full((9, 3), torch.nan), "9 of 9 rows hold NaN"),
+        (torch.ones(9), "floats"),
+        (torch.ones(9, 3).long(), "floats"),
+        ([[1.0]], "list"),
+        (torch.ones(9, 4), "4 columns.*are 3"),
+    ],
+)
+def test_real_features_that_are_none_are_refused(real, words):
+    with pytest.raises(ValueError, match=f"real_features.*{words}"):
+        compare(lambda x, t: -0.7 * x, ["ab2/4"], shape=(3,), samples=8, progress=False, real_features=real)

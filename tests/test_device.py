@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dss_fast import Flow, sample
+from dss_fast import Flow, Target, sample
 from dss_fast.names import find_solver
 from dss_fast.serving import Batch
 from dss_fast.step import multistep_step
@@ -45,6 +45,23 @@ def test_requests_in_one_batch_on_the_device(device):
     for number, (noise, name) in enumerate(waiting):
         assert results[number].device.type == device.type
         torch.testing.assert_close(results[number], sample(net, noise[None], name)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("names", [("sit-xl-2-256/5", "ab2/8"), ("dit-xl-2-256/6", "dpmpp_2m/9")])
+def test_a_request_gets_the_bits_that_it_gets_alone(device, names):
+    """From a model that takes rows one by one: for VP tables too, whose prediction has two products."""
+
+    def model(x, t):
+        return torch.sin(x + t[:, None])
+
+    noises, schedule = torch.randn(2, 1027, device=device), find_solver(names[0]).schedule
+    batch = Batch(2, (1027,), max_steps=9, schedule=schedule, device=device)
+    places, found = [batch.admit(noise, name) for noise, name in zip(noises, names, strict=True)], {}
+    while batch.running:
+        for place in batch.step(model(batch.x, batch.times())):
+            found[place] = batch.retire(place)
+    for place, noise, name in zip(places, noises, names, strict=True):
+        assert torch.equal(found[place], sample(Target(model, schedule=schedule), noise[None], name)[0])
 
 
 @pytest.mark.parametrize("budget", [0, 1 << 30, 0.5])

@@ -43,25 +43,34 @@ def test_every_figure_is_read_from_its_rows(roofline, tmp_path):
     loops = [figure for figure in ("graph step, outputs at hand", "graph step, one-kernel model", "eager step, host",
                                    "graph sample call outside the graph, host")]  # fmt: skip
     rows += [{"stage": "loop", "figure": name, "us": 2.5, **about} for name in loops]
+    for figure in ("sample, eager", "sample, one graph", "gradient, checkpointing", "gradient, all kept"):
+        rows.append({"stage": "real", "figure": figure, "seconds": 1.2345, "bytes": 3.21e9, **about})
+    planned = {"num_steps": 10, "budget": 3000, "batch_size": 12, "bytes": 19e9, "free": 1e9, "minutes": 7.0}
+    rows.append({"stage": "real", "figure": "plan", **planned, **about})
     rows.append({"stage": "unroll", "model": "net", "planned_bytes": 99, "counted_bytes": 100, **about})
     rows.append({"stage": "search", "num_steps": 5, "seconds": 7.0, "evaluations": 1000, "held_out": 0.05, **about})
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "rows.jsonl").write_text(text + json.dumps({**rows[0], "device": "cpu", "of_copy": 0.01}) + '\n{"st')
-    (tmp_path / "stages.tsv").write_text("tests\trc=1\t9\nwarm-0\tok\t5\n")
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "tests.log").write_text("...\n= 1 failed, 30 passed in 3.21s =\nbye\n")
-    (tmp_path / "logs" / "counters-bf16.log").write_text(
+    ended = {"stage": "ended", "name": "kernels", "how": "rc=1", "seconds": 9.04, "limit": 100}
+    first = json.dumps({**rows[0], "of_copy": 0.01}) + "\n"  # of a call before this one
+    text = first + text + json.dumps(ended) + "\n" + json.dumps({**rows[0], "device": "cpu", "of_copy": 0.02})
+    (tmp_path / "rows.jsonl").write_text(text + '\n{"st')
+    (tmp_path / "kernels.log").write_text("...\n= 1 failed, 30 passed in 3.21s =\nbye\n")
+    (tmp_path / "counters.log").write_text(
         '==PROF== ready\n"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
         '"0","_step","dram__bytes_read.sum","Mbyte","113.4"\n"0","_step","other","","1"\n'
+        '"1","_step","dram__bytes_read.sum","Mbyte","130.6"\n'
     )
     module = sys.modules["gpu_table"]
-    table, names = module.render(tmp_path), [name for name, _, _ in module.FIGURES]
+    table = module.render(tmp_path / "rows.jsonl", tmp_path)
+    names = [name for name, _, _ in module.FIGURES]
     figures = [line for line in table.splitlines() if line.startswith(tuple(names))]
     assert len(figures) == len(names) and not any(line.endswith(" -") for line in figures), table
     assert "92 % (1x16x21x90x160 bf16, the lowest of 2)" in table and "50 % (1x16x128x128" in table
     assert "1.50x (" in table and "2.50 us" in table and "0.990 (net)" in table and "7.0 s, 1,000 eval" in table
-    assert "rc=1" in table and "1 failed, 30 passed" in table and "warm-0" not in table
-    assert "counters of the forward, bf16: read from memory 113.4 Mbyte" in table
+    assert "1.23 s, 3.2 GB" in table and "batches of 12, 19 GB, more than is free, 7 min" in table
+    assert "kernels      rc=1          9.0    100  1 failed, 30 passed" in table
+    assert "counters of the forward, bf16: read from memory 113.4 Mbyte\n" in table
+    assert "counters of the forward, mixed: read from memory 130.6 Mbyte\n" in table
 
 
 def test_predictions_and_measurements_are_told_apart(roofline, tmp_path):
@@ -73,13 +82,17 @@ def test_predictions_and_measurements_are_told_apart(roofline, tmp_path):
     }  # fmt: skip
     rows = tmp_path / "gpu.jsonl"
     rows.write_text(json.dumps(row) + "\n")
-    assert "Nothing here has been measured" in roofline.render(rows) and "7.3" not in roofline.render(rows)
+    before = roofline.render(rows)
+    assert "Nothing here has been measured" in before and "7.3" not in before and "**7" not in before
+    assert "H100 SXM (3.35 TB/s) and an H200 (4.80 TB/s)" in before
+    each = "| forward, 1x16x128x128, cold cache | 90 % of the copy | *79 %*, *75 %* |  |"  # one for each card
+    assert each in before and "14: *7.0*, *5.7* |" in before and before.count("`list`") == 0
     with rows.open("a") as file:
         file.write(json.dumps({**row, "device": "cuda"}) + '\n{"cut o')
     text = roofline.render(rows)
-    assert "some GPU" in text and "**7.3** | **87 %**" in text and "Nothing here" not in text
-    assert "| forward, 1x16x128x128, cold cache | 90 % of the copy | 87 %" in text
-    assert "Nothing is predicted for it" in text and not re.search(r"\| \*\d", text)
+    assert "some GPU" in text and ": **7.3, 87 %** |" in text and "Nothing here" not in text
+    assert "| forward, 1x16x128x128, cold cache | 90 % of the copy |  | 87 %" in text
+    assert "Nothing is predicted for it" in text and not re.search(r"[|:] \*\d", text)
     assert 13.6e6 / (0.9 * 3.35e12) + 2.5e-6 == pytest.approx(roofline.predicted(13.6e6))
 
 
@@ -99,7 +112,7 @@ def test_predictions_are_for_the_card_that_was_measured(roofline, tmp_path):
     size = roofline.BYTES["forward"](16 * 128 * 128, 4, 4)
     for text, speed, name in ((one, 4.8e12, "H200"), (other, 3.35e12, "H100")):
         micros = roofline.micros(size / (0.9 * speed) + 2.5e-6)
-        assert f"*{micros}* | **{'5.5' if name == 'H200' else '7.3'}" in text and f"{speed / 1e12:.2f} TB/s" in text
+        assert f"14: *{micros}*: **{'5.5' if name == 'H200' else '7.3'}" in text and f"{speed / 1e12:.2f} TB/s" in text
     assert "**5.5" in one and "**5.5" not in other and "H200" not in other
 
 

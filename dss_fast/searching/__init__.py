@@ -20,7 +20,7 @@ from .descent import descend
 from .job import Job, prepare
 from .lion import imitate
 from .plan import Plan, batch_of, plan, planned, with_room
-from .probe import CALLS, KEYLESS, PLAUSIBLE_CALLS, doubt, identity, probe
+from .probe import CALLS, KEYLESS, OUTPUTS, PLAUSIBLE_CALLS, Weights, doubt, identity, probe
 from .processes import agreed, from_first, is_first, joined
 from .recompute import recomputing
 from .result import Event, SearchResult
@@ -123,6 +123,7 @@ def begin(
         ledger.budget = default_budget(job.settings, job.steps)
     if checkpoint is not None and isinstance(job.budget, str):
         ledger.budget = checkpoint["budget"]  # what the time came to when it began
+    before = [Weights(target) for target in draws.targets]
     if checkpoint is None or not is_finished(checkpoint, ledger):
         looks = CALLS * len(draws.targets)
         if checkpoint is None and not ledger.affords(looks):
@@ -136,17 +137,23 @@ def begin(
         ledger.spend_once("probe", cost.calls or looks)
         limit, given = job.budget, ledger.budget  # what the first process says counts, also where others say no time
         ledger.budget = from_first(lambda: evaluations_in(limit, cost) if isinstance(limit, str) else given)
+        said = planned(job, ledger.budget, cost)  # which refuses what the host cannot hold
         if progress and is_first():
-            print(planned(job, ledger.budget, cost))
+            print(said)
         if ledger.affords(PLAUSIBLE_CALLS * len(draws.targets) / PLAUSIBLE_SHARE):
             for one in draws.each:
                 ledger.spend(doubt(one))
-    config["targets"] = [identity(one, **job.functions(one.target)) for one in draws.each]
+    # Another process or object may not have called its model yet: what moves is what moved when the search began.
+    moved = from_first(lambda: [was.moved() for was in before])
+    if checkpoint is not None and len(checkpoint["config"].get("targets", ())) == len(moved):
+        moved = [about["moved"] for about in checkpoint["config"]["targets"]]
+    each = zip(draws.each, moved, strict=True)
+    config["targets"] = [identity(one, names, **job.functions(one.target)) for one, names in each]
     ledger.spend_once("identity", KEYLESS * sum(target.key is None for target in draws.targets))
     config.update(agreed(config))
     for target, about in zip(draws.targets, config["targets"], strict=True):
         if target.key is not None:  # its processes have compared what their models return
-            about.pop("returned", None)
+            about.pop(OUTPUTS, None)
     # A process that alone doubts its schedule has spent more, and would stop in another round than the others.
     ledger.evaluations = from_first(lambda: ledger.evaluations)
     from_first(lambda: folder.check(config) if folder else None)

@@ -145,7 +145,7 @@ def _initial(initial: str | Solver, space: Space) -> Solver:
     solver = find_solver(initial, space.schedule, space.num_steps)
     if solver.num_steps != space.num_steps:
         raise ValueError(f"initial: {solver.label} has {solver.num_steps} steps; the search is for {space.num_steps}")
-    solver.on(space.schedule)
+    solver = solver.following(space.schedule)
     space.theta(solver)
     return solver
 

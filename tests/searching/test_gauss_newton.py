@@ -8,7 +8,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from dss_fast import VP, Flow, GaussNewton, Solver, Target, handmade, sample, search
+from dss_fast import VP, Flow, GaussNewton, Grid, Solver, Target, handmade, sample, search
 from dss_fast.denoiser import Denoiser
 from dss_fast.draws import Draws
 from dss_fast.searching.best import better
@@ -287,6 +287,10 @@ def test_two_processes_find_the_table_of_one(tmp_path):
             torch.testing.assert_close(found.tensors()[key], value, rtol=1e-6, atol=1e-6)
 
 
+def doubled(solver):
+    return replace(solver, coeffs=tuple(tuple(2 * c for c in row) for row in solver.coeffs), free_rows=True)
+
+
 def test_initial_is_the_table_it_starts_from():
     """Coefficients included; what the search cannot hold is refused by its name."""
     method = GaussNewton(**{**SMALL, "held_out_samples": 64})  # so many choose as well as 256 fresh ones would
@@ -299,9 +303,9 @@ def test_initial_is_the_table_it_starts_from():
     assert fresh_error(further.solver) <= 1.05 * fresh_error(start) and min(errors) <= errors[0]
     for initial, space, message in (
         (start, "plain", "searched/4 has weights on the noise, which this search does not move"),
-        (replace(start, free_rows=True), "noise", "searched/4 has rows that do not sum to 1"),
+        (doubled(start), "noise+start", "searched/4 has rows that do not sum to 1"),
         (handmade("ab2", 3), "noise", "ab2/3 has 3 steps; the search is for 4"),
-        (handmade("ab2", 4, Flow(shift=3.0)), "noise", "ab2/4 belongs to another noise schedule"),
+        (handmade("ab2", 4, Grid.flow([1.0, 0.9, 0.5, 0.2, 0.0], [1.0, 0.9, 0.5, 0.2])), "noise", "another noise sch"),
         ("dit-xl-2-256", "noise", "no published solver is called dit-xl-2-256/4"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -379,3 +383,37 @@ def test_a_table_far_worse_than_its_start_on_fresh_samples_is_not_returned(monke
     torch.testing.assert_close(again.solver.tensors()["coeffs"], plain.starts[5].tensors()["coeffs"])
     torch.testing.assert_close(again.solver.tensors()["timesteps"], plain.starts[5].tensors()["timesteps"])
     assert again.evaluations == plain.evaluations
+
+
+@pytest.mark.parametrize(
+    "loss, words",
+    [
+        (lambda x: x * torch.nan, "loss returned NaN"),
+        (lambda x: x * 0, "loss returned the same for 4 different samples"),
+        (lambda x: x.detach(), "loss returned what has no graph"),
+        (lambda x: None, "loss returned NoneType"),
+        (lambda x: x.long(), "loss returned torch.int64"),
+        (lambda x: x.mean(), r"loss returned torch.float32 \(\)"),
+    ],
+)
+def test_a_loss_that_tells_nothing_is_named_before_the_teacher(loss, words):
+    calls = []
+
+    def counted(x, t):
+        calls.append(len(x))
+        return vp_model(x, t)
+
+    with pytest.raises(ValueError, match=words):
+        search(
+            Target(counted, SHAPE, key="k"), 3, method=GaussNewton(samples=16, loss=loss), budget=2_000, progress=False
+        )
+    assert sum(calls) <= 8
+
+
+def test_noise_that_is_zero_or_nan_is_not_taken_for_an_untrained_model():
+    for value, words in (
+        (0.0, "returned the same for both: all samples would begin at one point"),
+        (math.nan, "returned NaN"),
+    ):
+        with pytest.raises(ValueError, match=rf"noise\(2, generator\).*{words}"):
+            search(Target(vp_model, SHAPE, noise=lambda n, g, v=value: torch.full((n, *SHAPE), v)), 3, progress=False)

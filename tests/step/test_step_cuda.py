@@ -82,6 +82,23 @@ def test_no_synchronisation_and_one_launch_a_step():
     assert len([e for e in kernels if "_step_kernel" in e.name]) == len(kernels) == 10
 
 
+def test_both_ways_to_launch_give_the_same_bits(monkeypatch):
+    """Straight to the compiled kernel, and Triton's own, as with a version whose launcher nobody has tried."""
+    triton = pytest.importorskip("triton")
+    from dss_fast.step import launch
+
+    found = []
+    for version in (triton.__version__, "0.0.0"):
+        monkeypatch.setattr(triton, "__version__", version)
+        launch.Launch.known.clear()
+        for _ in range(2):
+            x, history, weights, index = setting()
+            history.zero_()
+            found.append(loop(x, history, weights, index, trivial))
+        assert bool(launch.Launch.known) == launch.tried()
+    assert all(torch.equal(found[0], other) for other in found[1:]) and found[0].isfinite().all()
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_runs_where_its_tensors_are():
     inputs = [t.to("cuda:1") for t in draw((4, 32, 32), batch=2, steps=5)]
