@@ -15,7 +15,7 @@ from ..unroll.kept import budget_bytes, free_bytes
 from .budget import Cost, default_budget, gigabytes
 from .job import Job, prepare
 from .probe import probe
-from .room import MEMORY, PART, REMEDIES, Room, usable
+from .room import MEMORY, PART, REMEDIES, WHOLE, Room, usable
 from .settings import GaussNewton, Method
 from .space import DENSE
 
@@ -146,6 +146,21 @@ def batch_of(job: Job, budget: int | None) -> tuple[int, int]:
     return -(-max(sizes.batches(job)) // world), sizes.calls
 
 
+def limits(job: Job, budget: int | None) -> tuple[int, int, int]:
+    """What :func:`probe` is told: bytes that the graphs of a batch may take before a network that can computes its
+    activations again, bytes that the graph of one sample may, and the samples of a batch. Raises ValueError, naming
+    what to change, where there is no room for any graph."""
+    batch, calls = batch_of(job, budget)
+    may, most = usable(job.draws.device, job.memory)
+    way = way_bytes(job, calls)
+    if way >= most:
+        raise ValueError(
+            f"one sample takes {gigabytes(way)} on its way there and back, without the graph of any call, and "
+            f"{gigabytes(most)} may be used: {REMEDIES}, or fewer steps than {max(job.steps)}"
+        )
+    return max(1, min(may - min(MEMORY, may // 4) - way * batch, WHOLE)), max(1, most - way), batch
+
+
 def with_room(job: Job, budget: int | None, cost: Cost) -> Job:
     """The job with room for its batches: whole where what they take may be used, else in parts of as few samples as it
     takes. Raises ValueError, naming what to change, where one sample does not fit."""
@@ -237,7 +252,7 @@ def plan(
     whose graph is too large is looked at with its activations computed again."""
     job = prepare(target, num_steps, method=method, budget=budget)
     with frozen([one.model for one in job.draws.targets]):
-        cost = probe(job.draws, True, *usable(job.draws.device, job.memory), batch_of(job, budget)[0])
+        cost = probe(job.draws, True, *limits(job, budget))
     return planned(with_room(job, budget, cost), budget, cost)
 
 

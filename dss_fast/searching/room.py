@@ -13,6 +13,7 @@ from ..unroll.kept import AUTO_SHARE, free_bytes
 HOST = 32 << 30  # bytes of trajectories on the host at most, of what is free there AUTO_SHARE at most
 MEMORY = 1 << 29  # bytes of a round's rollouts that are kept
 PART = 8 << 30  # bytes of a part of a batch that does not fit whole: from here on a card is busy, and more is no faster
+WHOLE = 16 << 30  # bytes of graphs from which on activations are computed again rather than kept, where a network can
 
 
 @dataclass
