@@ -197,11 +197,11 @@ def count(case: Case) -> Counted:
 
 
 def planned(case: Case, found: Counted, card: str, budget: int) -> tuple[Memory, int | None, int] | str:
-    """The search's plan on a card: its memory, how many samples run at a time, how many there are; or what is too large."""
+    """The plan on a card: its memory, how many samples run at a time, how many there are; or what is too large."""
     size, width = CARDS[card]
     free = size - found.weights * width
     if free <= 0:
-        return "its weights"
+        return "the weights"
     room.free_bytes = lambda device: int(free)  # of the card, instead of this machine
     job = prepare(Target(lambda x, t: x, case.shape, Flow(), device=META), STEPS, budget=budget)
     job = replace(job, room=replace(job.room, host=room.HOST))
