@@ -82,7 +82,7 @@ def test_a_table_does_not_depend_on_the_parts_its_batches_run_in(rows, loss, mon
     memory = int((rows + 0.5) * each / 0.75)
     result = search(target(net), 3, method=replace(method, memory=memory), budget=10_000, progress=False)
     same(result, whole(method))
-    assert max(count for count, graph in net.rows) == rows
+    assert max(count for count, graph in net.rows if graph) == rows
 
 
 def test_the_papers_recipe_in_parts():
@@ -132,7 +132,7 @@ def test_out_of_memory_halves_the_parts_and_says_so_once():
         warnings.simplefilter("always")
         result = found(net)
     same(result, whole())
-    assert [str(w.message)[:13] for w in caught] == ["out of memory"]
+    assert sum(str(w.message).startswith("out of memory") for w in caught) == 1
     net.most = 0
     with pytest.raises((ValueError, torch.OutOfMemoryError), match=r"gradient checkpointing|out of memory"):
         found(net)
