@@ -49,40 +49,45 @@ def new(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=META)
 
 
+def at() -> Tensor:
+    """The time of a call, which a search goes back to as well."""
+    return new(1).requires_grad_(torch.is_grad_enabled())
+
+
 def flux(net: nn.Module, x: Tensor) -> Tensor:
     ids = dict(img_ids=new(x.shape[1], 3), txt_ids=new(512, 3))
     text = dict(encoder_hidden_states=new(1, 512, 4096), pooled_projections=new(1, 768))
-    return net(x, timestep=new(1), guidance=new(1), **ids, **text, return_dict=False)[0]
+    return net(x, timestep=at(), guidance=new(1), **ids, **text, return_dict=False)[0]
 
 
 def flux2(net: nn.Module, x: Tensor) -> Tensor:
     ids = dict(img_ids=new(1, x.shape[1], 4), txt_ids=new(1, 512, 4))
     text = new(1, 512, 15360)
-    return net(x, encoder_hidden_states=text, timestep=new(1), guidance=new(1), **ids, return_dict=False)[0]
+    return net(x, encoder_hidden_states=text, timestep=at(), guidance=new(1), **ids, return_dict=False)[0]
 
 
 def sd3(net: nn.Module, x: Tensor) -> Tensor:
     text = dict(encoder_hidden_states=new(1, 333, 4096), pooled_projections=new(1, 2048))
-    return net(x, timestep=new(1), **text, return_dict=False)[0]
+    return net(x, timestep=at(), **text, return_dict=False)[0]
 
 
 def qwen(net: nn.Module, x: Tensor) -> Tensor:
     side = math.isqrt(x.shape[1])
     text = dict(encoder_hidden_states=new(1, 256, 3584), encoder_hidden_states_mask=None)
-    return net(x, timestep=new(1), img_shapes=[[(1, side, side)]], **text, return_dict=False)[0]
+    return net(x, timestep=at(), img_shapes=[[(1, side, side)]], **text, return_dict=False)[0]
 
 
 def wan(net: nn.Module, x: Tensor) -> Tensor:
-    return net(x, new(1), new(1, 512, 4096), return_dict=False)[0]
+    return net(x, at(), new(1, 512, 4096), return_dict=False)[0]
 
 
 def ltx(net: nn.Module, x: Tensor) -> Tensor:
-    text = (new(1, 128, 4096), new(1), new(1, 128))
+    text = (new(1, 128, 4096), at(), new(1, 128))
     return net(x, *text, num_frames=21, height=16, width=22, return_dict=False)[0]
 
 
 def zimage(net: nn.Module, x: Tensor) -> Tensor:
-    return net([x[0]], new(1), [new(256, 2560)], return_dict=False)[0][0]
+    return net([x[0]], at(), [new(256, 2560)], return_dict=False)[0][0]
 
 
 def cases() -> dict[str, Case]:

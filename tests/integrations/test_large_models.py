@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 diffusers = pytest.importorskip("diffusers")
 
+from benchmarks.memory import saved  # noqa: E402
 from dss_fast import Flow, GaussNewton, Target, plan, search  # noqa: E402
 from dss_fast.denoiser import compute_dtype  # noqa: E402
 from dss_fast.searching.plan import with_room  # noqa: E402
@@ -160,3 +161,12 @@ def test_weights_in_float8_are_searched_in_parts():
     said = plan(target(net), 3, method=replace(METHOD, memory=each), budget=2_000)
     assert said.cost.recomputed and said.cost.saved < each / 2
     assert searched(target(net), memory=each).solver.num_steps == 3
+
+
+def test_the_benchmark_counts_what_the_plan_measures():
+    """It does so on meta tensors, at sizes that no test can have."""
+    net = Flux().eval().requires_grad_(False)
+    x, t = torch.randn(1, *net.shape).requires_grad_(), torch.full((1,), 0.5).requires_grad_()
+    counted, block = saved(net, lambda: net(x, t))
+    assert counted == pytest.approx(plan(target(net), 3, method=METHOD).cost.saved, rel=0.02)
+    assert counted / 10 < block < counted / 3  # of two double and four single blocks
