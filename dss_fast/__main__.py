@@ -34,7 +34,7 @@ from .names import find_solver, printable, solver_names
 from .plots import plot_samples, plot_solver
 from .sampling import sample
 from .schedule import default_schedule
-from .searching import METHODS, GaussNewton, Method, search
+from .searching import METHODS, GaussNewton, Method, fit, search
 from .searching.processes import take_local_device
 from .searching.space import SPACES
 from .target import Target
@@ -119,6 +119,16 @@ def _search(options: argparse.Namespace) -> int:
         _say(result)
         if prompted is not None:
             prompted.show(result, out, options.seed)
+    return INTERRUPTED if result.interrupted else 0
+
+
+def _fit(options: argparse.Namespace) -> int:
+    take_local_device()
+    out = Path(options.out)
+    target = load_target(options.model, options.device)
+    result = fit(target, options.steps, budget=options.budget, seed=options.seed, out=out)
+    if int(os.environ.get("RANK", "0")) == 0:
+        _say(result)
     return INTERRUPTED if result.interrupted else 0
 
 
@@ -334,6 +344,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--prompts", help="of a pipeline: a file with one prompt a line")
     sub.add_argument("--call", nargs="+", help="of a pipeline's call: height=512 width=512 guidance_scale=3.5 ...")
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of a pipeline's weights")
+
+    sub = command("fit", _fit, "choose a table for a model in a few hundred calls, none backward", "out")
+    sub.add_argument("--steps", type=_steps, default=[10], help="numbers of steps, as in 5,8,10")
+    sub.add_argument("--budget", type=_budget, default=500, help="most model evaluations, or a time (default 500)")
 
     sub = command("sample", _sample, "sample with a solver", "samples.png")
     sub.add_argument("--solver", required=True, help="name/N, name/N@spacing or a JSON file")

@@ -299,9 +299,11 @@ def descend(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> It
     for n in job.steps:
         if n not in descent.racers:
             tables, limit = descent.tables(n)
-            descent.start(n, ranked(job.draws, ledger, rounds.train, tables, limit))
+            starts = ranked(job.draws, ledger, rounds.train, tables, limit)
+            descent.start(n, starts)
             if job.initial is None:
-                yield descent.event("start", num_steps=n, start=descent.starts[n].name)
+                choice = None if starts[0].choice is None else str(starts[0].choice)
+                yield descent.event("start", num_steps=n, start=descent.starts[n].name, choice=choice)
         while not all(point.finished for point in descent.racers[n]):
             points = descent.racers[n]
             racing, before = len(points) > 1, ledger.evaluations

@@ -7,14 +7,14 @@ another whose data are k times as large, once it is moved by k (``Solver.moved``
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ..distance import squares
+from ..distance import ratio_of, squares
 from ..draws import Draws
 from ..methods import handmade
 from ..names import families, find_solver, library, published_steps
@@ -31,6 +31,7 @@ LOST = 1e30  # the error of a table that diverges to NaN or Inf
 # Of the data beside those of the models that tables were searched on. The best of one table is within a step of 2^.5 on
 # its neighbours; over the models of the library they go from .25 to 3.
 SIZES = tuple(2.0 ** (power / 2) for power in (0, -2, 2, -1, 1, -3, 3, -4))
+HANDMADE = "hand-made"  # the source of such tables
 THIRD = 3  # of the tables a third is kept, and run on three times the samples
 
 
@@ -41,9 +42,10 @@ def candidates(schedule: Schedule, num_steps: int, done: dict[int, Solver]) -> l
     and hand-made methods on all spacings, and on the timesteps that were found for the nearest N of ``done``.
     """
     hand = list(handmade_tables(schedule, num_steps))
+    papers = moved_tables(schedule, num_steps, tuple(name for name in families() if name not in library()))
     head: list[Solver] = []
-    for k, ours in enumerate(moved_tables(schedule, num_steps, tuple(library()))):
-        head += [ours, *hand[k // 2 : k // 2 + (k % 2)]]  # a hand-made one after every second
+    for k, moved in enumerate(moved_tables(schedule, num_steps, tuple(library())) or papers):
+        head += [moved, *hand[k // 2 : k // 2 + (k % 2)]]  # a hand-made one after every second
     found = []
     if done:
         near = min(done, key=lambda n: abs(n - num_steps))
@@ -51,7 +53,6 @@ def candidates(schedule: Schedule, num_steps: int, done: dict[int, Solver]) -> l
         methods = ("ab2", "ab3") if schedule.family == "flow" else ("dpmpp_2m", "ab2")
         like = [handmade(method, schedule=schedule, timesteps=u) for method in methods]
         found += [replace(solver, name=f"{solver.name} on the spacing found for N = {near}") for solver in like]
-    papers = moved_tables(schedule, num_steps, tuple(name for name in families() if name not in library()))
     return list(dict.fromkeys([*head, *found, *papers, *hand]))
 
 
@@ -70,12 +71,32 @@ def moved_tables(schedule: Schedule, num_steps: int, names: tuple[str, ...]) -> 
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What a table was chosen by: its RMSE over that of the best hand-made table tried, ``rival``, and the 95 %
+    interval, on the same samples; and how many these were, and how many tables."""
+
+    rival: str
+    ratio: float
+    low: float
+    high: float
+    samples: int
+    tables: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.ratio:.2f} ({self.low:.2f} to {self.high:.2f}) of the error of {self.rival}, the best hand-made "
+            f"one tried, on the {self.samples} samples that chose it among {self.tables} tables"
+        )
+
+
+@dataclass(frozen=True)
 class Start:
     """A table to start from. units: what each target's squares are counted in, the median of the table's there; 1 for
-    a single target."""
+    a single target. choice: how it stands to the best hand-made one; None of several targets, or of a table given."""
 
     solver: Solver
     units: tuple[float, ...]
+    choice: Choice | None = None
 
 
 @torch.no_grad()
@@ -90,7 +111,8 @@ def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solv
     left, count = list(tables), 0
     errors: dict[Solver, Tensor] = {}  # (targets, samples so far)
     n, targets, wanted = left[0].num_steps, len(draws.targets), draws.world
-    sizes = [teacher.sizes[t::targets] if wanted == 1 else teacher.sizes[t : t + 1] for t in range(targets)]
+    alone = wanted > 1 or len(left) == 1
+    sizes = [teacher.sizes[t : t + 1] if alone else teacher.sizes[t::targets] for t in range(targets)]
     most = min(map(sum, sizes)) // draws.world * draws.world
     left = left[: max(1, limit // (2 * n * wanted * targets))]
     wanted = most if len(left) == 1 else wanted
@@ -119,10 +141,28 @@ def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solv
         left.sort(key=scores.__getitem__)
         count, wanted = wanted, min(THIRD * wanted, most)
         if count < wanted:
-            left = left[: max(2, math.ceil(len(left) / THIRD))]
+            left = _cut(left, max(2, math.ceil(len(left) / THIRD)))
     if targets == 1:
-        return [Start(solver, (1.0,)) for solver in left]
+        return [Start(solver, (1.0,), _choice(solver, left, errors, len(errors))) for solver in left]
     return [Start(solver, tuple(errors[solver].median(1).values.clamp_min(1e-300).tolist())) for solver in left]
+
+
+def _cut(ranking: list[Solver], count: int) -> list[Solver]:
+    """The first ones, and the first hand-made one, which tells what they are worth."""
+    kept = ranking[:count]
+    if not any(table.source == HANDMADE for table in kept):
+        kept += [table for table in ranking[count:] if table.source == HANDMADE][:1]
+    return kept
+
+
+def _choice(solver: Solver, left: Sequence[Solver], errors: Mapping[Solver, Tensor], tables: int) -> Choice | None:
+    """How a table of a single target stands to the best hand-made one among those left."""
+    rivals = [table for table in left if table.source == HANDMADE and table in errors]
+    if not rivals:
+        return None
+    theirs = torch.cat([errors[table] for table in rivals])
+    best = rivals[int(theirs.mean(1).argmin())]
+    return Choice(best.name, *ratio_of(errors[solver][0], theirs), len(errors[solver][0]), tables)
 
 
 def _parts(sizes: Sequence[int], start: int, stop: int, world: int) -> Iterator[tuple[int, int, slice]]:
