@@ -15,6 +15,7 @@ from dss_fast import (  # noqa: E402
     search,
 )
 from dss_fast.__main__ import main  # noqa: E402
+from dss_fast.denoiser import compute_dtype  # noqa: E402
 from dss_fast.integrations.diffusers import DSSScheduler, check_request, from_pipeline  # noqa: E402
 from dss_fast.integrations.diffusers.recording import ASKED, record  # noqa: E402
 from examples.tiny_pipelines import build  # noqa: E402
@@ -204,3 +205,15 @@ def test_a_table_runs_where_its_pipeline_passes_times_of_its_own(monkeypatch):
     pipe.scheduler = DSSScheduler.from_config(pipe.scheduler.config, solver="sit-xl-2-256")
     with pytest.raises(ValueError, match="searched together with its own"):
         pipe(**rows, **arguments, num_inference_steps=6, output_type="latent")
+
+
+def test_layerwise_casting_is_read_as_diffusers_says():
+    """Its hooks cast the weights up for each call, to a dtype that no parameter may have."""
+    net = diffusers.DiTTransformer2DModel(
+        2, 32, 4, num_layers=2, sample_size=8, norm_num_groups=1, num_embeds_ada_norm=4
+    ).eval()
+    net = net.to(torch.bfloat16)
+    net.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    counts = [p.numel() for p in net.parameters() if p.dtype == torch.float8_e4m3fn]
+    assert 2 * sum(counts) > sum(p.numel() for p in net.parameters()) and compute_dtype(net) == torch.bfloat16
+    assert compute_dtype(torch.nn.Sequential(net)) == torch.bfloat16  # the outermost that says so
