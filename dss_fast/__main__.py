@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from . import __version__
 from .compare import compare
 from .files import check_free, check_writable, sealing, write_tensors, write_text
+from .integrations.k_diffusion import sigmas_of
 from .methods import METHODS as HANDMADE
 from .names import find_solver, printable, solver_names
 from .plots import plot_samples, plot_solver
@@ -37,6 +38,7 @@ from .schedule import default_schedule
 from .searching import METHODS, GaussNewton, Method, fit, search
 from .searching.processes import take_local_device
 from .searching.space import SPACES
+from .solver import Solver
 from .target import Target
 
 if TYPE_CHECKING:
@@ -242,6 +244,9 @@ def _show(options: argparse.Namespace) -> None:
         print("hand-made:  " + "  ".join(f"{m}/N[@spacing]" for m in HANDMADE))
         return
     solver = find_solver(options.solver, default_schedule(options.family))
+    if options.sigmas:
+        _show_sigmas(solver)
+        return
     _say(printable(f"{solver.name or options.solver}: {solver.num_steps} steps, {solver.family}; {solver.source}"))
     request = solver.provenance.get("request")
     if isinstance(request, Mapping) and request:
@@ -262,6 +267,18 @@ def _show(options: argparse.Namespace) -> None:
         with sealing(options.plot, "show", options.overwrite) as file:
             plot_solver(solver, file)
         _say(f"picture in {printable(options.plot)}")
+
+
+def _show_sigmas(solver: Solver) -> None:
+    """One line that a field for sigmas takes, and on the other stream what it is and is worth."""
+    print(", ".join(f"{sigma:.6g}" for sigma in sigmas_of(solver).tolist()))
+    kind = "sigma of a flow, from 1" if solver.family == "flow" else "sigma / alpha, as in k-diffusion"
+    print(
+        f"{printable(solver.label)}: {kind}. Switch the program's own shift off.\nThis is the spacing alone: the "
+        "table's coefficients are not in it, and without them nothing of its gain is sure to be left "
+        "(docs/integrations.md, Fields for sigmas).",
+        file=sys.stderr,
+    )
 
 
 def _say(text: object) -> None:
@@ -374,6 +391,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("solver", nargs="?")
     sub.add_argument("--family", choices=("flow", "vp"), default="flow", help="for hand-made names")
     sub.add_argument("--plot", help="also draw it here (PNG)")
+    sub.add_argument("--sigmas", action="store_true", help="print its sigmas alone, for a program's field of them")
     overwrites(sub)
     return parser
 

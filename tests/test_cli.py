@@ -307,3 +307,12 @@ def test_nothing_that_is_printed_is_for_the_terminal_to_obey(folder, capsys):
 def test_a_request_of_another_kind_is_no_matter(folder, capsys, request_):
     replace(Solver.load(saved(folder)), provenance={"request": request_}).save(folder / "r.json")
     assert main(["show", "r.json"]) == 0 and "searched for" not in capsys.readouterr().out
+
+
+def test_sigmas_for_a_programs_field(capsys):
+    from dss_fast.integrations.k_diffusion import sigmas_of
+
+    assert main(["show", "sit-xl-2-256/6", "--sigmas"]) == 0
+    out, said = capsys.readouterr()
+    assert len(out.splitlines()) == 1 and "spacing alone" in said
+    torch.testing.assert_close(torch.tensor(list(map(float, out.split(",")))), sigmas_of("sit-xl-2-256/6"))

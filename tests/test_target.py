@@ -262,3 +262,27 @@ def test_a_table_of_a_shifted_pipeline_needs_no_schedule():
     x = torch.randn(3, 4, dtype=F64)
     assert torch.equal(sample(target.model, x, solver), sample(target.model, x, solver, schedule=schedule))
     assert solver.schedule == schedule and VP() != schedule
+
+
+@pytest.mark.parametrize("way", ["model", "sequential", "group"])
+def test_samples_of_an_offloaded_model_live_where_it_runs(way):
+    """Its weights wait on the CPU, or nowhere; the meta device stands in for a GPU."""
+
+    class Hook:
+        execution_device, hooks = torch.device("meta"), ()
+
+    class Chain:
+        hooks = (object(), Hook())
+
+    class Group:
+        onload_device = torch.device("meta")
+
+    class Registry:
+        def get_hook(self, name):
+            return type("Grouped", (), {"group": Group})() if name == "group_offloading" else None
+
+    inner = nn.Linear(4, 4)
+    hook = {"model": Hook, "sequential": Chain, "group": Registry}[way]()
+    setattr(inner, "_diffusers_hook" if way == "group" else "_hf_hook", hook)
+    assert Target(nn.Sequential(inner)).home == torch.device("meta")
+    assert Target(nn.Sequential(inner), device="cpu").home == torch.device("cpu")

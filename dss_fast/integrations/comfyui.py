@@ -58,10 +58,14 @@ def is_flow(model_sampling: Any) -> bool:
 
 
 def make_sampler(
-    solver: Mapping[int, Solver] | str, strict: bool = True, cfg: Sequence[float] | None = None
+    solver: Mapping[int, Solver] | str,
+    strict: bool = True,
+    steps: int | None = None,
+    cfg: Sequence[float] | None = None,
 ) -> Callable[..., Tensor]:
     """The function that ComfyUI's KSAMPLER calls: sample_dss, with the table that the sigmas belong to.
 
+    steps: of the table that is taken where a part of a run's sigmas fits several, or none.
     cfg: of each step, instead of the guider's; at 1 the unconditional branch is left out.
     """
 
@@ -79,8 +83,8 @@ def make_sampler(
             family = "vp" if solver in HOSTS else family  # the host's own extrapolates in -log sigma
         else:
             fitting = [table for table in solver.values() if place_of(table, sigmas) is not None]
-            nearest = min(solver.values(), key=lambda table: abs(table.num_steps - (len(sigmas) - 1)))
-            chosen = fitting[0] if fitting else nearest
+            wanted = len(sigmas) - 1 if steps is None else steps
+            chosen = min(fitting or solver.values(), key=lambda table: abs(table.num_steps - wanted))
         given: dict[str, Any] = {"solver": chosen, "family": family, "strict": strict}
         skips = isinstance(chosen, Solver) and chosen.guided_steps is not None
         if cfg is not None or skips:
@@ -245,7 +249,8 @@ def add_to_ksampler(samplers: Any, functions: Any, folder: Path | None = None) -
         setattr(functions, f"sample_{name}", sample)
         if name not in samplers.KSampler.SAMPLERS:
             samplers.KSampler.SAMPLERS.append(name)
-        if solver not in METHODS and solver not in OURS:  # a learned table has sigmas of its own
+        learned = _path(solver, "", folder) is not None or (solver not in METHODS and solver not in OURS)
+        if learned:  # and has sigmas of its own; a file may be called like a method
             samplers.SCHEDULER_HANDLERS[name] = samplers.SchedulerHandler(sigmas)
             for offered in (samplers.SCHEDULER_NAMES, samplers.KSampler.SCHEDULERS):
                 if name not in offered:
@@ -304,9 +309,8 @@ def _nodes(io: Any, samplers: Any, folder: Path) -> list[Any]:
 
         @classmethod
         def execute(cls, solver: str, steps: int, file: str = "", strict: bool = True, cfg: str = "") -> Any:
-            return io.NodeOutput(
-                samplers.KSAMPLER(make_sampler(read_solver(solver, file, folder), strict, numbers(cfg)))
-            )
+            made = make_sampler(read_solver(solver, file, folder), strict, steps, numbers(cfg))
+            return io.NodeOutput(samplers.KSAMPLER(made))
 
     class DSSSigmas(Node):
         @classmethod

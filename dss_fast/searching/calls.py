@@ -103,15 +103,18 @@ def worth(solver: Solver, ledger: Ledger, teacher: Teacher, seed: int) -> Worth:
     form, seen, k = torch.zeros(n * n, n * n, dtype=torch.float64), 0, 0
     while seen < SKETCHED and k < len(teacher) and ledger.affords(cost_of_worth(n, teacher.sizes[k])):
         batch, _ = teacher[k]
-        table = StepTable.of(full, guidance=batch.guidance, dtype=batch.noise.dtype, device=batch.noise.device)
-        rollout = Rollout(batch.denoiser(), batch.noise, table.weights, table.times, wrt=("weights",))
         generator = torch.Generator().manual_seed(mix(seed, "calls", n, k))
         signs = torch.randint(0, 2, (SKETCHES, batch.size, *batch.noise.shape[1:]), generator=generator) * 2 - 1
         signs = signs[:, draws.rank :: draws.world].to(batch.noise) * batch.noise[0].numel() ** -0.5
-        pulled = rollout.pull(signs).weights
-        assert pulled is not None
-        products = pulled[..., HISTORY + n + 1 :].double().cpu() * steps[:, None]
-        form += products.flatten(2).flatten(0, 1).mT @ products.flatten(2).flatten(0, 1)
+        for part in teacher.room.over(slice(0, len(batch))):
+            with part as rows:
+                some = batch.rows(rows)
+                table = StepTable.of(full, guidance=some.guidance, dtype=some.noise.dtype, device=some.noise.device)
+                rollout = Rollout(some.denoiser(), some.noise, table.weights, table.times, wrt=("weights",))
+                pulled = rollout.pull(signs[:, rows]).weights
+                assert pulled is not None
+                products = (pulled[..., HISTORY + n + 1 :].double().cpu() * steps[:, None]).flatten(2).flatten(0, 1)
+                form += products.mT @ products
         ledger.spend(cost_of_worth(n, batch.size))
         seen, k = seen + batch.size, k + 1
     draws.all_reduce(form)

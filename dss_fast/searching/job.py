@@ -6,7 +6,7 @@ import datetime
 import json
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,8 @@ from ..target import Model, Target
 from ..version import __version__
 from .budget import Cost, evaluations_in
 from .calls import splits
+from .processes import from_first
+from .room import Room, host_room
 from .settings import GaussNewton, Lion, Method, described, settings_of
 from .space import Space
 
@@ -30,7 +32,8 @@ class Job:
     draws: the samples of its targets, which every process draws alike. steps: the Ns. initial: the table to start from
     at each N; None where the search looks for the best one. budget: evaluations, a time, or None for the method's own.
     calls: of the model a sample may take, with guidance; None: two a step. guided: N -> how many steps call both
-    branches then. chooses: whether the steps are candidates, of which the best is searched to the end.
+    branches then. chooses: whether the steps are candidates, of which the best is searched to the end. room: memory for
+    it.
     """
 
     draws: Draws
@@ -41,6 +44,7 @@ class Job:
     calls: int | None = None
     guided: dict[int, int] | None = None
     chooses: bool = False
+    room: Room = field(default_factory=Room)
 
     @property
     def goals(self) -> tuple[int, ...]:
@@ -56,6 +60,16 @@ class Job:
             if settings.select == "features" and target.features is not None:
                 found["features"] = target.features
         return found
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes of the device to use, where they are given."""
+        return self.settings.memory
+
+    @property
+    def follows(self) -> bool:
+        """Whether the search looks at the teacher between its end points."""
+        return isinstance(self.settings, GaussNewton) and self.settings.loss == "trajectory"
 
     @property
     def differentiated(self) -> bool:
@@ -113,6 +127,7 @@ def prepare(
     initial: str | Solver | None = None,
     budget: int | str | None = None,
     seed: int | torch.Generator = 0,
+    group: Any = None,
     **description: Any,
 ) -> Job:
     """The arguments of ``search`` as a Job. Raises ValueError naming what does not fit."""
@@ -143,12 +158,13 @@ def prepare(
         seed = int(torch.randint(2**62, (1,), generator=seed, device=seed.device))
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed={seed!r}: give a whole number or a torch.Generator")
-    draws = Draws.of(targets, seed)
+    draws = Draws.of(targets, seed, group)
     given = None
     if initial is not None:
         fewer = guided or {}
         given = {n: _initial(initial, settings.space_of(draws.schedule, n), fewer.get(n)) for n in steps}
-    return Job(draws, settings, steps, given, budget, calls, guided, chooses=num_steps is None)
+    room = Room(host=from_first(host_room))
+    return Job(draws, settings, steps, given, budget, calls, guided, num_steps is None, room)
 
 
 def _initial(initial: str | Solver, space: Space, guided: int | None) -> Solver:

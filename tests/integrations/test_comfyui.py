@@ -12,9 +12,9 @@ import pytest
 import torch
 from test_k_diffusion import dpmpp_2m, linear
 
-from dss_fast import find_solver
+from dss_fast import Flow, find_solver, handmade
 from dss_fast.integrations import comfyui
-from dss_fast.integrations.k_diffusion import sigmas_of
+from dss_fast.integrations.k_diffusion import sample_dss, sigmas_of
 
 
 class CONST:
@@ -268,3 +268,24 @@ def test_a_file_too_large_for_a_solver_is_not_read_whole(tmp_path):
 
 def test_import_needs_no_comfyui():
     assert "comfy" not in sys.modules and "comfy_api" not in sys.modules
+
+
+def test_a_file_called_like_a_method_is_a_scheduler_too(comfy, tmp_path):
+    replace(find_solver("sit-xl-2-256/6"), name="mine").save(tmp_path / "dss_fast" / "euler.json")
+    assert "dss_euler" in comfyui.add_to_ksampler(comfy.samplers, comfy.functions, tmp_path / "dss_fast")
+    sigmas = comfy.samplers.SCHEDULER_HANDLERS["dss_euler"].handler(FlowNoise(), 6)
+    assert torch.equal(sigmas, sigmas_of("sit-xl-2-256/6")) and "dss_euler" in comfy.samplers.SCHEDULER_NAMES
+    comfy.functions.sample_dss_euler(wrapped(FlowNoise())[0], torch.randn(2, 4), sigmas, disable=True)
+
+
+def test_steps_say_which_table_a_part_of_the_sigmas_belongs_to(comfy):
+    """Two tables may share a part of their sigmas, as SplitSigmas leaves it."""
+    own = find_solver("sit-xl-2-256/6")
+    grid = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
+    short, long = (handmade("ab2", None, Flow(), timesteps=1 - torch.cat([grid[:n], grid[-1:]])) for n in (3, 5))
+    for steps in (3, 5):
+        sampler = comfyui.make_sampler({3: short, 5: long, 6: own}, steps=steps)
+        state = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+        out = sampler(wrapped(FlowNoise())[0], state, grid[:3], disable=True)
+        wanted = sample_dss(linear, state, grid[:3], disable=True, solver={3: short, 5: long}[steps])
+        assert torch.equal(out, wanted)
