@@ -236,9 +236,9 @@ def model_schedule(config: Config, mu: float | None = None) -> Schedule:
 def table_schedule(solver: Solver, config: Config, strict: bool = True) -> Schedule:
     """The schedule on which a learned table runs in a pipeline with this config.
 
-    A flow table brings its own sigmas, which :func:`followed` moves along with the pipeline's shift. A VP table needs the noise it
-    was searched for: with ``strict=False`` it otherwise runs at its own u on the pipeline's. Raises ValueError for the
-    other family, and for another noise, naming the first alpha or sigma that differs.
+    A flow table brings its own sigmas, which :func:`followed` moves along with the pipeline's shift. A VP table needs
+    the noise it was searched for: with ``strict=False`` it otherwise runs at its own u on the pipeline's. Raises
+    ValueError for the other family, and for another noise, naming the first alpha or sigma that differs.
     """
     own, kind, steps = solver.schedule, prediction_of(config), float(config.get("num_train_timesteps", 1000))
     if own.family == family_of(config):
