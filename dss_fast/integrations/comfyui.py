@@ -26,6 +26,7 @@ from torch import Tensor
 from ..files import MAX_BYTES
 from ..methods import METHODS
 from ..names import Name, families, published
+from ..schedule import Flow
 from ..solver import Solver
 from .k_diffusion import place_of, sample_dss, sigmas_of
 
@@ -34,6 +35,7 @@ CATEGORY = "sampling/custom_sampling"
 # sigma eps, and under that name so does ours; its deis integrates over another clock, so ours has another name here.
 OURS = {"dpmpp_2m_logsnr": "dpmpp_2m", "deis_logrho": "deis", "deis3_logrho": "deis3"}
 HOSTS = ("euler", "dpmpp_2m")
+SAME_SHIFT = 1e-3  # of the noise at half the time; ComfyUI's table of sigmas has a thousand entries
 
 
 def solver_names(folder: Path | None = None) -> list[str]:
@@ -82,9 +84,10 @@ def make_sampler(
             chosen: Solver | str = OURS.get(solver, solver)
             family = "vp" if solver in HOSTS else family  # the host's own extrapolates in -log sigma
         else:
-            fitting = [table for table in solver.values() if place_of(table, sigmas) is not None]
+            tables = [_followed(table, model.inner_model.inner_model.model_sampling) for table in solver.values()]
+            fitting = [table for table in tables if place_of(table, sigmas) is not None]
             wanted = len(sigmas) - 1 if steps is None else steps
-            chosen = min(fitting or solver.values(), key=lambda table: abs(table.num_steps - wanted))
+            chosen = min(fitting or tables, key=lambda table: abs(table.num_steps - wanted))
         given: dict[str, Any] = {"solver": chosen, "family": family, "strict": strict}
         skips = isinstance(chosen, Solver) and chosen.guided_steps is not None
         if cfg is not None or skips:
@@ -179,7 +182,7 @@ def make_sigmas(
     family = "flow" if is_flow(model_sampling) else "vp"
     if table.family != family:
         raise ValueError(f"{table.label} is for {table.family} models, this one is {family}")
-    sigmas = sigmas_of(table)
+    sigmas = sigmas_of(_followed(table, model_sampling))
     top = float(model_sampling.sigma_max)
     if family == "vp" and abs(top / float(sigmas[0]) - 1) > 0.1:
         # DiT's and PixArt's linear betas end at 157, Stable Diffusion's at 14.6; coefficients belong to one of them.
@@ -198,6 +201,15 @@ def numbers(text: str) -> list[float] | None:
         return [float(word) for word in text.replace(",", " ").split()] or None
     except ValueError:
         raise ValueError(f"cfg={text!r}: write a number for each step, as in 5,5,5,1,1") from None
+
+
+def _followed(table: Solver, model_sampling: Any) -> Solver:
+    """A flow's table moved along with the model's shift; half the time is shift / (1 + shift) of the noise."""
+    if table.family != "flow" or not is_flow(model_sampling) or not hasattr(model_sampling, "percent_to_sigma"):
+        return table
+    half = float(model_sampling.percent_to_sigma(0.5))
+    own = getattr(table.schedule, "shift", 1.0)
+    return table if abs(half - own / (1 + own)) < SAME_SHIFT else table.following(Flow(half / (1 - half)))
 
 
 def fingerprint(solver: str, file: str = "", folder: Path | None = None) -> str:

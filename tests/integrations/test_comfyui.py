@@ -179,6 +179,31 @@ def test_a_file_changed_on_disk_is_noticed(comfy, tmp_path):
         assert node.fingerprint_inputs(solver="sit-xl-2-256", steps=6) == ""
 
 
+class Shifted(FlowNoise):
+    """ComfyUI's flows say sigma at a share of the time."""
+
+    def __init__(self, shift):
+        self.shift = shift
+
+    def percent_to_sigma(self, percent):
+        left = 1 - percent
+        return self.shift * left / (1 + (self.shift - 1) * left)
+
+
+def test_a_learned_table_follows_the_models_shift():
+    tables = {8: find_solver("sit-xl-2-256/8")}
+    plain, u = comfyui.make_sigmas(Shifted(1.0), tables, 8), torch.tensor(tables[8].timesteps)
+    sigmas = comfyui.make_sigmas(Shifted(3.0), tables, 8)
+    torch.testing.assert_close(plain, 1 - u)
+    torch.testing.assert_close(sigmas, 3 * (1 - u) / (1 + 2 * (1 - u)))
+    guided, _ = wrapped(Shifted(3.0))
+    x = torch.randn(2, 4, dtype=torch.float64)
+    ours = comfyui.make_sampler(tables)(guided, x, sigmas, disable=True)
+    moved = tables[8].moved(3.0, Flow(3.0))
+    torch.testing.assert_close(ours, sample_dss(guided, x, sigmas, solver=moved, family="flow", disable=True))
+    assert (ours - sample_dss(guided, x, plain, solver=tables[8], family="flow", disable=True)).abs().max() > 1e-4
+
+
 def test_names_mean_what_they_mean_in_the_host():
     """On a flow ComfyUI's dpmpp_2m extrapolates in -log sigma; its deis is another method, so ours is named apart."""
     names = comfyui.solver_names()
@@ -197,7 +222,7 @@ def test_the_ksamplers_own_lists(comfy, tmp_path):
     samplers, functions = comfy.samplers, comfy.functions
     assert {"dss_sit-xl-2-256", "dss_mine", "dss_ab2"} <= set(samplers.KSampler.SAMPLERS)
     assert set(samplers.SCHEDULER_NAMES) == {"simple", "dss_mine"} | {
-        f"dss_{name}" for name in ("sit-xl-2-256", "flowdcn-b-2-256", "dit-xl-2-256")
+        f"dss_{name}" for name in ("sit-xl-2-256", "flowdcn-b-2-256", "dit-xl-2-256", "general")
     }
     before = list(samplers.KSampler.SAMPLERS), list(samplers.SCHEDULER_NAMES)
     comfyui.add_to_ksampler(samplers, functions, tmp_path / "dss_fast")  # a reload adds nothing twice

@@ -236,9 +236,9 @@ def model_schedule(config: Config, mu: float | None = None) -> Schedule:
 def table_schedule(solver: Solver, config: Config, strict: bool = True) -> Schedule:
     """The schedule on which a learned table runs in a pipeline with this config.
 
-    A flow table brings its own sigmas, and the pipeline's shift is not applied on top. A VP table needs the noise it
-    was searched for: with ``strict=False`` it otherwise runs at its own u on the pipeline's. Raises ValueError for the
-    other family, and for another noise, naming the first alpha or sigma that differs.
+    A flow table brings its own sigmas, which :func:`followed` moves along with the pipeline's shift. A VP table needs
+    the noise it was searched for: with ``strict=False`` it otherwise runs at its own u on the pipeline's. Raises
+    ValueError for the other family, and for another noise, naming the first alpha or sigma that differs.
     """
     own, kind, steps = solver.schedule, prediction_of(config), float(config.get("num_train_timesteps", 1000))
     if own.family == family_of(config):
@@ -252,6 +252,21 @@ def table_schedule(solver: Solver, config: Config, strict: bool = True) -> Sched
         if isinstance(own, DiscreteVP):
             return solver.on(_discrete(alphas_cumprod(config), config, own.final), strict=strict)
     return solver.on(model_schedule(config), strict=strict)
+
+
+def followed(solver: Solver, schedule: Schedule, config: Config, mu: float | None = None) -> tuple[Solver, Schedule]:
+    """A learned table and its schedule at the shift that a pipeline has: moved along from the shift of its search.
+
+    mu: of a resolution-dependent shift; without it there, and on a config that says no shift, the table stays.
+    """
+    said = config.get("flow_shift") if config.get("use_flow_sigmas") else config.get("shift")
+    if not isinstance(schedule, Flow) or (mu is None if config.get("use_dynamic_shifting") else said is None):
+        return solver, schedule
+    wanted = model_schedule(config, mu)
+    if not isinstance(wanted, Flow) or wanted.shift == schedule.shift:
+        return solver, schedule
+    there = replace(schedule, shift=wanted.shift)
+    return solver.moved(wanted.shift / schedule.shift, there), there
 
 
 def handmade_table(

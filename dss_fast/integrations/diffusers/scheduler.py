@@ -28,6 +28,7 @@ from .config import (
     edited_table,
     every_setting,
     family_of,
+    followed,
     handmade_table,
     initial_scale,
     lands,
@@ -83,9 +84,9 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
     family: ``"flow"`` or ``"vp"``. ``from_config`` reads it off the pipeline; None: that of the learned tables, then
         flow when a shift is given, then VP.
     strict: refuse a table searched for another noise schedule. False: run it on the pipeline's own.
-    shift, use_dynamic_shifting, flow_shift, use_flow_sigmas: the pipeline's flow grid. They shape hand-made grids
-        only. A learned flow table carries its own sigmas, under the shift it was searched with (1 for the
-        published ones).
+    shift, use_dynamic_shifting, flow_shift, use_flow_sigmas: the pipeline's flow grid. They shape hand-made grids, and
+        a learned flow table follows them from the shift that it was searched at, 1 for the published ones
+        (``Solver.moved``).
     invert_sigmas: of Mochi, whose times and sigmas rise and whose network returns x0 - epsilon.
     num_train_timesteps, beta_*, trained_betas, rescale_betas_zero_snr, snr_shift_scale, prediction_type: the model's.
     stock_class, stock_defaults: filled in by ``from_config``: the class the config comes from, and what it left unset.
@@ -265,7 +266,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         return "flow_shift" if self.config.get("use_flow_sigmas") else "shift"
 
     def set_shift(self, shift: float) -> None:
-        """Another shift for the hand-made grids of the runs to come; learned tables have their own sigmas."""
+        """Another shift for the grids of the runs to come, hand-made or learned."""
         if not shift > 0:
             raise ValueError(f"shift={shift!r}: must be above 0")
         unset = [key for key in self.config.get("stock_defaults") or () if key != self._shift_key]
@@ -293,7 +294,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
 
         sigmas, timesteps: of a hand-made solver, shifted as its stock scheduler shifts them; refused by a learned
             table, whose coefficients belong to its own times. What pipelines pass unasked counts as none.
-        mu: the log of a resolution-dependent shift, for hand-made solvers on a config with ``use_dynamic_shifting``.
+        mu: the log of a resolution-dependent shift, on a config with ``use_dynamic_shifting``.
         shift: as :meth:`set_shift`.
 
         Raises ValueError naming the numbers of steps there are tables for.
@@ -316,7 +317,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"{n} steps: give at least 1")
         name = None
         if n in self._learned:
-            solver, schedule = self._learned[n]
+            solver, schedule = followed(*self._learned[n], self.config, mu)
             scale = 1.0
             if solver.guided_steps is not None:
                 raise ValueError(
