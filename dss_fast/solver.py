@@ -212,6 +212,11 @@ class Solver:
             return self
         form = X0Form.of(self.schedule, **self.tensors()).moved(k)
         found = (form if schedule.family == self.family else form.told_its_own()).numbers(schedule)
+        if not bool((found["timesteps"].diff() > 0).all()):
+            raise ValueError(
+                f"{self.label} for data {k:g} times as large: some of its noise levels lie beyond those of "
+                f"{schedule!r}, which has room for fewer steps; choose a smaller k, or a table of fewer steps"
+            )
         coeffs = found["coeffs"]
         short = coeffs.sum(1) - 1
         shares = found["guidance_coeffs"]  # a velocity's constant difference is none of the clean prediction

@@ -6,6 +6,7 @@ from torch import nn
 
 from dss_fast import VP, DiscreteVP, Flow, Solver, find_solver, sample
 from dss_fast.searching.space import Space
+from dss_fast.searching.starts import candidates
 from dss_fast.x0form import X0Form
 from examples.mixture import Mixture
 
@@ -142,6 +143,18 @@ def test_names_of_moved_tables():
 def test_what_is_no_factor_is_refused(k):
     with pytest.raises(ValueError, match="k="):
         find_solver("ab2/4", Flow()).moved(k)
+
+
+@pytest.mark.parametrize("schedule", [VP(), DiscreteVP.linear(), DiscreteVP.scaled_linear(), DiscreteVP.cosine()])
+@pytest.mark.parametrize("n", [3, 5, 8, 10])
+def test_what_a_path_has_no_room_for_is_refused_and_no_candidate(schedule, n):
+    """Stable Diffusion's noise begins at 14.6 times the data, where some tables have made a step or two."""
+    found = candidates(schedule, n, {})
+    assert all(bool((torch.tensor(table.timesteps).diff() > 0).all()) for table in found)
+    assert any(table.name.startswith("general") for table in found)
+    if n == 8 and schedule == DiscreteVP.scaled_linear():
+        with pytest.raises(ValueError, match="beyond those of DiscreteVP"):
+            find_solver("sit-xl-2-256/8").moved(1.0, schedule)
 
 
 class AsVP(nn.Module):

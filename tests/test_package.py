@@ -62,7 +62,7 @@ def test_the_wheel_holds_the_package_with_its_tables_and_types_alone(built):
     wanted = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "dss_fast").rglob("*")
-        if path.suffix in (".py", ".json", ".jinja") or path.name == "py.typed"
+        if path.suffix in (".py", ".json", ".jinja", ".safetensors") or path.name == "py.typed"
     }
     assert package == wanted and "dss_fast/py.typed" in package and "dss_fast/solvers/sit-xl-2-256.json" in package
 

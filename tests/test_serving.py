@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dss_fast import Flow, handmade, sample
+from dss_fast import Grid, handmade, sample
 from dss_fast.serving import Batch
 
 pytestmark = pytest.mark.fast
@@ -93,7 +93,7 @@ def test_errors():
     with pytest.raises(ValueError, match="for vp models, the schedule is flow"):
         batch.admit(torch.zeros(SHAPE), "dit-xl-2-256/5")
     with pytest.raises(ValueError, match="another noise schedule: alpha at u = 0.25"):
-        batch.admit(torch.zeros(SHAPE), handmade("ab2", 4, Flow(shift=3.0)))
+        batch.admit(torch.zeros(SHAPE), handmade("ab2", 4, Grid.flow([1.0, 0.9, 0.5, 0.2, 0.0], [1.0, 0.9, 0.5, 0.2])))
     batch = Batch(1, SHAPE, max_steps=5)
     with pytest.raises(ValueError, match="takes 10 steps.*5"):
         batch.admit(torch.zeros(SHAPE), "ab2/10")

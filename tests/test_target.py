@@ -171,7 +171,7 @@ def test_one_grammar_for_names():
         with pytest.raises(ValueError) as error:
             find_solver(text)
         assert all(word in str(error.value) for word in words), error.value
-    assert len(solver_names()) == 19 and find_solver("ab2", num_steps=4) is find_solver("ab2/4")
+    assert len(solver_names()) == 19 + 10 and find_solver("ab2", num_steps=4) is find_solver("ab2/4")
 
 
 def test_a_table_is_made_once():

@@ -22,7 +22,6 @@ from ..rivals import handmade_tables
 from ..schedule import Schedule
 from ..solver import Solver
 from ..table import StepTable
-from ..target import Samples
 from ..unroll import Rollout
 from .budget import Ledger
 from .teacher import Teacher
@@ -59,13 +58,16 @@ def candidates(schedule: Schedule, num_steps: int, done: dict[int, Solver]) -> l
 @lru_cache(32)
 def moved_tables(schedule: Schedule, num_steps: int, names: tuple[str, ...]) -> tuple[Solver, ...]:
     """The tables of these names and N steps for data of each size in ``SIZES``, likely sizes first; beside a flow's own
-    shift, which a table follows."""
+    shift, which a table follows. Those whose noise levels the path does not reach are left out."""
     shift = getattr(schedule, "shift", 1.0)
     tables = [find_solver(f"{name}/{num_steps}") for name in names if num_steps in published_steps(name)]
     found = []
     for k in SIZES:
         for table in tables:
-            moved = table.moved(k * shift / getattr(table.schedule, "shift", 1.0), schedule)
+            try:
+                moved = table.moved(k * shift / getattr(table.schedule, "shift", 1.0), schedule)
+            except ValueError:
+                continue
             found.append(replace(moved, provenance={"moved": 1.0, **moved.provenance}))
     return tuple(found)
 
@@ -128,7 +130,18 @@ def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solv
                     parts: list[Tensor] = []
                     for part in teacher.room.over(rows):
                         with part as some:
-                            parts.append(_errors(solver, batch.rows(some), trajectory.last[some]))
+                            samples = batch.rows(some)
+                            noise, guidance = samples.noise, samples.guidance
+                            table = StepTable.of(solver, guidance=guidance, dtype=noise.dtype, device=noise.device)
+                            weights, times, both = table.weights, table.times, table.both
+                            try:
+                                end = Rollout(samples.denoiser(), noise, weights, times, both=both, wrt=()).states[
+                                    :, -1
+                                ]
+                                error = squares(end, trajectory.last[some])
+                            except FloatingPointError:
+                                error = torch.full((len(samples),), LOST, dtype=torch.float64)
+                            parts.append(error.nan_to_num(nan=LOST, posinf=LOST).clamp_max(LOST))
                     found[k, t, place + draws.rank : place + (rows.stop - rows.start) * draws.world : draws.world] = (
                         torch.cat(parts)
                     )
@@ -174,17 +187,6 @@ def _parts(sizes: Sequence[int], start: int, stop: int, world: int) -> Iterator[
         if low < high:
             yield number, first + low - start, slice(low // world, high // world)
         first += size
-
-
-def _errors(solver: Solver, samples: Samples, wanted: Tensor) -> Tensor:
-    """(B,) float64 mean squares of the samples' end points."""
-    noise = samples.noise
-    table = StepTable.of(solver, guidance=samples.guidance, dtype=noise.dtype, device=noise.device)
-    try:
-        rollout = Rollout(samples.denoiser(), noise, table.weights, table.times, wrt=(), both=table.both)
-    except FloatingPointError:
-        return torch.full((len(samples),), LOST, dtype=torch.float64)
-    return squares(rollout.states[:, -1], wanted).nan_to_num(nan=LOST, posinf=LOST).clamp_max(LOST)
 
 
 def of_different_spacings(starts: Sequence[Start]) -> list[Start]:
