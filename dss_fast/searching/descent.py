@@ -35,8 +35,8 @@ from .teacher import Teacher
 DAMPING = 0.1  # of Levenberg-Marquardt at the start, relative to J'J's diagonal
 LEAST_DAMPING, MOST_DAMPING = 1e-7, 1e6
 MOST_TRIES = 6  # in a row that do not improve
-# Samples that what is known of other models counts as, where there are LEAST or fewer. At 1,000 evaluations and N = 10 it
-# takes the worst of six seeds from 3.9 to 1.2 times the start's error; at 20,000 it held the mixture at .29 for .12.
+# Samples that what is known of other models counts as, where there are LEAST or fewer. At 1,000 evaluations and N = 10
+# it takes the worst of six seeds from 3.9 to 1.2 times the start's error; at 20,000 it held the mixture at .29 for .12.
 PRIOR = 1.0
 TOLERANCE = 1e-3  # predicted relative gain below which a search is over
 WORSE = 2.0  # times the start's mean square on fresh samples, from which on the start is returned
