@@ -3,7 +3,7 @@
 # make lint   style and types
 # make docs   the site of docs/ in out/site; every link checked
 # make venv   only .venv, with the package and what the demo and the tutorial import
-# make bench  the benchmarks, rows appended under benchmarks/results/
+# make bench  the benchmarks' tables, a few minutes; CONTRIBUTING.md has the options
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
