@@ -66,7 +66,8 @@ print(json.dumps(times))
 
 
 WAYS = (
-    "multistep_step(out=)", "multistep_step()", "multistep_update()", "Triton function", "launch", "Triton's own launch",
+    "multistep_step(out=)", "multistep_step()", "multistep_update()",
+    "Triton function", "launch", "Triton's own launch",
 )  # fmt: skip
 
 
