@@ -11,18 +11,26 @@ data were 1 / k as large: what is made small is, in the end, the mean over model
 from __future__ import annotations
 
 import argparse
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dss_fast import Solver, Target, find_solver, sample, search
+from dss_fast import GaussNewton, Solver, Target, find_solver, sample, search
 from dss_fast.distance import squares
 from dss_fast.draws import Draws
+from dss_fast.searching.budget import Ledger
+from dss_fast.searching.descent import begun
+from dss_fast.searching.gauss_newton import robust
+from dss_fast.searching.job import prepare
+from dss_fast.searching.prior import CURVATURES, directions
+from dss_fast.searching.rounds import Candidate
 from dss_fast.trajectory import dense_grid, integrate
 
 from . import rows, zoo
@@ -101,27 +109,71 @@ class Member:
 
 
 def joint(names: Sequence[str], num_steps: int, rounds: int, budget: int, seed: int, **about: Any) -> None:
-    """A table for all of the models, and a row of each round."""
+    """A table for all of the models: the best there was after any round, and its row."""
     members = {name: Member.of(name) for name in names}
     solver = find_solver(f"sit-xl-2-256/{num_steps}" if 5 <= num_steps <= 10 else f"ab2/{num_steps}")
-    ks = dict.fromkeys(names, 1.0)
-    for number in range(rounds):
+    ks, best = dict.fromkeys(names, 1.0), (math.inf, solver, {})
+    for number in range(rounds + 1):
         found = {name: member.nearest(solver, ks[name]) for name, member in members.items()}
         middle = math.exp(sum(math.log(k) for _, k in found.values()) / len(found))
-        solver, ks = solver.moved(middle), {name: k / middle for name, (_, k) in found.items()}
-        targets = [member.as_if(ks[name]) for name, member in members.items()]
-        result = search(targets, num_steps, initial=solver, budget=budget, seed=seed + number, progress=False)
-        solver = result.solver
-        errors = {name: (member.error(solver.moved(ks[name])), ks[name]) for name, member in members.items()}
-        mean = sum(math.log(error / found[name][0]) for name, (error, _) in errors.items()) / len(errors)
-        row = {"num_steps": num_steps, "round": number, "budget": budget, "seed": seed, "models": errors}
-        rows.append(RESULTS, **about, **row, solver=solver.to_dict())
-        print(f"N = {num_steps}, round {number}: {math.exp(mean):.3f} of the error before", flush=True)
+        solver, found = solver.moved(middle), {name: (error, k / middle) for name, (error, k) in found.items()}
+        mean = math.exp(sum(math.log(error) for error, _ in found.values()) / len(found))
+        print(f"N = {num_steps}, round {number}: {mean:.4f}", flush=True)
+        best = min(best, (mean, solver, found), key=lambda one: one[0])
+        if number < rounds:
+            ks = {name: k for name, (_, k) in found.items()}
+            targets = [member.as_if(ks[name]) for name, member in members.items()]
+            given = {"initial": solver, "budget": budget, "seed": seed + number, "progress": False}
+            solver = search(targets, num_steps, **given).solver
+    mean, solver, found = best
+    row = {"num_steps": num_steps, "budget": budget, "seed": seed, "error": mean, "models": found}
+    rows.append(RESULTS, **about, **row, solver=solver.to_dict())
+
+
+def curvature(solver: Solver, ks: Mapping[str, float], samples: int = 24) -> Tensor:
+    """The mean over models of J'J at the table moved to each, over the error there, in coordinates that all share."""
+    total: Tensor | None = None
+    settings = GaussNewton(samples=samples, held_out_samples=0, loss="end")
+    for name, k in ks.items():
+        job = prepare(target(name), solver.num_steps, method=settings, budget=1_000_000, seed=SEED)
+        _, rounds = begun(job, Ledger(1_000_000))
+        space = settings.space_of(job.draws.schedule, solver.num_steps)
+        theta = space.theta(solver.moved(k))
+        trial = rounds.attempt(Candidate(space, theta, (1.0,)), settings.rounds, len(rounds.train))
+        assert trial is not None
+        found = rounds.differentiate(trial).matrix / robust(trial.values, trial.scale)
+        back = torch.linalg.pinv(directions(space, theta))
+        part = back.mT @ found @ back / len(ks)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def ship() -> None:
+    """The newest tables of all models as the package's library."""
+    newest = {row["num_steps"]: row for row in rows.read(RESULTS) if not row["leave"]}
+    steps, curvatures = {}, {}
+    for n, row in sorted(newest.items()):
+        models = {name: round(k, 3) for name, (_, k) in row["models"].items()}
+        provenance = {
+            "searched": "jointly, each model's data as if 1 / k as large",
+            "k": models,
+            "budget": row["budget"],
+        }
+        table = replace(
+            Solver.from_dict(row["solver"]), name=f"general/{n}", source="dss_fast.library", provenance=provenance
+        )
+        steps[str(n)] = table.to_dict()
+        curvatures[str(n)] = curvature(table, {name: k for name, (_, k) in row["models"].items()}).float()
+        print(f"N = {n}", flush=True)
+    data = {"source": "dss_fast.library", "library": "python -m benchmarks.library search", "steps": steps}
+    save_file(curvatures, CURVATURES)
+    (SHIPPED / "general.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("search",))
+    parser.add_argument("what", choices=("search", "ship"))
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10])
     parser.add_argument("--leave", nargs="+", default=[], choices=sorted(set(KIND.values())), help="kinds of models")
     parser.add_argument("--models", nargs="+", default=list(KIND), choices=list(KIND))
@@ -129,6 +181,8 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=20_000, help="model evaluations of each round")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.what == "ship":
+        return ship()
     names = [name for name in options.models if KIND[name] not in options.leave]
     for n in options.steps:
         joint(names, n, options.rounds, options.budget, options.seed, leave=sorted(options.leave))

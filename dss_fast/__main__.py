@@ -19,6 +19,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .compare import compare
-from .files import check_writable, write_tensors, write_text
+from .files import check_free, check_writable, sealing, write_tensors, write_text
 from .methods import METHODS as HANDMADE
 from .names import find_solver, printable, solver_names
 from .plots import plot_samples, plot_solver
@@ -168,17 +169,21 @@ def _sample(options: argparse.Namespace) -> None:
     if not tensors and target.decode is None and (len(shape) != 3 or shape[0] not in (1, 3)):
         raise ValueError(f"samples of shape {shape} are no images: give the target a decode, or write .safetensors")
     check_writable(path.parent)
+    check_free(path, "sample", options.overwrite)
     solver = find_solver(options.solver, target.schedule, options.steps)
     if options.steps not in (None, solver.num_steps):
         raise ValueError(f"--steps {options.steps}: {options.solver} has {solver.num_steps}; leave --steps out")
     x = sample(target, options.number, solver, generator=torch.Generator().manual_seed(options.seed))
     assert isinstance(x, Tensor)
     if tensors:
-        write_tensors(path, {"samples": x.cpu()}, {"solver": printable(solver.name), "seed": str(options.seed)})
+        about = {"command": "sample", "solver": printable(solver.name), "seed": str(options.seed)}
+        check_free(path, "sample", options.overwrite)  # it may have come meanwhile
+        write_tensors(path, {"samples": x.cpu()}, about)
     else:
         images = x if target.decode is None else target.decode(x)
         # Blank titles: a number beside a row reads as the class of its samples.
-        plot_samples({" " * k: part for k, part in enumerate(images.split(8))}, path)
+        with sealing(path, "sample", options.overwrite) as file:
+            plot_samples({" " * k: part for k, part in enumerate(images.split(8))}, file)
     _say(f"{options.number} samples of {printable(solver.name or options.solver)} in {printable(path)}")
 
 
@@ -190,6 +195,9 @@ def _check_suffix(path: Path, *suffixes: str) -> None:
 def _compare(options: argparse.Namespace) -> None:
     target, out = load_target(options.model, options.device), Path(options.out)
     check_writable(out)
+    for path in out.iterdir():
+        if re.fullmatch(r"compare(\.txt|\.json|\.png|-samples-\d+\.png)", path.name):
+            check_free(path, "compare", options.overwrite)
     result = compare(
         target,
         options.solvers or DEFAULT_SOLVERS,
@@ -199,21 +207,26 @@ def _compare(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     _say(result)
-    write_text(out / "compare.txt", f"{result}\n")
-    result.save(out / "compare.json")
-    result.plot(out / "compare.png")
-    pictures = ["compare.png"]
+    files: dict[str, Callable[[Path], object]] = {
+        "compare.txt": lambda file: write_text(file, f"{result}\n"),
+        "compare.json": result.save,
+        "compare.png": result.plot,
+    }
     for n in sorted({row.num_steps for row in result.rows}) if target.decode is not None and not result.unseen else ():
         best = [row.solver for row in (result.best(n), result.best(n, searched=True)) if row is not None]
-        pictures.append(result.plot_samples(out / f"compare-samples-{n}.png", best).name)
+        files[f"compare-samples-{n}.png"] = partial(result.plot_samples, solvers=best)
+    for name, write in files.items():
+        with sealing(out / name, "compare", options.overwrite) as file:
+            write(file)
     if result.unseen:
         _say(f"no pictures of samples: {printable(result.unseen)}")
-    _say(f"\nsaved in {printable(out)}: compare.txt, compare.json, {', '.join(pictures)}")
+    _say(f"\nsaved in {printable(out)}: {', '.join(files)}")
 
 
 def _show(options: argparse.Namespace) -> None:
     if options.plot:
         _check_suffix(Path(options.plot), ".png")
+        check_free(options.plot, "show", options.overwrite)
     if options.solver is None:
         print("published:  " + "  ".join(solver_names()))
         print("hand-made:  " + "  ".join(f"{m}/N[@spacing]" for m in HANDMADE))
@@ -231,7 +244,9 @@ def _show(options: argparse.Namespace) -> None:
         if values is not None:
             print(f"  {key}: " + " ".join(f"{v:.5f}" for v in values))
     if options.plot:
-        _say(f"picture in {printable(plot_solver(solver, options.plot))}")
+        with sealing(options.plot, "show", options.overwrite) as file:
+            plot_solver(solver, file)
+        _say(f"picture in {printable(options.plot)}")
 
 
 def _say(text: object) -> None:
@@ -302,6 +317,10 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--device", type=_device, default=None, help="cpu, cuda, ... (default: the model's)")
         return sub
 
+    def overwrites(sub: argparse.ArgumentParser) -> None:
+        text = "write over files of these names that this command did not write, or that were changed since"
+        sub.add_argument("--overwrite", action="store_true", help=text)
+
     sub = command("search", _search, "search a solver for a model", "out")
     sub.add_argument("--steps", type=_steps, default=[10], help="numbers of steps, as in 5,8,10")
     sub.add_argument("--method", choices=METHODS, default="gauss_newton", help="how to search; lion is the paper's")
@@ -321,17 +340,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=_count, default=None, help="N, when the name has none")
     sub.add_argument("-n", "--number", type=_count, default=32, help="samples to draw (default 32)")
 
+    overwrites(sub)
+
     sub = command("compare", _compare, "solvers side by side on a model", "out")
     sub.add_argument("solvers", nargs="*", help="names or JSON files; by default the usual hand-made ones")
     sub.add_argument("--steps", type=_steps, default=[5, 10], help="for names without /N (default 5,10)")
     sub.add_argument("--samples", type=_count, default=None, help="to measure on (default 256, or by --budget)")
     sub.add_argument("--budget", type=_count, default=None, help="most model evaluations, of the rivals too")
     sub.set_defaults(seed=20_000)
+    overwrites(sub)
 
     sub = command("show", _show, "print a solver, or list those that exist")
     sub.add_argument("solver", nargs="?")
     sub.add_argument("--family", choices=("flow", "vp"), default="flow", help="for hand-made names")
     sub.add_argument("--plot", help="also draw it here (PNG)")
+    overwrites(sub)
     return parser
 
 

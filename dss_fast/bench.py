@@ -95,6 +95,9 @@ class Bench:
                 f"{self.schedule!r} the model's schedule?"
             ) from error
         self.reference = self._measure_of(last, real_features)
+        real, width = self.reference.real, self.reference.features.shape[1]
+        if real is not None and real.shape[1] != width:
+            raise ValueError(f"real_features has {real.shape[1]} columns; the features of a sample here are {width}")
         self.scale = math.sqrt(float(last.double().square().mean()))
         self.floor = self.reference.distances()
 
@@ -121,6 +124,8 @@ class Bench:
         labels = self.target.labels
         try:
             asked = None if labels is None else torch.cat([labels(_copied(batch.cond)) for batch in self.batches]).cpu()
+            if asked is not None and asked.is_floating_point() and bool(asked.isnan().any()):
+                raise ValueError(f"labels returned NaN for {int(asked.isnan().sum())} of {len(asked)} samples")
             return Reference(self.target, last, asked, real_features)
         except Exception as error:
             what = f"{type(error).__name__}: {shortened(error)}"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .bench import CHECKED, COARSER, Bench, Row
+from .denoiser import not_finite
 from .distance import three_digits
 from .draws import Draws
 from .files import shortened, write_json
@@ -226,6 +227,8 @@ def compare(
     for name, value in (("samples", samples), ("budget", budget), ("batch_size", batch_size)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name}={value!r}: give a whole number from 1")
+    if real_features is not None:
+        _check_real(real_features)
     named = _expand(solvers, draws.schedule, num_steps)
     if not named:
         raise ValueError("no solvers to compare")
@@ -249,6 +252,14 @@ def compare(
     rows, found = [run.row for run in bench.runs.values()], [verdict for verdict in verdicts if verdict is not None]
     reach = bench.reference.reach if bench.reference.classes is None else None
     return Comparison(rows, found, bench.evaluations, calls, reach, *_images(bench))
+
+
+def _check_real(features: Any) -> None:
+    if not isinstance(features, Tensor) or features.ndim != 2 or not features.is_floating_point():
+        got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(f"real_features: {got}; give floats (R, F), a row for each real sample")
+    if bad := not_finite(features):
+        raise ValueError(f"real_features: {bad} of {len(features)} rows hold NaN or Inf")
 
 
 def _images(bench: Bench) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:

@@ -11,8 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from .modes import readable
 
 CALLED = "model(x (B, *S), t (B,), **cond)"
 TIMES = ("t", "ts", "time", "times", "timestep", "timesteps", "sigma", "sigmas")
@@ -35,7 +38,9 @@ class Denoiser:
     guided_channels: guide only the first channels of a sample, as DiT does with 3 of 4: the unconditional rows get
         the conditional ones' other channels, where guidance then changes nothing. None: all.
     check_finite: raise FloatingPointError when the output holds NaN or Inf. Reads one number back from
-        the device per call. None: on the CPU only.
+        the device per call. None: on the CPU only, and not where values cannot be read (torch.export, vmap, meta).
+        Where it looks, the first call is also compared with what it was given: a write through ``x.data`` or NumPy
+        counts no version, which is what later calls are checked by.
 
     nfe: network evaluations per sample so far; a doubled call counts 2.
     """
@@ -54,6 +59,7 @@ class Denoiser:
         self.nfe = 0
         self._cond, self._uncond = dict(cond or {}), dict(uncond or {})
         self._doubled: dict[str, Any] | None = None
+        self._held: dict[str, Tensor | np.ndarray] | None = None
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self._dtype = parameter.dtype if parameter is not None and parameter.is_floating_point() else None
         _check_signature(model, {**self._cond, **self._uncond})
@@ -75,22 +81,33 @@ class Denoiser:
         # An inference tensor counts no versions, so that a write into it would pass unseen: the model gets copies.
         own = x.is_inference() and not self.guided
         given = {"x": x.to(self._dtype or x.dtype, copy=own), "t": t.clone() if own else t, **cond}
-        rows = {k: v for k, v in given.items() if isinstance(v, Tensor) and v.ndim and len(v) == len(x)}
-        before = {} if torch.compiler.is_compiling() else versions(rows)
+        held = self._held if self._held is not None else tensors_in(cond)
+        self._held = held if cond is self._doubled else None
+        passed = (
+            held if own or self.guided else {"x": given["x"], "t": given["t"], **held}
+        )  # of x and t copies are fair
+        looks = self.looks(x)
+        copies = copied(passed) if looks and self.nfe == 0 else {}
+        held = {"x": given["x"], "t": given["t"], **held}
+        before = {} if torch.compiler.is_compiling() else versions(held)
         try:
             returned: Any = self.model(given["x"], given["t"], **cond)
         except Exception as error:
             error.add_note(f"called as model({', '.join(_described(k, v) for k, v in given.items())})")
             raise
-        check_untouched(rows, before)
-        tensor = returned[0] if isinstance(returned, tuple) and returned else getattr(returned, "sample", returned)
-        self._check(tensor, x, t)
+        check_untouched(held, before, copies)
+        tensor = output_of(returned)
+        self._check(tensor, x, t, looks)
         output: Tensor = tensor
         self.nfe += 2 if self.guided else 1
         if self.guided and channels is not None:
             uncond, guided = output.chunk(2)
             output = torch.cat([torch.cat([uncond[:, :channels], guided[:, channels:]], 1), guided])
         return output
+
+    def looks(self, x: Tensor) -> bool:
+        """Whether values are read back from the device, to be checked."""
+        return self.check_finite or (self.check_finite is None and x.device.type == "cpu" and readable(x))
 
     def _arguments(self, x: Tensor) -> dict[str, Any]:
         """The keyword arguments of a call, made once, or anew for each call when a condition is differentiated."""
@@ -111,7 +128,7 @@ class Denoiser:
             self._doubled = arguments
         return arguments
 
-    def _check(self, output: Any, x: Tensor, t: Tensor) -> None:
+    def _check(self, output: Any, x: Tensor, t: Tensor, looks: bool) -> None:
         if not isinstance(output, Tensor) or output.shape != x.shape or not output.is_floating_point():
             got = "an empty tuple" if output == () else type(output).__name__
             if isinstance(output, Tensor):
@@ -120,15 +137,12 @@ class Denoiser:
                 f"the model returned {got} for an input of {tuple(x.shape)}; called as {CALLED}, it must return "
                 "floats of x's shape (a model that also predicts variances needs a wrapper that drops them)"
             )
-        if self.check_finite or (self.check_finite is None and x.device.type == "cpu"):
+        if looks:
             detached = output.detach()
-            # One sum is 3x cheaper than isfinite().all(); a sum that overflows is settled by the count.
-            if not detached.sum(dtype=torch.float32).isfinite():
-                bad = int((~detached.isfinite()).flatten(1).any(1).sum()) if detached.numel() else 0
-                if bad:
-                    raise FloatingPointError(
-                        f"the model returned NaN or Inf for {bad} of {len(x)} samples at time {float(t[0]):.6g}"
-                    )
+            if bad := not_finite(detached):
+                raise FloatingPointError(
+                    f"the model returned NaN or Inf for {bad} of {len(x)} samples at time {float(t[0]):.6g}"
+                )
             if self.guided and self.nfe == 0 and len(x) and self._cond:
                 uncond, cond = detached.chunk(2)
                 if torch.equal(uncond, cond):
@@ -196,18 +210,68 @@ def _check_signature(model: Callable[..., Any], arguments: Mapping[str, Any]) ->
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
+def not_finite(x: Tensor) -> int:
+    """How many of the samples x (B, *S) hold NaN or Inf."""
+    # One sum is 3x cheaper than isfinite().all(); a sum that overflows is settled by the count.
+    if x.numel() == 0 or bool(x.sum(dtype=torch.float32).isfinite()):
+        return 0
+    return int((~x.isfinite()).flatten(1).any(1).sum())
+
+
+def output_of(returned: Any) -> Any:
+    """What counts of what a model returned: the first of a tuple, or the attribute ``sample``, or all of it."""
+    return returned[0] if isinstance(returned, tuple) and returned else getattr(returned, "sample", returned)
+
+
+def tensors_in(values: Mapping[Any, Any], name: str = "{}", depth: int = 3) -> dict[str, Tensor | np.ndarray]:
+    """Tensors and arrays by name, also those in lists, tuples and dicts."""
+    found: dict[str, Tensor | np.ndarray] = {}
+    for key, value in values.items():
+        if isinstance(value, Tensor | np.ndarray):
+            found[name.format(key)] = value
+        elif depth and value and isinstance(value, Mapping | list | tuple):
+            inner, parts = name.format(key).replace("{", "{{").replace("}", "}}"), value
+            parts = value if isinstance(value, Mapping) else dict(enumerate(value))
+            found |= tensors_in(parts, f"{inner}[{{!r}}]", depth - 1)
+    return found
+
+
 def versions(tensors: Mapping[str, Any]) -> dict[str, int]:
     """How often each tensor was written into so far; inference tensors do not count that."""
     return {k: v._version for k, v in tensors.items() if isinstance(v, Tensor) and not v.is_inference()}
 
 
-def check_untouched(tensors: Mapping[str, Any], before: Mapping[str, int]) -> None:
-    """Raises ValueError naming a tensor that a model has written into."""
-    for name, version in before.items():
-        if tensors[name]._version != version:
+def copied(tensors: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor | np.ndarray]:
+    """Copies to compare with later, of what holds its values one by one."""
+    found: dict[str, Tensor | np.ndarray] = {}
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            found[name] = value.copy()
+        elif value.layout == torch.strided and not (value.is_nested or value.is_quantized) and readable(value):
+            found[name] = value.detach().clone()
+    return found
+
+
+def check_untouched(
+    tensors: Mapping[str, Any], before: Mapping[str, int], copies: Mapping[str, Tensor | np.ndarray] | None = None
+) -> None:
+    """Raises ValueError naming a tensor that a model has written into since its version, or its copy, was taken."""
+    for name in (*before, *(copies or ())):
+        counted = name in before and tensors[name]._version != before[name]
+        if counted or (copies and name in copies and not _same(tensors[name], copies[name])):
             raise ValueError(
                 f"the model writes into {name}, which is not its own and is read again: let it work on {name}.clone()"
             )
+
+
+def _same(first: Tensor | np.ndarray, second: Tensor | np.ndarray) -> bool:
+    """Whether all values are equal, NaN to NaN."""
+    if isinstance(first, np.ndarray) or isinstance(second, np.ndarray):
+        return first.tobytes() == second.tobytes() if first.dtype != object else True  # type: ignore[union-attr]
+    first = first.detach()
+    if torch.equal(first, second):
+        return True
+    return bool(((first == second) | ((first != first) & (second != second))).all())
 
 
 @contextmanager
@@ -258,6 +322,11 @@ def modules_of(model: Any, depth: int = 3) -> list[nn.Module]:
         return [model]
     if depth == 0 or isinstance(model, type | types.ModuleType):
         return []
+    return [module for item in _held_by(model) for module in modules_of(item, depth - 1)]
+
+
+def _held_by(model: Any) -> list[Any]:
+    """What a callable that is no module holds, in an order of its own."""
     held: list[Any] = []
     if isinstance(model, functools.partial):
         held = [model.func, *model.args, *model.keywords.values()]
@@ -265,10 +334,37 @@ def modules_of(model: Any, depth: int = 3) -> list[nn.Module]:
         held = [model.__self__]
     elif isinstance(model, types.FunctionType):
         held = [cell.cell_contents for cell in model.__closure__ or () if cell != types.CellType()]  # not empty yet
-        held += [v for v in (model.__globals__.get(n) for n in model.__code__.co_names) if isinstance(v, nn.Module)]
+        named = [model.__globals__.get(name) for name in model.__code__.co_names]
+        held += [value for value in named if isinstance(value, nn.Module | Tensor)]
     elif callable(model):
         held = list(getattr(model, "__dict__", {}).values())
-    return [module for item in held for module in modules_of(item, depth - 1)]
+    return held
+
+
+def state_of(model: Any) -> dict[str, Tensor]:
+    """The tensors that a callable and its modules hold, by name: parameters, buffers, attributes, those of closures."""
+    found = _tensors_of(model, "held", 3)
+    seen: set[int] = set()
+    for number, module in enumerate(modules_of(model)):
+        for path, part in module.named_modules(prefix=f"{number}"):
+            if id(part) in seen:
+                continue
+            seen.add(id(part))
+            # What torch.compile wraps is the same model.
+            path = path.replace("._orig_mod", "")
+            held = {**part._parameters, **part._buffers, **vars(part)}
+            found |= {f"{path}.{key}": value for key, value in held.items() if isinstance(value, Tensor)}
+    return found
+
+
+def _tensors_of(model: Any, path: str, depth: int) -> dict[str, Tensor]:
+    if isinstance(model, nn.Module | type | types.ModuleType) or depth == 0:
+        return {}
+    found: dict[str, Tensor] = {}
+    for number, item in enumerate(_held_by(model)):
+        name = f"{path}.{number}"
+        found |= {name: item} if isinstance(item, Tensor) else _tensors_of(item, name, depth - 1)
+    return found
 
 
 def undonated() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -185,8 +186,13 @@ class Reference:
     def _classes(self, x: Tensor) -> Tensor | None:
         """(n,) on the CPU."""
         classify = self.target.classify
-        return (
-            None
-            if classify is None
-            else torch.cat([classify(part.clone()).argmax(-1) for part in x.split(CHUNK)]).cpu()
-        )
+        if classify is None:
+            return None
+        logits = torch.cat([classify(part.clone()) for part in x.split(CHUNK)]).cpu()
+        unread = logits.isnan().any(-1)  # argmax would take NaN for a class
+        if bool(unread.any()):
+            text = f"classify returned NaN for {int(unread.sum())} of {len(x)} samples"
+            if not hasattr(self, "classes"):
+                raise ValueError(text)
+            warnings.warn(f"{text}: they count as switched, and as read wrongly", stacklevel=4)
+        return logits.argmax(-1).masked_fill(unread, -1)

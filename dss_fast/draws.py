@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .schedule import Flow, Schedule
+from .schedule import Flow, Schedule, check_path
 from .target import Model, Samples, Target
 
 
@@ -33,10 +33,12 @@ class Draws:
     def of(cls, targets: Target | Sequence[Target], seed: int = 0) -> Draws:
         """For the processes there are; a target without a schedule gets the paper's flow.
 
-        Raises ValueError for targets of several schedules, dtypes or devices.
+        Raises ValueError for targets of several schedules, dtypes or devices, and for a schedule without numbers.
         """
         given = [targets] if isinstance(targets, Target) else list(targets)
         target, *others = [t if t.schedule is not None else replace(t, schedule=Flow()) for t in given]
+        for one in (target, *others):
+            check_path(one.schedule or Flow(), torch.linspace(0, 1, 33, dtype=torch.float64))
         for other in others:
             for word in ("schedule", "dtype", "home"):
                 mine, found = getattr(target, word), getattr(other, word)

@@ -9,8 +9,10 @@ import hashlib
 import json
 import os
 import re
+import struct
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +45,61 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def sealing(path: str | os.PathLike[str], command: str, overwrite: bool) -> Iterator[Path]:
+    """A temporary file to write into, as in :func:`replacing`, which becomes a command's PNG, JSON or text file.
+
+    It gets a seal, by which :func:`check_free` knows it. Raises FileExistsError as that does.
+    """
+    check_free(path, command, overwrite)
+    with replacing(path) as temporary:
+        yield temporary
+        content = temporary.read_bytes()
+        at = len(content) - _AFTER_SEAL[Path(path).suffix]
+        seal = _seal(Path(path).suffix, command, content)
+        temporary.write_bytes(content[:at] + seal + content[at:])
+
+
+def check_free(path: str | os.PathLike[str], command: str, overwrite: bool) -> None:
+    """Raises FileExistsError where a command may not write: a link, a folder, a pipe, and, without ``overwrite``, a
+    file that this command did not write, or that was changed since."""
+    path = Path(path)
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_file():
+        what = "a link" if path.is_symlink() else "no file"
+        raise FileExistsError(f"{path} is {what}, which is never written over; move it, or choose another name")
+    if not overwrite and not _is_sealed(path, command):
+        raise FileExistsError(
+            f"{path} is there, and not as {command} wrote it; move it, choose another name, or give --overwrite"
+        )
+
+
+def _is_sealed(path: Path, command: str) -> bool:
+    if path.suffix == ".safetensors":
+        try:
+            return read_tensors(path)[1].get("command") == command
+        except ValueError:
+            return False
+    content, after = path.read_bytes(), _AFTER_SEAL.get(path.suffix, 0)
+    length = len(_seal(path.suffix, command, b""))
+    at = len(content) - after - length
+    body = content[: max(at, 0)] + content[len(content) - after :]
+    return at >= 0 and content[at : at + length] == _seal(path.suffix, command, body)
+
+
+_AFTER_SEAL = {".png": 12, ".json": len("\n}\n"), ".txt": 0}  # bytes behind it; a PNG ends with an empty chunk
+
+
+def _seal(suffix: str, command: str, content: bytes) -> bytes:
+    """A digest of a file's content as a part of it: a PNG's chunk of text, a last entry of JSON, a last line."""
+    digest = hashlib.blake2b(content, digest_size=16, person=command.encode()).hexdigest().encode()
+    if suffix == ".png":
+        chunk = b"tEXtdss_fast\0" + digest
+        return struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return b',\n "seal": "%s"' % digest if suffix == ".json" else b"seal %s\n" % digest
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .files import shortened
-from .schedule import Flow, Schedule, inverse
+from .schedule import Flow, Schedule, check_path, inverse
 from .solver import ROW_SUM_TOLERANCE, Solver
 
 SPACINGS = ("uniform", "lambda", "karras")
@@ -55,6 +55,7 @@ def handmade(
     schedule = Flow() if schedule is None else schedule
     if method not in METHODS:
         raise ValueError(f"no hand-made solver is called {method!r}; there are {', '.join(METHODS)}")
+    check_path(schedule, torch.linspace(0, 1, 33, dtype=torch.float64))
     if timesteps is None:
         if num_steps is None:
             raise ValueError("give num_steps, or the timesteps themselves")
@@ -65,6 +66,7 @@ def handmade(
     n = len(u) - 1
     label = f"{method}/{n}" + (f"@{spacing}" if spacing != "uniform" else "")
     alpha, sigma = schedule.alpha_sigma(u)
+    check_path(schedule, u)
     before, after = sigma[:-1] * alpha[1:], sigma[1:] * alpha[:-1]
     steps = ((before - after).abs() > RESTING * before).nonzero()[:, 0]
     # Where the noise stays what it is (beyond VP's t_end, at entries of a table that are equal) a step moves nothing,

@@ -51,3 +51,17 @@ def traced(*tensors: Tensor) -> bool:
     fake: then only what is made here may meet them, and nothing made here may be kept."""
     modes = torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
     return modes or any(hasattr(tensor, "fake_mode") for tensor in tensors)
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether the host may look at a tensor's values here: not where only shapes are known, where what is done is
+    written down for other values, and not under vmap, where one tensor stands for many."""
+    if tensor.is_meta or torch.compiler.is_exporting() or torch._is_functional_tensor(tensor):
+        return False
+    above = torch._C._functorch.get_interpreter_stack() if torch._C._functorch.peek_interpreter_stack() else None
+    if any(layer.key() not in _READABLE for layer in above or ()):
+        return False
+    return not (torch._C._len_torch_dispatch_stack() > 0 or hasattr(tensor, "fake_mode"))
+
+
+_READABLE = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)

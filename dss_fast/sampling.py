@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .denoiser import Denoiser, naming_step
+from .denoiser import Denoiser, naming_step, not_finite
 from .graph import replay, signature
 from .names import find_solver
 from .schedule import Schedule
@@ -63,7 +63,8 @@ def sample(
     callback: called after each step with a dict of step, num_steps, u (reached), x, x0 (preview), which it may keep.
     return_trajectory: also return the states x_0..x_N, (N + 1, B, *S).
     history_dtype: storage of the predictions; the state's dtype by default. Sums are in float32.
-    check_finite: raise when the model returns NaN or Inf. None: on the CPU only, where it costs no sync.
+    check_finite: raise when the noise, what the model returns or the sample holds NaN or Inf. None: on the CPU only,
+        where it costs no sync, and only where values can be read, which they cannot under torch.export or vmap.
     backend: of the step, see :func:`dss_fast.step.multistep_step`.
     cuda_graph: capture all N steps, model included, at the first call and replay them at later ones with
         new noise and conditions, from any thread and stream. Runs eagerly, with a warning that says why, where that
@@ -92,6 +93,9 @@ def sample(
         return _replay(target, x, table, now, null, history_dtype, backend)
 
     denoise = Denoiser(target.model, now, null, guided_channels=target.guided_channels, check_finite=check_finite)
+    looks = denoise.looks(x)
+    if looks and (bad := not_finite(x)):
+        raise FloatingPointError(f"the noise holds NaN or Inf in {bad} of {len(x)} samples")
     trajectory = [x] if return_trajectory else None
     run = steps(denoise, x, table, history_dtype, backend, reuse=not return_trajectory and callback is None)
     for i, state, history in run:
@@ -99,6 +103,11 @@ def sample(
             trajectory.append(state)
         if callback is not None:
             callback(_report(i, found, target.schedule or found.schedule, state, history))
+    if looks and (bad := not_finite(state)):
+        raise FloatingPointError(
+            f"{bad} of {len(x)} samples ended in NaN or Inf, and every output of the model was finite: "
+            f"{found.label} is too much for {x.dtype}"
+        )
     return state if trajectory is None else (state, torch.stack(trajectory))
 
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from .files import shortened
 from .modes import outside_modes
 
 PREDICTION_TYPES = ("epsilon", "velocity", "v_prediction", "x0")
@@ -255,24 +256,27 @@ class DiscreteVP(Schedule):
     @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float], **options: Any) -> DiscreteVP:
         """The schedule of a table of betas: alphas_cumprod = cumprod(1 - beta)."""
-        betas = torch.as_tensor(betas, dtype=torch.float64)
+        betas = torch.tensor(_floats("betas", betas), dtype=torch.float64)  # type: ignore[arg-type]  # of either kind
         return cls(tuple(torch.cumprod(1 - betas, 0).tolist()), **options)
 
     @classmethod
     def linear(cls, num: int = 1000, start: float = 1e-4, end: float = 0.02, **options: Any) -> DiscreteVP:
         """The schedule whose betas rise linearly, DDPM's and DiT's (arXiv 2006.11239)."""
+        _check_betas(num, start, end)
         betas = torch.linspace(start, end, num, dtype=torch.float64)
         return cls.from_betas(betas, **{"name": "linear", **options})
 
     @classmethod
     def scaled_linear(cls, num: int = 1000, start: float = 0.00085, end: float = 0.012, **options: Any) -> DiscreteVP:
         """The schedule whose betas have linearly rising square roots, Stable Diffusion's (arXiv 2112.10752)."""
+        _check_betas(num, start, end)
         betas = torch.linspace(start**0.5, end**0.5, num, dtype=torch.float64) ** 2
         return cls.from_betas(betas, **{"name": "scaled_linear", **options})
 
     @classmethod
     def cosine(cls, num: int = 1000, max_beta: float = 0.999, **options: Any) -> DiscreteVP:
         """The schedule whose alphas_cumprod are a squared cosine, betas capped at ``max_beta`` (arXiv 2102.09672)."""
+        _check_betas(num)
         t = torch.arange(num + 1, dtype=torch.float64) / num
         bar = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
         return cls.from_betas((1 - bar[1:] / bar[:-1]).clamp_max(max_beta), **{"name": "cosine", **options})
@@ -410,11 +414,23 @@ def path_difference(mine: Schedule, other: Schedule, u: Tensor) -> str | None:
     Compares alpha and sigma to ``SAME_PATH``; what the networks return and are told does not matter.
     """
     for name, a, b in zip(("alpha", "sigma"), mine.alpha_sigma(u), other.alpha_sigma(u), strict=True):
-        apart = (a - b).abs() > SAME_PATH
+        apart = ~((a - b).abs() <= SAME_PATH)  # NaN is apart from all
         if bool(apart.any()):
             i = int(apart.nonzero()[0])
             return f"{name} at u = {float(u[i]):.6g} is {float(a[i]):.6g} there and {float(b[i]):.6g} here"
     return None
+
+
+def check_path(schedule: Schedule, u: Tensor) -> None:
+    """Raises ValueError where a schedule has no alpha or sigma; NaN would pass for noise that rests."""
+    for name, values in zip(("alpha", "sigma"), schedule.alpha_sigma(u), strict=True):
+        bad = (~values.isfinite()).nonzero()
+        if len(bad):
+            i = int(bad[0])
+            raise ValueError(
+                f"{name} is {float(values[i])} at u = {float(u[i]):.6g} of {shortened(repr(schedule))}: a schedule's "
+                "alpha and sigma must be finite from u = 0 to 1"
+            )
 
 
 def inverse(rising: Callable[[Tensor], Tensor], targets: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -439,6 +455,14 @@ def _check_interface(schedule: Any) -> None:
         )
     if schedule.convention not in CONVENTIONS:
         raise ValueError(f"convention={schedule.convention!r}: choose 'paper' or 'diffusers'")
+
+
+def _check_betas(num: int, *ends: float) -> None:
+    if isinstance(num, bool) or not isinstance(num, int) or num < 2:
+        raise ValueError(f"num={num!r}: give a whole number of betas from 2")
+    for name, beta in zip(("start", "end"), ends, strict=False):
+        if not isinstance(beta, int | float) or not 0 < beta < 1:
+            raise ValueError(f"{name}={beta!r}: a beta is above 0 and below 1")
 
 
 def _check_positive(schedule: Any, *keys: str) -> None:

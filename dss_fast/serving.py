@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .denoiser import check_untouched, versions
+from .denoiser import check_untouched, copied, output_of, tensors_in, versions
 from .names import find_solver
 from .schedule import Schedule
 from .solver import Solver
@@ -33,8 +33,10 @@ class Batch:
     A tick calls model(x, t, **cond) -> (places, *S), or the guided pair, unconditional rows first, once for all places
     and takes one step of each. When the model raises, nothing has happened and the tick can be tried again. Which
     places finish is known on the host from the solvers' lengths: nothing waits for the device, but for
-    ``check_finite``. A request gets the bits it would get alone, if the model gives every row the bits it would get
-    alone. One whose state is NaN or Inf ends with that step, and :meth:`retire` raises what became of it.
+    ``check_finite``. When the model has written into states or conditions, the running requests are lost: they end with
+    that tick, and :meth:`retire` says so. A request gets the bits it would get alone, if the model gives every row the
+    bits it would get alone. One whose state is NaN or Inf ends with that step, and :meth:`retire` raises what became of
+    it.
 
     Shapes and addresses never change, so a compiled model, or a whole tick without its count, stays as it is:
 
@@ -50,8 +52,8 @@ class Batch:
     cond: the model's keyword arguments, tensors with a row for each place, which :meth:`admit` fills.
     schedule: the model's, which all solvers must fit. None: that of the first solver admitted.
     history_dtype: storage of the predictions, by default that of the states.
-    check_finite: look for NaN and Inf after each step, which reads a number a place back from the device. None: on the
-        CPU only.
+    check_finite: look for NaN and Inf after each step, which reads a number a place back from the device, and compare
+        what the first tick gave to the model with what it was. None: on the CPU only.
 
     Raises ValueError for what does not fit.
     """
@@ -88,7 +90,8 @@ class Batch:
         self._left: list[int | None] = [None] * places  # steps to go; 0 is finished, None is free
         self._guided: set[int] = set()  # running places with a guidance scale
         self._needs_pair = False  # whether there are any: one boolean, which a compiler can check
-        self._failed: dict[int, int] = {}  # place -> the steps it had to go when its state was NaN or Inf
+        self._failed: dict[int, str] = {}  # place -> what became of its request
+        self._compared = False  # whether a tick has been compared with what it was given
         self._lock = threading.Lock()
 
     @property
@@ -122,6 +125,10 @@ class Batch:
         steps, cond = found.num_steps, cond or {}
         if steps > self.max_steps:
             raise ValueError(f"the solver takes {steps} steps, this batch at most {self.max_steps}; raise max_steps")
+        if not isinstance(noise, Tensor):
+            raise ValueError(f"noise is {type(noise).__name__}; give a tensor of shape {tuple(self.x.shape[1:])}")
+        if not isinstance(cond, Mapping):
+            raise ValueError(f"cond={str(cond)[:60]!r}: give a dict of the model's keyword arguments")
         if noise.shape != self.x.shape[1:]:
             raise ValueError(f"noise has shape {tuple(noise.shape)}; one sample here is {tuple(self.x.shape[1:])}")
         if not noise.is_floating_point():
@@ -164,14 +171,42 @@ class Batch:
         returns no pair for a request with a guidance scale.
         """
         with self._lock:
-            given = {"x": self.x, **self.cond}
-            before = versions(given)
-            output = model(self.x, self.times(), **self.cond)
-            check_untouched(given, before)
-            return self.step(output)
+            given = {"x": self.x, **tensors_in(self.cond)}
+            before, copies = versions(given), {}
+            if self.check_finite and not self._compared:
+                copies = copied(given)
+            try:
+                output = model(self.x, self.times(), **self.cond)
+            except Exception as error:
+                self._lose_where_written(given, before, copies, error)
+                raise
+            self._lose_where_written(given, before, copies)
+            finished = self.step(output)
+            self._compared = True
+            return finished
 
-    def step(self, output: Tensor) -> list[int]:
-        """Takes one step of every running place in one launch. output: (places, *S), or the guided pair.
+    def _lose_where_written(
+        self,
+        given: Mapping[str, Any],
+        before: Mapping[str, int],
+        copies: Mapping[str, Any],
+        cause: Exception | None = None,
+    ) -> None:
+        """Ends all running requests where a model has written into what they are read from, and raises ValueError."""
+        try:
+            check_untouched(given, before, copies)
+        except ValueError as error:
+            for place in self.running:
+                self._failed[place] = f"{error}; of what it held nothing is left to go on from"
+                self._left[place] = 0
+                self.index[place] = self.max_steps
+            self._guided.clear()
+            self._needs_pair = False
+            raise error from cause
+
+    def step(self, output: Any) -> list[int]:
+        """Takes one step of every running place in one launch. output: (places, *S), or the guided pair; of a tuple
+        the first counts, of an object its ``sample``.
 
         Returns the places that have just finished. Raises ValueError as :meth:`tick` does.
         """
@@ -179,8 +214,17 @@ class Batch:
         return self.count()
 
     @torch.no_grad()
-    def advance(self, output: Tensor) -> None:
+    def advance(self, output: Any) -> None:
         """The part of a step that is on the device: nothing of it depends on the host."""
+        output = output_of(output)
+        places, sample = len(self.x), tuple(self.x.shape[1:])
+        fits = isinstance(output, Tensor) and output.is_floating_point()
+        if not fits or tuple(output.shape) not in ((places, *sample), (2 * places, *sample)):
+            got = f"{output.dtype} {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"the model returned {got}; it must return floats of shape {(places, *sample)}, or for the guided pair "
+                f"{(2 * places, *sample)}, unconditional rows first"
+            )
         if self._needs_pair and len(output) == len(self.x):
             raise ValueError(
                 f"the model returned {len(output)} rows, and requests with a guidance scale are running: it must "
@@ -196,7 +240,12 @@ class Batch:
         if self.check_finite:
             sound = self.x.isfinite().flatten(1).all(1).tolist()
             for place in [place for place, left in enumerate(before) if left and not sound[place]]:
-                self._failed[place], self._left[place] = before[place] or 0, 0
+                steps = int(self._steps[place])
+                self._failed[place] = (
+                    f"its state held NaN or Inf after step {steps - (before[place] or 0)} of {steps} (of its noise, or "
+                    "of the model); the others go on"
+                )
+                self._left[place] = 0
                 self.index[place] = self.max_steps
         finished = [place for place, left in enumerate(before) if left and not self._left[place]]
         self._guided.difference_update(finished)
@@ -220,11 +269,7 @@ class Batch:
             self._guided.discard(place)
             self._needs_pair = bool(self._guided)
             if place in self._failed:
-                steps = int(self._steps[place])
-                raise FloatingPointError(
-                    f"the request at place {place} has failed: its state held NaN or Inf after step "
-                    f"{steps - self._failed.pop(place)} of {steps} (of its noise, or of the model); the others go on"
-                )
+                raise FloatingPointError(f"the request at place {place} has failed: {self._failed.pop(place)}")
             return self.x[place].clone()
 
 
@@ -242,6 +287,11 @@ def _row(key: str, value: Any, own: Tensor) -> Tensor:
         raise ValueError(f"cond[{key!r}] has shape {tuple(given.shape)}, not {tuple(own.shape[1:])}")
     row = given.to(own)
     rounded = plain and given.is_floating_point() and own.is_floating_point()
+    if rounded and bool((given.isfinite() & (given.abs() > torch.finfo(own.dtype).max)).any()):
+        raise ValueError(
+            f"cond[{key!r}]={str(value)[:60]} is more than this batch's rows of {own.dtype} hold, "
+            f"{torch.finfo(own.dtype).max:g}: make the batch with rows of another dtype"
+        )
     if given.dtype != own.dtype and not rounded:
         back = row.to(given.device, given.dtype)
         if not bool(((back == given) | ((back != back) & (given != given))).all()):  # NaN stays NaN

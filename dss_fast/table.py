@@ -209,20 +209,33 @@ def _made(
     solver = solver.following(schedule) if strict else solver
     table = StepTable.build(solver.on(schedule, strict=False), **solver.tensors())
     table = table if guidance is None or guidance == 1 else table.guided(guidance)
-    return table.to("cpu", real)
+    table = table.to("cpu", real)
+    sound = table.weights.isfinite().flatten(2).all(2)[0] & table.times.isfinite()
+    if not bool(sound.all()):
+        raise ValueError(
+            f"step {int((~sound).nonzero()[0])} of {solver.label} on {schedule or solver.schedule!r} has numbers that "
+            f"are no finite {real}: see that alpha, sigma and time are finite from u = 0 to 1"
+        )
+    return table
 
 
 def guidance_table(scale: Guidance, rows: int, num_steps: int) -> float | tuple[float, ...] | Tensor:
     """The guidance scale of ``rows`` samples as :meth:`StepTable.guided` takes it.
 
     A number stays one and N numbers a tuple, whose tables are kept. Else a tensor (N,), (B, 1) or (B, N); a tensor (B,)
-    is per sample unless N = B is per step. Raises ValueError on any other shape.
+    is per sample unless N = B is per step. Raises ValueError on any other shape, and for what is no number.
     """
     if isinstance(scale, int | float):
         return scale
     if isinstance(scale, list | tuple) and len(scale) == num_steps and all(isinstance(s, int | float) for s in scale):
         return tuple(map(float, scale))
-    table = torch.as_tensor(scale, dtype=torch.float64)
+    try:
+        table = torch.as_tensor(scale, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"guidance_scale={str(scale)[:60]!r} of type {type(scale).__name__}: give a number, {num_steps} numbers "
+            "(one per step), or a tensor"
+        ) from None
     per_sample = isinstance(scale, Tensor) and table.shape == (rows,)
     if table.shape == (num_steps,) and not (per_sample and rows != num_steps):
         return table

@@ -140,8 +140,13 @@ class Target:
             noise = torch.randn(count, *self.shape, generator=generator, dtype=torch.float64)
         else:
             noise = self.noise(count, generator)
+            if not isinstance(noise, Tensor) or not noise.is_floating_point():
+                got = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
+                raise ValueError(f"noise({count}, generator) returned {got}; give a tensor of floats")
             if tuple(noise.shape) != (count, *self.shape):
                 raise ValueError(f"noise({count}, generator) returned {tuple(noise.shape)}, not {(count, *self.shape)}")
+            if not noise.is_meta and not bool(noise.isfinite().all()):
+                raise ValueError(f"noise({count}, generator) returned NaN or Inf")
         cond = self.cond(count, generator) if callable(self.cond) else dict(self.cond or {})
         scale = None
         if isinstance(self.guidance_scale, tuple):

@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 
-from dss_fast import Solver, find_solver
+from dss_fast import Solver, compare, find_solver
 from dss_fast.__main__ import load_target, main
 from dss_fast.files import read_tensors
 
@@ -76,7 +77,7 @@ def test_search_sample_compare_show(folder, capsys):
     names = {row["solver"] for row in saved["rows"]}
     assert names == {"searched/3", "euler/3", "ab2/3", verdict["best"]} and (folder / "cmp" / "compare.png").exists()
     assert f"searched/3 against {verdict['best']}, the best of all {verdict['known']} hand-made names" in said
-    assert said.split("\n\nsaved")[0].endswith((folder / "cmp" / "compare.txt").read_text().strip())
+    assert said.split("\n\nsaved")[0].endswith((folder / "cmp" / "compare.txt").read_text().rpartition("\nseal ")[0])
     kept = (folder / "runs" / "report.html").read_bytes()
     assert main("compare mymodel:pictures runs/solver-3.json ab2 --steps 3 --budget 2000 -o runs".split()) == 0
     assert (folder / "runs" / "compare-samples-3.png").stat().st_size > 2000 and not list(folder.glob("cmp/*samples*"))
@@ -91,6 +92,59 @@ def test_search_sample_compare_show(folder, capsys):
     out = capsys.readouterr().out
     assert "3 steps, flow" in out and (folder / "table.png").exists()
     assert main(["show"]) == 0 and "sit-xl-2-256/10" in capsys.readouterr().out
+
+
+WRITERS = {
+    "compare": (
+        "compare mymodel:pictures ab2 --steps 3 --samples 4 -o to",
+        "compare.txt compare.json compare.png compare-samples-3.png",
+    ),
+    "sample": ("sample mymodel:pictures --solver ab2/3 -n 2 -o to/x.png", "x.png"),
+    "tensors": ("sample mymodel:target --solver ab2/3 -n 2 -o to/x.safetensors", "x.safetensors"),
+    "show": ("show ab2/3 --plot to/t.png", "t.png"),
+}
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_a_command_writes_over_its_own_files_alone(folder, capsys, command, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the plots extra, in requirements.txt")
+    line, names = WRITERS[command]
+    once = cache(lambda: compare(load_target("mymodel:pictures"), ["ab2/3"], samples=4, progress=False))
+    monkeypatch.setattr("dss_fast.__main__.compare", lambda *given, **options: once())
+    (folder / "to").mkdir()
+    assert main(line.split()) == 0 and main(line.split()) == 0  # what it wrote itself
+    for name in names.split():
+        path = folder / "to" / name
+        own = path.read_bytes()
+        changed = own[:40] + bytes([own[40] ^ 1]) + own[41:]
+        for content in (b"mine", b"", changed, own + b"\n"):
+            path.write_bytes(content)
+            assert main(line.split()) == 2 and f"{name} is there" in capsys.readouterr().err
+            assert path.read_bytes() == content
+        for target in (folder / "elsewhere", folder / "nowhere"):
+            (folder / "elsewhere").write_bytes(own)
+            path.unlink()
+            path.symlink_to(target)
+            for more in ([], ["--overwrite"]):
+                assert main([*line.split(), *more]) == 2 and "is a link" in capsys.readouterr().err
+            assert path.is_symlink() and (folder / "elsewhere").read_bytes() == own
+            assert not (folder / "nowhere").exists()
+        path.unlink()
+        path.mkdir()
+        assert main([*line.split(), "--overwrite"]) == 2 and "is no file" in capsys.readouterr().err
+        path.rmdir()
+        path.write_bytes(own)
+    path.write_bytes(b"mine")
+    assert main([*line.split(), "--overwrite"]) == 0 and main(line.split()) == 0
+
+
+def test_the_file_of_one_command_is_not_the_others(folder, capsys):
+    pytest.importorskip("matplotlib", reason="the plots extra, in requirements.txt")
+    assert main("show ab2/3 --plot x.png".split()) == 0
+    assert main("sample mymodel:pictures --solver ab2/3 -n 2 -o x.png".split()) == 2
+    assert "not as sample wrote it" in capsys.readouterr().err
+    matplotlib = pytest.importorskip("matplotlib.image")
+    assert matplotlib.imread(folder / "x.png").ndim == 3  # the seal is a part of the picture that readers pass over
 
 
 def test_one_table_for_several_models(folder, capsys):

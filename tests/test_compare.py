@@ -493,3 +493,55 @@ def test_a_users_function_that_fails_costs_its_own_figures_alone(part):
     with pytest.warns(UserWarning, match="features, classify or labels failed .KeyError: 'no'"):
         result = compare(target, [searched("ab4", 5)], samples=16, progress=False)
     assert [row.rmse for row in result.rows] and result.verdicts and result.rows[0].accuracy is None
+
+
+def unread(x):
+    return x * torch.nan
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (dict(classify=unread), "classify returned NaN for 8 of 8 samples.*none is read as a class"),
+        (dict(classify=lambda x: x, labels=lambda cond: torch.full((8,), torch.nan)), "labels returned NaN for 8 of 8"),
+    ],
+)
+def test_what_reads_nan_is_said(given, words):
+    with pytest.warns(UserWarning, match=words):
+        found = compare(lambda x, t: -0.7 * x, ["ab2/4"], shape=(3,), samples=8, progress=False, **given)
+    assert found.rows[0].accuracy is None
+
+
+def test_a_sample_that_a_classifier_cannot_read_is_switched_and_wrong():
+    calls = []
+
+    def classify(x):
+        calls.append(x)
+        return x if len(calls) == 1 else unread(x)
+
+    with pytest.warns(UserWarning, match="classify returned NaN for 8 of 8 samples: they count as switched"):
+        found = compare(
+            lambda x, t: -0.7 * x,
+            ["ab2/4"],
+            shape=(3,),
+            samples=8,
+            progress=False,
+            classify=classify,
+            labels=lambda cond: torch.zeros(8, dtype=torch.long),
+        )
+    assert found.rows[0].switched == 1.0 and found.rows[0].accuracy == 0.0
+
+
+@pytest.mark.parametrize(
+    "real, words",
+    [
+        (torch.full((9, 3), torch.nan), "9 of 9 rows hold NaN"),
+        (torch.ones(9), "floats"),
+        (torch.ones(9, 3).long(), "floats"),
+        ([[1.0]], "list"),
+        (torch.ones(9, 4), "4 columns.*are 3"),
+    ],
+)
+def test_real_features_that_are_none_are_refused(real, words):
+    with pytest.raises(ValueError, match=f"real_features.*{words}"):
+        compare(lambda x, t: -0.7 * x, ["ab2/4"], shape=(3,), samples=8, progress=False, real_features=real)

@@ -1,7 +1,9 @@
 """What a model does wrong is found at its first call, by name, before any work is spent on it."""
 
+import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -93,6 +95,62 @@ def test_a_model_that_writes_into_its_input_is_refused_at_the_first_call(model, 
         sample(model, torch.randn(rows, 3), "ab2/4", cond=cond)
     with pytest.raises(ValueError, match=rf"writes into {name}\b"):
         search(Target(model, (3,), cond=cond and (lambda n, generator: {"y": torch.ones(n, 3)})), 3, progress=False)
+
+
+def by_data(x, t):
+    x.data.mul_(0.5)
+    return velocity(x, t)
+
+
+def by_numpy(x, t):
+    x.detach().numpy()[:] *= 0.5
+    return velocity(x, t)
+
+
+def in_a_list(x, t, y):
+    return velocity(x + y["parts"][0].mul_(0.5), t)
+
+
+def by_data_in_a_dict(x, t, y):
+    y["parts"][0].data.mul_(0.5)
+    return velocity(x, t)
+
+
+def an_array(x, t, y):
+    y *= 0.5
+    return velocity(x, t)
+
+
+HIDDEN = {
+    "x": [by_data, by_numpy],
+    "y['parts'][0]": [in_a_list, by_data_in_a_dict],
+    "y": [an_array],
+}
+
+
+@pytest.mark.parametrize("name, model", [(name, model) for name, models in HIDDEN.items() for model in models])
+def test_a_write_that_counts_no_version_is_refused_too(name, model):
+    cond = {"x": {}, "y": {"y": np.ones(3, np.float32)}}.get(name, {"y": {"parts": [torch.ones(4, 3)]}})
+    with pytest.raises(ValueError, match=rf"writes into {re.escape(name)}, which"):
+        sample(model, torch.randn(4, 3), "ab2/4", cond=cond)
+    if name == "x":
+        with pytest.raises(ValueError, match="writes into x"):
+            search(Target(model, (3,)), 3, progress=False)
+
+
+def test_what_a_model_reads_may_hold_nan():
+    """A mask of NaN and a repeated value are equal to themselves; so are integers and booleans."""
+    cond = {"y": {"a": torch.full((2, 3), torch.nan), "b": torch.ones(1).expand(4, 3), "c": [torch.tensor([True])]}}
+    sample(lambda x, t, y: velocity(x, t), torch.randn(2, 3), "ab2/4", cond=cond)
+
+
+def test_nan_in_the_noise_is_seen_where_the_model_hides_it():
+    noise = torch.randn(3, 3)
+    noise[1] = torch.nan
+    with pytest.raises(FloatingPointError, match="the noise holds NaN or Inf in 1 of 3 samples"):
+        sample(lambda x, t: velocity(x.nan_to_num(), t), noise, "ab2/4")
+    with pytest.raises(FloatingPointError, match="3 of 3 samples ended in NaN or Inf.*float16"):
+        sample(lambda x, t: torch.full_like(x, 6e4), torch.full((3, 3), 6e4).half(), "ab2/4")
 
 
 def test_the_noise_and_the_kept_table_stay_as_they_were():

@@ -23,7 +23,8 @@ def net(x, t):
 
 
 def run(x, name, **options):
-    return sample(net, x, name, check_finite=False, **options)
+    """With the check for NaN that is there by default, where values can be read."""
+    return sample(net, x, name, **options)
 
 
 class Sampler(torch.nn.Module):
@@ -90,6 +91,32 @@ WAYS = {
 def forget():
     for cache in (table._made, table._sent, names._handmade):
         cache.cache_clear()
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("way", ["reference, mapped", "meta", "functional"])
+def test_values_that_nobody_can_read_are_not_read(way, guided):
+    x = torch.randn(3, 5)
+
+    def pair(x, t, y):
+        return net(x, t) * y[:, None]
+
+    def run(x):
+        y = torch.ones(3, device=x.device)
+        options = dict(cond={"y": y}, uncond={"y": 0 * y}, guidance_scale=2.0) if guided else dict(cond={"y": y})
+        return sample(pair, x, "ab2/4", backend="reference", **options)
+
+    if way == "meta":
+        assert run(x.to("meta")).shape == x.shape
+    elif way == "functional":
+        torch.testing.assert_close(torch.func.functionalize(run)(x.clone()), run(x))
+    else:
+        torch.testing.assert_close(torch.func.vmap(run)(x[None])[0], run(x))
+
+
+def test_nan_is_found_in_a_transform_that_shows_its_values():
+    with pytest.raises(FloatingPointError, match="NaN"):
+        torch.func.jvp(lambda x: sample(lambda x, t: x / 0, x, "ab2/4"), (torch.zeros(1, 2),), (torch.ones(1, 2),))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from dss_fast import VP, DiscreteVP, Flow
+from dss_fast import VP, DiscreteVP, Flow, Target, compare, handmade, sample, search
 from dss_fast.schedule import PREDICTION_TYPES, Grid
 from dss_fast.table import StepTable
 
@@ -171,3 +171,29 @@ def test_errors_name_what_is_allowed(make, words):
     with pytest.raises(ValueError) as error:
         make()
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("make", [DiscreteVP.scaled_linear, DiscreteVP.linear])
+@pytest.mark.parametrize("given, word", [((10, -0.1), "start=-0.1"), ((1,), "num=1"), ((10, 0.1, 1.5), "end=1.5"),
+                                         ((10, "a"), "start='a'"), ((2.5,), "num=2.5")])  # fmt: skip
+def test_betas_out_of_range_are_named(make, given, word):
+    with pytest.raises(ValueError, match=word):
+        make(*given)
+
+
+@pytest.mark.parametrize("where", [0.0, 0.5, 1.0])
+def test_a_schedule_without_numbers_is_refused_wherever_it_is_used(where):
+    class Broken(Flow):
+        def alpha_sigma(self, u):
+            alpha, sigma = super().alpha_sigma(u)
+            return torch.where(u == where, torch.nan, alpha), sigma
+
+    words = f"alpha is nan at u = {where:g} .*must be finite"
+    for use in (
+        lambda: handmade("ab2", 4, Broken()),
+        lambda: sample(lambda x, t: -x, torch.randn(2, 3), "ab2/4", schedule=Broken()),
+        lambda: search(Target(lambda x, t: -x, (3,), Broken()), 3, progress=False),
+        lambda: compare(Target(lambda x, t: -x, (3,), Broken()), ["ab2/4"], progress=False),
+    ):
+        with pytest.raises(ValueError, match=words):
+            use()

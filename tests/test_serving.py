@@ -354,3 +354,58 @@ def test_requests_come_from_several_threads():
     assert len(results) == 40
     for (number, k), result in results.items():
         assert torch.equal(result, sample(model, noises[number, k][None], "ab2/6")[0])
+
+
+def writes(x, t, y):
+    x.mul_(2)
+    return model(x, t)
+
+
+def by_data(x, t, y):
+    y.data.mul_(2)
+    return model(x, t)
+
+
+def writes_and_fails(x, t, y):
+    x.mul_(2)
+    raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("bad, name", [(writes, "x"), (by_data, "y"), (writes_and_fails, "x")])
+def test_a_state_that_a_model_has_spoiled_is_not_gone_on_from(bad, name):
+    """Its requests fail by name, whether the model raised or was refused, and the next one at their place is right."""
+    batch, noise = Batch(2, SHAPE, 6, cond={"y": torch.zeros(2)}), torch.randn(SHAPE)
+    place = batch.admit(noise, "ab2/4", cond={"y": 1.0})
+    with pytest.raises(ValueError, match=f"writes into {name}"):
+        batch.tick(bad)
+    assert not batch.running and batch.free == [1]
+    with pytest.raises(FloatingPointError, match=f"place {place} has failed: the model writes into {name}"):
+        batch.retire(place)
+    place = batch.admit(noise, "ab2/4", cond={"y": 1.0})
+    while batch.running:
+        batch.tick(lambda x, t, y: (model(x, t), "more"))  # the first of a tuple, as everywhere
+    torch.testing.assert_close(batch.retire(place), sample(model, noise[None], "ab2/4")[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("returned", [None, [1], (), "x", torch.ones(2, 4), torch.ones(2, 3, 5).long(), torch.ones(())])
+def test_an_output_that_is_none_changes_nothing_and_is_named(returned):
+    batch = Batch(2, SHAPE, 6)
+    batch.admit(torch.randn(SHAPE), "ab2/4")
+    before = batch.x.clone()
+    with pytest.raises(ValueError, match=r"the model returned .*must return floats of shape \(2, 3, 5\)"):
+        batch.tick(lambda x, t: returned)
+    assert torch.equal(batch.x, before) and batch.running == [0]
+
+
+@pytest.mark.parametrize("scale", ["2", None, {}, [1.0, "2", 1.0, 1.0]])
+def test_a_guidance_scale_that_is_no_number_is_named(scale):
+    with pytest.raises(ValueError, match=r"guidance_scale=.*give a number"):
+        Batch(2, SHAPE, 6).admit(torch.randn(SHAPE), "ab2/4", guidance_scale=scale)
+
+
+def test_a_float_that_the_rows_cannot_hold_is_refused():
+    batch = Batch(2, SHAPE, 6, cond={"y": torch.zeros(2, dtype=torch.float16)})
+    with pytest.raises(ValueError, match=r"cond\['y'\]=70000.0 is more than .*float16 hold, 65504"):
+        batch.admit(torch.randn(SHAPE), "ab2/4", cond={"y": 70000.0})
+    assert not batch.running
+    assert batch.admit(torch.randn(SHAPE), "ab2/4", cond={"y": float("inf")}) == 0  # as asked

@@ -19,7 +19,7 @@ from .descent import descend
 from .job import Job, prepare
 from .lion import imitate
 from .plan import Plan, plan, planned
-from .probe import CALLS, KEYLESS, PLAUSIBLE_CALLS, doubt, identity, probe
+from .probe import CALLS, KEYLESS, OUTPUTS, PLAUSIBLE_CALLS, Weights, doubt, identity, probe
 from .processes import agreed, from_first, is_first, joined
 from .result import Event, SearchResult
 from .runs import RunFolder, is_finished, opened, restored, run
@@ -110,6 +110,7 @@ def begin(
         ledger.budget = default_budget(job.settings, job.steps)
     if checkpoint is not None and isinstance(job.budget, str):
         ledger.budget = checkpoint["budget"]  # what the time came to when it began
+    before = [Weights(target) for target in draws.targets]
     if checkpoint is None:
         looks = CALLS * len(draws.targets)
         if not ledger.affords(looks):
@@ -123,12 +124,17 @@ def begin(
         if ledger.affords(PLAUSIBLE_CALLS * len(draws.targets) / PLAUSIBLE_SHARE):
             for one in draws.each:
                 ledger.spend(doubt(one))
-    config["targets"] = [identity(one, **job.functions(one.target)) for one in draws.each]
+    # Another process or object may not have called its model yet: what moves is what moved when the search began.
+    moved = from_first(lambda: [was.moved() for was in before])
+    if checkpoint is not None and len(checkpoint["config"].get("targets", ())) == len(moved):
+        moved = [about["moved"] for about in checkpoint["config"]["targets"]]
+    each = zip(draws.each, moved, strict=True)
+    config["targets"] = [identity(one, names, **job.functions(one.target)) for one, names in each]
     ledger.spend_once("identity", KEYLESS * sum(target.key is None for target in draws.targets))
     config.update(agreed(config))
     for target, about in zip(draws.targets, config["targets"], strict=True):
         if target.key is not None:  # its processes have compared what their models return
-            about.pop("returned", None)
+            about.pop(OUTPUTS, None)
     # A process that alone doubts its schedule has spent more, and would stop in another round than the others.
     ledger.evaluations = from_first(lambda: ledger.evaluations)
     from_first(lambda: folder.check(config) if folder else None)

@@ -20,9 +20,10 @@ from ..distance import criterion
 from ..solver import Solver
 from .best import Best, better
 from .budget import Ledger
-from .gauss_newton import ROBUST, Quadratic, robust
+from .gauss_newton import ROBUST, Charge, Quadratic, robust
 from .job import Job
 from .plan import GROWTH, LEAST, RACE, START_SHARE, Sizes, racers_of
+from .prior import curvature
 from .result import Event
 from .rounds import ANNEAL, Candidate, Look, Rounds, Trial, enough
 from .settings import GaussNewton
@@ -33,6 +34,7 @@ from .teacher import Teacher
 DAMPING = 0.1  # of Levenberg-Marquardt at the start, relative to J'J's diagonal
 LEAST_DAMPING, MOST_DAMPING = 1e-7, 1e6
 MOST_TRIES = 6  # in a row that do not improve
+PRIOR = float(__import__("os").environ.get("PRIOR", "4"))  # samples that it counts as
 TOLERANCE = 1e-3  # predicted relative gain below which a search is over
 WORSE = 2.0  # times the start's mean square on fresh samples, from which on the start is returned
 WORTH = 0.4  # a round of fewer than this part of the samples seen before says too little
@@ -51,20 +53,21 @@ class Known:
 class Point:
     """Where the search for one N stands; everything a resumed one needs. A value: each step gives the next one."""
 
-    # settled at the start; share: evaluations it may spend
+    # settled at the start; share: evaluations it may spend; prior: (P, P) how fast errors grow around where it starts
     candidate: Candidate  # its table changes with each trial
     share: float
+    prior: Tensor | None = None
     # changes with each trial. predicted: what the candidate should gain; tries: refused ones since the last accepted
     predicted: float = 0.0
     damping: float = DAMPING
     tries: int = 0
     spent: int = 0
     finished: bool = False
-    # changes when a candidate is accepted. price: of a square of a weight on the noise; small: rounds in a row whose
-    # predicted gain was below TOLERANCE
+    # changes when a candidate is accepted. charged: what tables are charged for; small: rounds in a row whose predicted
+    # gain was below TOLERANCE
     theta: Tensor | None = None
     known: Known | None = None
-    price: float = 0.0
+    charged: Charge | None = None
     round: int = 0
     small: int = 0
     # changes with a look at held-out samples
@@ -81,8 +84,8 @@ class Point:
         return None if self.best is None else self.candidate.space.solver(self.best.theta)
 
     def charge(self, theta: Tensor) -> float:
-        """What theta's weights on the noise add to its loss."""
-        return self.price * float(self.candidate.space.noise(theta).square().sum())
+        """What theta adds to its loss."""
+        return 0.0 if self.charged is None else self.charged.of(theta)
 
     def improves(self, trial: Trial) -> bool:
         """Whether the candidate's loss is below the accepted table's, by the samples that both have seen."""
@@ -93,18 +96,17 @@ class Point:
 
     def accepted(self, trial: Trial, loss: Quadratic, settings: GaussNewton) -> Point:
         """The candidate is the accepted table, and the damped step from it the next candidate."""
-        space, theta, damping, price = self.candidate.space, self.candidate.theta, self.damping, self.price
+        theta, damping, charged = self.candidate.theta, self.damping, self.charged
         if self.known is not None:
             old, new = self._losses(self.known, trial)
             if old - new > 0.5 * self.predicted:  # the candidate kept what the quadratic promised: a longer step
                 damping = max(damping / 3, LEAST_DAMPING)
         if self.theta is None:
-            price = settings.generality * robust(trial.values, trial.scale)
-        ridge = torch.zeros_like(theta)
-        space.noise(ridge).fill_(price)
-        loss = loss.with_ridge(ridge, theta).remembering(None if self.known is None else self.known.loss)
+            charged = self._charges(settings.generality, robust(trial.values, trial.scale))
+        loss = loss if charged is None else loss.with_charge(charged, theta)
+        loss = loss.remembering(None if self.known is None else self.known.loss)
         point = replace(
-            self, theta=theta, known=Known(loss, trial.values, trial.scale), price=price, damping=damping,
+            self, theta=theta, known=Known(loss, trial.values, trial.scale), charged=charged, damping=damping,
             tries=0, round=self.round + 1,
         )._stepped()  # fmt: skip
         small = self.small + 1 if point.gain < TOLERANCE else 0
@@ -173,6 +175,19 @@ class Point:
         assert self.known is not None
         return self.predicted / max(robust(self.known.values, self.known.scale), 1e-300)
 
+    def _charges(self, generality: float, loss: float) -> Charge | None:
+        """For weights on the noise, and for the way from the start by what the prior knows of it; in units of the loss
+        there."""
+        space, theta = self.candidate.space, self.candidate.theta
+        if not generality and self.prior is None:
+            return None
+        ridge = torch.zeros_like(theta)
+        space.noise(ridge).fill_(generality * loss)
+        matrix = torch.diag(ridge)
+        if self.prior is None:
+            return Charge(matrix, torch.zeros_like(theta))
+        return Charge(matrix + loss / 2 * self.prior, loss / 2 * self.prior @ theta)
+
     def _stepped(self) -> Point:
         """With the damped step from theta as the next candidate."""
         assert self.known is not None and self.theta is not None
@@ -225,8 +240,14 @@ class Descent:
         starts = of_different_spacings(ranked)[: racers_of(self.sizes.samples)]
         space = self.job.settings.space_of(self.job.draws.schedule, n)
         share = self._left() * n / sum(steps[steps.index(n) :])
-        self.racers[n] = [Point(Candidate(space, space.theta(s.solver), s.units), share) for s in starts]
+        self.racers[n] = [self._point(space, start, share) for start in starts]
         self.starts[n] = starts[0].solver
+
+    def _point(self, space: Space, start: Start, share: float) -> Point:
+        """Where the search from a table begins."""
+        known = curvature(space, start.solver)
+        prior = None if known is None else PRIOR / self.sizes.samples * known
+        return Point(Candidate(space, space.theta(start.solver), start.units), share, prior)
 
     def _left(self) -> int:
         """Evaluations for the Ns to come, without those of their last looks."""
@@ -254,7 +275,7 @@ class Descent:
 
 def descend(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> Iterator[Event]:
     """The events of a search by Gauss-Newton. saved: the state of one to go on with."""
-    (descent, rounds), settings = _begun(job, ledger, saved), job.settings
+    (descent, rounds), settings = begun(job, ledger, saved), job.settings
     assert isinstance(settings, GaussNewton)
     told: dict[str, Any]
     if saved is None:
@@ -307,7 +328,7 @@ def descend(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> It
             yield descent.event("gauss-newton", num_steps=n, **told)
 
 
-def _begun(job: Job, ledger: Ledger, saved: dict[str, Any] | None) -> tuple[Descent, Rounds]:
+def begun(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> tuple[Descent, Rounds]:
     """The state to go on from, and the samples. Raises ValueError for a budget that the teacher alone exceeds."""
     assert ledger.budget is not None
     if saved is None:
@@ -375,13 +396,14 @@ def _winner(racers: Sequence[Point]) -> Point:
 
 def _saved(point: Point) -> dict[str, Any]:
     """A point as nested data."""
-    known, best, parts = point.known, point.best, ("candidate", "known", "best")
+    known, best, parts = point.known, point.best, ("candidate", "known", "best", "charged")
     return {
         **{f.name: getattr(point, f.name) for f in fields(point) if f.name not in parts},
         "candidate": point.candidate.theta,
         "units": list(point.candidate.units),
         "known": None if known is None else {**vars(known.loss), "values": known.values, "scale": known.scale},
         "best": None if best is None else vars(best),
+        "charged": None if point.charged is None else vars(point.charged),
     }
 
 
@@ -389,7 +411,13 @@ def _loaded(saved: dict[str, Any], space: Space) -> Point:
     """What :func:`_saved` returned."""
     plain = dict(saved)
     candidate = Candidate(space, plain.pop("candidate"), tuple(plain.pop("units")))
-    known, best = plain.pop("known"), plain.pop("best")
+    known, best, charged = plain.pop("known"), plain.pop("best"), plain.pop("charged")
     if known is not None:
         known = Known(Quadratic(known["gradient"], known["matrix"], known["mass"]), known["values"], known["scale"])
-    return Point(candidate, known=known, best=None if best is None else Best(**best), **plain)
+    return Point(
+        candidate,
+        known=known,
+        best=None if best is None else Best(**best),
+        charged=None if charged is None else Charge(**charged),
+        **plain,
+    )

@@ -19,6 +19,18 @@ ROBUST = 10.0  # medians of |r|^2 at which a sample counts half
 
 
 @dataclass(frozen=True, eq=False)
+class Charge:
+    """What a table's numbers add to the loss, theta' M theta - 2 b' theta: matrix M (P, P), pull b (P,)."""
+
+    matrix: Tensor
+    pull: Tensor
+
+    def of(self, theta: Tensor) -> float:
+        """The charge of theta (P,)."""
+        return float(theta @ self.matrix @ theta - 2 * self.pull @ theta)
+
+
+@dataclass(frozen=True, eq=False)
 class Quadratic:
     """The loss around a table, g'd + d'Hd / 2 for a step d: gradient g (P,) and matrix H (P, P), J'J in the mean over
     samples, float64; mass: how many samples H rests on."""
@@ -35,10 +47,10 @@ class Quadratic:
         matrix = (kept * before.matrix + self.mass * self.matrix) / (kept + self.mass)
         return replace(self, matrix=matrix, mass=kept + self.mass)
 
-    def with_ridge(self, ridge: Tensor, theta: Tensor) -> Quadratic:
-        """Plus sum_k ridge_k (theta_k + d_k)^2, ridge (P,), in this one and so in every one that remembers it."""
-        gradient, matrix = self.gradient + 2 * ridge * theta, self.matrix + torch.diag(2 * ridge)
-        return replace(self, gradient=gradient, matrix=matrix)
+    def with_charge(self, charge: Charge, theta: Tensor) -> Quadratic:
+        """Plus the charge at theta + d, in this one and so in every one that remembers it."""
+        gradient = self.gradient + 2 * (charge.matrix @ theta - charge.pull)
+        return replace(self, gradient=gradient, matrix=self.matrix + 2 * charge.matrix)
 
     def step(self, damping: float) -> Tensor:
         """Levenberg-Marquardt's step, damping scaled by H's diagonal."""

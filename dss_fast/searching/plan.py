@@ -53,7 +53,7 @@ class Sizes:
             return 0 if samples < FEW else max(world, min(256, samples // 5))
 
         def calls(samples: int) -> int:
-            return settings.teacher_evaluations or max(16 if samples < 64 else 24, 2 * max(steps))
+            return settings.teacher_evaluations or max(24, 2 * max(steps))
 
         def fresh(samples: int) -> int:
             if held_out(samples):

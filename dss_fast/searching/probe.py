@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
@@ -15,18 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.parameter import is_lazy
 
 from ..bench import SCALES
-from ..denoiser import NO_GRAPH
+from ..denoiser import NO_GRAPH, state_of, versions
 from ..draws import Draws
 from ..files import tensor_bytes
 from ..schedule import PREDICTION_TYPES, VP, Flow, Schedule
+from ..target import Target
 from ..trajectory import dense_grid, integrate
 from .budget import Cost
 
 SAMPLES = 2
 CALLS = 4 * SAMPLES  # :func:`probe` takes so many evaluations, its backward among them
 KEYLESS = 4  # :func:`identity` of a target without a key takes so many
+OUTPUTS = "outputs"  # what identity says of those
 DRAWN, ROWS = 8, 16  # so many times so many conditions are part of it
 FINE, COARSE = 24, 16  # the two trajectories that must agree take so many calls
 PLAUSIBLE_CALLS = SAMPLES * (FINE + COARSE + 1)
@@ -49,6 +52,11 @@ def probe(draws: Draws, differentiated: bool) -> Cost:
         costs = [probe(one, differentiated) for one in draws.each]
         return Cost(sum(cost.seconds for cost in costs) / len(costs), max(cost.saved for cost in costs))
     batch = replace(draws.alone, seed=0).batch("probe", 0, SAMPLES)
+    if torch.equal(batch.noise[:1], batch.noise[1:]):
+        raise ValueError(
+            f"noise({SAMPLES}, generator) of the target {draws.target.name!r} returned the same for both: all "
+            "samples would begin at one point"
+        )
     denoise, zero = batch.denoiser(), True
     kept: dict[int, int] = {}
 
@@ -76,26 +84,53 @@ def probe(draws: Draws, differentiated: bool) -> Cost:
     return Cost(seconds, sum(kept.values()) // (2 * SAMPLES))
 
 
-def identity(draws: Draws, **functions: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+class Weights:
+    """The tensors of a target's modules, of which some may change as the model is called: counters, running means."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._before = state_of(target.model)
+        self._versions = versions(self._before)
+
+    def moved(self) -> list[str]:
+        """The names of those that were written into, replaced, added or removed since this was made."""
+        now = state_of(self._target.model)
+        count = versions(now)
+        names = now.keys() | self._before.keys()
+        same = {k for k in names if now.get(k) is self._before.get(k) and count.get(k) == self._versions.get(k)}
+        return sorted(names - same)
+
+
+def weights(target: Target, moved: Sequence[str]) -> str:
+    """A hash of the tensors of a target's modules, but for those ``moved``; no call of the model."""
+    held = {name: tensor for name, tensor in sorted(state_of(target.model).items()) if name not in moved}
+    return _hash(held)
+
+
+def identity(draws: Draws, moved: Sequence[str] = (), **functions: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """What a target is and what it returns, as JSON data: two are taken for one target where these are equal.
 
-    Hashed are the noise and guidance scales of four fixed samples, the conditions of some hundred, what each of some
-    functions of samples returns for the noise and, where the target has no ``key``, what the model predicts for each of
-    them at a time of its own: ``KEYLESS`` evaluations. Not seen is what differs elsewhere alone.
+    Hashed are the parameters and buffers of the modules that the model visibly holds, but for those that ``moved``, the
+    noise and guidance scales of four fixed samples, the conditions of some hundred, what each of some functions of
+    samples returns for the noise and, where the target has no ``key``, what the model predicts for each of them at a
+    time of its own: ``KEYLESS`` evaluations. Not seen is what differs elsewhere alone.
     """
     target, batch = draws.target, replace(draws.alone, seed=0).batch("probe", 0, KEYLESS)
-    given: dict[str, Any] = {"noise": batch.noise, "scale": batch.scale, "uncond": target.uncond}
+    cond: dict[str, Any] = {"uncond": target.uncond}
     for number in range(DRAWN):  # of a table of prompts many rows, of which a search draws others than the first
         generator = torch.Generator().manual_seed(number)
-        given[f"cond {number}"] = target.cond(ROWS, generator) if callable(target.cond) else target.cond
+        cond[f"{number}"] = target.cond(ROWS, generator) if callable(target.cond) else target.cond
     found = {
         "shape": list(target.shape or ()),
         "guidance_scale": target.guidance_scale,
         "guided_channels": target.guided_channels,
-        "given": _hash(given),
+        "noise": _hash([batch.noise, batch.scale]),
+        "conditions": _hash(cond),
+        "weights": weights(target, moved),
+        "moved": list(moved),
     }
     for name, function in functions.items():
-        found[name] = _hash({"returned": function(batch.noise.clone())})
+        found[name] = _hash({"returned": _returned(name, function, batch.noise)})
     if target.key is not None:
         found["key"] = target.key
     if target.key is None or draws.world > 1:  # processes compare what their models return, whatever they are called
@@ -104,8 +139,29 @@ def identity(draws: Draws, **functions: Callable[[Tensor], Tensor]) -> dict[str,
             for k, u in enumerate(times):  # each time another sample, whose conditions differ
                 one = batch.rows(slice(k, k + 1))
                 returned.append(one.predictor()(one.noise, u))
-        found["returned"] = _hash(returned)
+        found[OUTPUTS] = _hash(returned)
     return found
+
+
+def _returned(name: str, function: Callable[[Tensor], Tensor], noise: Tensor) -> Tensor:
+    """What a function of samples gives for some noise. Raises ValueError where nothing is chosen or learned by it."""
+    with torch.enable_grad():
+        leaf = noise.detach().clone().requires_grad_()
+        found: Any = function(leaf.clone())
+    if not isinstance(found, Tensor) or found.ndim < 1 or len(found) != len(noise) or not found.is_floating_point():
+        got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f"the function {name} returned {got} for {len(noise)} samples; it must return floats, a row each"
+        )
+    if not bool(found.isfinite().all()):
+        raise ValueError(
+            f"the function {name} returned NaN or Inf for standard samples, {tuple(noise.shape)} of the noise"
+        )
+    if name == "loss" and not found.requires_grad:
+        raise ValueError("the function loss returned what has no graph: take no_grad, detach and rounding out of it")
+    if bool((noise != noise[:1]).any()) and torch.equal(found, found[:1].expand_as(found)):
+        raise ValueError(f"the function {name} returned the same for {len(noise)} different samples: it tells nothing")
+    return found.detach()
 
 
 def _hash(value: Any) -> str:
@@ -120,9 +176,13 @@ def _parts(value: Any) -> Iterator[bytes]:
     address, the type."""
     if isinstance(value, np.ndarray | np.generic) and value.dtype != object:
         value = torch.as_tensor(np.ascontiguousarray(value)) if value.dtype.kind in "biuf" else value.tolist()
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and is_lazy(value):
+        yield type(value).__name__.encode()
+    elif isinstance(value, Tensor):
         yield f"{value.dtype} {tuple(value.shape)}".encode()
-        yield tensor_bytes(value)
+        # Of what is spread over devices, quantised or without storage only the shape is compared.
+        if type(value) in (Tensor, nn.Parameter, nn.Buffer) and value.layout == torch.strided and not value.is_meta:
+            yield tensor_bytes(value)
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield f"{key}:".encode()

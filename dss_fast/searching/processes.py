@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from functools import cache
 from itertools import count
 from typing import Any, TypeVar, cast
@@ -14,6 +17,7 @@ import torch
 
 T = TypeVar("T")
 FAILED = "dss_fast/failed"
+ANSWER_SECONDS = 10.0  # a store answers in milliseconds
 
 
 @contextmanager
@@ -54,8 +58,45 @@ def _rendezvous() -> tuple[Any, int, int]:
     """
     from torch.distributed.rendezvous import rendezvous
 
-    found: tuple[Any, int, int] = next(rendezvous("env://"))
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    taken = f"MASTER_PORT={port} of {host} is taken by another program: choose another one (torchrun --master-port)"
+    # A store of torchrun's own is there before its processes.
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and os.environ.get("RANK", "0") != "0":
+        _await_store(host, port, taken)
+    try:
+        found: tuple[Any, int, int] = next(rendezvous("env://"))
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" in str(error):
+            raise OSError(taken) from error
+        raise
     return found
+
+
+def _await_store(host: str, port: str, taken: str) -> None:
+    """Waits for the first process's store, as long as PyTorch does. Raises OSError saying that the port is ``taken``.
+
+    Where nobody listens yet the constructor of a client ends with its timeout; where a store does, at once, because
+    that answers from a thread of its own; where another program does, never.
+    """
+    if not (host and port.isdecimal()):
+        return  # which PyTorch says
+    end = time.monotonic() + torch.distributed.constants.default_pg_timeout.total_seconds()
+    begun, answered = [time.monotonic()], threading.Event()
+
+    def ask() -> None:
+        client: Any = torch.distributed.TCPStore  # type: ignore[attr-defined]
+        patience = timedelta(seconds=ANSWER_SECONDS)
+        while not answered.is_set() and time.monotonic() < end:
+            begun[0] = time.monotonic()
+            with suppress(torch.distributed.DistError):
+                client(host, int(port), is_master=False, timeout=patience, wait_for_workers=False)
+                answered.set()
+            time.sleep(0.05)
+
+    threading.Thread(target=ask, daemon=True).start()
+    while not answered.wait(ANSWER_SECONDS / 10) and time.monotonic() < end:
+        if time.monotonic() - begun[0] > 2 * ANSWER_SECONDS:
+            raise OSError(taken)
 
 
 def take_local_device() -> None:
@@ -99,13 +140,25 @@ def agreed(config: dict[str, Any]) -> dict[str, Any]:
     every: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(every, mine)
     for rank, other in enumerate(every):
-        differing = [key for key, value in other.items() if value != every[0][key] and key != "date"]
-        if differing:
+        if found := differing(every[0], other):
             raise ValueError(
-                f"process {rank} searches for another {', '.join(differing)} than the first one: weights, conditions "
+                f"process {rank} searches for another {', '.join(found)} than the first one: weights, conditions "
                 "and settings must be the same in all processes"
             )
     return cast(dict[str, Any], every[0])
+
+
+def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """What two searches differ in, but for the date: names of settings, and instead of "targets" of what these are."""
+    names = [key for key in first.keys() | second.keys() if first.get(key) != second.get(key) and key != "date"]
+    found = sorted(key for key in names if key != "targets")
+    if "targets" in names:
+        pairs = list(zip(first.get("targets") or (), second.get("targets") or (), strict=False))
+        for number, (a, b) in enumerate(pairs):
+            where = f" of target {number}" if len(pairs) > 1 else ""
+            found += [f"{key}{where}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+        found += ["targets"] if len(first.get("targets") or ()) != len(second.get("targets") or ()) else []
+    return found
 
 
 def _joined() -> bool:

@@ -68,6 +68,9 @@ def _of_features(function: Callable[[Tensor], Tensor], error: Tensor, end: Tenso
         features = function(leaf.clone()).flatten(1).clone()
     with torch.no_grad():
         values = features.detach() - function(wanted.clone()).flatten(1)
+    for name, part, given in (("the samples", features.detach(), end), ("the teacher's samples", values, wanted)):
+        if bool(part.isnan().any()) and bool(given.isfinite().all()):
+            raise ValueError(f"the function loss returned NaN for {name}, which are finite")
 
     def back(cotangents: Tensor) -> Tensor:
         pulled = [torch.autograd.grad(features, leaf, c.to(features), retain_graph=True)[0] for c in cotangents]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -19,16 +20,17 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ..files import check_writable, read_json, read_tensors, write_json, write_tensors, write_text
+from ..files import check_writable, json_text, read_json, read_tensors, write_json, write_tensors, write_text
 from ..progress import bar as progress_bar
 from ..report import names_of
 from ..solver import Solver
 from .budget import Ledger
-from .processes import from_first, is_first
+from .processes import differing, from_first, is_first
 from .result import COUNTED, Event, SearchResult
 
-FORMAT = "dss_fast.run/5"
+FORMAT = "dss_fast.run/6"
 CHECKPOINT_SECONDS = 1.0  # a checkpoint is tens of kilobytes and two syncs, about 5 ms
+EDITED = "not what this search wrote, and left as it is; delete it and resume to get the table that was found"
 FREE = {"name", "request", "budget", "versions", "date", "processes"}  # what may differ when a search is resumed
 
 
@@ -51,6 +53,8 @@ class RunFolder:
         self._lines: list[bytes] = []
         self._log: BinaryIO | None = None
         self._saved: dict[int, Solver] = {}
+        self._written: dict[str, list[str]] = {}  # name of a solver file -> digests of what this search has there
+        self._left: set[str] = set()  # those that hold something else, which stays
         self._config: dict[str, Any] = {}
         check_writable(self.path)
         self._lock = FileLock(self.path / ".dss_fast.lock", timeout=0)
@@ -69,7 +73,7 @@ class RunFolder:
             raise
 
     def _open(self, asked: Mapping[str, Any], resume: bool) -> None:
-        mine = ("config.json", "log.jsonl", "checkpoint.safetensors", *(f"solver-{n}.json" for n in asked["num_steps"]))
+        mine = ("config.json", "log.jsonl", "checkpoint.safetensors", *map(_file_of, asked["num_steps"]))
         reports = names_of(asked["num_steps"])
         found = [name for name in (*mine, *reports) if os.path.lexists(self.path / name)]
         known, ours = None, {"config.json", "checkpoint.safetensors"} <= set(found)
@@ -84,10 +88,14 @@ class RunFolder:
         if "checkpoint.safetensors" in found:
             self.checkpoint = self._read_checkpoint()
             self._known = self.checkpoint["config"]
+            self._written = self.checkpoint["files"]
             self._read_log(self.checkpoint["events"])
         else:
             self._known = known
         own = mine[:2] if self.checkpoint is None else (*mine, *reports) if self.checkpoint["finished"] else mine
+        for name in found:
+            if not os.path.isfile(self.path / name):
+                raise FileExistsError(f"{self.path} holds {name}, which is no file; move it, or choose another folder")
         if others := [name for name in found if name not in own]:
             raise FileExistsError(f"{self.path} holds {others[0]}, which this search has not written; move it")
         self.check(asked, unknown={"targets"})
@@ -96,12 +104,21 @@ class RunFolder:
         """Takes the config of the search to come. Raises ValueError where the one in the folder had another."""
         self._config = dict(config)
         known = self._known or self._config
-        for key in sorted((known.keys() | self._config.keys()) - FREE - set(unknown)):
-            if known.get(key) != self._config.get(key):
+        apart = [name for name in differing(known, self._config) if name not in FREE and name not in unknown]
+        for name in apart:
+            if name in known or name in self._config:
                 raise ValueError(
-                    f"{self.path} cannot be resumed: {key} was {known.get(key)!r}, now {self._config.get(key)!r}; "
+                    f"{self.path} cannot be resumed: {name} was {known.get(name)!r}, now {self._config.get(name)!r}; "
                     "use the same settings or another folder"
                 )
+        if apart:
+            random = "outputs" in apart and "weights" not in apart
+            raise ValueError(
+                f"{self.path} cannot be resumed: it is a search for a target of other {', '.join(apart)}; use the same "
+                "one or another folder"
+                + "; a model whose outputs are random is known again by a key: search(Target(..., key='name'), ...)"
+                * random
+            )
 
     def note(self, event: Event) -> None:
         """Appends an event to the log, which the first one opens."""
@@ -112,10 +129,14 @@ class RunFolder:
         self._log.write(json.dumps(event.to_dict()).encode() + b"\n")
         self._log.flush()
 
-    def save(self, event: Event, events: int, ledger: Ledger, finished: bool) -> None:
-        """Writes the checkpoint: where to go on after ``event``, the last of so many ``events``."""
+    def save(self, event: Event, events: int, ledger: Ledger, finished: bool, solvers: Mapping[int, Solver]) -> None:
+        """Writes the checkpoint: where to go on after ``event``, the last of so many ``events``, and the digests of the
+        ``solvers`` that are written next, so that a search killed between the two knows them as its own."""
         if self._log is not None:
             os.fsync(self._log.fileno())
+        for n, solver in solvers.items():
+            known = self._written.setdefault(_file_of(n), [])
+            known += [digest] if (digest := _digest_of(solver)) not in known else []
         tensors: dict[str, Tensor] = {"_": torch.zeros(1)}
         data = {
             "format": FORMAT,
@@ -129,20 +150,34 @@ class RunFolder:
             "state": flatten(event.state, tensors),
             "solvers": flatten(event.solvers, tensors),
             "starts": flatten(event.starts, tensors),
+            "files": self._written,
         }
         write_tensors(self.path / "checkpoint.safetensors", tensors, {"checkpoint": json.dumps(data)})
 
     def save_solvers(self, solvers: Mapping[int, Solver]) -> None:
-        """Writes the solvers that changed, each to solver-N.json."""
+        """Writes the solvers that changed, each to solver-N.json, but where that is no longer what was written."""
         for n, solver in solvers.items():
-            if self._saved.get(n) is not solver:
-                solver.save(self.path / f"solver-{n}.json")
-                self._saved[n] = solver
+            path = self.path / _file_of(n)
+            if self._saved.get(n) is not solver and not self._is_edited(path):
+                solver.save(path)
+                self._saved[n], self._written[path.name] = solver, [_digest_of(solver)]
+
+    def _is_edited(self, path: Path) -> bool:
+        """Whether a solver file is somebody's work, which is said once."""
+        if path.name in self._left:
+            return True
+        if not os.path.lexists(path):
+            return False
+        if path.is_file() and not path.is_symlink() and _digest(path.read_bytes()) in self._written.get(path.name, ()):
+            return False
+        self._left.add(path.name)
+        warnings.warn(f"{path}: {EDITED}", stacklevel=5)
+        return True
 
     def mend_solvers(self, solvers: Mapping[int, Solver]) -> None:
         """Writes the solver files of a finished search that are missing or damaged; one that was edited stays."""
         for n, solver in solvers.items():
-            path = self.path / f"solver-{n}.json"
+            path = self.path / _file_of(n)
             try:
                 same, reason = Solver.load(path) == solver, ""
             except (OSError, ValueError) as error:
@@ -151,7 +186,7 @@ class RunFolder:
                 warnings.warn(f"{reason}; written again from the checkpoint", stacklevel=4)
                 solver.save(path)
             elif not same:
-                warnings.warn(f"{path}: not the table that this search found; delete it to get that back", stacklevel=4)
+                warnings.warn(f"{path}: {EDITED}", stacklevel=4)
 
     def has_report(self) -> bool:
         """Whether there is any file of a report; it may be the user's, or edited, and is not written again."""
@@ -183,6 +218,19 @@ class RunFolder:
         if len(self.history) < events:
             missing = events - len(self.history)
             warnings.warn(f"{path}: {missing} of {events} events are missing or damaged; going on", stacklevel=6)
+
+
+def _file_of(n: int) -> str:
+    return f"solver-{n}.json"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _digest_of(solver: Solver) -> str:
+    """Of the file that :meth:`Solver.save` writes."""
+    return _digest(f"{json_text(solver.to_dict())}\n".encode())
 
 
 @contextmanager
@@ -305,7 +353,7 @@ class _Kept:
         if self._last is not None:
             event, number = self._last
             event = replace(event, solvers=solvers) if finished else event
-            self.folder.save(event, number, self.ledger, finished)
+            self.folder.save(event, number, self.ledger, finished, solvers)
         self.folder.save_solvers(solvers)
         self._at = time.monotonic()
 

@@ -4,6 +4,7 @@ import errno
 import gc
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -202,10 +203,25 @@ def another_model(rank, out, part):
 def test_processes_that_do_not_search_for_the_same_are_refused(tmp_path, part):
     """Their sums would be a table for neither; all say which process differs in what, before the teacher is paid."""
     assert processes.group(another_model, tmp_path / "run", part, stderr=tmp_path) == [1, 1]
-    word = "schedule" if part == "schedule" else "targets"
+    word = {"weights": "outputs", "conditions": "conditions, outputs", "schedule": "schedule"}[part]
     for rank in range(2):
         assert f"process 1 searches for another {word}" in (tmp_path / str(rank)).read_text()
     assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
+
+
+def with_a_port(rank, out, port):
+    import_module("dss_fast.searching.processes").ANSWER_SECONDS = 0.5
+    os.environ["MASTER_PORT"] = str(port)
+    find(out, method=TWO)
+
+
+def test_a_port_that_another_program_has_stops_all_processes_with_words(tmp_path):
+    """The second one's connection is taken and never answered, which PyTorch waits half an hour for."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert processes.group(with_a_port, tmp_path / "run", port, stderr=tmp_path) == [1, 1]
+    for rank in range(2):
+        assert f"MASTER_PORT={port} of 127.0.0.1 is taken by another program" in (tmp_path / str(rank)).read_text()
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -244,7 +260,7 @@ def test_a_stderr_that_is_gone_costs_the_bar_alone(monkeypatch, tmp_path, stderr
 
 def test_features_that_are_nan_choose_no_table():
     target = Target(model, (3,), dtype=F64, key="bend", features=lambda x: x / 0 * 0)
-    with pytest.raises(ValueError, match="features are NaN or Inf for finite samples"):
+    with pytest.raises(ValueError, match="function features returned NaN or Inf"):
         search(target, 3, method=replace(TWO, select="features"), progress=False)
 
 

@@ -32,12 +32,12 @@ def find(out=None, method="gauss_newton", function=model, resume=True, **options
     return search(target, 3, out=out, resume=resume, method=METHODS[method], **options)
 
 
-def stopped(out, method, calls):
-    """A search whose model fails so many calls after the first checkpoint."""
+def stopped(out, method, calls, after="checkpoint.safetensors"):
+    """A search whose model fails so many calls after the first checkpoint, or another file."""
     left = [calls]
 
     def failing(x, t):
-        left[0] -= (out / "checkpoint.safetensors").exists()
+        left[0] -= (out / after).exists()
         if left[0] < 0:
             raise RuntimeError("stop")
         return model(x, t)
@@ -60,6 +60,13 @@ def run(request, tmp_path_factory):
     assert (out / "checkpoint.safetensors").exists()
     yield request.param, out, expected
     monkeypatch.undo()
+
+
+@pytest.fixture(scope="module")
+def begun(run, tmp_path_factory):
+    """The same, stopped when there was a solver file."""
+    method, _, expected = run
+    return method, stopped(tmp_path_factory.mktemp("begun") / "run", method, 1, "solver-3.json"), expected
 
 
 def flipped(path, generator):
@@ -107,7 +114,9 @@ def test_a_finished_solver_file_is_mended_and_an_edited_one_left(tmp_path, damag
     else:
         Solver((0.0, 1.0), ((1.0,),), Flow()).save(path)
     edited = damage == "another"
-    with pytest.warns(UserWarning, match=r"solver-3\.json.*" + ("not the table" if edited else "written again")):
+    with pytest.warns(
+        UserWarning, match=r"solver-3\.json.*" + ("not what this search wrote" if edited else "written again")
+    ):
         assert find(tmp_path).solver == expected
     assert (path.read_bytes() == whole) is not edited
 
@@ -181,3 +190,59 @@ def test_a_pipe_for_json_is_refused(tmp_path, name):
     os.mkfifo(tmp_path / f"{name}.json")
     with pytest.raises((ValueError, OSError), match=f"{name}.json"):
         Solver.load(tmp_path / "solver.json") if name == "solver" else find(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["edited", "noted", "linked", "of a friend", "as it was", "gone"])
+def test_a_solver_file_that_the_search_did_not_write_stays_when_it_goes_on(begun, tmp_path, what):
+    method, folder, expected = begun
+    out = shutil.copytree(folder, tmp_path / "run")
+    path, other = out / "solver-3.json", tmp_path / "mine.json"
+    if what == "edited":
+        data = json.loads(path.read_text())
+        write_json(path, {**data, "name": "mine"})
+    elif what == "noted":
+        path.write_text(path.read_text().replace("{", "{ ", 1))
+    elif what == "linked":
+        shutil.copy(path, other)
+        path.unlink()
+        path.symlink_to(other)
+    elif what == "of a friend":
+        path.write_text("to do: ask")
+    elif what == "gone":
+        path.unlink()
+    ours = what in ("as it was", "gone")
+    mine = b"" if what == "gone" else path.read_bytes()
+    with nullcontext() if ours else pytest.warns(UserWarning, match="not what this search wrote, and left as it is"):
+        result = find(out, method)
+    assert result.solvers == expected.solvers
+    if ours:
+        assert Solver.load(path) == expected.solver
+        return
+    assert path.read_bytes() == mine and path.is_symlink() == (what == "linked")
+    path.unlink()
+    find(out, method)
+    assert Solver.load(path) == expected.solver
+
+
+def test_a_solver_file_that_is_edited_while_the_search_runs_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "CHECKPOINT_SECONDS", 0.0)
+    path, seen = tmp_path / "solver-3.json", []
+
+    def edited(x, t):
+        if path.exists() and not seen:
+            path.write_text("mine")
+            seen.append(path)
+        return model(x, t)
+
+    with pytest.warns(UserWarning, match="left as it is"):
+        find(tmp_path, function=edited, resume=False)
+    assert path.read_text() == "mine" and seen
+
+
+def test_a_folder_in_the_place_of_a_solver_file_is_refused_at_once(begun, tmp_path):
+    method, folder, _ = begun
+    out = shutil.copytree(folder, tmp_path / "run")
+    (out / "solver-3.json").unlink()
+    (out / "solver-3.json").mkdir()
+    with pytest.raises(FileExistsError, match=r"solver-3\.json, which is no file"):
+        find(out, method, function=lambda x, t: 1 / 0)

@@ -383,3 +383,37 @@ def test_a_table_far_worse_than_its_start_on_fresh_samples_is_not_returned(monke
     torch.testing.assert_close(again.solver.tensors()["coeffs"], plain.starts[5].tensors()["coeffs"])
     torch.testing.assert_close(again.solver.tensors()["timesteps"], plain.starts[5].tensors()["timesteps"])
     assert again.evaluations == plain.evaluations
+
+
+@pytest.mark.parametrize(
+    "loss, words",
+    [
+        (lambda x: x * torch.nan, "loss returned NaN"),
+        (lambda x: x * 0, "loss returned the same for 4 different samples"),
+        (lambda x: x.detach(), "loss returned what has no graph"),
+        (lambda x: None, "loss returned NoneType"),
+        (lambda x: x.long(), "loss returned torch.int64"),
+        (lambda x: x.mean(), r"loss returned torch.float32 \(\)"),
+    ],
+)
+def test_a_loss_that_tells_nothing_is_named_before_the_teacher(loss, words):
+    calls = []
+
+    def counted(x, t):
+        calls.append(len(x))
+        return vp_model(x, t)
+
+    with pytest.raises(ValueError, match=words):
+        search(
+            Target(counted, SHAPE, key="k"), 3, method=GaussNewton(samples=16, loss=loss), budget=2_000, progress=False
+        )
+    assert sum(calls) <= 8
+
+
+def test_noise_that_is_zero_or_nan_is_not_taken_for_an_untrained_model():
+    for value, words in (
+        (0.0, "returned the same for both: all samples would begin at one point"),
+        (math.nan, "returned NaN"),
+    ):
+        with pytest.raises(ValueError, match=rf"noise\(2, generator\).*{words}"):
+            search(Target(vp_model, SHAPE, noise=lambda n, g, v=value: torch.full((n, *SHAPE), v)), 3, progress=False)

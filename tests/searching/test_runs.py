@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -120,13 +121,13 @@ def test_another_model_is_not_resumed(tmp_path):
     """Nor other conditions or noise of the same one: what was found would not be for them, finished or not."""
     for name, budget in (("begun", 3_000), ("finished", None)):
         find(tmp_path / name, key=None, budget=budget)
-        with pytest.raises(ValueError, match="cannot be resumed: targets was"):
+        with pytest.raises(ValueError, match=r"cannot be resumed: .* of other outputs; .*random.*key="):
             find(tmp_path / name, resume=True, key=None, function=lambda x, t: model(x, t) + 0.01)
     module = Scaled()
     find(tmp_path / "module", key=None, function=module)
     with torch.no_grad():
         module.scale += 0.01
-    with pytest.raises(ValueError, match="cannot be resumed: targets was"):
+    with pytest.raises(ValueError, match="cannot be resumed: .* of other outputs, weights; [^;]*$"):
         find(tmp_path / "module", resume=True, key=None, function=module)
 
 
@@ -148,8 +149,55 @@ def test_another_use_of_the_same_model_is_not_resumed(tmp_path, part, key):
     }[part]
     options = dict(method=LION, out=tmp_path, progress=False, report=False)
     search(first, 3, **options)
-    with pytest.raises(ValueError, match="cannot be resumed: targets was"):
+    name = {"cond": "conditions", "uncond": "conditions", "scale": "guidance_scale"}.get(part, part)
+    with pytest.raises(ValueError, match=f"cannot be resumed: .* of other {name}"):
         search(replace(first, **another), 3, resume=True, **options)
+
+
+class Labelled(torch.nn.Module):
+    """With a table of labels that the probed samples do not read, and what changes as it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.register_buffer("labels", torch.arange(12.0).reshape(4, 3))
+        self.calls, self.last = torch.zeros((), dtype=torch.long), None  # a search refuses buffers that change
+
+    def forward(self, x, t):
+        self.calls += 1
+        self.last = x.detach()
+        return self.scale * model(x, t)
+
+
+@pytest.mark.parametrize("change", ["labels", "order", "scale", "none"])
+@pytest.mark.parametrize("held", ["module", "closure"])
+def test_another_table_inside_a_keyed_model_is_not_resumed(tmp_path, change, held):
+    """And one that counts its calls, or keeps its last state, is, in this process as in another."""
+    module = Labelled()
+    function = module if held == "module" else lambda x, t: module(x, t)
+    find(tmp_path, function=function, budget=3_000)
+    if change == "none":
+        assert find(tmp_path, function=function, budget=3_500, resume=True).solvers
+        module.load_state_dict(Labelled().state_dict())
+        module.last = None
+        assert find(tmp_path, function=function, budget=4_000, resume=True).solvers
+        return
+    with torch.no_grad():
+        if change == "scale":
+            module.scale += 1e-3
+        else:
+            module.labels.copy_(module.labels.flip(0) if change == "order" else module.labels + 1)
+    with pytest.raises(ValueError, match="cannot be resumed: .* of other weights; use"):
+        find(tmp_path, function=function, budget=3_500, resume=True)
+
+
+def test_another_tensor_in_a_closure_is_not_resumed(tmp_path):
+    def reading(table):
+        return lambda x, t: model(x, t) + 0 * table[0]
+
+    for scale in (1.0, 1.0, 2.0):
+        with pytest.raises(ValueError, match="other weights") if scale == 2 else nullcontext():
+            find(tmp_path, function=reading(scale * torch.arange(3.0)), budget=3_000, resume=True)
 
 
 @pytest.fixture
@@ -363,7 +411,8 @@ def test_what_two_samples_do_not_show_is_seen_too(tmp_path, part):
     options = dict(out=tmp_path, progress=False, report=False)
     first = search(target(False), 3, method=method(False), **options)
     assert search(target(False), 3, method=method(False), resume=True, **options).solvers == first.solvers
-    with pytest.raises(ValueError, match="cannot be resumed: targets was"):
+    name = {"prompts": "conditions", "arrays": "conditions", "late": "outputs", "early": "outputs"}.get(part, part)
+    with pytest.raises(ValueError, match=f"cannot be resumed: .* of other {name}"):
         search(target(True), 3, method=method(True), resume=True, **options)
 
 
