@@ -396,3 +396,18 @@ def test_what_a_callback_keeps_stays():
     kept, (x, states) = [], sample(velocity, torch.randn(2, 3), "ab2/4", return_trajectory=True)
     x = sample(velocity, states[0], "ab2/4", callback=lambda at: kept.append(at["x"]))
     assert torch.equal(torch.stack(kept), states[1:]) and torch.equal(x, kept[-1])
+
+
+def test_a_parameter_called_p_is_no_rate_of_a_dropout():
+    """The look at what depends on train mode compared it with 0, and a tensor has no truth value."""
+
+    class Learned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = nn.Parameter(torch.zeros(4))
+
+        def forward(self, x, t):
+            return x + self.p if self.training else x
+
+    with pytest.warns(UserWarning, match=r"forward \(Learned\) depends on it"):
+        assert sample(Learned().train(), torch.ones(2, 4), "euler/2").shape == (2, 4)
