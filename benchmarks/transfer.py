@@ -7,6 +7,8 @@
     python -m benchmarks.transfer show                           # prints the tables
     python -m benchmarks.transfer show --write docs/transfer.md  # puts them between its marks
 
+    python -m benchmarks.transfer moved                          # the same tables, each moved to the column's model
+
 A row's table is searched on its model, or on several, and run on each column's, all of one family. Figures: its RMSE
 over that of the best hand-made solver on the column's model (all 91 names, found as ``compare`` does), on noise
 that no search draws; below 1 it wins. What is in the rows already is not run again: delete the file to start over.
@@ -20,7 +22,12 @@ from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dss_fast import GaussNewton, Solver, search
+import torch
+
+from dss_fast import GaussNewton, Solver, sample, search
+from dss_fast.distance import squares
+from dss_fast.draws import Draws
+from dss_fast.trajectory import dense_grid, integrate
 
 from . import rows
 from .search_table import Fresh, known_best, target
@@ -29,6 +36,7 @@ RESULTS = Path(__file__).parent / "results" / "transfer.jsonl"
 FLOWS = ("flow", "flow_guided", "flow16", "mixture0.2", "mixture", "mixture0.5")
 VPS = ("vp", "vp_guided")
 MODELS = (*FLOWS, *VPS)
+CHOICE, CHOICE_CALLS, CHOICE_SEED = 8, 48, 52_000  # samples that choose a k, and the fine trajectories' calls
 SAMPLES, MIXTURE_SAMPLES = 256, 2048  # the mixture's error is in few samples, and it is cheap
 
 
@@ -81,24 +89,58 @@ def run(models: list[str], sources: list[str], steps: list[int], settings: Setti
                 rows.append(RESULTS, **key, name=solver.name, samples=fresh.count, **fresh.row(solver))
 
 
+def nearest(solver: Solver, column: str) -> Solver:
+    """The table moved to where it errs least on a few samples of a model, of nine sizes of the data."""
+    draws = Draws.of(target(column), CHOICE_SEED)
+    batch, schedule = draws.batch("k", 0, CHOICE), draws.schedule
+    with torch.no_grad():
+        last = integrate(batch.predictor(), batch.noise, dense_grid(schedule, CHOICE_CALLS)).last
+
+    def error(table: Solver) -> float:
+        try:
+            return float(squares(sample(draws.target, batch.noise, table, cond=batch.cond), last).mean())
+        except FloatingPointError:
+            return math.inf
+
+    return min((solver.moved(2 ** (power / 2), schedule) for power in range(-4, 5)), key=error)
+
+
+def moved(models: list[str], sources: list[str], steps: list[int], settings: Settings) -> None:
+    """Rows of tables on models that they were not searched on, moved there by the k that some samples choose."""
+    for column in models:
+        fresh: Fresh | None = None
+        for n in steps:
+            for name in sources:
+                about = {"source": name, **asdict(settings), "target": column, "num_steps": n}
+                if name == column or found(kind="moved", **about) is not None:
+                    continue
+                if fresh is None:
+                    fresh = Fresh(column, MIXTURE_SAMPLES if column.startswith("mixture") else SAMPLES)
+                best = nearest(table(name, n, settings), column)
+                k = best.provenance.get("moved", 1.0)
+                rows.append(RESULTS, kind="moved", **about, k=k, samples=fresh.count, **fresh.row(best))
+
+
 def show(measure: str = "rmse") -> str:
     """A matrix for each N, space and budget, the newest rows; worst and geometric mean off the diagonal."""
     every = measured()
     hand = {(r["target"], r["num_steps"]): r for r in every if r["kind"] == "handmade"}
     groups: dict[tuple, dict[tuple[str, str], float]] = {}
     for r in every:
-        if r["kind"] == "pair":
+        if r["kind"] in ("pair", "moved"):
             settings = Settings(**{f.name: r[f.name] for f in fields(Settings)})
-            group = groups.setdefault((r["num_steps"], *astuple(settings)), {})
+            group = groups.setdefault((r["num_steps"], *astuple(settings), r["kind"] == "moved"), {})
             group[r["source"], r["target"]] = r[measure] / hand[r["target"], r["num_steps"]][measure]
     parts = []
-    for (n, space, budget, seed, generality), cells in sorted(groups.items()):
+    for (n, space, budget, seed, generality, carried), cells in sorted(groups.items()):
         known = {source for source, _ in cells}
         sources = [*(name for name in MODELS if name in known), *sorted(known - set(MODELS))]
         columns = [name for name in MODELS if any(name == column for _, column in cells)]
-        command = f"python -m benchmarks.transfer run --steps {n} --space {space} --budget {budget} --seed {seed}"
+        verb = "moved" if carried else "run"
+        command = f"python -m benchmarks.transfer {verb} --steps {n} --space {space} --budget {budget} --seed {seed}"
         command += f" --generality {generality}" if generality else ""
         title = f"N = {n}, space `{space}`" + (f", generality {generality}" if generality else "")
+        title += ", moved" if carried else ""
         lines = [f"{title}: `{command}`", "", f"| searched on | {' | '.join(columns)} |"]
         lines.append("| --- " * (len(columns) + 1) + "|")
         best = [f"{hand[name, n][measure]:.4f}" for name in columns]
@@ -129,7 +171,7 @@ def show(measure: str = "rmse") -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "show"))
+    parser.add_argument("what", choices=("run", "moved", "show"))
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--sources", nargs="+", help="searched on: models, or several joined by +; default: --models")
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 8])
@@ -140,9 +182,10 @@ def main() -> None:
     parser.add_argument("--measure", default="rmse", choices=("rmse", "median"))
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the text between the marks in FILE")
     options = parser.parse_args()
-    if options.what == "run":
+    if options.what != "show":
         settings = Settings(options.space, options.budget, options.seed, options.generality)
-        return run(options.models, options.sources or options.models, options.steps, settings)
+        measure = run if options.what == "run" else moved
+        return measure(options.models, options.sources or options.models, options.steps, settings)
     text = show(options.measure)
     if options.write is None:
         return print(text)

@@ -5,7 +5,7 @@ from .methods import handmade
 from .names import find_solver, solver_names
 from .sampling import sample
 from .schedule import VP, DiscreteVP, Flow, Grid
-from .searching import GaussNewton, Lion, SearchResult, plan, search
+from .searching import GaussNewton, Lion, SearchResult, fit, plan, search
 from .solver import Solver
 from .target import Target
 from .version import __version__
@@ -23,6 +23,7 @@ __all__ = [
     "Target",
     "compare",
     "find_solver",
+    "fit",
     "handmade",
     "plan",
     "sample",

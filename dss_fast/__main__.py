@@ -1,4 +1,4 @@
-"""Few-step solvers for diffusion and flow models: search, sample, compare, show, push.
+"""Few-step solvers for diffusion and flow models: search, fit, sample, compare, show, push.
 
 A model is named module:attribute, or file.py:attribute. The attribute is a Target, or a function without arguments
 that returns one; a dict of a Target's fields is taken too. search takes several, for one table over all, and a
@@ -37,7 +37,7 @@ from .names import find_solver, is_file, printable, solver_names
 from .plots import plot_samples, plot_solver
 from .sampling import sample
 from .schedule import Schedule, default_schedule
-from .searching import METHODS, GaussNewton, Method, search
+from .searching import METHODS, GaussNewton, Method, fit, search
 from .searching.processes import take_local_device
 from .searching.space import SPACES
 from .solver import Solver
@@ -166,6 +166,17 @@ def _search(options: argparse.Namespace) -> int:
             _say(
                 f"no report was made; python -m dss_fast compare {models} {out}/solver-*.json says what they are worth"
             )
+    return INTERRUPTED if result.interrupted else 0
+
+
+def _fit(options: argparse.Namespace) -> int:
+    take_local_device()
+    out = Path(options.out)
+    target = load_target(options.model, options.device)
+    asked = {"budget": options.budget, "seed": options.seed, "progress": not options.quiet}
+    result = fit(target, options.steps, out=out, **asked)
+    if int(os.environ.get("RANK", "0")) == 0:
+        _say(result)
     return INTERRUPTED if result.interrupted else 0
 
 
@@ -452,6 +463,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--prompts", help="of a pipeline: a file with one prompt a line")
     sub.add_argument("--call", nargs="+", help="of a pipeline's call: height=512 width=512 guidance_scale=3.5 ...")
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of a pipeline's weights")
+    quiet(sub)
+
+    sub = command("fit", _fit, "choose a table for a model in a few hundred calls, none backward", "out")
+    sub.add_argument("--steps", type=_steps, default=[10], help="numbers of steps, as in 5,8,10 (default: 10)")
+    sub.add_argument("--budget", type=_budget, default=500, help="most model evaluations, or a time (default: 500)")
     quiet(sub)
 
     sub = command("sample", _sample, "sample with a solver", "samples.png")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .bench import CHECKED, COARSER, Bench, Row
 from .denoiser import not_finite
-from .distance import three_digits
+from .distance import ratio_of, three_digits
 from .draws import Draws
 from .files import shortened, write_json
 from .names import Name, find_solver, is_file, known, printable, published_steps
@@ -29,7 +29,6 @@ REFERENCE_EVALUATIONS = 160  # with so many calls the fourth-order teacher errs 
 # Samples and calls of the reference, by what a budget allows; 48 err by 0.0006 on the MNIST flow.
 LADDER = ((256, REFERENCE_EVALUATIONS), (128, 96), (64, 48), (32, 32))
 FEW = 8  # samples have no interval to speak of
-RESAMPLED = 2_000  # times, for the interval of a ratio
 CONTEST = 0.75  # of what a budget leaves goes into the hand-made names, the rest into how many calls they need
 
 Given = Solver | str | os.PathLike[str]
@@ -305,7 +304,7 @@ def _judged(bench: Bench, title: str, contest: Contest | None, limit: float) -> 
         titles = {title: run.solver for title, run in bench.runs.items()}
         named[best] = bench.measure(_free(best, titles), best, searched=False)
     theirs = rivals[best]
-    ratio, low, high = _ratio(mine, torch.stack([e for e in rivals.values() if bool(e.isfinite().all())] or [theirs]))
+    ratio, low, high = ratio_of(mine, torch.stack([e for e in rivals.values() if bool(e.isfinite().all())] or [theirs]))
     handmade = handmade_tables(bench.schedule, n) if contest else {}
     found = Verdict(
         solver=title,
@@ -326,34 +325,6 @@ def _judged(bench: Bench, title: str, contest: Contest | None, limit: float) -> 
         return found
     calls, like = calls_like(bench.squares, bench.schedule, contest.best, mine, limit)
     return replace(found, calls=calls, like=like) if calls > n else found
-
-
-def _ratio(mine: Tensor, rivals: Tensor, seed: int = 0) -> tuple[float, float, float]:
-    """sqrt(mean mine / min_k mean rivals_k), and its 95 % interval, from resampling the samples of all alike.
-
-    mine: (S,) squares, rivals: (K, S). Each resampling has its own best rival, so that the interval holds how uncertain
-    that choice is too; and one sample in S, on average, that nobody has seen: there the table, or else the rivals, err
-    like the worst sample that the table and its best rival have. Without them the interval of 32 samples missed the
-    ratio of 2,048 in 15 to 40 % of draws, since errors have heavy tails. Infinite for a table that diverges, 1 where
-    nobody errs.
-    """
-    tiny = 1e-300
-    ratio = math.sqrt(max(float(mine.mean()), tiny) / max(float(rivals.mean(1).min()), tiny))
-    if not math.isfinite(ratio) or not bool(rivals.isfinite().all()):
-        return ratio, ratio, ratio
-    theirs = rivals[rivals.mean(1).argmin()]
-    worst = torch.maximum(mine.max(), theirs.max())
-    seen = len(mine)
-    if bool((mine < theirs).any()):  # a table that errs less nowhere, as one that is its own rival, stays what it is
-        mine = torch.cat([mine, worst[None], mine.mean()[None]])
-        rivals = torch.cat([rivals, rivals.mean(1, keepdim=True), worst.expand(len(rivals), 1)], 1)
-    picks = torch.randint(len(mine), (RESAMPLED, seen), generator=torch.Generator().manual_seed(seed))
-    counts = torch.zeros(RESAMPLED, len(mine), dtype=torch.float64)
-    counts.scatter_add_(1, picks, torch.ones(picks.shape, dtype=torch.float64))
-    ratios = ((counts @ mine).clamp_min(tiny) / (counts @ rivals.T).amin(1).clamp_min(tiny)).sqrt()
-    ends = ratios.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-    low, high = (round(end, 9) for end in ends.tolist())  # two sums of the same numbers differ in their last bits
-    return ratio, min(low, ratio), max(high, ratio)
 
 
 def _expand(

@@ -16,6 +16,7 @@ from .target import Target
 
 CRITERIA = ("rmse", "median", "features")
 SWITCH = 0.5  # a sample further off than this part of the median distance between references counts as switched
+RESAMPLED = 2_000  # times, for the interval of a ratio
 CHUNK = 64  # samples that features and classify see at a time
 SPLITS, WIDE = 16, 4096  # halvings of the noises to average a distance over; with more than WIDE features only one
 
@@ -196,3 +197,31 @@ class Reference:
                 raise ValueError(text)
             warnings.warn(f"{text}: they count as switched, and as read wrongly", stacklevel=4)
         return logits.argmax(-1).masked_fill(unread, -1)
+
+
+def ratio_of(mine: Tensor, rivals: Tensor, seed: int = 0) -> tuple[float, float, float]:
+    """sqrt(mean mine / min_k mean rivals_k), and its 95 % interval, from resampling the samples of all alike.
+
+    mine: (S,) squares, rivals: (K, S). Each resampling has its own best rival, so that the interval holds how uncertain
+    that choice is too; and one sample in S, on average, that nobody has seen: there the table, or else the rivals, err
+    like the worst sample that the table and its best rival have. Without them the interval of 32 samples missed the
+    ratio of 2,048 in 15 to 40 % of draws, since errors have heavy tails. Infinite for a table that diverges, 1 where
+    nobody errs.
+    """
+    tiny = 1e-300
+    ratio = math.sqrt(max(float(mine.mean()), tiny) / max(float(rivals.mean(1).min()), tiny))
+    if not math.isfinite(ratio) or not bool(rivals.isfinite().all()):
+        return ratio, ratio, ratio
+    theirs = rivals[rivals.mean(1).argmin()]
+    worst = torch.maximum(mine.max(), theirs.max())
+    seen = len(mine)
+    if bool((mine < theirs).any()):  # a table that errs less nowhere, as one that is its own rival, stays what it is
+        mine = torch.cat([mine, worst[None], mine.mean()[None]])
+        rivals = torch.cat([rivals, rivals.mean(1, keepdim=True), worst.expand(len(rivals), 1)], 1)
+    picks = torch.randint(len(mine), (RESAMPLED, seen), generator=torch.Generator().manual_seed(seed))
+    counts = torch.zeros(RESAMPLED, len(mine), dtype=torch.float64)
+    counts.scatter_add_(1, picks, torch.ones(picks.shape, dtype=torch.float64))
+    ratios = ((counts @ mine).clamp_min(tiny) / (counts @ rivals.T).amin(1).clamp_min(tiny)).sqrt()
+    ends = ratios.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    low, high = (round(end, 9) for end in ends.tolist())  # two sums of the same numbers differ in their last bits
+    return ratio, min(low, ratio), max(high, ratio)

@@ -432,7 +432,7 @@ def test_a_table_with_a_schedule_of_ones_own_is_shown(folder, capsys):
         assert main(["show", "trig.json", "--schedule", name]) == 2 and words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["", "search", "sample", "compare", "show", "push"])
+@pytest.mark.parametrize("command", ["", "search", "fit", "sample", "compare", "show", "push"])
 def test_help_is_plain_text_with_its_defaults(capsys, command):
     with pytest.raises(SystemExit):
         main([*command.split(), "--help"])

@@ -25,7 +25,7 @@ from .result import Event, SearchResult
 from .runs import RunFolder, is_finished, opened, restored, run
 from .settings import METHODS, GaussNewton, Lion, Method
 
-__all__ = ["METHODS", "Event", "GaussNewton", "Lion", "Method", "Plan", "SearchResult", "plan", "search"]
+__all__ = ["METHODS", "Event", "GaussNewton", "Lion", "Method", "Plan", "SearchResult", "fit", "plan", "search"]
 
 PLAUSIBLE_SHARE = 0.02  # at most this part of the budget goes into whether the schedule is plausible
 METHOD: dict[str, Callable[[Job, Ledger, dict[str, Any] | None], Iterator[Event]]] = {
@@ -92,6 +92,23 @@ def search(
             if report and folder is not None and not result.interrupted and not (over and folder.has_report()):
                 finish(job, result, config, progress)
     return result
+
+
+def fit(
+    target: Target | Model | Sequence[Target],
+    num_steps: int | Sequence[int],
+    *,
+    budget: int | str = 500,
+    **options: Any,
+) -> SearchResult:
+    """Chooses a table for the model in a few hundred calls forward, none backward: the best of the library's and the
+    published ones, each moved to several sizes of the data (:meth:`Solver.moved`), and of the hand-made ones.
+
+    It is ``search(target, num_steps, method=GaussNewton(rounds=0), budget=budget)``, and so does a search whose budget
+    pays for no round; ``options`` are those of :func:`search`. The result says what part of the error of the best
+    hand-made table tried is left, on the samples of the choice; ``compare`` says it on fresh ones.
+    """
+    return search(target, num_steps, method=GaussNewton(rounds=0), budget=budget, **options)
 
 
 def begin(

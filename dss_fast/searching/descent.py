@@ -22,7 +22,7 @@ from .best import Best, better
 from .budget import Ledger
 from .gauss_newton import ROBUST, Charge, Quadratic, robust
 from .job import Job
-from .plan import GROWTH, LEAST, RACE, START_SHARE, Sizes, racers_of
+from .plan import GROWTH, LEAST, RACE, Sizes, racers_of, start_cost
 from .prior import curvature
 from .result import Event
 from .rounds import ANNEAL, Candidate, Look, Rounds, Trial, enough
@@ -54,6 +54,7 @@ class Point:
     """Where the search for one N stands; everything a resumed one needs. A value: each step gives the next one."""
 
     # settled at the start; share: evaluations it may spend; prior: (P, P) how fast errors grow around where it starts
+    start: Solver
     candidate: Candidate  # its table changes with each trial
     share: float
     prior: Tensor | None = None
@@ -80,8 +81,11 @@ class Point:
         return self.finished or self.round >= RACE
 
     def solver(self) -> Solver | None:
-        """The best table so far."""
-        return None if self.best is None else self.candidate.space.solver(self.best.theta)
+        """The best table so far: the start itself, where it is the best."""
+        if self.best is None:
+            return None
+        space, theta = self.candidate.space, self.best.theta
+        return self.start if bool((theta == space.theta(self.start)).all()) else space.solver(theta)
 
     def charge(self, theta: Tensor) -> float:
         """What theta adds to its loss."""
@@ -229,10 +233,13 @@ class Descent:
     def tables(self, n: int) -> tuple[list[Solver], int]:
         """What the search for N steps may start from, the table given or all there are, and the budget to choose."""
         assert self.ledger.budget is not None
-        limit = min(self.ledger.budget * START_SHARE * n / sum(self.job.steps), self._left())
+        limit = min(start_cost(self.job, self.ledger.budget, self.sizes.rounds) * n / sum(self.job.steps), self._left())
         done = {k: racers[0].solver() or self.starts[k] for k, racers in self.racers.items()}
         given = self.starts.get(n)
-        return [given] if given else candidates(self.job.draws.schedule, n, done), int(limit)
+        if given:
+            return [given], int(limit)
+        space = self.job.settings.space_of(self.job.draws.schedule, n)
+        return [table for table in candidates(self.job.draws.schedule, n, done) if space.holds(table)], int(limit)
 
     def start(self, n: int, ranked: Sequence[Start]) -> None:
         """The points that the search for N steps begins with, at the best tables on different spacings."""
@@ -247,7 +254,7 @@ class Descent:
         """Where the search from a table begins."""
         known = curvature(space, start.solver)
         prior = None if known is None else PRIOR / self.sizes.samples * known
-        return Point(Candidate(space, space.theta(start.solver), start.units), share, prior)
+        return Point(start.solver, Candidate(space, space.theta(start.solver), start.units), share, prior)
 
     def _left(self) -> int:
         """Evaluations for the Ns to come, without those of their last looks."""
@@ -289,9 +296,11 @@ def descend(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> It
     for n in job.steps:
         if n not in descent.racers:
             tables, limit = descent.tables(n)
-            descent.start(n, ranked(job.draws, ledger, rounds.train, tables, limit))
+            starts = ranked(job.draws, ledger, rounds.train, tables, limit)
+            descent.start(n, starts)
             if job.initial is None:
-                yield descent.event("start", num_steps=n, start=descent.starts[n].name)
+                choice = None if starts[0].choice is None else str(starts[0].choice)
+                yield descent.event("start", num_steps=n, start=descent.starts[n].name, choice=choice)
         while not all(point.finished for point in descent.racers[n]):
             points = descent.racers[n]
             racing, before = len(points) > 1, ledger.evaluations
@@ -300,7 +309,7 @@ def descend(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> It
             if point.theta is None and point.best is None and _affords_look(point, rounds):
                 seen = rounds.look(point.candidate, rounds.held_out)
                 point, told["held_out"] = point.looked(point.candidate.theta, seen, settings), {n: seen.rmse}
-            batches = _planned(point, rounds)
+            batches = _planned(point, rounds, descent.sizes.rounds)
             trial = rounds.attempt(point.candidate, point.round, batches) if batches else None
             if not batches:
                 point, look = point.ended(), point.theta is not None
@@ -318,7 +327,7 @@ def descend(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> It
                 seen = rounds.look(point.at, rounds.held_out)
                 point, told["held_out"] = point.looked(point.at.theta, seen, settings), {n: seen.rmse}
             if point.finished and len(rounds.fresh):
-                start = replace(point.candidate, theta=point.candidate.space.theta(descent.starts[n]))
+                start = replace(point.candidate, theta=point.candidate.space.theta(point.start))
                 found = replace(point.candidate, theta=point.best.theta) if point.best else start
                 seen, before_it = rounds.look(found, rounds.fresh), rounds.look(start, rounds.fresh)
                 point = point.compared(start, seen.errors, before_it.errors)
@@ -354,10 +363,9 @@ def begun(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> tupl
     return descent, Rounds(job, ledger, train, held_out, fresh)
 
 
-def _planned(point: Point, rounds: Rounds) -> int:
-    """How many batches the next round takes; 0: none, the search for this N is over."""
-    settings, sizes, candidate = rounds.job.settings, rounds.train.sizes, point.candidate
-    assert isinstance(settings, GaussNewton)
+def _planned(point: Point, rounds: Rounds, most: int) -> int:
+    """How many batches the next round takes, of ``most``; 0: none, the search for this N is over."""
+    sizes, candidate = rounds.train.sizes, point.candidate
     growing = GROWTH[point.round] if point.round < len(GROWTH) else 1.0
     targets = len(candidate.units)  # which take turns: each has its part in every round
     batches = enough(sizes, max(LEAST * targets, math.ceil(growing * sum(sizes))))
@@ -370,7 +378,7 @@ def _planned(point: Point, rounds: Rounds) -> int:
     while batches > targets and not affords(batches):
         batches -= targets
     known = 0 if point.known is None else len(point.known.values)
-    over = point.round >= settings.rounds or sum(sizes[:batches]) < WORTH * known
+    over = point.round >= most or sum(sizes[:batches]) < WORTH * known
     return 0 if over or not affords(batches) else batches
 
 
@@ -396,13 +404,14 @@ def _winner(racers: Sequence[Point]) -> Point:
 
 def _saved(point: Point) -> dict[str, Any]:
     """A point as nested data."""
-    known, best, parts = point.known, point.best, ("candidate", "known", "best", "charged")
+    known, best, parts = point.known, point.best, ("start", "candidate", "known", "best", "charged")
     return {
         **{f.name: getattr(point, f.name) for f in fields(point) if f.name not in parts},
         "candidate": point.candidate.theta,
         "units": list(point.candidate.units),
         "known": None if known is None else {**vars(known.loss), "values": known.values, "scale": known.scale},
         "best": None if best is None else vars(best),
+        "start": point.start,
         "charged": None if point.charged is None else vars(point.charged),
     }
 
@@ -411,10 +420,11 @@ def _loaded(saved: dict[str, Any], space: Space) -> Point:
     """What :func:`_saved` returned."""
     plain = dict(saved)
     candidate = Candidate(space, plain.pop("candidate"), tuple(plain.pop("units")))
-    known, best, charged = plain.pop("known"), plain.pop("best"), plain.pop("charged")
+    known, best, charged = (plain.pop(key) for key in ("known", "best", "charged"))
     if known is not None:
         known = Known(Quadratic(known["gradient"], known["matrix"], known["mass"]), known["values"], known["scale"])
     return Point(
+        plain.pop("start"),
         candidate,
         known=known,
         best=None if best is None else Best(**best),

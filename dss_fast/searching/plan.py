@@ -23,7 +23,11 @@ FEW = 40  # samples of which none are held out: eight of them choose worse than 
 RACE = 3  # rounds after which the best of several starts goes on
 RACERS = 3  # tables of different spacings at most to start from, of FEW samples or more
 SLACK = 1.25  # of the rounds' cost, for those that are rejected
-START_SHARE = 0.1  # of the budget, to find where to start
+START_SHARE = 0.1  # of the budget, to find where to start; of a small one so many rollouts, half at most
+START_ROLLOUTS = 30  # choose a table of the library and its k at .6 of the best hand-made error, 100 at .59
+CHOICE_SHARE, CHOICE = 0.6, 64  # of the budget, where nothing follows the choice; samples for it at most
+ROUNDS, MORE = 1, 4  # a plan counts on one round and one more for every four samples
+WORTHWHILE = 4  # samples: with fewer, rounds cost more than they bring, and the budget goes into the choice alone
 MEMORY = 1 << 29  # bytes of a round's rollouts between its acceptance test and its backward; beyond, they run again
 FRESH, FRESH_SHARE = 4, 0.04  # samples for the last look at most, and of the budget, where none are held out
 LOOKS = 4  # at the held-out samples, that the plan counts on
@@ -34,12 +38,14 @@ class Sizes:
     """What a budget pays for when no round is rejected: training and held-out samples and the teacher's calls.
 
     fresh: where none are held out, samples at the end on which the table found must not err much more than its start.
+    rounds: of Gauss-Newton at most; 0 where the budget is for a choice among the tables there are.
     """
 
     samples: int
     held_out: int
     calls: int
     fresh: int
+    rounds: int
 
     @classmethod
     def of(cls, job: Job, budget: int) -> Sizes:
@@ -62,19 +68,23 @@ class Sizes:
             return max(world, min(FRESH, afforded)) * len(job.draws.targets)
 
         def cost(samples: int) -> int:
-            planned = min(len(GROWTH), settings.rounds, 6 + samples // 8)
+            planned = min(len(GROWTH), settings.rounds, ROUNDS + samples // MORE)
             shares = GROWTH[:planned] + (racers_of(samples) - 1) * GROWTH[:RACE]
             rounds = SLACK * sum(max(share, min(1.0, LEAST / samples)) for share in shares)
             each = calls(samples) + sum(steps) * (1 + 4 * rounds)
             looks = held_out(samples) * (calls(samples) + sum(steps) * LOOKS)
             looks += fresh(samples) * (calls(samples) + 2 * sum(steps))
-            return math.ceil(samples * each + looks + START_SHARE * budget)
+            return math.ceil(samples * each + looks + start_cost(job, budget, settings.rounds))
 
-        samples = settings.samples
+        samples, rounds = settings.samples, settings.rounds
+        least = max(2, world) * len(job.draws.targets)
         if samples is None:
-            least = max(2, world) * len(job.draws.targets)
             samples = max(least, bisect_right(range(1, 1 << 20), budget, key=cost))
-        return cls(samples, held_out(samples), calls(samples), fresh(samples))
+            if job.initial is None and samples < WORTHWHILE * len(job.draws.targets):
+                rounds = 0
+        if not rounds and settings.samples is None:
+            samples = max(least, min(CHOICE, int((1 - CHOICE_SHARE) * budget / calls(least))))
+        return cls(samples, held_out(samples), calls(samples), fresh(samples) if rounds else 0, rounds)
 
     def batches(self, job: Job) -> tuple[int, int]:
         """The sizes of a batch of training samples and of held-out ones; the batches of several targets take turns."""
@@ -82,6 +92,17 @@ class Sizes:
         each, held_out = -(-self.samples // targets), -(-self.held_out // targets)
         size = max(-(-each // BATCHES), min(LEAST, -(-each // 2)))
         return max(world, min(most, size)), max(1, min(most, held_out))
+
+
+def start_cost(job: Job, budget: int, rounds: int) -> int:
+    """Evaluations that the tables to start from may take, of all Ns: none where one is given, what the teacher leaves
+    where no rounds follow."""
+    if job.initial is not None:
+        return 0
+    if not rounds:
+        return int(CHOICE_SHARE * budget)
+    rollouts = START_ROLLOUTS * sum(job.steps) * len(job.draws.targets)
+    return int(max(START_SHARE * budget, min(rollouts, budget / 2)))
 
 
 def racers_of(samples: int) -> int:

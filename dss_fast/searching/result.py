@@ -48,6 +48,7 @@ class Event:
     samples: int | None = None
     used: int | None = None
     start: str | None = None
+    choice: str | None = None
     evaluations: int = 0
     time: float = 0.0
 
@@ -103,6 +104,7 @@ class SearchResult:
             _, errors = self.curve("held_out", n)
             gain = f": held-out RMSE {min(errors):.4g}, {errors[0]:.4g} at the start" if errors else ""
             lines.append(f"{solver.name}{gain}")
+            lines += [f"  began at {e.start}, {e.choice}" for e in self.history if e.num_steps == n and e.choice]
         where = f", in {self.out}" if self.out else ""
         where += "; report.html there says what was gained" if self.out and (self.out / "report.html").exists() else ""
         return "\n".join([*lines, f"{self.evaluations:,} model evaluations{where}"])

@@ -90,6 +90,14 @@ class Space:
         ]
         return torch.cat(parts)
 
+    def holds(self, solver: Solver) -> bool:
+        """Whether a table is in the space, or near enough to start from."""
+        try:
+            self.theta(solver)
+        except ValueError:
+            return False
+        return True
+
     def numbers(self, theta: Tensor) -> dict[str, Any]:
         """timesteps, coeffs, noise_coeffs, network_timesteps: what ``StepTable.build`` takes, differentiable."""
         n = self.num_steps

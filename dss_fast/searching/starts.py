@@ -1,35 +1,51 @@
-"""Where a search starts: the best table there is already, found by successive halving on a few samples."""
+"""Where a search starts: the best table there is already, found by successive halving on a few samples.
+
+A table of the library, or a published one, is tried at several sizes of the data: what it does on one model it does on
+another whose data are k times as large, once it is moved by k (``Solver.moved``).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ..distance import squares
+from ..distance import ratio_of, squares
 from ..draws import Draws
 from ..methods import handmade
+from ..names import families, find_solver, library, published_steps
 from ..rivals import handmade_tables
 from ..schedule import Schedule
 from ..solver import Solver
 from ..table import StepTable
+from ..target import Samples
 from ..unroll import Rollout
 from .budget import Ledger
-from .gauss_newton import ROBUST, robust
 from .teacher import Teacher
 
 LOST = 1e30  # the error of a table that diverges to NaN or Inf
+# Of the data beside those of the models that tables were searched on. The best of one table is within a step of 2^.5 on
+# its neighbours; over the models of the library they go from .25 to 3.
+SIZES = tuple(2.0 ** (power / 2) for power in (0, -2, 2, -1, 1, -3, 3, -4))
+HANDMADE = "hand-made"  # the source of such tables
 THIRD = 3  # of the tables a third is kept, and run on three times the samples
 
 
 def candidates(schedule: Schedule, num_steps: int, done: dict[int, Solver]) -> list[Solver]:
     """Every table that may be the best there is, likely ones first, none twice.
 
-    Hand-made methods on all spacings, and on the timesteps that were found for the nearest N of ``done``.
+    Those of the library at each k and the hand-made ones take turns at the head; published tables at each k follow,
+    and hand-made methods on all spacings, and on the timesteps that were found for the nearest N of ``done``.
     """
+    hand = list(handmade_tables(schedule, num_steps))
+    papers = moved_tables(schedule, num_steps, tuple(name for name in families() if name not in library()))
+    head: list[Solver] = []
+    for k, moved in enumerate(moved_tables(schedule, num_steps, tuple(library())) or papers):
+        head += [moved, *hand[k // 2 : k // 2 + (k % 2)]]  # a hand-made one after every second
     found = []
     if done:
         near = min(done, key=lambda n: abs(n - num_steps))
@@ -37,71 +53,143 @@ def candidates(schedule: Schedule, num_steps: int, done: dict[int, Solver]) -> l
         methods = ("ab2", "ab3") if schedule.family == "flow" else ("dpmpp_2m", "ab2")
         like = [handmade(method, schedule=schedule, timesteps=u) for method in methods]
         found += [replace(solver, name=f"{solver.name} on the spacing found for N = {near}") for solver in like]
-    found += handmade_tables(schedule, num_steps)
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys([*head, *found, *papers, *hand]))
+
+
+@lru_cache(32)
+def moved_tables(schedule: Schedule, num_steps: int, names: tuple[str, ...]) -> tuple[Solver, ...]:
+    """The tables of these names and N steps for data of each size in ``SIZES``, likely sizes first; beside a flow's own
+    shift, which a table follows."""
+    shift = getattr(schedule, "shift", 1.0)
+    tables = [find_solver(f"{name}/{num_steps}") for name in names if num_steps in published_steps(name)]
+    found = []
+    for k in SIZES:
+        for table in tables:
+            moved = table.moved(k * shift / getattr(table.schedule, "shift", 1.0), schedule)
+            found.append(replace(moved, provenance={"moved": 1.0, **moved.provenance}))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a table was chosen by: its RMSE over that of the best hand-made table tried, ``rival``, and the 95 %
+    interval, on the same samples; and how many these were, and how many tables."""
+
+    rival: str
+    ratio: float
+    low: float
+    high: float
+    samples: int
+    tables: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.ratio:.2f} ({self.low:.2f} to {self.high:.2f}) of the error of {self.rival}, the best hand-made "
+            f"one tried, on the {self.samples} samples that chose it among {self.tables} tables"
+        )
 
 
 @dataclass(frozen=True)
 class Start:
     """A table to start from. units: what each target's squares are counted in, the median of the table's there; 1 for
-    a single target."""
+    a single target. choice: how it stands to the best hand-made one; None of several targets, or of a table given."""
 
     solver: Solver
     units: tuple[float, ...]
+    choice: Choice | None = None
 
 
 @torch.no_grad()
 def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solver], limit: int) -> list[Start]:
     """The best of the tables, best first; at most ``limit`` evaluations, 0 for a single table and target.
 
-    Each is run on one sample, the better third of them on two more, and so on, as far as the first batch of each
-    target reaches. With too small a limit for all, the first ones take part. Score: the robust mean of
-    |x_N - teacher(1)|^2, of several targets the geometric mean of theirs.
+    Each is run on one sample, the better third of them on two more, and so on, as far as the samples of each target
+    reach, of several processes those of its first batch. With too small a limit for all, the first ones take part.
+    Score: the mean of |x_N - teacher(1)|^2, of several targets the geometric mean of theirs; robust means and medians
+    choose worse where few samples carry the error.
     """
     left, count = list(tables), 0
     errors: dict[Solver, Tensor] = {}  # (targets, samples so far)
     n, targets, wanted = left[0].num_steps, len(draws.targets), draws.world
-    most = min(teacher.sizes[:targets]) // draws.world * draws.world
+    alone = wanted > 1 or len(left) == 1
+    sizes = [teacher.sizes[t : t + 1] if alone else teacher.sizes[t::targets] for t in range(targets)]
+    most = min(map(sum, sizes)) // draws.world * draws.world
     left = left[: max(1, limit // (2 * n * wanted * targets))]
     wanted = most if len(left) == 1 else wanted
     while count < wanted <= most:
         cost = n * (wanted - count) * targets * len(left)
         if (len(left) == 1 or cost > limit) and (targets == 1 or errors):
             break
-        mine = slice(count // draws.world, wanted // draws.world)
         found = torch.zeros(len(left), targets, wanted - count, dtype=torch.float64)
         for t in range(targets):
-            batch, trajectory = teacher[t]
-            part, end = batch.rows(mine), trajectory.last[mine]
-            for k, solver in enumerate(left):
-                table = StepTable.of(solver, guidance=part.guidance, dtype=part.noise.dtype, device=part.noise.device)
-                try:
-                    rollout = Rollout(part.denoiser(), part.noise, table.weights, table.times, wrt=())
-                    error = squares(rollout.states[:, -1], end).nan_to_num(nan=LOST, posinf=LOST).clamp_max(LOST)
-                except FloatingPointError:
-                    error = torch.full((len(part),), LOST, dtype=torch.float64)
-                found[k, t, draws.rank :: draws.world] = error
+            for number, place, rows in _parts(sizes[t], count, wanted, draws.world):
+                batch, trajectory = teacher[t + targets * number]
+                part, end = batch.rows(rows), trajectory.last[rows]
+                for k, solver in enumerate(left):
+                    found[k, t, place + draws.rank : place + (rows.stop - rows.start) * draws.world : draws.world] = (
+                        _errors(solver, part, end)
+                    )
         draws.all_reduce(found)
         ledger.spend(cost)
         limit -= cost
         for solver, rows in zip(left, found, strict=True):
             errors[solver] = torch.cat([errors[solver], rows], 1) if solver in errors else rows
-        scales = ROBUST * torch.stack([errors[solver] for solver in left], 1).flatten(1).median(1).values
-        scores = {solver: _score(errors[solver], scales) for solver in left}
+        scores = {solver: float(errors[solver].mean(1).clamp_min(1e-300).log().sum()) for solver in left}
         left.sort(key=scores.__getitem__)
         count, wanted = wanted, min(THIRD * wanted, most)
         if count < wanted:
-            left = left[: max(2, math.ceil(len(left) / THIRD))]
+            left = _cut(left, max(2, math.ceil(len(left) / THIRD)))
     if targets == 1:
-        return [Start(solver, (1.0,)) for solver in left]
+        return [Start(solver, (1.0,), _choice(solver, left, errors, len(errors))) for solver in left]
     return [Start(solver, tuple(errors[solver].median(1).values.clamp_min(1e-300).tolist())) for solver in left]
 
 
+def _cut(ranking: list[Solver], count: int) -> list[Solver]:
+    """The first ones, and the first hand-made one, which tells what they are worth."""
+    kept = ranking[:count]
+    if not any(table.source == HANDMADE for table in kept):
+        kept += [table for table in ranking[count:] if table.source == HANDMADE][:1]
+    return kept
+
+
+def _choice(solver: Solver, left: Sequence[Solver], errors: Mapping[Solver, Tensor], tables: int) -> Choice | None:
+    """How a table of a single target stands to the best hand-made one among those left."""
+    rivals = [table for table in left if table.source == HANDMADE and table in errors]
+    if not rivals:
+        return None
+    theirs = torch.cat([errors[table] for table in rivals])
+    best = rivals[int(theirs.mean(1).argmin())]
+    return Choice(best.name, *ratio_of(errors[solver][0], theirs), len(errors[solver][0]), tables)
+
+
+def _parts(sizes: Sequence[int], start: int, stop: int, world: int) -> Iterator[tuple[int, int, slice]]:
+    """The batches in which samples ``start`` to ``stop`` stand: their number, where theirs begin among those asked for,
+    and the rows of them that a process has."""
+    first = 0
+    for number, size in enumerate(sizes):
+        low, high = max(start - first, 0), min(stop - first, size)
+        if low < high:
+            yield number, first + low - start, slice(low // world, high // world)
+        first += size
+
+
+def _errors(solver: Solver, samples: Samples, wanted: Tensor) -> Tensor:
+    """(B,) float64 mean squares of the samples' end points."""
+    noise = samples.noise
+    table = StepTable.of(solver, guidance=samples.guidance, dtype=noise.dtype, device=noise.device)
+    try:
+        rollout = Rollout(samples.denoiser(), noise, table.weights, table.times, wrt=())
+    except FloatingPointError:
+        return torch.full((len(samples),), LOST, dtype=torch.float64)
+    return squares(rollout.states[:, -1], wanted).nan_to_num(nan=LOST, posinf=LOST).clamp_max(LOST)
+
+
 def of_different_spacings(starts: Sequence[Start]) -> list[Start]:
-    """The first start on each spacing."""
-    known: dict[tuple[float, ...], Start] = {}
+    """The first start on each spacing; a table moved to other sizes is one."""
+    known: dict[object, Start] = {}
     for start in starts:
-        known.setdefault(start.solver.timesteps, start)
+        name, moved, _ = start.solver.name.partition("@")
+        known.setdefault(name if moved and "moved" in start.solver.provenance else start.solver.timesteps, start)
     return list(known.values())
 
 
@@ -114,9 +202,3 @@ def respaced(timesteps: Tensor, num_steps: int) -> Tensor:
     u = timesteps[k] + fraction * (timesteps[k + 1] - timesteps[k])
     u[0], u[-1] = 0, 1
     return u
-
-
-def _score(errors: Tensor, scales: Tensor) -> float:
-    """The sum over targets of the logarithm of their robust mean; errors (targets, samples), scales (targets,)."""
-    pairs = zip(errors, scales.clamp_min(1e-300).tolist(), strict=True)
-    return sum(math.log(max(robust(values, scale), 1e-300)) for values, scale in pairs)

@@ -14,6 +14,7 @@ from dss_fast.draws import Draws
 from dss_fast.searching.best import better
 from dss_fast.searching.budget import Ledger, default_budget
 from dss_fast.searching.descent import Point, descend
+from dss_fast.searching.gauss_newton import Charge
 from dss_fast.searching.job import Job
 from dss_fast.searching.rounds import Candidate, Look, Rounds
 from dss_fast.searching.runs import flatten, unflatten
@@ -89,7 +90,8 @@ def test_gradient_and_matrix_are_those_of_dense_autograd(kind, loss):
     if kind == "noise+times":
         theta[-3:] += 0.02
     rounds = rounds_of(teacher, loss=feature if loss == "features" else loss)
-    known = accepted(Point(Candidate(space, theta, (1.0,)), math.inf), rounds).known
+    start = handmade("ab2", 3, Flow())
+    known = accepted(Point(start, Candidate(space, theta, (1.0,)), math.inf), rounds).known
     batch, trajectory = teacher[0]
 
     def residual(theta):
@@ -136,7 +138,7 @@ def test_generality_charges_for_the_weights_on_the_noise():
     for generality in (0.0, 2.0):
         teacher = Teacher(draws_of(), Ledger(), "train", 60, 60, 24)
         rounds = rounds_of(teacher, generality=generality)
-        point = Point(Candidate(space, first, (1.0,)), math.inf)
+        point = Point(start, Candidate(space, first, (1.0,)), math.inf)
         for candidate in (first, theta):
             point = replace(point, candidate=replace(point.candidate, theta=candidate))
             if candidate is theta:
@@ -144,8 +146,8 @@ def test_generality_charges_for_the_weights_on_the_noise():
             point = accepted(point, rounds)
         points.append((point, losses))
     (free, (_, new)), (charged, (old, dear)) = points
-    price = charged.price
-    assert free.price == 0 and price == pytest.approx(2 * old)  # L: the loss at the start, whose weights are none
+    price = float(space.noise(charged.charged.matrix.diagonal())[0])
+    assert free.charged is None and price == pytest.approx(2 * old)  # L: the loss at the start, whose weights are none
     assert dear - new == pytest.approx(price * (0.02**2 + 0.01**2 + 0.03**2))
 
     def loss(theta):
@@ -163,7 +165,11 @@ def test_the_start_is_charged_too_though_it_was_looked_at_before_there_was_a_pri
     dear = space.theta(handmade("ab2", 3, Flow()))
     cheap = dear.clone()
     space.noise(dear).fill_(0.1)
-    point = Point(Candidate(space, dear, (1.0,)), math.inf, price=10.0, best=better(None, dear, 1.0))  # .3 for it
+    ridge = torch.zeros_like(dear)
+    space.noise(ridge).fill_(10.0)  # .3 for it
+    charge = Charge(torch.diag(ridge), torch.zeros_like(dear))
+    start = handmade("ab2", 3, Flow())
+    point = Point(start, Candidate(space, dear, (1.0,)), math.inf, charged=charge, best=better(None, dear, 1.0))
     assert torch.equal(better(point.best, cheap, 1.2, point.charge).theta, cheap)
     assert torch.equal(better(point.best, cheap, 1.4, point.charge).theta, dear)
     assert torch.equal(better(point.best, cheap, 1.2).theta, dear)

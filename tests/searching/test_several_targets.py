@@ -113,9 +113,9 @@ def test_resumed_it_ends_with_the_same_bits(tmp_path):
     assert folder.solver.tensors()["coeffs"].equal(whole.solver.tensors()["coeffs"])
     again = search([WIDE, NARROW], 3, out=tmp_path / "run", resume=True, report=False, **options)
     assert again.solver == folder.solver
-    with pytest.raises(ValueError, match="cannot be resumed: targets was"):
+    with pytest.raises(ValueError, match="cannot be resumed: it is a search for"):
         search([NARROW, WIDE], 3, out=tmp_path / "run", resume=True, report=False, **options)
-    with pytest.raises(ValueError, match="cannot be resumed: targets was"):
+    with pytest.raises(ValueError, match="cannot be resumed: it is a search for"):
         search(WIDE, 3, out=tmp_path / "run", resume=True, report=False, **options)
 
 
