@@ -11,7 +11,7 @@ from functools import cache
 import pytest
 import torch
 
-from dss_fast import Solver, compare, find_solver, progress, sample
+from dss_fast import SearchResult, Solver, compare, find_solver, progress, sample
 from dss_fast.__main__ import load_target, main
 from dss_fast.files import read_tensors
 
@@ -443,3 +443,13 @@ def test_help_is_plain_text_with_its_defaults(capsys, command):
             "compare": ("(default: 20000)", "(default: 5,10)"), "show": ("(default: flow)",)}  # fmt: skip
     told = told.get(command, ())
     assert all(text in said for text in told), said
+
+
+def test_an_interrupted_search_ends_with_130_and_says_what_is_missing(folder, capsys, monkeypatch):
+    def halted(targets, steps, *, out, **options):
+        return SearchResult({3: find_solver("ab2/3")}, [], 7, interrupted=True, out=out)
+
+    monkeypatch.setattr("dss_fast.__main__.search", halted)
+    assert main("search mymodel:target --steps 3 -o runs".split()) == 130
+    said = capsys.readouterr().out
+    assert "no report was made; python -m dss_fast compare mymodel:target runs/solver-*.json says" in said
