@@ -1,6 +1,6 @@
 """Names of solvers: the only place that reads ``"sit-xl-2-256/10"``, ``"dpmpp_2m/8@karras"`` or the path of a file.
 
-solver  = name["/" N]["@" spacing]  |  path ending in ".json"
+solver  = name["/" N]["@" spacing]  |  path ending in ".json"  |  "hf://owner/repo/file.json"
 name    = a published table, or one of the library  |  a hand-made method
 spacing = "uniform", "karras", "lambda", "shift" and a factor; a published table takes a shift alone, and is moved by it
 """

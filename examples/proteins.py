@@ -34,7 +34,7 @@ ATOMS = 14  # of a residue but its C-alpha and the end of a chain; tryptophan ha
 BONDS = {("N", "CA"): 1.458, ("C", "CA"): 1.525, ("C", "O"): 1.231, ("CB", "CA"): 1.530}
 PLACES = {"N": 0, "C": 1, "O": 2, "CB": 3}
 HANDMADE = {"DPM-Solver++ 2M": "dpmpp_2m", "UniPC": "unip3"}
-BUDGETS = 600, 6_000
+BUDGETS = 600, 1_500, 6_000
 SHOWN = 130  # residues of a protein are measured at most
 PART = 64  # of them in one call
 OTHERS = (
@@ -173,7 +173,7 @@ def measure(seed: int = 0) -> str:
     said = []
     for budget in BUDGETS:
         begin = time.perf_counter()
-        method = GaussNewton() if budget < 1_000 else GaussNewton(teacher_evaluations=64)
+        method = GaussNewton() if budget < 5_000 else GaussNewton(teacher_evaluations=64)
         found = search(proteins["il2"], 5, method=method, budget=budget, seed=seed, progress=False)
         seconds = time.perf_counter() - begin
         title = f"**searched with {found.evaluations:,} calls of one residue, 5 calls**"
