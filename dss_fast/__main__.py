@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from . import __version__, hub
 from .compare import compare
 from .files import check_free, check_writable, sealing, write_tensors, write_text
+from .integrations.k_diffusion import sigmas_of
 from .methods import METHODS as HANDMADE
 from .names import find_solver, is_file, printable, solver_names
 from .plots import plot_samples, plot_solver
@@ -334,6 +335,9 @@ def _show(options: argparse.Namespace) -> None:
         )
     else:
         solver = find_solver(options.solver, default_schedule(options.family))
+    if options.sigmas:
+        _show_sigmas(solver)
+        return
     _say(printable(f"{solver.name or options.solver}: {solver.num_steps} steps, {solver.family}; {solver.source}"))
     request = solver.provenance.get("request")
     if isinstance(request, Mapping) and request:
@@ -358,6 +362,18 @@ def _schedule(name: str) -> Schedule:
     if schedule is None or not hasattr(schedule, "alpha_sigma"):
         raise ValueError(f"--schedule {name}: is {type(found).__name__}, and no schedule")
     return schedule
+
+
+def _show_sigmas(solver: Solver) -> None:
+    """One line that a field for sigmas takes, and on the other stream what it is and is worth."""
+    print(", ".join(f"{sigma:.6g}" for sigma in sigmas_of(solver).tolist()))
+    kind = "sigma of a flow, from 1" if solver.family == "flow" else "sigma / alpha, as in k-diffusion"
+    print(
+        f"{printable(solver.label)}: {kind}. Switch the program's own shift off.\nThis is the spacing alone: the "
+        "table's coefficients are not in it, and without them nothing of its gain is sure to be left "
+        "(docs/integrations.md, Fields for sigmas).",
+        file=sys.stderr,
+    )
 
 
 def _say(text: object) -> None:
@@ -496,6 +512,7 @@ def _parser() -> argparse.ArgumentParser:
     schedule = "module:attribute, for a table with a schedule of your own: the schedule, its class, or a Target of it"
     sub.add_argument("--schedule", default=None, help=schedule)
     sub.add_argument("--plot", help="also draw it here (PNG)")
+    sub.add_argument("--sigmas", action="store_true", help="print its sigmas alone, for a program's field of them")
     overwrites(sub)
 
     sub = command("push", _push, "upload a table to the Hugging Face hub, by huggingface_hub and its login")

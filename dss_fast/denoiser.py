@@ -19,6 +19,7 @@ from .modes import readable
 
 CALLED = "model(x (B, *S), t (B,), **cond)"
 TIMES = ("t", "ts", "time", "times", "timestep", "timesteps", "sigma", "sigmas")
+COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what layers compute in
 NO_GRAPH = (
     "the model returns an output without a graph for an x that requires grad, so nothing can be learned through it: "
     "take torch.no_grad(), torch.inference_mode() and .detach() out of its forward"
@@ -29,7 +30,7 @@ class Denoiser:
     """Calls a model the way every part of this package needs it called.
 
     model(x, t, **cond) -> output of x's shape. x: (B, *S); t: (B,), float32 (float64 for float64 x), in the
-    units of the schedule. A module whose parameters have another floating dtype gets x in that dtype.
+    units of the schedule. A module that computes in another dtype gets x in that, see :func:`compute_dtype`.
 
     cond: keyword arguments of the model; tensors of B rows go with their samples, the rest is passed on.
     uncond: what replaces entries of cond in the unconditional branch; given, each call is made once with a
@@ -60,8 +61,7 @@ class Denoiser:
         self._cond, self._uncond = dict(cond or {}), dict(uncond or {})
         self._doubled: dict[str, Any] | None = None
         self._held: dict[str, Tensor | np.ndarray] | None = None
-        parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-        self._dtype = parameter.dtype if parameter is not None and parameter.is_floating_point() else None
+        self._dtype = compute_dtype(model) if isinstance(model, nn.Module) else None
         _check_signature(model, {**self._cond, **self._uncond})
         _warn_of_train_mode(model)
 
@@ -140,8 +140,9 @@ class Denoiser:
         if looks:
             detached = output.detach()
             if bad := not_finite(detached):
+                time = float(t.detach()[0])
                 raise FloatingPointError(
-                    f"the model returned NaN or Inf for {bad} of {len(x)} samples at time {float(t[0]):.6g}"
+                    f"the model returned NaN or Inf for {bad} of {len(x)} samples at time {time:.6g}"
                 )
             if self.guided and self.nfe == 0 and len(x) and self._cond:
                 uncond, cond = detached.chunk(2)
@@ -151,6 +152,24 @@ class Denoiser:
                         "does it ignore that keyword? Guidance has no effect",
                         stacklevel=4,
                     )
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype | None:
+    """What a network computes in, however its weights are stored; None where nothing says, and x stays as it is.
+
+    The dtype that most of its numbers have. Where that is one that nothing is computed in, as float8 of layerwise
+    casting, int8, or the bytes of nf4 and GGUF: what a module says, from the outermost in, as ``dtype`` (diffusers,
+    transformers, which know of the casting) or ``compute_dtype`` (bitsandbytes, GGUF); or else the dtype of most of
+    what is left, norms and biases as a rule.
+    """
+    counts: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    most = sorted(counts, key=counts.__getitem__, reverse=True)
+    if most and most[0] not in COMPUTED:
+        said = (getattr(module, word, None) for module in model.modules() for word in ("dtype", "compute_dtype"))
+        most = [dtype for dtype in said if isinstance(dtype, torch.dtype)] + most
+    return next((dtype for dtype in most if dtype in COMPUTED), None)
 
 
 def _rows(value: Any, rows: int, device: torch.device) -> Any:

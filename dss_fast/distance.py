@@ -60,7 +60,7 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
     """The mean, and a root R of the covariance R'R with at most n or F rows, (F,) and (min(n, F), F) float64."""
-    features = features.double().cpu()
+    features = features.cpu().double()
     mean = features.mean(0)
     return mean, torch.linalg.qr((features - mean) / math.sqrt(len(features) - 1), mode="r").R
 
@@ -74,7 +74,7 @@ def energy_distance(first: Tensor, second: Tensor, *, same_noise: bool = False) 
     """
     if len(first) < 2 or len(second) < 2:
         return math.nan
-    first, second = first.double().cpu(), second.double().cpu()
+    first, second = first.cpu().double(), second.cpu().double()
     between = torch.cdist(first, second)
     mixed = _off_diagonal(between) if same_noise else between.mean()
     return float(2 * mixed - _off_diagonal(torch.cdist(first, first)) - _off_diagonal(torch.cdist(second, second)))

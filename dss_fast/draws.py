@@ -19,7 +19,7 @@ class Draws:
     """Batches of a target's samples, the same for any number of processes.
 
     seed: with a stream's name and a batch's number it settles that batch, whatever ran before.
-    rank, world: this process and how many share the work.
+    rank, world: this process and how many share the work; group: theirs, of torch.distributed.
     others: further targets of the same schedule, for one table over all; their batches take turns.
     """
 
@@ -28,10 +28,12 @@ class Draws:
     rank: int = 0
     world: int = 1
     others: tuple[Target, ...] = ()
+    group: Any = None
 
     @classmethod
-    def of(cls, targets: Target | Sequence[Target], seed: int = 0) -> Draws:
-        """For the processes there are; a target without a schedule gets the paper's flow.
+    def of(cls, targets: Target | Sequence[Target], seed: int = 0, group: Any = None) -> Draws:
+        """For the processes of a group, which share samples; without one each process has all of them, as those of a
+        model that is itself spread over processes must. A target without a schedule gets the paper's flow.
 
         Raises ValueError for targets of several schedules, dtypes or devices, and for a schedule without numbers.
         """
@@ -48,9 +50,10 @@ class Draws:
                         f"{what} of {target.name} is {mine!r}, of {other.name} {found!r}; one search needs the same"
                     )
         draws = cls(target, seed, others=tuple(others))
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return replace(draws, rank=torch.distributed.get_rank(), world=torch.distributed.get_world_size())
-        return draws
+        if group is None:
+            return draws
+        rank, world = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+        return replace(draws, rank=rank, world=world, group=group)
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -65,7 +68,7 @@ class Draws:
     @property
     def alone(self) -> Draws:
         """The same for one process that takes whole batches."""
-        return replace(self, rank=0, world=1)
+        return replace(self, rank=0, world=1, group=None)
 
     @property
     def schedule(self) -> Schedule:
@@ -94,7 +97,7 @@ class Draws:
         """Sums each tensor over all processes, in place, in float64 and in one message."""
         if self.world > 1:
             together = torch.cat([tensor.reshape(-1).to(self.device, torch.float64) for tensor in tensors])
-            torch.distributed.all_reduce(together)
+            torch.distributed.all_reduce(together, group=self.group)
             for tensor, part in zip(tensors, together.split([t.numel() for t in tensors]), strict=True):
                 tensor.copy_(part.reshape(tensor.shape))
 

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -169,14 +168,6 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     if metadata.pop("digest", None) != _digest(tensors, metadata):
         raise ValueError(f"{path}: damaged, or not written by this package: its digest does not fit its content")
     return tensors, metadata
-
-
-def scratch(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, in a file without a name, which goes with it."""
-    with tempfile.TemporaryFile(prefix="dss_fast_") as file:
-        mapped = np.memmap(file, np.uint8, "w+", shape=(max(tensor.nbytes, 1),))
-    kept = torch.from_numpy(mapped)[: tensor.nbytes].view(tensor.dtype).reshape(tensor.shape)
-    return kept.copy_(tensor.detach())
 
 
 def shortened(error: object, limit: int = 300) -> str:

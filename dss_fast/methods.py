@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .files import shortened
-from .schedule import Flow, Schedule, check_path, inverse
+from .schedule import DiscreteVP, Flow, Schedule, check_path, inverse
 from .solver import ROW_SUM_TOLERANCE, Solver
 
 SPACINGS = ("uniform", "lambda", "karras")
@@ -106,7 +106,19 @@ def _rows(method: str, schedule: Schedule, u: Tensor, lower_order_final: bool) -
 
 
 def grid(num_steps: int, schedule: Schedule, spacing: str = "uniform") -> Tensor:
-    """N + 1 points u from 0 to 1, float64. See :func:`handmade` for the spacings."""
+    """N + 1 points u from 0 to 1, float64. See :func:`handmade` for the spacings.
+
+    The last call is on the table of a discrete schedule: below its first entry the network's time stands still while
+    the noise goes on falling, and each call there is wrong by more.
+    """
+    u = _spaced(num_steps, schedule, spacing)
+    last = schedule.last if isinstance(schedule, DiscreteVP) else 1.0
+    if num_steps > 1 and float(u[-2]) > last + 1e-9:
+        u = torch.cat([u[:-1] * (last / u[-2]), u[-1:]])
+    return u
+
+
+def _spaced(num_steps: int, schedule: Schedule, spacing: str) -> Tensor:
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps!r}: need at least 1")
     u = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)

@@ -36,6 +36,8 @@ class Target:
     noise: ``noise(n, generator) -> (n, *shape)``, the source of the flow; by default standard normal.
     decode: samples -> images in [0, 1], for pictures. features: samples -> (B, F), for a Frechet distance.
     classify: samples -> logits (B, L), labels: cond -> (B,): the share of samples read as what was asked.
+    checkpointing: ``checkpointing(on)`` switches the model's recomputation of activations on and off, for a search that
+        does not fit otherwise. None: the networks' own in diffusers and transformers.
     device: where samples live. None: the model's, or, for a callable without parameters, the noise's, or the CPU.
     dtype: of the states that are drawn here.
     key: names the model in run folders, instead of a hash of what it returns for a few samples.
@@ -57,6 +59,7 @@ class Target:
     features: Callable[[Tensor], Tensor] | None = None
     classify: Callable[[Tensor], Tensor] | None = None
     labels: Callable[[Mapping[str, Any]], Tensor] | None = None
+    checkpointing: Callable[[bool], object] | None = None
     device: torch.device | str | None = None
     dtype: torch.dtype = torch.float32
     key: str | None = None
@@ -76,6 +79,8 @@ class Target:
             raise ValueError(f"schedule={self.schedule!r}: give a schedule, as in Flow() or VP()")
         if self.noise is not None and not callable(self.noise):
             raise ValueError(f"noise={type(self.noise).__name__}: give a function noise(n, generator) -> (n, *shape)")
+        if self.checkpointing is not None and not callable(self.checkpointing):
+            raise ValueError(f"checkpointing={self.checkpointing!r}: give a function that takes True and False")
         if not self.dtype.is_floating_point:
             raise ValueError(f"dtype={self.dtype}: must be floating point")
         if isinstance(self.guidance_scale, tuple | list):
@@ -132,11 +137,14 @@ class Target:
 
     @property
     def home(self) -> torch.device | None:
-        """Where samples live: ``device``, or where the model's parameters are; None when neither says."""
+        """Where samples live: ``device``, or where the model runs: of one that is offloaded its hooks say so, else
+        its parameters; None when nothing says."""
         if self.device is not None:
             return torch.device(self.device)
         if not isinstance(self.model, nn.Module):
             return None
+        if (running := _execution_device(self.model)) is not None:
+            return running
         tensor: Tensor | None = next(self.model.parameters(), None)
         tensor = next(self.model.buffers(), None) if tensor is None else tensor
         return None if tensor is None or tensor.is_meta else tensor.device
@@ -181,6 +189,22 @@ def _name_of(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{{{', '.join(map(str, value))}}}"
     return getattr(value, "__name__", type(value).__name__)
+
+
+def _execution_device(model: nn.Module) -> torch.device | None:
+    """Where a module runs whose weights wait elsewhere: by accelerate's hooks (``enable_model_cpu_offload``,
+    ``enable_sequential_cpu_offload``) or diffusers' (group offloading); None without such hooks."""
+    for part in model.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for one in (hook, *getattr(hook, "hooks", ())):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+        registry = getattr(part, "_diffusers_hook", None)
+        grouped = None if registry is None else registry.get_hook("group_offloading")
+        if (device := getattr(getattr(grouped, "group", None), "onload_device", None)) is not None:
+            return torch.device(device)
+    return None
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,8 @@ with this one 0.0006.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -133,6 +133,24 @@ class Trajectory:
     last: Tensor
     slack: Tensor | None = None
 
+    @classmethod
+    def joined(cls, parts: Sequence[Trajectory]) -> Trajectory:
+        """Those of all samples, from those of some."""
+        if len(parts) == 1:
+            return parts[0]
+        states, slopes, last = (torch.cat([getattr(p, name) for p in parts]) for name in ("states", "slopes", "last"))
+        slack = [part.slack for part in parts if part.slack is not None]
+        return cls(parts[0].grid, states, slopes, last, torch.cat(slack) if slack else None)
+
+    def rows(self, part: slice) -> Trajectory:
+        """Those of some samples."""
+        slack = None if self.slack is None else self.slack[part]
+        return replace(self, states=self.states[part], slopes=self.slopes[part], last=self.last[part], slack=slack)
+
+    def ends(self) -> Trajectory:
+        """The end points alone: nothing can be asked of it between them."""
+        return replace(self, states=self.states[:, :1].clone(), slopes=self.slopes[:, :0].clone())
+
     @property
     def loose(self) -> float:
         """The slack over the scale of noise or samples, the larger one; NaN or Inf where the way diverges."""
@@ -162,7 +180,7 @@ class Trajectory:
         grid, real = self.grid, self.states.dtype
         if u.ndim != 1:
             raise ValueError(f"u has shape {tuple(u.shape)}; give (n,)")
-        u = u.double().cpu()
+        u = u.cpu().double()
         position = grid.s(u.clamp(0, grid.end)) * grid.intervals
         k = position.detach().floor().clamp(0, grid.intervals - 1).long()
         fraction = position - k

@@ -159,7 +159,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     if options.command == "search":
         model = target(options.model, network, options.guidance or 1.0, GUIDANCE[options.model][1])
-        result = search(model, options.steps, seed=options.seed)
+        group = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
+        result = search(model, options.steps, seed=options.seed, group=group)
         if int(os.environ.get("RANK", 0)) == 0:
             result.solver.save(options.out)
             print(f"wrote {options.out}")

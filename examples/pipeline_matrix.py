@@ -1,14 +1,14 @@
 """Pipelines of diffusers x what DSSScheduler and from_pipeline do in them, as a table for docs/integrations.md.
 
-python -m examples.pipeline_matrix                       # all, four minutes; with sentencepiece (Kolors) and torchsde
+python -m examples.pipeline_matrix                       # all, ten minutes; with sentencepiece (Kolors) and torchsde
 python -m examples.pipeline_matrix flux sdxl             # some
 python -m examples.pipeline_matrix --write docs/integrations.md
 
 Every cell compares final latents, the largest difference over the largest value, on random networks of a few kilobytes.
-`euler` stands beside FlowMatchEuler, DDIM or EulerDiscrete, whichever is the model's, and `dpmpp_2m` beside
-DPMSolverMultistep, both as their own from_config makes them of the pipeline's config. Many flow pipelines pass sigmas,
-which stock DPM++ refuses: it is given a set_timesteps that takes and ignores them, and the signs of Mochi and
-LTXCondition.
+`euler` stands beside FlowMatchEuler, DDIM or EulerDiscrete, whichever is the model's, or UniPC of order 1, and
+`dpmpp_2m` beside DPMSolverMultistep, both as their own from_config makes them of the pipeline's config. Many flow
+pipelines pass sigmas, which stock DPM++ refuses: it is given a set_timesteps that takes and ignores them, and the signs
+of Mochi and LTXCondition.
 """
 
 from __future__ import annotations
@@ -81,7 +81,10 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def stock_euler(config: Any) -> Any:
-    return getattr(diffusers, stock_class("euler", adopt(config))).from_config(config)
+    """On the grid of a multistep class (SANA-Video's, SkyReels') that class at order 1, which is Euler's step."""
+    kind = getattr(diffusers, stock_class("euler", adopt(config)))
+    alone = {"solver_order": 1, "disable_corrector": list(range(STEPS))} if "Multistep" in kind.__name__ else {}
+    return kind.from_config({**config, "variance_type": "fixed_small"}, **alone)  # DDIM takes no variances of a network
 
 
 def dpm_settings(config: Any) -> dict[str, Any]:
@@ -174,7 +177,8 @@ class Row:
             absent = {key: None for key, value in self.pipe.components.items() if value is None}
             loaded = type(self.pipe).from_pretrained(folder, **absent)
         loaded.set_progress_bar_config(disable=True)
-        loaded.vae_scale_factor = getattr(self.pipe, "vae_scale_factor", None)  # the tiny ControlNet's is set by hand
+        if "controlnet" in self.pipe.components:
+            loaded.vae_scale_factor = self.pipe.vae_scale_factor  # set by hand
         return difference(run(loaded, self.arguments), before)
 
     def cells(self) -> list[str]:

@@ -135,7 +135,7 @@ class _First:
     """A teacher's first samples."""
 
     def __init__(self, teacher: Teacher, count: int):
-        self.teacher, self.sizes = teacher, [count]
+        self.teacher, self.sizes, self.room = teacher, [count], teacher.room
 
     def __getitem__(self, k: int) -> Any:
         return self.teacher[k]

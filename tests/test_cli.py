@@ -453,3 +453,12 @@ def test_an_interrupted_search_ends_with_130_and_says_what_is_missing(folder, ca
     assert main("search mymodel:target --steps 3 -o runs".split()) == 130
     said = capsys.readouterr().out
     assert "no report was made; python -m dss_fast compare mymodel:target runs/solver-*.json says" in said
+
+
+def test_sigmas_for_a_programs_field(capsys):
+    from dss_fast.integrations.k_diffusion import sigmas_of
+
+    assert main(["show", "sit-xl-2-256/6", "--sigmas"]) == 0
+    out, said = capsys.readouterr()
+    assert len(out.splitlines()) == 1 and "spacing alone" in said
+    torch.testing.assert_close(torch.tensor(list(map(float, out.split(",")))), sigmas_of("sit-xl-2-256/6"))

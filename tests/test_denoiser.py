@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dss_fast import VP, Flow, GaussNewton, Lion, Target, sample, search
+from dss_fast.denoiser import compute_dtype
 from dss_fast.step import multistep_step
 from dss_fast.unroll import unroll
 
@@ -411,3 +412,61 @@ def test_a_parameter_called_p_is_no_rate_of_a_dropout():
 
     with pytest.warns(UserWarning, match=r"forward \(Learned\) depends on it"):
         assert sample(Learned().train(), torch.ones(2, 4), "euler/2").shape == (2, 4)
+
+
+class Stored(nn.Linear):
+    """Rests in a dtype that nothing is computed in, and computes in bfloat16, as storage casting has it."""
+
+    def __init__(self, dtype):
+        super().__init__(16, 16, bias=False)
+        self.weight = nn.Parameter(self.weight.detach().mul(4).to(dtype), requires_grad=False)  # integers from 0 to 1
+
+    def forward(self, x):
+        return nn.functional.linear(x.to(torch.bfloat16), self.weight.to(torch.bfloat16))
+
+
+class Holds(nn.Module):
+    """A network of such a layer, and what else there may be in one. seen: the dtypes that it was given."""
+
+    def __init__(self, inner, extra=None, **said):
+        super().__init__()
+        self.inner, self.extra, self.seen = inner, extra, []
+        for word, dtype in said.items():
+            setattr(inner, word, dtype)
+
+    def forward(self, x, t):
+        self.seen.append(x.dtype)
+        return self.inner(x.to(torch.bfloat16)).to(x.dtype)
+
+
+def norm(dtype):
+    return nn.LayerNorm(16).to(dtype)
+
+
+half = nn.Linear(16, 16).to(torch.bfloat16)
+DTYPES = {
+    "float32": (Holds(nn.Linear(16, 16).to(torch.bfloat16), nn.Linear(64, 64)), torch.float32),
+    "half, norms of float32 first": (nn.ModuleList([norm(torch.float32), half]), torch.bfloat16),
+    "float64": (nn.Linear(2, 2).double(), torch.float64),
+    "no parameters": (nn.ReLU(), None),
+    "float8 alone": (Holds(Stored(torch.float8_e4m3fn)), None),
+    "float8 e5m2 and norms": (Holds(Stored(torch.float8_e5m2), norm(torch.bfloat16)), torch.bfloat16),
+    "float8, and says so": (
+        Holds(Stored(torch.float8_e4m3fn), norm(torch.float32), dtype=torch.bfloat16),
+        torch.bfloat16,
+    ),
+    "float8, and says that": (Holds(Stored(torch.float8_e4m3fn), dtype=torch.float8_e4m3fn), None),
+    "int8 and norms": (Holds(Stored(torch.int8), norm(torch.float16)), torch.float16),
+    "nf4, GGUF": (Holds(Stored(torch.uint8), compute_dtype=torch.bfloat16), torch.bfloat16),
+    "nf4 before its first call": (Holds(Stored(torch.uint8), norm(torch.float16), compute_dtype=None), torch.float16),
+}
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_a_network_gets_what_it_computes_in_and_not_what_its_weights_rest_in(name):
+    net, expected = DTYPES[name]
+    assert compute_dtype(net.eval()) == expected
+    if isinstance(net, Holds):
+        x = torch.randn(4, 16)
+        got, bare = sample(net, x, "ab2/4"), sample(lambda x, t: net(x.to(expected or x.dtype), t), x, "ab2/4")
+        assert set(net.seen) == {expected or torch.float32} and torch.equal(got, bare)

@@ -257,3 +257,48 @@ def test_where_there_are_no_numbers_it_says_what_to_do(make, words):
     with pytest.raises(ValueError, match=words) as error:
         make()
     assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("spacing", ["uniform", "lambda", "karras", "shift3"])
+@pytest.mark.parametrize("num_steps", [2, 10, 20, 160])
+def test_every_call_of_a_short_table_is_on_it(spacing, num_steps):
+    """Below index 0 the network's time stands still: of 160 calls eight would be wrong, and more calls be worse."""
+    schedule = DiscreteVP.linear(20, 1e-3, 0.3)
+    solver = handmade("euler", num_steps, schedule, spacing=spacing)
+    n = 20 * (1 - torch.tensor(solver.timesteps[:-1], dtype=torch.float64)) - 1
+    assert float(n.min()) > -1e-7 and solver.timesteps[-1] == 1 and list(solver.timesteps) == sorted(solver.timesteps)
+    if spacing == "uniform" and num_steps <= 20:
+        assert solver.timesteps == tuple(torch.linspace(0, 1, num_steps + 1, dtype=torch.float64).tolist())
+
+
+def test_more_calls_of_a_short_table_are_no_worse():
+    """The exact epsilon of N(0.5, 0.3^2) at the table's own entries, which is all that such a network knows."""
+    schedule = DiscreteVP.linear(20, 1e-3, 0.3)
+
+    def model(x, t):
+        n = t[:1].double().reshape(1)
+        alpha, sigma = schedule.alpha_sigma(1 - (n + 1) / 20)
+        return (sigma * (x.double() - 0.5 * alpha) / (0.09 * alpha**2 + sigma**2)).to(x.dtype)
+
+    x = torch.randn(512, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    alpha, sigma = schedule.alpha_sigma(torch.zeros(1, dtype=torch.float64))
+    exact = 0.5 + (x - 0.5 * alpha) * 0.3 / (0.09 * alpha**2 + sigma**2).sqrt()
+    errors = {n: float((sample(model, x, handmade("euler", n, schedule)) - exact).square().mean().sqrt())
+              for n in (10, 20, 160)}  # fmt: skip
+    assert errors[160] <= errors[20] < errors[10]
+
+
+def test_a_cosine_table_can_start_where_its_data_are_seen():
+    """A network whose epsilon is off by a hundredth and bounded: at alpha 5e-5 x0 is off by 200."""
+    ends = {}
+    for name, schedule in {"all": DiscreteVP.cosine(), "clipped": DiscreteVP.cosine(lambda_min=-5.1)}.items():
+
+        def model(x, t, schedule=schedule):
+            alpha, sigma = schedule.alpha_sigma(1 - (t[:1].double() + 1) / len(schedule.alphas_cumprod))
+            return 0.01 + (sigma * (x - 0.5 * alpha) / (0.09 * alpha**2 + sigma**2)).clamp(-4, 4)
+
+        x = torch.randn(256, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        ends[name] = float(sample(model, x, handmade("euler", 20, schedule)).square().mean().sqrt())
+    assert ends["all"] > 3 and 0.4 < ends["clipped"] < 1.0
+    assert len(DiscreteVP.cosine(lambda_min=-5.1).alphas_cumprod) == 995
+    assert DiscreteVP.linear(lambda_min=-20.0) == DiscreteVP.linear()

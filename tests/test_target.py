@@ -274,3 +274,27 @@ def test_reprs_are_short():
         assert name in repr(solver) and "steps" in repr(solver) and len(repr(solver)) < 200
     grid = dss_fast.Grid.flow([1.0, 0.6, 0.0], [1000.0, 600.0])
     assert "0.6" not in repr(grid) and len(repr(grid)) < 100
+
+
+@pytest.mark.parametrize("way", ["model", "sequential", "group"])
+def test_samples_of_an_offloaded_model_live_where_it_runs(way):
+    """Its weights wait on the CPU, or nowhere; the meta device stands in for a GPU."""
+
+    class Hook:
+        execution_device, hooks = torch.device("meta"), ()
+
+    class Chain:
+        hooks = (object(), Hook())
+
+    class Group:
+        onload_device = torch.device("meta")
+
+    class Registry:
+        def get_hook(self, name):
+            return type("Grouped", (), {"group": Group})() if name == "group_offloading" else None
+
+    inner = nn.Linear(4, 4)
+    hook = {"model": Hook, "sequential": Chain, "group": Registry}[way]()
+    setattr(inner, "_diffusers_hook" if way == "group" else "_hf_hook", hook)
+    assert Target(nn.Sequential(inner)).home == torch.device("meta")
+    assert Target(nn.Sequential(inner), device="cpu").home == torch.device("cpu")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dss_fast import Solver
+from dss_fast import GaussNewton, Solver, Target, search
 from dss_fast.__main__ import main
 from dss_fast.searching.processes import take_local_device
 from examples import imagenet256
@@ -142,3 +142,30 @@ def test_two_processes_write_what_one_does(tmp_path, monkeypatch):
         a, b = (torch.tensor([v for row in value for v in (row if isinstance(row, tuple) else (row,))])
                 for value in (getattr(one, field), getattr(two, field)))  # fmt: skip
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def in_a_group_of_its_own(rank, shared, out):
+    """As a script under tensor parallelism, whose processes have met and share a model, or with a group given."""
+    torch.distributed.init_process_group("gloo")
+    seen = []
+
+    def model(x, t):
+        seen.append(x[:1].clone())
+        return torch.tanh(0.7 * x + t[:, None]) - 0.3 * x
+
+    method = GaussNewton(samples=8, batch_size=8, held_out_samples=0, teacher_evaluations=16, rounds=1)
+    group = torch.distributed.group.WORLD if shared else None
+    options = dict(method=method, budget=3_000, initial="ab2", progress=False, group=group)
+    found = search(Target(model, (6,), key="net"), 3, **options)
+    torch.save([found.solver.timesteps, found.evaluations, torch.cat(seen)], out / f"{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_processes_of_a_group_that_is_there_share_samples_only_when_it_is_given(shared, tmp_path):
+    assert processes.group(in_a_group_of_its_own, shared, tmp_path) == [0, 0]
+    (one, spent, seen), (other, too, theirs) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert one == other and spent == too
+    alike = seen.shape == theirs.shape and bool((seen == theirs).all())
+    assert alike != shared

@@ -25,6 +25,7 @@ from torch import Tensor
 from ..files import MAX_BYTES
 from ..methods import METHODS
 from ..names import Name, families, published
+from ..schedule import Flow
 from ..solver import Solver
 from .k_diffusion import place_of, sample_dss, sigmas_of
 
@@ -33,6 +34,7 @@ CATEGORY = "sampling/custom_sampling"
 # sigma eps, and under that name so does ours; its deis integrates over another clock, so ours has another name here.
 OURS = {"dpmpp_2m_logsnr": "dpmpp_2m", "deis_logrho": "deis", "deis3_logrho": "deis3"}
 HOSTS = ("euler", "dpmpp_2m")
+SAME_SHIFT = 1e-3  # of the noise at half the time; ComfyUI's table of sigmas has a thousand entries
 
 
 def solver_names(folder: Path | None = None) -> list[str]:
@@ -56,8 +58,13 @@ def is_flow(model_sampling: Any) -> bool:
     return any(kind.__name__ == "CONST" for kind in type(model_sampling).__mro__)
 
 
-def make_sampler(solver: Mapping[int, Solver] | str, strict: bool = True) -> Callable[..., Tensor]:
-    """The function that ComfyUI's KSAMPLER calls: sample_dss, with the table that the sigmas belong to."""
+def make_sampler(
+    solver: Mapping[int, Solver] | str, strict: bool = True, steps: int | None = None
+) -> Callable[..., Tensor]:
+    """The function that ComfyUI's KSAMPLER calls: sample_dss, with the table that the sigmas belong to.
+
+    steps: of the table that is taken where a part of a run's sigmas fits several, or none.
+    """
 
     def sample(
         model: Any,
@@ -72,9 +79,10 @@ def make_sampler(solver: Mapping[int, Solver] | str, strict: bool = True) -> Cal
             chosen: Solver | str = OURS.get(solver, solver)
             family = "vp" if solver in HOSTS else family  # the host's own extrapolates in -log sigma
         else:
-            fitting = [table for table in solver.values() if place_of(table, sigmas) is not None]
-            nearest = min(solver.values(), key=lambda table: abs(table.num_steps - (len(sigmas) - 1)))
-            chosen = fitting[0] if fitting else nearest
+            tables = [_followed(table, model.inner_model.inner_model.model_sampling) for table in solver.values()]
+            fitting = [table for table in tables if place_of(table, sigmas) is not None]
+            wanted = len(sigmas) - 1 if steps is None else steps
+            chosen = min(fitting or tables, key=lambda table: abs(table.num_steps - wanted))
         return sample_dss(model, x, sigmas, extra_args, callback, disable, solver=chosen, family=family, strict=strict)
 
     return sample
@@ -113,7 +121,7 @@ def make_sigmas(
     family = "flow" if is_flow(model_sampling) else "vp"
     if table.family != family:
         raise ValueError(f"{table.label} is for {table.family} models, this one is {family}")
-    sigmas = sigmas_of(table)
+    sigmas = sigmas_of(_followed(table, model_sampling))
     top = float(model_sampling.sigma_max)
     if family == "vp" and abs(top / float(sigmas[0]) - 1) > 0.1:
         # DiT's and PixArt's linear betas end at 157, Stable Diffusion's at 14.6; coefficients belong to one of them.
@@ -124,6 +132,15 @@ def make_sigmas(
     if steps < total and table.noise_coeffs is not None:
         raise ValueError(f"{table.label} weighs the initial noise and cannot start part-way; set denoise to 1")
     return sigmas[-(steps + 1) :].clone().to(torch.float32)
+
+
+def _followed(table: Solver, model_sampling: Any) -> Solver:
+    """A flow's table moved along with the model's shift; half the time is shift / (1 + shift) of the noise."""
+    if table.family != "flow" or not is_flow(model_sampling) or not hasattr(model_sampling, "percent_to_sigma"):
+        return table
+    half = float(model_sampling.percent_to_sigma(0.5))
+    own = getattr(table.schedule, "shift", 1.0)
+    return table if abs(half - own / (1 + own)) < SAME_SHIFT else table.following(Flow(half / (1 - half)))
 
 
 def fingerprint(solver: str, file: str = "", folder: Path | None = None) -> str:
@@ -175,7 +192,8 @@ def add_to_ksampler(samplers: Any, functions: Any, folder: Path | None = None) -
         setattr(functions, f"sample_{name}", sample)
         if name not in samplers.KSampler.SAMPLERS:
             samplers.KSampler.SAMPLERS.append(name)
-        if solver not in METHODS and solver not in OURS:  # a learned table has sigmas of its own
+        learned = _path(solver, "", folder) is not None or (solver not in METHODS and solver not in OURS)
+        if learned:  # and has sigmas of its own; a file may be called like a method
             samplers.SCHEDULER_HANDLERS[name] = samplers.SchedulerHandler(sigmas)
             for offered in (samplers.SCHEDULER_NAMES, samplers.KSampler.SCHEDULERS):
                 if name not in offered:
@@ -233,7 +251,7 @@ def _nodes(io: Any, samplers: Any, folder: Path) -> list[Any]:
 
         @classmethod
         def execute(cls, solver: str, steps: int, file: str = "", strict: bool = True) -> Any:
-            return io.NodeOutput(samplers.KSAMPLER(make_sampler(read_solver(solver, file, folder), strict)))
+            return io.NodeOutput(samplers.KSAMPLER(make_sampler(read_solver(solver, file, folder), strict, steps)))
 
     class DSSSigmas(Node):
         @classmethod

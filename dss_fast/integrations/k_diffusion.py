@@ -57,7 +57,7 @@ def sample_dss(
     Returns x at sigmas[-1], (B, *S). Raises ValueError where solver, sigmas and family do not fit, saying why.
     """
     sigmas = torch.as_tensor(sigmas)
-    given = sigmas.detach().double().cpu()
+    given = sigmas.detach().cpu().double()  # in this order: Apple's devices have no float64
     table, first = _table(solver, given, family, strict)
     own = _own_sigmas(table)
     last = first + len(given) - 1
@@ -155,7 +155,7 @@ def _table(
 def place_of(table: Solver, sigmas: Tensor) -> int | None:
     """The step at which sigmas (n + 1,) begin in a learned solver's own; None when they are not those in a row."""
     own = _own_sigmas(table)
-    sigmas, n = sigmas.detach().double().cpu(), len(sigmas) - 1
+    sigmas, n = sigmas.detach().cpu().double(), len(sigmas) - 1
     for first in range(table.num_steps - n, -1, -1):
         wanted = own[first : first + n + 1].clone()
         if first + n == table.num_steps and sigmas[-1] == 0:

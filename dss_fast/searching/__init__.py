@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from .budget import Ledger, default_budget, evaluations_in
 from .descent import descend
 from .job import Job, prepare
 from .lion import imitate
-from .plan import Plan, plan, planned
+from .plan import Plan, limits, plan, planned, with_room
 from .probe import CALLS, KEYLESS, OUTPUTS, PLAUSIBLE_CALLS, Weights, doubt, identity, probe
 from .processes import agreed, from_first, is_first, joined
+from .recompute import recomputing
 from .result import Event, SearchResult
 from .runs import RunFolder, is_finished, opened, restored, run
 from .settings import METHODS, GaussNewton, Lion, Method
@@ -42,6 +44,7 @@ def search(
     initial: str | Solver | None = None,
     budget: int | str | None = None,
     seed: int | torch.Generator = 0,
+    group: Any = None,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -65,10 +68,17 @@ def search(
         checks and rejected steps count), or a time, ``"20min"``, which one forward and one backward of the model turn
         into evaluations. None: the method's. :func:`plan` says what one takes.
     seed: settles all noise and conditions; a Generator gives one number. Global generators stay as they are.
+    group: a torch.distributed process group whose processes share the samples, as the data-parallel one of a device
+        mesh. None: torchrun's, where none is initialised. In one that is, each process takes all samples, as tensor or
+        context parallelism asks for; every process of it calls ``search`` alike, and its first one reports.
     out: a run folder: config, log, checkpoint, solvers, a report. resume: continue the search in it, to
         the bit-identical table.
     progress: print the plan and show a bar. report: write report.html, and report.md with its
         pictures, into ``out``; its evaluations are not part of the budget.
+
+    Batches that take more than the memory there is (``GaussNewton(memory=...)``) run in parts, down to one sample,
+    with the network's own gradient checkpointing on where it has one (diffusers, ``Target(checkpointing=...)``), and
+    find the same table up to rounding. Where memory runs out nevertheless, parts of half the size go on.
 
     Under torchrun the samples are shared by the processes; rank 0 reports. Ctrl-C ends the search with the
     best solver so far. Raises ValueError for what does not fit, OSError for a folder that cannot be
@@ -77,12 +87,12 @@ def search(
     if out is not None:
         check_writable(out)  # before any call of the model
     asked: dict[str, Any] = {"method": method, "initial": initial, "budget": budget, "seed": seed}
-    with joined(), torch.inference_mode(False), torch.enable_grad():
-        job = prepare(target, num_steps, **asked, **description)
+    with joined() as own, torch.inference_mode(False), torch.enable_grad():
+        job = prepare(target, num_steps, group=own if group is None else group, **asked, **description)
         config = job.config()
         models = [one.model for one in job.draws.targets]
-        with opened(out, config, resume) as (folder, checkpoint), frozen(models):
-            ledger = begin(job, config, folder, checkpoint, progress)
+        with opened(out, config, resume) as (folder, checkpoint), frozen(models), ExitStack() as until_the_end:
+            job, ledger = begin(job, config, folder, checkpoint, progress, until_the_end)
             over = checkpoint is not None and is_finished(checkpoint, ledger)
             if checkpoint is not None and over:
                 result = restored(checkpoint, folder)
@@ -117,8 +127,10 @@ def begin(
     folder: RunFolder | None,
     checkpoint: dict[str, Any] | None,
     progress: bool,
-) -> Ledger:
-    """The ledger of a search, after a look at the model, or at whether it is still the one of the checkpoint.
+    until_the_end: ExitStack,
+) -> tuple[Job, Ledger]:
+    """The job with its room and the ledger of a search, after a look at the model, and at whether it is still the
+    one of the checkpoint. Gradient checkpointing that the search needs is on until its end.
 
     Writes the targets' identities into the config. Raises ValueError where a model cannot be searched, or is another.
     """
@@ -128,16 +140,22 @@ def begin(
     if checkpoint is not None and isinstance(job.budget, str):
         ledger.budget = checkpoint["budget"]  # what the time came to when it began
     before = [Weights(target) for target in draws.targets]
-    if checkpoint is None:
+    if checkpoint is None or not is_finished(checkpoint, ledger):
         looks = CALLS * len(draws.targets)
-        if not ledger.affords(looks):
+        if checkpoint is None and not ledger.affords(looks):
             raise ValueError(f"budget={job.budget!r}: the look at the model alone takes {looks}")
-        cost = probe(draws, job.differentiated)
-        ledger.spend_once("probe", looks)
+        evaluations = job.budget if isinstance(job.budget, int) else None
+        cost = probe(draws, job.differentiated, *limits(job, evaluations))
+        job = with_room(job, evaluations, cost)
+        if cost.recomputed:
+            until_the_end.enter_context(recomputing(draws.targets))
+    if checkpoint is None:
+        ledger.spend_once("probe", cost.calls or looks)
         limit, given = job.budget, ledger.budget  # what the first process says counts, also where others say no time
         ledger.budget = from_first(lambda: evaluations_in(limit, cost) if isinstance(limit, str) else given)
+        said = planned(job, ledger.budget, cost)  # which refuses what the host cannot hold
         if progress and is_first():
-            print(planned(job, ledger.budget, cost))
+            print(said)
         if ledger.affords(PLAUSIBLE_CALLS * len(draws.targets) / PLAUSIBLE_SHARE):
             for one in draws.each:
                 ledger.spend(doubt(one))
@@ -155,7 +173,7 @@ def begin(
     # A process that alone doubts its schedule has spent more, and would stop in another round than the others.
     ledger.evaluations = from_first(lambda: ledger.evaluations)
     from_first(lambda: folder.check(config) if folder else None)
-    return ledger
+    return job, ledger
 
 
 def finish(job: Job, result: SearchResult, config: Mapping[str, Any], progress: bool = False) -> None:

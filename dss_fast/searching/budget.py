@@ -46,10 +46,21 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one model evaluation of one sample takes: seconds, and the bytes that its graph saves for a backward."""
+    """What one model evaluation of one sample takes.
+
+    seconds; saved: bytes that its graph keeps for a backward; recomputed: with the network's gradient checkpointing on.
+    calls: evaluations spent to learn it.
+    """
 
     seconds: float
     saved: int
+    recomputed: bool = False
+    calls: int = 0
+
+
+def gigabytes(size: float) -> str:
+    """A size in words, to three digits."""
+    return f"{size / 2**30:.3g} GB" if size >= 2**28 else f"{size / 2**20:.3g} MB"
 
 
 def default_budget(settings: Method, steps: tuple[int, ...]) -> int | None:

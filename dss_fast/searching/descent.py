@@ -221,13 +221,16 @@ class Descent:
     def save(self) -> dict[str, Any]:
         """As nested data for a checkpoint."""
         racers = {n: [_saved(point) for point in points] for n, points in self.racers.items()}
-        return {"sizes": list(astuple(self.sizes)), "starts": dict(self.starts), "racers": racers}
+        sizes, rows = list(astuple(self.sizes)), self.job.room.rows
+        return {"sizes": sizes, "rows": rows, "starts": dict(self.starts), "racers": racers}
 
     @classmethod
     def load(cls, job: Job, ledger: Ledger, saved: dict[str, Any]) -> Descent:
         """What :meth:`save` returned."""
         spaces = {n: job.settings.space_of(job.draws.schedule, n) for n in saved["racers"]}
         racers = {n: [_loaded(point, spaces[n]) for point in points] for n, points in saved["racers"].items()}
+        if rows := [rows for rows in (saved.get("rows"), job.room.rows) if rows is not None]:
+            job.room.rows = min(rows)  # the parts that it ran in before, so that every sum is the same
         return cls(job, ledger, Sizes(*saved["sizes"]), dict(saved["starts"]), racers)
 
     def tables(self, n: int) -> tuple[list[Solver], int]:
@@ -351,9 +354,10 @@ def begun(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> tupl
             f"{sizes.calls} calls takes more than the {ledger.evaluations:,} evaluations spent: it is damaged; begin "
             "in another folder"
         )
-    train = Teacher(job.draws, ledger, "train", sizes.samples, batch, sizes.calls)
-    held_out = Teacher(job.draws, ledger, "held_out", sizes.held_out, held_out_batch, sizes.calls)
-    fresh = Teacher(job.draws, ledger, "fresh", sizes.fresh, max(1, sizes.fresh // len(job.draws.targets)), sizes.calls)
+    calls, fresh_batch = sizes.calls, max(1, sizes.fresh // len(job.draws.targets))
+    train = Teacher(job.draws, ledger, "train", sizes.samples, batch, calls, job.room, job.follows and sizes.rounds > 0)
+    held_out = Teacher(job.draws, ledger, "held_out", sizes.held_out, held_out_batch, calls, job.room, inner=False)
+    fresh = Teacher(job.draws, ledger, "fresh", sizes.fresh, fresh_batch, calls, job.room, inner=False)
     cost = train.cost() + held_out.cost() + fresh.cost()
     if saved is None and ledger.evaluations + cost > ledger.budget:
         raise ValueError(

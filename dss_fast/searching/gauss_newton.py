@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 MEMORY = 0.5  # of J'J from one round to the next
+NO_NUMBER = "the gradient through the model is NaN or Inf, though its outputs are finite"
 ROBUST = 10.0  # medians of |r|^2 at which a sample counts half
 
 
@@ -44,7 +45,7 @@ class Quadratic:
         if before is None:
             return self
         kept = MEMORY * before.mass
-        matrix = (kept * before.matrix + self.mass * self.matrix) / (kept + self.mass)
+        matrix = (kept * before.matrix).add_(self.mass * self.matrix).div_(kept + self.mass)
         return replace(self, matrix=matrix, mass=kept + self.mass)
 
     def with_charge(self, charge: Charge, theta: Tensor) -> Quadratic:
@@ -55,8 +56,8 @@ class Quadratic:
     def step(self, damping: float) -> Tensor:
         """Levenberg-Marquardt's step, damping scaled by H's diagonal."""
         scale = self.matrix.diagonal().clamp_min(1e-12 * float(self.matrix.diagonal().max())).sqrt()
-        system = self.matrix / scale[:, None] / scale
-        system = system + damping * torch.eye(len(scale), dtype=torch.float64)
+        system = (self.matrix / scale[:, None]).div_(scale)
+        system.diagonal().add_(damping)
         step: Tensor = torch.linalg.solve(system, self.gradient / scale) / scale
         return -step
 
@@ -86,14 +87,16 @@ class Sums:
             self.sketched += size
             self.beside += 2 * rows[1].mT @ (weights * rows[1])
 
-    def quadratic(self, all_reduce: Callable[[Tensor], None]) -> Quadratic:
-        """The mean over the samples of all processes."""
-        packed = torch.cat([self.gradient[None], self.along, self.beside])
-        all_reduce(packed)
-        if not bool(packed.isfinite().all()):
-            raise FloatingPointError("the gradient through the model is NaN or Inf, though its outputs are finite")
-        gradient, along, beside = packed.split([1, len(self.along), len(self.beside)])
-        return Quadratic(gradient[0] / self.size, along / self.size + beside / self.sketched, self.size)
+    def quadratic(self, all_reduce: Callable[..., None]) -> Quadratic:
+        """The mean over the samples of all processes; the sums are used up."""
+        found = self.gradient, self.along, self.beside
+        all_reduce(*found)
+        if not all(bool(part.isfinite().all()) for part in found):
+            raise FloatingPointError(NO_NUMBER)
+        # In place: with 200 steps a matrix takes 3.3 GB.
+        return Quadratic(
+            self.gradient / self.size, self.along.div_(self.size).add_(self.beside.div_(self.sketched)), self.size
+        )
 
 
 def robust(values: Tensor, scale: float) -> float:

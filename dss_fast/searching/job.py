@@ -6,7 +6,7 @@ import datetime
 import json
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,8 @@ from ..solver import Solver
 from ..target import Model, Target
 from ..version import __version__
 from .budget import Cost, evaluations_in
+from .processes import from_first
+from .room import Room, host_room
 from .settings import GaussNewton, Lion, Method, described, settings_of
 from .space import Space
 
@@ -28,6 +30,7 @@ class Job:
 
     draws: the samples of its targets, which every process draws alike. steps: the Ns. initial: the table to start from
     at each N; None where the search looks for the best one. budget: evaluations, a time, or None for the method's own.
+    room: memory for it.
     """
 
     draws: Draws
@@ -35,6 +38,7 @@ class Job:
     steps: tuple[int, ...]
     initial: dict[int, Solver] | None = None
     budget: int | str | None = None
+    room: Room = field(default_factory=Room)
 
     def functions(self, target: Target) -> dict[str, Callable[[Tensor], Tensor]]:
         """The functions of samples that a search is for, by what they are."""
@@ -45,6 +49,16 @@ class Job:
             if settings.select == "features" and target.features is not None:
                 found["features"] = target.features
         return found
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes of the device to use, where they are given."""
+        return self.settings.memory
+
+    @property
+    def follows(self) -> bool:
+        """Whether the search looks at the teacher between its end points."""
+        return isinstance(self.settings, GaussNewton) and self.settings.loss == "trajectory"
 
     @property
     def differentiated(self) -> bool:
@@ -99,6 +113,7 @@ def prepare(
     initial: str | Solver | None = None,
     budget: int | str | None = None,
     seed: int | torch.Generator = 0,
+    group: Any = None,
     **description: Any,
 ) -> Job:
     """The arguments of ``search`` as a Job. Raises ValueError naming what does not fit."""
@@ -120,9 +135,9 @@ def prepare(
         seed = int(torch.randint(2**62, (1,), generator=seed, device=seed.device))
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed={seed!r}: give a whole number or a torch.Generator")
-    draws = Draws.of(targets, seed)
+    draws = Draws.of(targets, seed, group)
     given = None if initial is None else {n: _initial(initial, settings.space_of(draws.schedule, n)) for n in steps}
-    return Job(draws, settings, steps, given, budget)
+    return Job(draws, settings, steps, given, budget, Room(host=from_first(host_room)))
 
 
 def _initial(initial: str | Solver, space: Space) -> Solver:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -31,9 +32,6 @@ from .result import Event
 from .rounds import Candidate
 from .settings import Lion
 from .space import Space
-from .teacher import Shelf
-
-MEMORY = 2 << 30  # bytes of kept trajectories on the host; what exceeds them is on the disk
 
 
 @dataclass(eq=False)
@@ -68,44 +66,55 @@ class Recipe:
         self.repeats = unique is not None and unique < self.settings.samples
         self.numbers = (unique or 0) // size if self.repeats else math.ceil(self.settings.samples / size)
         self.held_out = [min(size, samples - k) for k in range(0, samples, size)]
-        self._shelf = Shelf(MEMORY)
+        self.room, rows = job.room, -(-size // self.draws.world)
+        one = (self.calls + 1) * math.prod(self.draws.target.shape or ()) * self.draws.target.dtype.itemsize
+        # All of them or none, so that every process counts the same.
+        self.kept = self.repeats and self.room.keeps(self.numbers * rows * one)
         self._made: dict[tuple[str, int], Tensor] = {}
 
     def cost(self, number: int, steps: tuple[int, ...]) -> int:
         """Evaluations of a batch for these N: its teacher, where it is new, a forward and a backward."""
-        new = not self.repeats or number < self.numbers
+        new = not self.kept or number < self.numbers
         return self.settings.batch_size * (self.calls * new + 3 * sum(steps))
 
     def batch(self, number: int) -> tuple[Samples, Tensor]:
         """A batch and its teacher's states (B, L + 1, *S)."""
         k = number % self.numbers
         batch = self.draws.batch("train", k, self.settings.batch_size)
-        states = self._states("train", k, batch, keep=self.repeats)
-        if not self.repeats or number < self.numbers:
+        states = self._states("train", k, batch, keep=self.kept)
+        if not self.kept or number < self.numbers:
             self.ledger.spend(self.settings.batch_size * self.calls)
         return batch, states
 
     def loss(self, point: Point, batch: Samples, trajectory: Tensor) -> tuple[Tensor, Tensor]:
         """The loss over all processes and its gradient in theta."""
-        n = point.space.num_steps
+        losses, gradients = [], []
+        for part in self.room.over(slice(0, len(batch))):
+            with part as rows:
+                loss = self._part(point, batch.rows(rows), trajectory[rows], batch.size)
+                gradients.append(torch.autograd.grad(loss, point.theta)[0])
+                losses.append(loss.detach())
+        loss, gradient = reduce(torch.add, losses), reduce(torch.add, gradients)
+        self.draws.all_reduce(loss, gradient)
+        self.ledger.spend(3 * self.settings.batch_size * point.space.num_steps)
+        return loss, gradient
+
+    def _part(self, point: Point, batch: Samples, trajectory: Tensor, size: int) -> Tensor:
+        """What some samples add to the loss of a batch of ``size``."""
         table = point.space.table(point.theta, batch.guidance).to(batch.noise.device, batch.noise.dtype)
-        states = unroll(batch.denoiser(None), batch.noise, table.weights, table.times, memory_budget="auto")
+        states = unroll(batch.denoiser(None), batch.noise, table.weights, table.times, memory_budget=self.room.graphs)
         last = trajectory.shape[1] - 1
         timesteps = point.space.numbers(point.theta.detach())["timesteps"]
         nearest = (timesteps[1:] * last).round().long().clamp(0, last).to(trajectory.device)
         real = torch.promote_types(states.dtype, torch.float32)
         difference = (states - sent(trajectory[:, nearest], states.device)).to(real)
-        share = batch.size * difference[0, 0].numel()
+        share = size * difference[0, 0].numel()
         loss = difference.square().sum() / share
         if self.settings.huber_weight:
             end, delta = difference[:, -1], self.settings.huber_delta
             huber = torch.nn.functional.huber_loss(end, torch.zeros_like(end), reduction="sum", delta=delta)
             loss = loss + self.settings.huber_weight * huber / share
-        (gradient,) = torch.autograd.grad(loss, point.theta)
-        loss = loss.detach()
-        self.draws.all_reduce(loss, gradient)
-        self.ledger.spend(3 * self.settings.batch_size * n)
-        return loss, gradient
+        return loss
 
     def affords_look(self, steps: tuple[int, ...]) -> bool:
         """Whether there are held-out samples and the budget allows a look at tables of these N."""
@@ -120,8 +129,13 @@ class Recipe:
         for k, size in enumerate(self.held_out):
             batch = self.draws.batch("held_out", k, size)
             end = self._states("held_out", k, batch, keep=True)[:, -1]
-            states = Rollout(batch.denoiser(None), batch.noise, *candidate.table(batch), wrt=()).states
-            errors.append(squares(states[:, -1], sent(end, states.device)))
+            parts: list[Tensor] = []
+            for part in self.room.over(slice(0, len(batch))):
+                with part as rows:
+                    some = batch.rows(rows)
+                    states = Rollout(some.denoiser(None), some.noise, *candidate.table(some), wrt=()).states
+                    parts.append(squares(states[:, -1], sent(end[rows], states.device)))
+            errors.append(torch.cat(parts))
         self.ledger.spend_once("held-out teacher", sum(self.held_out) * self.calls)
         self.ledger.spend(sum(self.held_out) * point.space.num_steps)
         try:
@@ -133,10 +147,16 @@ class Recipe:
         """The teacher's states of a batch, of a held-out one the last; on the host where they are kept."""
         found = self._made.get((stream, k))
         if found is None:
-            found = paper_trajectory(batch.predictor(None), batch.noise, batch.schedule, self.settings.teacher_steps)
-            found = found[:, -1:] if stream == "held_out" else found
+            parts: list[Tensor] = []
+            for part in self.room.over(slice(0, len(batch))):
+                with part as rows:
+                    some, num = batch.rows(rows), self.settings.teacher_steps
+                    states = paper_trajectory(some.predictor(None), some.noise, some.schedule, num)
+                    states = states[:, -1:] if stream == "held_out" else states
+                    parts.append(states.cpu() if keep or self.room.rows else states)
+            found = torch.cat(parts)
             if keep:
-                found = self._made[stream, k] = self._shelf.kept(found)
+                self._made[stream, k] = found
         return found
 
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
+
+from ..denoiser import frozen, modules_of
 from ..target import Model, Target
-from .budget import Cost, default_budget
+from ..unroll.kept import budget_bytes, free_bytes
+from .budget import Cost, default_budget, gigabytes
 from .job import Job, prepare
 from .probe import probe
+from .room import MEMORY, PART, REMEDIES, WHOLE, Room, usable
 from .settings import GaussNewton, Method
+from .space import DENSE
 
 # RMSE over the best hand-made solver's, by evaluations for each N: the mean over N = 5, 8, 10 on the exact mixture and
 # both MNIST models, for 10,000 and 40,000 over fewer of them (benchmarks/README.md).
@@ -28,7 +34,6 @@ START_ROLLOUTS = 30  # choose a table of the library and its k at .6 of the best
 CHOICE_SHARE, CHOICE = 0.6, 64  # of the budget, where nothing follows the choice; samples for it at most
 ROUNDS, MORE = 1, 4  # a plan counts on one round and one more for every four samples
 WORTHWHILE = 4  # samples: with fewer, rounds cost more than they bring, and the budget goes into the choice alone
-MEMORY = 1 << 29  # bytes of a round's rollouts between its acceptance test and its backward; beyond, they run again
 FRESH, FRESH_SHARE = 4, 0.04  # samples for the last look at most, and of the budget, where none are held out
 LOOKS = 4  # at the held-out samples, that the plan counts on
 
@@ -72,6 +77,9 @@ class Sizes:
             shares = GROWTH[:planned] + (racers_of(samples) - 1) * GROWTH[:RACE]
             rounds = SLACK * sum(max(share, min(1.0, LEAST / samples)) for share in shares)
             each = calls(samples) + sum(steps) * (1 + 4 * rounds)
+            if job.follows:  # inner states that are not kept are made again, for the trial and for the way back
+                kept = world * job.room.host / (2 * calls(samples) * state_bytes(job) * samples)
+                each += calls(samples) * max(0.0, 1 - kept) * 2 * rounds * len(steps)
             looks = held_out(samples) * (calls(samples) + sum(steps) * LOOKS)
             looks += fresh(samples) * (calls(samples) + 2 * sum(steps))
             return math.ceil(samples * each + looks + start_cost(job, budget, settings.rounds))
@@ -112,41 +120,106 @@ def racers_of(samples: int) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a search needs beside the model itself.
+    """Bytes that a search needs.
 
-    graphs: of one call for a batch, for its backward. trajectories: of the teacher, states and slopes of all samples,
-    512 MB at most: the rest is on the disk. rollouts: states, history and residuals of a round, and what a batch of
-    them takes on the way there and back. algebra: the table's derivative and the matrices of Gauss-Newton. With factors
-    fitted to what processes took: within .7 to 1.5 of it for 1 to 4 million elements and N up to 100.
+    weights: of the model, there already. graphs: of one call for as many samples as run at a time, for its backward.
+    teacher: on the host, end points and, as far as there is room, states and slopes. states: those of a round's
+    rollouts, with history and residuals, and what a part of them takes on the way there and back. algebra: the table's
+    derivative and the matrices of Gauss-Newton. With factors fitted to what processes took: within .7 to 1.5 of it for
+    1 to 4 million elements and N up to 200 (tests/searching/test_memory.py).
     """
 
+    weights: int
     graphs: int
-    trajectories: int = 0
-    rollouts: int = 0
+    teacher: int = 0
+    states: int = 0
     algebra: int = 0
-
-    @classmethod
-    def of(cls, job: Job, sizes: Sizes, batch: int, cost: Cost) -> Memory:
-        """For the largest N of a search."""
-        draws, n = job.draws, max(job.steps)
-        state = max(math.prod(target.shape or ()) for target in draws.targets) * draws.target.dtype.itemsize
-        samples = (sizes.samples + sizes.held_out) // draws.world
-        parameters = sum(job.settings.space_of(draws.schedule, n).sizes())
-        numbers = 3 * (n * (n + 6) + n) * parameters + 7 * parameters**2
-        way = 12 * n * batch + 2 * sizes.calls * batch
-        return cls(
-            cost.saved * batch,
-            int(1.15 * min(state * 2 * sizes.calls * samples, MEMORY)),
-            int(
-                1.15 * state * (min((3 * n + 1) * samples, (3 * n + 1) * MEMORY // max(state, 1) // (2 * n + 1)) + way)
-            ),
-            8 * numbers,
-        )
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.graphs + self.trajectories + self.rollouts + self.algebra
+        """All of it but the weights."""
+        return self.graphs + self.teacher + self.states + self.algebra
+
+    def __str__(self) -> str:
+        parts = ("weights", "graphs", "teacher", "states", "algebra")
+        return ", ".join(f"{name} {gigabytes(getattr(self, name))}" for name in parts)
+
+
+def state_bytes(job: Job) -> int:
+    """Of one sample's state, the largest target's."""
+    return max(math.prod(target.shape or ()) for target in job.draws.targets) * job.draws.target.dtype.itemsize
+
+
+def way_bytes(job: Job, calls: int) -> int:
+    """Of the tensors beside the graph while one sample goes there and back, or along its teacher's trajectory: the
+    states, histories, cotangents and adjoints of N steps."""
+    return state_bytes(job) * max(12 * max(job.steps) + 40, 2 * calls + 8)
+
+
+def batch_of(job: Job, budget: int | None) -> tuple[int, int]:
+    """How many samples of a batch one process has, at most, and the teacher's calls; before the model is measured."""
+    settings, world = job.settings, job.draws.world
+    if not isinstance(settings, GaussNewton):
+        return -(-settings.batch_size // world), settings.teacher_steps // 2
+    budget = default_budget(settings, job.steps) if budget is None else budget
+    assert budget is not None
+    sizes = Sizes.of(job, budget)
+    return -(-max(sizes.batches(job)) // world), sizes.calls
+
+
+def limits(job: Job, budget: int | None) -> tuple[int, int, int]:
+    """What :func:`probe` is told: bytes that the graphs of a batch may take before a network that can computes its
+    activations again, bytes that the graph of one sample may, and the samples of a batch. Raises ValueError, naming
+    what to change, where there is no room for any graph."""
+    batch, calls = batch_of(job, budget)
+    may, most = usable(job.draws.device, job.memory)
+    way = way_bytes(job, calls)
+    if way >= most:
+        raise ValueError(
+            f"one sample takes {gigabytes(way)} on its way there and back, without the graph of any call, and "
+            f"{gigabytes(most)} may be used: {REMEDIES}, or fewer steps than {max(job.steps)}"
+        )
+    return max(1, min(may - min(MEMORY, may // 4) - way * batch, WHOLE)), max(1, most - way), batch
+
+
+def with_room(job: Job, budget: int | None, cost: Cost) -> Job:
+    """The job with room for its batches: whole where what they take may be used, else in parts of as few samples as it
+    takes. Raises ValueError, naming what to change, where one sample does not fit."""
+    batch, calls = batch_of(job, budget)
+    may, most = usable(job.draws.device, job.memory)
+    each = max(cost.saved + way_bytes(job, calls), 1)
+    if each > most:
+        raise ValueError(
+            f"one sample takes {gigabytes(each)} on its way there and back, {gigabytes(cost.saved)} of them the graph "
+            f"of a call, and {gigabytes(most)} may be used: {REMEDIES}, or fewer steps than {max(job.steps)}"
+        )
+    kept = min(MEMORY, may // 4)
+    if each * batch + kept <= may and not cost.recomputed:
+        auto = budget_bytes("auto", job.draws.device) or 0
+        return replace(job, room=Room(None, job.room.host, kept, min(auto, may - each * batch - kept)))
+    return replace(job, room=Room(max(1, min(may - kept, PART) // each), job.room.host, kept, None))
+
+
+def memory_of(job: Job, sizes: Sizes | None, batch: int, calls: int, cost: Cost) -> Memory:
+    """For the largest N of a search. batch: samples that run at a time."""
+    draws, n, state = job.draws, max(job.steps), state_bytes(job)
+    modules = [module for target in draws.targets for module in modules_of(target.model)]
+    held = {t.untyped_storage()._cdata: t.nbytes for m in modules for t in (*m.parameters(), *m.buffers())}
+    way = way_bytes(job, calls) * batch
+    graphs = cost.saved * batch
+    if sizes is None:
+        return Memory(sum(held.values()), graphs, 0, way)
+    samples = sizes.samples // draws.world
+    others = (sizes.held_out + sizes.fresh) // draws.world
+    inner = 2 * sizes.calls * samples * state if job.follows else 0
+    room, shared = job.room, (2 * n + 1) * state
+    rollouts = min(samples * shared, room.kept) * (3 * n + 1) // (2 * n + 1)
+    parameters = sum(job.settings.space_of(draws.schedule, n).sizes())
+    numbers = (3 * (n * (n + 6) + n) if n <= DENSE else batch) * parameters + 5 * parameters**2
+    teacher = min(inner, room.host) + 2 * state * (samples + others)
+    if isinstance(room.graphs, int):  # of calls that need not run again
+        graphs += min(room.graphs, cost.saved * n * samples)
+    return Memory(sum(held.values()), graphs, teacher, rollouts + way, 8 * numbers)
 
 
 @dataclass(frozen=True)
@@ -172,8 +245,9 @@ class Plan:
     def __str__(self) -> str:
         lines = [
             f"N = {', '.join(map(str, self.num_steps))}: {1000 * self.cost.seconds:.3g} ms a model evaluation, "
-            f"{gigabytes(self.memory.graphs)} for a backward of {self.batch_size} samples, "
-            f"{gigabytes(self.memory.total)} in all beside the model"
+            f"{gigabytes(self.cost.saved * self.batch_size)} for a backward of {self.batch_size} samples"
+            + (" that computes its activations again, " if self.cost.recomputed else ", ")
+            + f"{gigabytes(self.memory.total)} in all beside the model ({self.memory})"
         ]
         if self.evaluations is None:
             return lines[0]
@@ -195,20 +269,29 @@ def plan(
     method: str | Method = "gauss_newton",
     budget: int | None = None,
 ) -> Plan:
-    """What ``search`` with the same arguments will take. Costs 8 model evaluations for each target."""
+    """What ``search`` with the same arguments will take. Costs 8 model evaluations for each target, more where one
+    whose graph is too large is looked at with its activations computed again."""
     job = prepare(target, num_steps, method=method, budget=budget)
-    return planned(job, budget, probe(job.draws, True))
+    with frozen([one.model for one in job.draws.targets]):
+        cost = probe(job.draws, True, *limits(job, budget))
+    return planned(with_room(job, budget, cost), budget, cost)
 
 
 def planned(job: Job, budget: int | None, cost: Cost) -> Plan:
-    """The plan of a search whose model was measured."""
+    """The plan of a search whose model was measured, and that has its room."""
     budget = default_budget(job.settings, job.steps) if budget is None else budget
+    sizes = Sizes.of(job, budget) if isinstance(job.settings, GaussNewton) and budget is not None else None
     samples, size = job.settings.samples, job.settings.batch_size
-    memory = Memory(cost.saved * size)
-    if isinstance(job.settings, GaussNewton) and budget is not None:
-        sizes = Sizes.of(job, budget)
-        samples, (size, _) = sizes.samples, sizes.batches(job)
-        memory = Memory.of(job, sizes, size, cost)
+    if sizes is not None:
+        samples, size = sizes.samples, sizes.batches(job)[0]
+    size = min(size, job.room.rows or size)
+    memory, free = memory_of(job, sizes, size, batch_of(job, budget)[1], cost), free_bytes(torch.device("cpu"))
+    host = memory.teacher + memory.algebra + (job.draws.device.type == "cpu") * (memory.graphs + memory.states)
+    if host > free:
+        raise ValueError(
+            f"the search takes {gigabytes(host)} of the host, where {gigabytes(free)} are free ({memory}): give fewer "
+            "samples or a smaller budget where the teacher is the most, fewer steps where the algebra is"
+        )
     return Plan(job.steps, budget, samples, cost, size, memory)
 
 
@@ -229,8 +312,3 @@ def _time(seconds: float) -> str:
         if seconds < 120 * size or unit == "h":
             break
     return f"{seconds / size:.3g} {unit}"
-
-
-def gigabytes(size: float) -> str:
-    """A size in words, to three digits."""
-    return f"{size / 2**30:.3g} GB" if size >= 2**28 else f"{size / 2**20:.3g} MB"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parameter import is_lazy
 
 from ..bench import SCALES
@@ -24,10 +24,14 @@ from ..files import tensor_bytes
 from ..schedule import PREDICTION_TYPES, VP, Flow, Schedule
 from ..target import Target
 from ..trajectory import dense_grid, integrate
-from .budget import Cost
+from ..unroll.kept import FirstCall, TooMuch
+from .budget import Cost, gigabytes
+from .gauss_newton import NO_NUMBER
+from .recompute import recomputing
+from .room import PART, REMEDIES
 
 SAMPLES = 2
-CALLS = 4 * SAMPLES  # :func:`probe` takes so many evaluations, its backward among them
+CALLS = 8  # :func:`probe` takes so many evaluations, a way there and twice back among them
 KEYLESS = 4  # :func:`identity` of a target without a key takes so many
 OUTPUTS = "outputs"  # what identity says of those
 DRAWN, ROWS = 8, 16  # so many times so many conditions are part of it
@@ -36,52 +40,141 @@ PLAUSIBLE_CALLS = SAMPLES * (FINE + COARSE + 1)
 # The two end states may differ by this part. On the MNIST models they do by 0.01; wrong units of time give 0.67, a
 # wrong prediction type 1.1.
 AGREEMENT = 0.1
+# Differences, in parts of the state, by which a gradient is checked, and the part of it that may be missing. In float32
+# on networks shipped it is 1.000 to 1.001 at the first; the others are for networks that compute in 8 or 16 bits.
+DIFFERENCES, PARTIAL = (0.005, 0.05, 0.25), 0.2
+SAME_GRADIENT = 0.01  # by which that of a network that computes its activations again may differ
 # At pure noise the output's slope in the noise may miss the one it should have, 1 for epsilon, -1 or 1 for a velocity,
 # 0 for x0, by this much.
 SLOPE = 0.5
 
 
-def probe(draws: Draws, differentiated: bool) -> Cost:
-    """Two samples through the model at u = 0 and u = 1/2, and back from the second; what an evaluation costs. Of
-    several targets, the mean of the seconds and the largest graph.
+def probe(draws: Draws, differentiated: bool, may: float = math.inf, most: float = math.inf, batch: int = 1) -> Cost:
+    """What a model evaluation costs, by one sample at u = 0 and at u = 1/2, and back from there. Of several targets,
+    the mean of the seconds and the largest graph.
 
-    differentiated: whether the search goes back through the model. Raises ValueError when it then returns an output
-    without a graph, and when it returns nothing but zeros.
+    differentiated: whether the search goes back through the model. may, most: bytes that the graphs of ``batch``
+    samples may take, and of one. Where they take more, the network's own gradient checkpointing is measured instead,
+    which the search then switches on, if the gradient stays the same.
+
+    Raises ValueError for a model that returns nothing but zeros, and of one to go back through when its output has no
+    graph, when that cannot be gone through twice, when a part of the gradient is missing, and when the graph of one
+    sample takes more than may be used.
     """
     if draws.others:
-        costs = [probe(one, differentiated) for one in draws.each]
-        return Cost(sum(cost.seconds for cost in costs) / len(costs), max(cost.saved for cost in costs))
+        costs = [probe(one, differentiated, may, most, batch) for one in draws.each]
+        seconds, saved = sum(cost.seconds for cost in costs) / len(costs), max(cost.saved for cost in costs)
+        return Cost(seconds, saved, any(cost.recomputed for cost in costs), sum(cost.calls for cost in costs))
+    if not differentiated:
+        return replace(_looked(draws, False)[0], calls=CALLS)
+    calls, found = 0, None
+    for recomputed, limit in ((False, may / batch), (True, most), (False, most)):
+        with recomputing([draws.target] if recomputed else []) as switched:
+            if found is None and switched == recomputed:
+                calls += CALLS
+                try:
+                    found = _looked(draws, True, limit)
+                    cost, gradient = replace(found[0], recomputed=recomputed), found[1]
+                except (TooMuch, torch.OutOfMemoryError):
+                    continue
+                except ValueError as error:
+                    if not recomputed:
+                        raise
+                    warnings.warn(f"the network's gradient checkpointing stays off: {error}", stacklevel=3)
+    if found is None:
+        raise ValueError(f"the graph of one sample takes more than the {gigabytes(most)} that may be used: {REMEDIES}")
+    if cost.recomputed:
+        calls += CALLS
+        with suppress(TooMuch, torch.OutOfMemoryError):
+            plain, whole = _looked(draws, True, min(most, PART))
+            same = float((gradient - whole).norm()) <= SAME_GRADIENT * float(whole.norm())
+            if not same:
+                warnings.warn("the network's gradient checkpointing stays off: it changes its gradient", stacklevel=3)
+            cost = cost if same and cost.saved < plain.saved else plain
+    return replace(cost, calls=calls)
+
+
+def _looked(draws: Draws, differentiated: bool, most: float = math.inf) -> tuple[Cost, Tensor]:
+    """The cost of an evaluation, and a gradient. Raises TooMuch when a graph saves more than ``most`` bytes, and
+    ValueError as :func:`probe` says."""
     batch = replace(draws.alone, seed=0).batch("probe", 0, SAMPLES)
     if torch.equal(batch.noise[:1], batch.noise[1:]):
         raise ValueError(
             f"noise({SAMPLES}, generator) of the target {draws.target.name!r} returned the same for both: all "
             "samples would begin at one point"
         )
-    denoise, zero = batch.denoiser(), True
-    kept: dict[int, int] = {}
+    x, denoise = batch.noise[:1], batch.rows(slice(0, 1)).denoiser()
+    times = batch.schedule.time(torch.tensor([0.0, 0.5], dtype=torch.float64))
+    times = times.to(x.device, torch.promote_types(x.dtype, torch.float32))
 
-    def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    for u in (0.0, 0.5):
-        now = batch.schedule.time(torch.tensor([u], dtype=torch.float64))
-        now = now.to(batch.noise.device, torch.promote_types(batch.noise.dtype, torch.float32))
-        start = time.perf_counter()
-        with torch.set_grad_enabled(differentiated), saved_tensors_hooks(pack, lambda tensor: tensor):
-            x = batch.noise.detach().requires_grad_(differentiated).clone()
-            output = denoise(x, now.repeat(len(x)))
-        if differentiated and not output.requires_grad:
+    def graph(t: Tensor) -> tuple[list[Tensor], Tensor, int]:
+        leaves = [x.clone().requires_grad_(), t.clone().requires_grad_()]
+        watched = FirstCall(1, 0, draws.target.model, leaves, most)
+        with torch.enable_grad(), watched.watching(x):
+            output = denoise(*(leaf.clone() for leaf in leaves))
+        if not output.requires_grad:
             raise ValueError(NO_GRAPH)
-        zero = zero and not bool(output.any())
-    if zero:
-        raise ValueError("the model returns zero everywhere: it is not trained, or its weights were not loaded")
-    if differentiated:
-        _backward(output)
-    float(output.detach().sum())  # the clock must wait for the device
-    seconds = (time.perf_counter() - start) / (SAMPLES * (3 if differentiated else 1))
-    return Cost(seconds, sum(kept.values()) // (2 * SAMPLES))
+        watched.settle(output)
+        return leaves, output, watched.total
+
+    with torch.no_grad():
+        first = graph(times[:1])[1].detach() if differentiated else denoise(x, times[:1].clone())
+        start = time.perf_counter()
+        leaves, output, saved = graph(times[1:]) if differentiated else ([], denoise(x, times[1:].clone()), 0)
+        zero = not bool(first.any()) and not bool(output.any())  # which waits for the device
+        seconds = time.perf_counter() - start
+        if zero:
+            raise ValueError("the model returns zero everywhere: it is not trained, or its weights were not loaded")
+        if not differentiated:
+            return Cost(seconds, 0), output
+        # The direction that the first step goes, and noise beside it.
+        v = first[-1:] / first[-1:].norm().clamp_min(1e-30) + batch.noise[1:] / batch.noise[1:].norm()
+        v, shares = v * x.norm() / v.norm().clamp_min(1e-30), []
+        for h in DIFFERENCES:
+            ahead, behind = (denoise(x + sign * h * v, times[1:].clone()).double() for sign in (1, -1))
+            w = (ahead - behind) / (2 * h)
+            start = time.perf_counter()
+            try:
+                gradient = _pulled(output, leaves, w)
+            except RuntimeError as error:
+                # A graph that was compiled before the search may give its buffers to the first way back.
+                if "donated" not in str(error):
+                    raise
+                torch.compiler.reset()
+                leaves, output, saved = graph(times[1:])
+                gradient = _pulled(output, leaves, w)
+            if not bool(gradient.isfinite().all()):
+                raise FloatingPointError(NO_NUMBER)
+            wanted = float(w.square().sum())
+            shares.append(float((gradient * v).sum()) / wanted if wanted else 1.0)
+            if len(shares) == 1:
+                seconds += (time.perf_counter() - start) / 2
+            if abs(shares[-1] - 1) <= PARTIAL:
+                return Cost(seconds / 3, saved), gradient
+    raise ValueError(
+        f"a part of the model's gradient is missing: along one direction it is {', '.join(f'{s:.2f}' for s in shares)} "
+        f"of what differences of {', '.join(map(str, DIFFERENCES))} give. Something in its forward has no autograd, an "
+        "attention kernel, a quantised layer, .detach() or torch.no_grad(): choose another backend for it"
+    )
+
+
+def _pulled(output: Tensor, leaves: list[Tensor], cotangent: Tensor) -> Tensor:
+    """The gradient in x, float64, gone back through twice, as a rollout goes for its two cotangents."""
+    found: list[Tensor | None] = []
+    for _ in range(2):
+        try:
+            found.append(
+                torch.autograd.grad(output, leaves, cotangent.to(output), retain_graph=True, allow_unused=True)[0]
+            )
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) or "donated" in str(error):
+                raise
+            raise ValueError(
+                "the search goes back through each call of the model, more than once, and that fails with "
+                f"{type(error).__name__}: {error}. Where the model computes its activations again (gradient "
+                "checkpointing), switch that off, or use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            ) from error
+    return torch.zeros_like(leaves[0]).double() if found[1] is None else found[1].double()
 
 
 class Weights:
@@ -201,20 +294,6 @@ def _parts(value: Any) -> Iterator[bytes]:
         yield type(value).__name__.encode()
         if hasattr(value, "__dict__") and not callable(value):
             yield from _parts(vars(value))
-
-
-def _backward(output: Tensor) -> None:
-    """Back from an output, keeping the graph as the rollouts do.
-
-    A graph that was compiled before the search may give its buffers to the first backward: what is compiled is then
-    forgotten, to be compiled again when the model is called next.
-    """
-    try:
-        output.sum().backward(retain_graph=True)
-    except RuntimeError as error:
-        if "donated" not in str(error):
-            raise
-        torch.compiler.reset()
 
 
 def doubt(draws: Draws) -> int:

@@ -21,8 +21,9 @@ ANSWER_SECONDS = 10.0  # a store answers in milliseconds
 
 
 @contextmanager
-def joined() -> Iterator[None]:
-    """The process group that torchrun describes in the environment, for as long as the block runs.
+def joined() -> Iterator[Any]:
+    """The process group that torchrun describes in the environment, for as long as the block runs; None where there is
+    none, and beside a group that is there already, whose processes may share a model instead of samples.
 
     Each process takes the GPU of its local rank. PyTorch chooses the backend by the tensors: gloo and NCCL. An error
     is left for the other processes, which see a closed connection only, or gets what they left as a note. Without
@@ -36,7 +37,7 @@ def joined() -> Iterator[None]:
         prefixed = torch.distributed.distributed_c10d.PrefixStore(f"dss_fast/{next(_groups)}", store)
         torch.distributed.init_process_group(store=prefixed, rank=rank, world_size=world)
     try:
-        yield
+        yield torch.distributed.group.WORLD if own else None
     except Exception as error:
         if _joined():
             _name_the_first(error)

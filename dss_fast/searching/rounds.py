@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,12 +17,12 @@ from ..distance import squares
 from ..draws import mix
 from ..table import StepTable
 from ..target import Samples
+from ..trajectory import Trajectory
 from ..unroll import Rollout
 from ..unroll.kept import budget_bytes
 from .budget import Ledger
 from .gauss_newton import ROBUST, Quadratic, Sums, signs_beside
 from .job import Job
-from .plan import MEMORY
 from .residual import Residual, residual
 from .settings import GaussNewton
 from .space import Space
@@ -53,22 +53,23 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Tried:
-    """One batch of a trial. rollout: None where it did not fit beside the others and must run again. residual: under
-    the weight of the round to come."""
+    """Some samples of a batch of a trial. rollout, and residual under the weight of the round to come: None where they
+    did not fit beside the others and must be made again."""
 
-    batch: Samples
+    rows: slice
     rollout: Rollout | None
-    residual: Residual
+    residual: Residual | None
 
 
 @dataclass(frozen=True, eq=False)
 class Trial:
     """What a candidate was worth, of all samples of all processes, (n,) float64 means of squares: |r|^2 under the
-    weights of the round before and of this one, and the end point's errors. number: of the round."""
+    weights of the round before and of this one, and the end point's errors. number: of the round. parts: of each batch,
+    on this process."""
 
     candidate: Candidate
     number: int
-    parts: list[Tried]
+    parts: list[list[Tried]]
     before: Tensor
     values: Tensor
     errors: Tensor
@@ -105,29 +106,39 @@ class Rounds:
 
     def cost(self, candidate: Candidate, number: int, batches: int) -> int:
         """Evaluations of a trial of so many batches and, once accepted, of its differentiation."""
+        again = 2 * self.train.again(slice(0, batches))
         sizes, n = self.train.sizes[:batches], candidate.space.num_steps
         sketched = sum(size for k, size in enumerate(sizes) if _sketches(k, candidate, number, batches))
-        return n * (sum(sizes) * (3 if self._keeps(n, sum(sizes)) else 4) + 2 * sketched)
+        return n * (sum(sizes) * (3 if self._keeps(n, sum(sizes)) else 4) + 2 * sketched) + again
 
     def attempt(self, candidate: Candidate, number: int, batches: int) -> Trial | None:
         """The rollouts of round ``number``; None when one diverges to NaN or Inf."""
         n, sizes = candidate.space.num_steps, self.train.sizes[:batches]
         old, new = _weight(number - 1), _weight(number)
-        loss, targets = self._settings.loss, candidate.space.targets(candidate.theta)
-        parts, before = [], []
+        targets, kept, room = candidate.space.targets(candidate.theta), self._keeps(n, sum(sizes)), self.job.room
+        parts: list[list[Tried]] = []
+        numbers: list[list[Tensor]] = [[], [], []]  # of each batch: squares before and now, errors at the end point
+        alive = sum(-(-size // (room.rows or size)) for size in sizes) if kept else 0
+        self.ledger.spend(self.train.again(slice(0, batches)))
         try:
             for k in range(batches):
-                batch, trajectory = self.train[k]
-                kept = self._keeps(n, batches * batch.size)
-                rollout = Rollout(**self._arguments(candidate, batch, batches if kept else 0))
-                found = residual(loss, new, rollout.states, trajectory, targets).over(candidate.unit(k))
-                past = found
-                if old != new:
-                    past = residual(loss, old, rollout.states, trajectory, targets).over(candidate.unit(k))
-                parts.append(Tried(batch, rollout if kept else None, found))
-                before.append(past.squares())
-            values, errors = [part.residual.squares() for part in parts], [part.residual.error for part in parts]
-            gathered = self.job.draws.gathered(sizes, before, values, errors)
+                tried: list[Tried] = []
+                columns: list[list[Tensor]] = [[], [], []]
+                for part in room.over(slice(0, len(self.train[k][0]))):
+                    with part as rows:
+                        batch, trajectory = self.train.part(k, rows)
+                        rollout = Rollout(**self._arguments(candidate, batch, alive))
+                        found = self._residual(candidate, k, new, rollout, trajectory, targets)
+                        past = found if old == new else self._residual(candidate, k, old, rollout, trajectory, targets)
+                        squared = past.squares(), found.squares(), found.error
+                        for column, of_part in zip(columns, squared, strict=True):
+                            column.append(of_part)
+                        tried.append(Tried(rows, rollout, found) if kept else Tried(rows, None, None))
+                        del batch, trajectory, rollout, found, past
+                parts.append(tried)
+                for whole, column in zip(numbers, columns, strict=True):
+                    whole.append(torch.cat(column))
+            gathered = self.job.draws.gathered(sizes, *numbers)
         except FloatingPointError:
             return None
         finally:
@@ -136,31 +147,42 @@ class Rounds:
 
     def differentiate(self, trial: Trial) -> Quadratic:
         """Gradient and J'J at the candidate. Lets each rollout go as soon as it was pulled back."""
-        candidate, draws = trial.candidate, self.job.draws
+        candidate, draws, new = trial.candidate, self.job.draws, _weight(trial.number)
         space, theta, n = candidate.space, candidate.theta, candidate.space.num_steps
-        start, sums, jacobian = 0, Sums(len(theta)), space.jacobian(theta)
-        for k, part in enumerate(trial.parts):
-            batch, rollout, found = part.batch, part.rollout, part.residual
-            values = trial.values[draws.mine(start, batch.size), None]
-            cotangents = [found.values]
-            if _sketches(k, candidate, trial.number, len(trial.parts)):
-                cotangents.append(self._signs(found.values, n, trial.number, k, batch.size))
-            scale = found.values.shape[1] ** -0.5  # |r|^2 is averaged over its elements
-            if rollout is None:  # all of them together did not fit
-                rollout = Rollout(**self._arguments(candidate, batch, 1))
-                self.ledger.spend(n * batch.size)
-            scaled = torch.stack(cotangents) * scale
-            pulled = rollout.pull(found.back(scaled))
-            assert pulled.weights is not None and pulled.times is not None
-            flat = torch.cat([pulled.weights.flatten(2), pulled.times], 2).double().cpu()
-            rows = flat @ jacobian[: flat.shape[2]]
-            if found.moves is not None:
-                rows = rows + found.moves(scaled, self.train[k][1]) @ jacobian[flat.shape[2] : -1]
-            trial.parts[k] = replace(part, rollout=None)
-            del part, rollout, pulled, flat
-            sums.add(rows, values, trial.scale / (trial.scale + values), scale, batch.size)
-            self.ledger.spend(2 * n * batch.size * len(cotangents))
-            start += batch.size
+        start, sums, back, targets = 0, Sums(len(theta)), space.back(theta), space.targets(theta)
+        self.ledger.spend(self.train.again(slice(0, len(trial.parts))))
+        for k, parts in enumerate(trial.parts):
+            size, signs, scale = self.train.sizes[k], None, 0.0
+            pulled: list[Tensor] = []
+            if parts[0].rollout is None:  # all of them together did not fit
+                self.ledger.spend(n * size)
+            while parts:
+                tried = parts.pop(0)
+                for part in self.job.room.over(tried.rows):
+                    with part as rows:
+                        batch, trajectory = self.train.part(k, rows)
+                        rollout, found = tried.rollout, tried.residual
+                        if rollout is None or found is None or rows != tried.rows:
+                            rollout = Rollout(**self._arguments(candidate, batch, 1))
+                            found = self._residual(candidate, k, new, rollout, trajectory, targets)
+                        cotangents = [found.values]
+                        if _sketches(k, candidate, trial.number, len(trial.parts)):
+                            signs = self._signs(n, trial.number, k, found.values.shape[1]) if signs is None else signs
+                            drawn = signs[rows].to(found.values) * 2 - 1
+                            cotangents.append(signs_beside(found.values, drawn))
+                        scale = found.values.shape[1] ** -0.5  # |r|^2 is averaged over its elements
+                        scaled = torch.stack(cotangents) * scale
+                        gradients = rollout.pull(found.back(scaled))
+                        assert gradients.weights is not None and gradients.times is not None
+                        flat = torch.cat([gradients.weights.flatten(2), gradients.times], 2).double().cpu()
+                        moves = None if found.moves is None else found.moves(scaled, trajectory)
+                        pulled.append(back(flat, moves))
+                        del batch, trajectory, rollout, found, cotangents, scaled, gradients
+                del tried
+            through, values = torch.cat(pulled, 1), trial.values[draws.mine(start, size), None]
+            sums.add(through, values, trial.scale / (trial.scale + values), scale, size)
+            self.ledger.spend(2 * n * size * len(through))
+            start += size
         return sums.quadratic(draws.all_reduce)
 
     @torch.no_grad()
@@ -170,20 +192,35 @@ class Rounds:
         by_features = self._settings.select == "features"
         self.ledger.spend(candidate.space.num_steps * total)
         try:
-            for k, (batch, trajectory) in enumerate(at):
-                end = Rollout(**self._arguments(candidate, batch, 0)).states[:, -1]
-                ends.append(squares(end, trajectory.last) / candidate.unit(k))
-                if by_features and batch.target.features is not None:
-                    mine, wanted = (batch.target.features(x.clone()).clone() for x in (end, trajectory.last))
-                    if bool(end.isfinite().all()) and not bool((mine.isfinite() & wanted.isfinite()).all()):
-                        raise ValueError(
-                            "the target's features are NaN or Inf for finite samples: none can choose by them"
-                        )
-                    seen.append(squares(mine, wanted))
-            errors, *features = self.job.draws.gathered(at.sizes, ends, *([seen] if seen else []))
+            for k in range(len(at)):
+                found: list[Tensor] = []
+                of_features: list[Tensor] = []
+                batch, trajectory = at[k]
+                for part in self.job.room.over(slice(0, len(batch))):
+                    with part as rows:
+                        last, features = trajectory.last[rows], batch.target.features
+                        end = Rollout(**self._arguments(candidate, batch.rows(rows), 0)).states[:, -1]
+                        errors = squares(end, last) / candidate.unit(k)
+                        if by_features and features is not None:
+                            mine, wanted = (features(x.clone()).clone() for x in (end, last))
+                            if bool(end.isfinite().all()) and not bool((mine.isfinite() & wanted.isfinite()).all()):
+                                raise ValueError(
+                                    "the target's features are NaN or Inf for finite samples: none can choose by them"
+                                )
+                            of_features.append(squares(mine, wanted))
+                        found.append(errors)
+                ends.append(torch.cat(found))
+                seen += [torch.cat(of_features)] if of_features else []
+            all_errors, *all_features = self.job.draws.gathered(at.sizes, ends, *([seen] if seen else []))
         except FloatingPointError:
             return Look(torch.full((total,), math.inf, dtype=torch.float64))
-        return Look(errors, *features)
+        return Look(all_errors, *all_features)
+
+    def _residual(
+        self, candidate: Candidate, k: int, weight: float, rollout: Rollout, trajectory: Trajectory, targets: Tensor
+    ) -> Residual:
+        """Of some samples of batch k, in its target's unit."""
+        return residual(self._settings.loss, weight, rollout.states, trajectory, targets).over(candidate.unit(k))
 
     @property
     def _settings(self) -> GaussNewton:
@@ -195,29 +232,30 @@ class Rounds:
 
         Of several processes none may leave alone, so that what diverges is noticed when their numbers are gathered.
         """
-        (weights, times), auto = candidate.table(batch), budget_bytes("auto", batch.noise.device)
+        (weights, times), room = candidate.table(batch), self.job.room
+        graphs = budget_bytes(room.graphs, batch.noise.device)
         return {
             "model": batch.denoiser(None if self.job.draws.world == 1 else False),
             "x": batch.noise,
             "weights": weights,
             "times": times,
-            "memory_budget": auto // alive if auto is not None and alive else None,
+            "memory_budget": graphs // alive if graphs is not None and alive else None,
             "wrt": ("weights", "times") if alive else (),
         }
 
-    def _signs(self, values: Tensor, n: int, number: int, k: int, size: int) -> Tensor:
-        """(B, R) random signs beside the residual; the same for any number of processes."""
+    def _signs(self, n: int, number: int, k: int, width: int) -> Tensor:
+        """(B, R) random bits for the samples of batch k; the same for any number of processes."""
         draws = self.job.draws
         generator = torch.Generator().manual_seed(mix(draws.seed, "sketch", n, number, k))
-        signs = torch.randint(0, 2, (size, values.shape[1]), generator=generator, dtype=torch.int8)
-        return signs_beside(values, signs[draws.rank :: draws.world].to(values) * 2 - 1)
+        signs = torch.randint(0, 2, (self.train.sizes[k], width), generator=generator, dtype=torch.int8)
+        return signs[draws.rank :: draws.world]
 
     def _keeps(self, num_steps: int, samples: int) -> bool:
         """Whether the states and histories of so many samples may stay in memory together."""
         draws = self.job.draws
         largest = max(math.prod(target.shape or ()) for target in draws.targets)
         numbers = (2 * num_steps + 1) * largest * samples / draws.world
-        return numbers * draws.target.dtype.itemsize <= MEMORY
+        return numbers * draws.target.dtype.itemsize <= self.job.room.kept
 
 
 def enough(sizes: Sequence[int], wanted: int) -> int:

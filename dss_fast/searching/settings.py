@@ -34,6 +34,7 @@ class GaussNewton:
         point's squares, or a criterion of ``distance``: ``"rmse"``, ``"median"``, ``"features"``.
     samples: of the training set; by default what the budget allows. held_out_samples: a fifth of them, none below 40.
     batch_size: samples run at a time, at most; an eighth of the set, so that early rounds can be small.
+    memory: bytes of the device that the search may use beside the model's weights; by default half of what is free.
     teacher_evaluations: model calls of each reference trajectory; by default 16 for fewer than 64 samples, or 24, and
         at least 2 N. rounds: of Gauss-Newton at most.
 
@@ -52,6 +53,7 @@ class GaussNewton:
     loss: Loss = "trajectory"
     generality: float = 0.0
     select: str = "robust"
+    memory: int | None = None
     name: ClassVar[str] = "gauss_newton"
 
     def __post_init__(self) -> None:
@@ -61,7 +63,7 @@ class GaussNewton:
             raise ValueError(f"loss={self.loss!r}: 'end', 'trajectory' or a function of samples")
         if self.select not in ("robust", *CRITERIA):
             raise ValueError(f"select={self.select!r}: choose 'robust', {', '.join(map(repr, CRITERIA))}")
-        _check_counts(self, "samples", "batch_size")
+        _check_counts(self, "samples", "batch_size", "memory")
         _check_counts(self, "rounds", "held_out_samples", least=0)
         _check_counts(self, "teacher_evaluations", least=16)
         if not (isinstance(self.generality, int | float) and 0 <= self.generality < math.inf):
@@ -86,6 +88,7 @@ class Lion:
     short_tail: the last two rows use the immediately preceding output only; None: for N = 5 and 6.
     check_every: batches between looks at ``check_samples`` held-out ones, 20 looks by default. The solver
         with the smallest held-out error at the end point is kept. check_samples=0: the last is.
+    memory: as in :class:`GaussNewton`.
     """
 
     samples: int = 50_000
@@ -100,10 +103,11 @@ class Lion:
     short_tail: bool | None = None
     check_every: int | None = None
     check_samples: int = 128
+    memory: int | None = None
     name: ClassVar[str] = "lion"
 
     def __post_init__(self) -> None:
-        _check_counts(self, "samples", "batch_size", "unique_samples", "teacher_steps", "check_every")
+        _check_counts(self, "samples", "batch_size", "unique_samples", "teacher_steps", "check_every", "memory")
         _check_counts(self, "check_samples", least=0)
         unique = self.unique_samples
         if unique is not None and unique < self.samples and unique % self.batch_size:
@@ -131,8 +135,9 @@ def settings_of(method: str | Method) -> Method:
 
 
 def described(settings: Method) -> dict[str, Any]:
-    """The settings as JSON data, for the run folder; a function is named by its type."""
-    values = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    """The settings as JSON data, for the run folder, but for what finds the same table; a function is named by its
+    type."""
+    values = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name != "memory"}
     plain = (str, int, float, bool, list, tuple, type(None))
     return {name: value if isinstance(value, plain) else repr(type(value)) for name, value in values.items()}
 

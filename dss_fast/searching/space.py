@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ SPACES = {
     "noise+start": ("noise", "start"),
     "noise+times": ("noise", "times"),
 }
+DENSE = 64  # steps of a table whose derivative is kept whole, 80 MB
 MAX_LOG_INCREMENT, MAX_TIME = 1.0, 0.1  # of one step; Gauss-Newton is not trusted further
 ROWS = 0.1  # by which rows of a table to start from may miss 1: those of release 0.2, told another first time, miss .05
 
@@ -138,13 +140,41 @@ class Space:
 
     def jacobian(self, theta: Tensor) -> Tensor:
         """(N (4 + K) + N + N, P): d(weights, times, targets)/d theta, each flattened."""
-
-        def flat(theta: Tensor) -> Tensor:
-            table = self.table(theta)
-            return torch.cat([table.weights.flatten(), table.times, self.targets(theta)])
-
-        found: Tensor = torch.autograd.functional.jacobian(flat, theta)
+        found: Tensor = torch.autograd.functional.jacobian(self._flat, theta)
         return found
+
+    def back(self, theta: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """How gradients (C, B, N (4 + K) + N) in weights and times, and (C, B, N - 1) in targets, if any, become
+        gradients (C, B, P) in theta.
+
+        By the Jacobian, or, of more than ``DENSE`` steps, where it takes gigabytes, row by row through the table.
+        """
+        if self.num_steps <= DENSE:
+            jacobian = self.jacobian(theta)
+
+            def product(flat: Tensor, moves: Tensor | None) -> Tensor:
+                rows = flat @ jacobian[: flat.shape[2]]
+                return rows if moves is None else rows + moves @ jacobian[flat.shape[2] : -1]
+
+            return product
+        with torch.enable_grad():
+            leaf = theta.detach().clone().requires_grad_()
+            numbers = self._flat(leaf)
+
+        def pulled(flat: Tensor, moves: Tensor | None) -> Tensor:
+            rows = flat.new_zeros(*flat.shape[:2], len(numbers))
+            rows[..., : flat.shape[2]] = flat
+            if moves is not None:
+                rows[..., flat.shape[2] : -1] = moves
+            found = [torch.autograd.grad(numbers, leaf, row, retain_graph=True)[0] for row in rows.flatten(0, 1)]
+            stacked: Tensor = torch.stack(found).unflatten(0, rows.shape[:2])
+            return stacked
+
+        return pulled
+
+    def _flat(self, theta: Tensor) -> Tensor:
+        table = self.table(theta)
+        return torch.cat([table.weights.flatten(), table.times, self.targets(theta)])
 
     def move(self, theta: Tensor, step: Tensor) -> Tensor:
         """theta + step, the step shortened to what is trusted, times kept in [0, 1]."""

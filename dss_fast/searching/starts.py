@@ -124,10 +124,13 @@ def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solv
         for t in range(targets):
             for number, place, rows in _parts(sizes[t], count, wanted, draws.world):
                 batch, trajectory = teacher[t + targets * number]
-                part, end = batch.rows(rows), trajectory.last[rows]
                 for k, solver in enumerate(left):
+                    parts: list[Tensor] = []
+                    for part in teacher.room.over(rows):
+                        with part as some:
+                            parts.append(_errors(solver, batch.rows(some), trajectory.last[some]))
                     found[k, t, place + draws.rank : place + (rows.stop - rows.start) * draws.world : draws.world] = (
-                        _errors(solver, part, end)
+                        torch.cat(parts)
                     )
         draws.all_reduce(found)
         ledger.spend(cost)

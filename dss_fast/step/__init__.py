@@ -36,7 +36,12 @@ _SCHEMAS = {
     "multistep_pull": "(Tensor adjoints, Tensor weights, Tensor index, bool pair=False) -> (Tensor, Tensor)",
 }
 
-_library = torch.library.Library("dss_fast", "DEF")
+_ops = torch.ops.dss_fast
+# The ops belong to the process: a host that loads the package anew (importlib.reload, plug-ins, autoreload) finds those
+# of the first time, and the library that holds them is kept where no module's end takes it along.
+_first = "kept" not in vars(_ops)
+_library = torch.library.Library("dss_fast", "DEF") if _first else vars(_ops)["kept"]
+vars(_ops)["kept"] = _library
 
 
 def _plain(device: str, why: str) -> ModuleType:
@@ -85,9 +90,8 @@ def _register(name: str, schema: str) -> None:
     torch.library.register_fake(f"dss_fast::{name}", getattr(shapes, name), lib=_library)
 
 
-for _name, _schema in _SCHEMAS.items():
+for _name, _schema in _SCHEMAS.items() if _first else ():
     _register(_name, _schema)
-_ops = torch.ops.dss_fast
 _step_inplace = _ops.multistep_step_.default
 _update: Callable[..., tuple[Tensor, Tensor]] = _ops.multistep_update.default
 
@@ -130,7 +134,8 @@ def _backward(
     )
 
 
-torch.library.register_autograd("dss_fast::multistep_update", _backward, setup_context=_save, lib=_library)
+if _first:
+    torch.library.register_autograd("dss_fast::multistep_update", _backward, setup_context=_save, lib=_library)
 
 
 class _ModuleUpdate(torch.autograd.Function):
@@ -181,7 +186,9 @@ def _module(backend: str, device: torch.device) -> ModuleType | None:
 
 
 def _have_tangents(*tensors: Tensor) -> bool:
-    """Whether forward-mode differentiation runs through one of them."""
+    """Whether forward-mode differentiation runs through one of them, or a transform of torch.func around them all."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return True
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
@@ -216,7 +223,7 @@ def multistep_step(
         is `multistep_update` with the history copied around it, and reads the index back from its device.
 
     Sums are taken in the dtype of the weights whatever the others are. With a forward-mode tangent on any of the
-    tensors the reference runs, and x_next and history are new.
+    tensors, and inside torch.func.grad or vmap, the reference runs, and x_next and history are new.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, `out` together with a gradient, a gradient of rows at different
@@ -278,14 +285,14 @@ def multistep_update(
         (x_next, y_i), both new, y_i in the dtype of the history, or of x where that is empty.
 
     Differentiable in x, output, history and weights; the gradient in the weights is the same bits on every run.
-    With a forward-mode tangent on any of them the reference runs.
+    With a forward-mode tangent on any of them, and inside torch.func.grad or vmap, the reference runs.
 
     Raises:
         ValueError: shapes, dtypes, a step or a number of tensors that do not fit, a named backend that cannot run.
     """
     module = None if backend is None else _module(backend, x.device)
     if _have_tangents(x, output, weights, *history):
-        # A registered op has no forward-mode rule, and its tangents would be zero; the reference is plain PyTorch.
+        # A registered op has no forward-mode and no batching rule; the reference is plain PyTorch.
         return step_reference.multistep_update(x, output, history, weights, step)
     if module is None:
         return _update(x, output, history, weights, step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -30,17 +31,30 @@ class Kept:
     budget_bytes: int | None = None
 
 
+class TooMuch(Exception):
+    """A graph takes more bytes than it may."""
+
+
 class FirstCall:
     """Counts what the graph of the model's first call saves for its backward, and says how many such graphs fit.
 
     Every storage counts once. Those of x, the parameters and the model's own modules do not: they live on anyway.
+
+    most: bytes at which the call is given up, as TooMuch.
     """
 
-    def __init__(self, steps: int, budget: int, model: Callable[..., Tensor], tensors: Sequence[Tensor]):
-        self.steps, self.budget = steps, budget
+    def __init__(
+        self,
+        steps: int,
+        budget: int,
+        model: Callable[..., Any],
+        tensors: Sequence[Tensor],
+        most: float = math.inf,
+    ):
+        self.steps, self.budget, self.most, self.total = steps, budget, most, 0
         held = [t for module in modules_of(model) for t in (*module.parameters(), *module.buffers())]
         self.aside = {t.untyped_storage().data_ptr() for t in (*tensors, *held) if t.layout == torch.strided}
-        self.saved: dict[int, int] = {}
+        self.saved: set[int] = set()
         self.bytes: int | None = None
 
     def watching(self, x: Tensor) -> AbstractContextManager[Any]:
@@ -50,8 +64,7 @@ class FirstCall:
 
         def pack(tensor: Tensor) -> tuple[Tensor, int]:
             if tensor.device == x.device and tensor.layout == torch.strided:
-                storage = tensor.untyped_storage()
-                self.saved[storage.data_ptr()] = storage.nbytes()
+                self._count(tensor)
             return tensor.detach(), tensor._version  # undetached it would keep its own graph alive
 
         return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
@@ -59,8 +72,17 @@ class FirstCall:
     def settle(self, output: Tensor) -> None:
         """Takes note of what the first call returned, which its graph holds too."""
         if self.bytes is None:
-            self.saved[output.untyped_storage().data_ptr()] = output.untyped_storage().nbytes()
-            self.bytes = sum(size for pointer, size in self.saved.items() if pointer not in self.aside)
+            self._count(output)
+            self.bytes = self.total
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        pointer = storage.data_ptr()
+        if pointer not in self.aside and pointer not in self.saved:
+            self.saved.add(pointer)
+            self.total += storage.nbytes()
+            if self.total > self.most:
+                raise TooMuch
 
     def graphs(self) -> int:
         """How many such graphs fit."""
@@ -88,14 +110,14 @@ def budget_bytes(budget: int | float | str | None, device: torch.device) -> int 
     if budget is None or isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0:
         return budget
     if isinstance(budget, float) and 0 < budget <= 1:
-        return int(budget * _free_bytes(device))
+        return int(budget * free_bytes(device))
     raise ValueError(
         f"memory_budget={budget!r}: give None, 'auto', a number of bytes (int), "
         "or a fraction of the free device memory (float above 0, at most 1)"
     )
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     """What is free on a device now, PyTorch's own idle blocks included."""
     if device.type == "cuda":
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,4 +1,4 @@
-"""Thirty-one pipelines of diffusers with random weights of a few kilobytes, for the examples and the tests, offline.
+"""Sixty pipelines of diffusers with random weights of a few kilobytes, for the examples and the tests, offline.
 
     pipe, arguments = build("flux")
     pipe(**arguments, num_inference_steps=8)
@@ -13,7 +13,7 @@ import warnings
 import diffusers
 import torch
 
-from . import flow, vp
+from . import flow, more, vp
 from .parts import Built
 
 FLOW = ("sd3", "flux", "wan", "qwen", "sana")
@@ -27,7 +27,13 @@ MORE_VP = (
     "hunyuan_dit", "kolors", "kandinsky22", "animatediff", "cogvideox", "stable_audio", "controlnet",
     "sd_img2img", "sd_inpaint", "sdxl_img2img", "sdxl_inpaint",
 )  # fmt: skip
-ALL = NAMES + MORE_FLOW + MORE_VP
+NEWER = (
+    "flux2", "flux2_klein", "bria", "easyanimate", "skyreels", "skyreels_df", "ovis", "prx", "krea2",
+    "lumina", "hunyuan_image", "sana_video", "allegro", "latte", "cogview3plus", "kandinsky3",
+    "if_stage1", "pixart_alpha", "sd_pag", "sdxl_pag", "sana_pag", "sd3_img2img", "z_image_inpaint", "qwen_img2img",
+    "qwen_inpaint", "chroma_img2img", "z_image_img2img", "pixart_pag", "wan_v2v",
+)  # fmt: skip
+ALL = NAMES + MORE_FLOW + MORE_VP + NEWER
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, batch: int = 1, seed: int = 0) -> Built:
@@ -38,9 +44,8 @@ def build(name: str, dtype: torch.dtype = torch.float32, batch: int = 1, seed: i
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipe, arguments = getattr(flow if name in FLOW + MORE_FLOW else vp, name)(
-            batch, lambda *shape: torch.randn(shape).to(dtype)
-        )
+        module = more if name in NEWER else flow if name in FLOW + MORE_FLOW else vp
+        pipe, arguments = getattr(module, name)(batch, lambda *shape: torch.randn(shape).to(dtype))
     torch.set_rng_state(state)
     verbosity = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity_error()  # `to` warns of modules better kept in float32

@@ -12,9 +12,9 @@ import pytest
 import torch
 from test_k_diffusion import dpmpp_2m, linear
 
-from dss_fast import find_solver
+from dss_fast import Flow, find_solver, handmade
 from dss_fast.integrations import comfyui
-from dss_fast.integrations.k_diffusion import sigmas_of
+from dss_fast.integrations.k_diffusion import sample_dss, sigmas_of
 
 
 class CONST:
@@ -179,6 +179,31 @@ def test_a_file_changed_on_disk_is_noticed(comfy, tmp_path):
         assert node.fingerprint_inputs(solver="sit-xl-2-256", steps=6) == ""
 
 
+class Shifted(FlowNoise):
+    """ComfyUI's flows say sigma at a share of the time."""
+
+    def __init__(self, shift):
+        self.shift = shift
+
+    def percent_to_sigma(self, percent):
+        left = 1 - percent
+        return self.shift * left / (1 + (self.shift - 1) * left)
+
+
+def test_a_learned_table_follows_the_models_shift():
+    tables = {8: find_solver("sit-xl-2-256/8")}
+    plain, u = comfyui.make_sigmas(Shifted(1.0), tables, 8), torch.tensor(tables[8].timesteps)
+    sigmas = comfyui.make_sigmas(Shifted(3.0), tables, 8)
+    torch.testing.assert_close(plain, 1 - u)
+    torch.testing.assert_close(sigmas, 3 * (1 - u) / (1 + 2 * (1 - u)))
+    guided, _ = wrapped(Shifted(3.0))
+    x = torch.randn(2, 4, dtype=torch.float64)
+    ours = comfyui.make_sampler(tables)(guided, x, sigmas, disable=True)
+    moved = tables[8].moved(3.0, Flow(3.0))
+    torch.testing.assert_close(ours, sample_dss(guided, x, sigmas, solver=moved, family="flow", disable=True))
+    assert (ours - sample_dss(guided, x, plain, solver=tables[8], family="flow", disable=True)).abs().max() > 1e-4
+
+
 def test_names_mean_what_they_mean_in_the_host():
     """On a flow ComfyUI's dpmpp_2m extrapolates in -log sigma; its deis is another method, so ours is named apart."""
     names = comfyui.solver_names()
@@ -197,7 +222,7 @@ def test_the_ksamplers_own_lists(comfy, tmp_path):
     samplers, functions = comfy.samplers, comfy.functions
     assert {"dss_sit-xl-2-256", "dss_mine", "dss_ab2"} <= set(samplers.KSampler.SAMPLERS)
     assert set(samplers.SCHEDULER_NAMES) == {"simple", "dss_mine"} | {
-        f"dss_{name}" for name in ("sit-xl-2-256", "flowdcn-b-2-256", "dit-xl-2-256")
+        f"dss_{name}" for name in ("sit-xl-2-256", "flowdcn-b-2-256", "dit-xl-2-256", "general")
     }
     before = list(samplers.KSampler.SAMPLERS), list(samplers.SCHEDULER_NAMES)
     comfyui.add_to_ksampler(samplers, functions, tmp_path / "dss_fast")  # a reload adds nothing twice
@@ -268,3 +293,24 @@ def test_a_file_too_large_for_a_solver_is_not_read_whole(tmp_path):
 
 def test_import_needs_no_comfyui():
     assert "comfy" not in sys.modules and "comfy_api" not in sys.modules
+
+
+def test_a_file_called_like_a_method_is_a_scheduler_too(comfy, tmp_path):
+    replace(find_solver("sit-xl-2-256/6"), name="mine").save(tmp_path / "dss_fast" / "euler.json")
+    assert "dss_euler" in comfyui.add_to_ksampler(comfy.samplers, comfy.functions, tmp_path / "dss_fast")
+    sigmas = comfy.samplers.SCHEDULER_HANDLERS["dss_euler"].handler(FlowNoise(), 6)
+    assert torch.equal(sigmas, sigmas_of("sit-xl-2-256/6")) and "dss_euler" in comfy.samplers.SCHEDULER_NAMES
+    comfy.functions.sample_dss_euler(wrapped(FlowNoise())[0], torch.randn(2, 4), sigmas, disable=True)
+
+
+def test_steps_say_which_table_a_part_of_the_sigmas_belongs_to(comfy):
+    """Two tables may share a part of their sigmas, as SplitSigmas leaves it."""
+    own = find_solver("sit-xl-2-256/6")
+    grid = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
+    short, long = (handmade("ab2", None, Flow(), timesteps=1 - torch.cat([grid[:n], grid[-1:]])) for n in (3, 5))
+    for steps in (3, 5):
+        sampler = comfyui.make_sampler({3: short, 5: long, 6: own}, steps=steps)
+        state = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+        out = sampler(wrapped(FlowNoise())[0], state, grid[:3], disable=True)
+        wanted = sample_dss(linear, state, grid[:3], disable=True, solver={3: short, 5: long}[steps])
+        assert torch.equal(out, wanted)

@@ -73,7 +73,7 @@ def test_public_surface():
     import inspect
 
     assert list(inspect.signature(scheduler.set_timesteps).parameters) == [
-        "num_inference_steps", "device", "sigmas", "mu", "timesteps"
+        "num_inference_steps", "device", "sigmas", "mu", "timesteps", "shift"
     ]  # fmt: skip
     assert list(inspect.signature(scheduler.step).parameters)[:3] == ["model_output", "timestep", "sample"]
     trained = DSSScheduler(trained_betas=[0.1, 0.3])

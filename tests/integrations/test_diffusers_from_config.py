@@ -9,9 +9,8 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: E402
-
 from dss_fast.integrations.diffusers import DSSScheduler  # noqa: E402
+from helpers.diffusers_classes import every_class  # noqa: E402
 from helpers.diffusers_runs import noise, run  # noqa: E402
 
 DPM, UNIPC, DEIS = (getattr(diffusers, f"{n}MultistepScheduler") for n in ("DPMSolver", "UniPC", "DEIS"))
@@ -27,13 +26,6 @@ SIGMA_SPACE = (
     "KDPM2AncestralDiscrete",
     "LMSDiscrete",
 )
-
-
-def every_class():
-    for name in sorted(dir(diffusers)):
-        kind = getattr(diffusers, name) if "Scheduler" in name else None
-        if inspect.isclass(kind) and issubclass(kind, SchedulerMixin) and kind is not SchedulerMixin:
-            yield name
 
 
 def made(name, **options):
@@ -60,8 +52,8 @@ NEITHER = {
     "BlockRefinementScheduler", "CMStochasticIterativeScheduler", "CosineDPMSolverMultistepScheduler",
     "DDPMWuerstchenScheduler", "DiscreteDDIMScheduler", "EDMDPMSolverMultistepScheduler", "EDMEulerScheduler",
     "EntropyBoundScheduler", "FlowMapEulerDiscreteScheduler", "HeliosDMDScheduler", "HeliosScheduler",
-    "IPNDMScheduler", "KarrasVeScheduler", "LTXEulerAncestralRFScheduler", "PiflowScheduler", "SCMScheduler",
-    "ScoreSdeVeScheduler",
+    "IPNDMScheduler", "KarrasVeScheduler", "LTXEulerAncestralRFScheduler", "MiniMaxH3Scheduler", "PiflowScheduler",
+    "SCMScheduler", "ScoreSdeVeScheduler",
 }  # fmt: skip
 
 
@@ -71,10 +63,13 @@ def test_every_class_has_the_grids_of_its_own_from_config(name, options):
     stock = made(name, **options)
     named = {**stock.config, "_class_name": name}  # as of a pipeline that was loaded
     if name in NEITHER:
-        with pytest.raises(ValueError, match=f"{name}.*(neither a flow|one path)"):
-            DSSScheduler.from_config(named, solver="euler")
+        for config in (named, stock, stock.config):
+            with pytest.raises(ValueError, match="(neither a flow|one path|give the scheduler itself)"):
+                DSSScheduler.from_config(config, solver="euler")
+        with pytest.raises(ValueError, match=name):
+            DSSScheduler.from_config(stock, solver="euler")
         return
-    if ours(stock.config, "euler").config.family == "flow":
+    if ours(named, "euler").config.family == "flow":
         pairs = [("euler", FLOW, {}), ("dpmpp_2m", DPM, FLOW_SIGMAS), ("unip2", UNIPC, FLOW_SIGMAS)]
     else:
         euler = EULER if name.removesuffix("Scheduler") in SIGMA_SPACE else DDIM
@@ -82,7 +77,8 @@ def test_every_class_has_the_grids_of_its_own_from_config(name, options):
         pairs = [("euler", euler, {}), ("dpmpp_2m", DPM, {}), ("unip2", UNIPC, {}), ("deis", DEIS, {})]
     for solver, kind, told in pairs:
         theirs = kind.from_config(named, **told)
-        live = [] if options else [stock.config]  # of one made in the script, which does not name its class
+        # of one made in the script, which does not name its class; FlowMatchHeun's could be FlowMapEuler's
+        live = [] if options else [stock if name == "FlowMatchHeunDiscreteScheduler" else stock.config]
         for config in (named, *live):
             mine = ours(config, solver, **told)
             for n in (10, 6)[: 1 + len(live)]:

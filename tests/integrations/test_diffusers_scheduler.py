@@ -1,6 +1,7 @@
 """DSSScheduler by itself: tables, runs, state. Its configs are in test_diffusers_config.py."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -86,8 +87,8 @@ def test_published_tables_equal_sample(name, n):
         scheduler, schedule = DSSScheduler.from_config(DDIM(clip_sample=False).config, solver=name), VP()
         net = lambda x, t: network()(x, t) * 0.01 + x  # noqa: E731  near enough to a noise prediction to stay small
     else:
-        scheduler = DSSScheduler.from_config(FLOW(shift=3.0).config, solver=name)  # no shift on a learned table
-        schedule = Flow(convention="diffusers")
+        scheduler = DSSScheduler.from_config(FLOW(shift=3.0).config, solver=name)
+        schedule = Flow(3.0, convention="diffusers")  # which a learned table follows
     ours = run(scheduler, n, net=net)
     theirs = sample(net, noise(), f"{name}/{n}", schedule=schedule)
     assert (ours - theirs).abs().max() <= 1e-6 * max(1, theirs.abs().max())
@@ -150,15 +151,41 @@ def test_clip_sample_is_named():
         DSSScheduler.from_config(DDIM(clip_sample=True).config)
 
 
-def test_the_schedule_of_a_searched_table_is_honoured():
-    plain = find_solver("sit-xl-2-256/5")
-    shifted = replace(plain, schedule=Flow(shift=3.0))
-    scheduler = DSSScheduler.from_config(FLOW(shift=7.0).config, solver=shifted)
-    scheduler.set_timesteps(5)
-    u = torch.tensor(plain.timesteps)
-    torch.testing.assert_close(scheduler.sigmas, 3 * (1 - u) / (1 + 2 * (1 - u)))
+def shifted(shift, sigma):
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+@pytest.mark.parametrize("own", [1.0, 3.0])
+def test_a_searched_table_follows_the_shift_from_that_of_its_search(own):
+    """Its timesteps stay, and so its sigmas are those that the pipeline's shift makes of them; its rows move."""
+    plain = replace(find_solver("sit-xl-2-256/5"), schedule=Flow(shift=own))
     scheduler = DSSScheduler.from_config(FLOW(shift=7.0).config, solver=plain)
     scheduler.set_timesteps(5)
+    u = torch.tensor(plain.timesteps)
+    torch.testing.assert_close(scheduler.sigmas, shifted(7, 1 - u))
+    moved = plain.moved(7 / own, Flow(7.0))
+    assert scheduler.solver.coeffs == moved.coeffs != plain.coeffs
+    same = DSSScheduler.from_config(FLOW(shift=own).config, solver=plain)
+    same.set_timesteps(5)
+    assert same.solver == plain
+    unsaid = DSSScheduler(solver=plain)  # a config that says no shift
+    unsaid.set_timesteps(5)
+    torch.testing.assert_close(unsaid.sigmas, shifted(own, 1 - u))
+
+
+def test_one_table_serves_every_resolution_of_a_pipeline():
+    """FLUX at 512, 1,024 and 2,048 pixels: mu grows with the tokens, and one file makes three grids."""
+    table = find_solver("general/8")
+    scheduler = DSSScheduler.from_config(FLOW(use_dynamic_shifting=True).config, solver=table)
+    u, grids = torch.tensor(table.timesteps), []
+    for tokens in (1024, 4096, 16384):
+        mu = math.log(Flow.dynamic(tokens).shift)
+        scheduler.set_timesteps(8, mu=mu)
+        torch.testing.assert_close(scheduler.sigmas, shifted(math.exp(mu), 1 - u))
+        assert scheduler.solver.coeffs == table.moved(Flow.dynamic(tokens).shift, scheduler.solver.schedule).coeffs
+        grids.append(scheduler.sigmas)
+    assert bool((grids[0][1:-1] < grids[1][1:-1]).all() and (grids[1][1:-1] < grids[2][1:-1]).all())
+    scheduler.set_timesteps(8)  # a pipeline that says no mu: the table as it was searched
     torch.testing.assert_close(scheduler.sigmas, 1 - u)
 
 
@@ -229,8 +256,10 @@ def test_custom_grids_are_honoured_or_refused():
     made.set_timesteps(sigmas=[1.0, 0.9, 0.5, 0.2, 0.1])
     u = torch.tensor([1.0, 0.9, 0.5, 0.2, 0.1, 0.0])
     torch.testing.assert_close(made.sigmas, 3 * u / (1 + 2 * u))  # under the pipeline's shift, as stock does
-    made.set_timesteps(timesteps=[1000, 900, 500])
-    torch.testing.assert_close(made.timesteps, torch.tensor([1000.0, 900, 500]))
+    stock = FLOW(shift=3.0)  # which shifts given timesteps up to release 0.40, and leaves them alone from 0.41 on
+    for scheduler in (stock, made):
+        scheduler.set_timesteps(timesteps=[1000, 900, 500])
+    torch.testing.assert_close(made.timesteps, stock.timesteps)
     made.set_timesteps(sigmas=default)  # the pipelines' unasked grid gets the stock shift
     assert made.sigmas[1] == pytest.approx(3 * 0.8 / (1 + 2 * 0.8))
     with pytest.raises(ValueError, match="must fall"):
@@ -305,7 +334,7 @@ def test_steps_are_found_without_reading_the_device():
     assert not reads
     scheduler.set_timesteps(6)
     scheduler.set_begin_index(0)
-    for t in scheduler.timesteps.clone():
+    for t in scheduler.timesteps.to("meta"):  # a copy on a device, in the order that was declared
         x = scheduler.step(x, t, x).prev_sample
     assert not reads
 

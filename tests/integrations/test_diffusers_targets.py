@@ -15,6 +15,7 @@ from dss_fast import (  # noqa: E402
     search,
 )
 from dss_fast.__main__ import main  # noqa: E402
+from dss_fast.denoiser import compute_dtype  # noqa: E402
 from dss_fast.integrations.diffusers import DSSScheduler, check_request, from_pipeline  # noqa: E402
 from dss_fast.integrations.diffusers.recording import ASKED, record  # noqa: E402
 from examples.tiny_pipelines import build  # noqa: E402
@@ -124,3 +125,95 @@ def test_a_table_carries_the_request_it_was_searched_for(tmp_path, capsys):
         pipe(**call)
     with pytest.warns(UserWarning, match=r"latents of \(4, 16, 16\) instead of \(4, 8, 8\)"):
         pipe(**{**call, "height": 16, "width": 16})
+
+
+@pytest.mark.parametrize(
+    "name, why",
+    [
+        ("hunyuan_image", "is not a linear guidance"),  # its guider rescales
+        ("skyreels_df", "copies of its scheduler"),
+        ("lumina", "Its call has no switch for that"),  # guides three channels of four
+        ("sd_pag", "pag_scale=3.0: perturbed attention"),
+    ],
+)
+def test_what_is_no_linear_target_of_one_state_says_so(name, why):
+    pipe, rows, arguments = split(name)
+    with pytest.raises(ValueError, match=why) as caught:
+        from_pipeline(pipe, rows, **arguments)
+    assert "cfg_normalization" not in str(caught.value)
+
+
+def test_a_guider_that_begins_late_is_seen():
+    pipe, rows, arguments = split("hunyuan_image")
+    pipe.guider = pipe.ocr_guider = diffusers.ClassifierFreeGuidance(guidance_scale=3.5, start=0.6)
+    with pytest.raises(ValueError, match="begins late"):
+        from_pipeline(pipe, rows, **arguments)
+    pipe.guider = pipe.ocr_guider = diffusers.ClassifierFreeGuidance(guidance_scale=3.5)
+    target = from_pipeline(pipe, rows, **arguments)  # whatever distilled_guidance_scale is by default
+    assert target.guidance_scale == 3.5
+
+
+def test_an_argument_that_changes_in_a_run_is_named():
+    pipe, rows, arguments = split("sd3")
+    forward, calls = pipe.transformer.forward, []
+
+    def changing(hidden_states, encoder_hidden_states, pooled_projections, timestep, **rest):
+        calls.append(1)
+        return forward(hidden_states, encoder_hidden_states, pooled_projections, timestep, **rest)
+
+    from functools import wraps
+
+    pipe.transformer.forward = wraps(forward)(changing)
+    plain = type(pipe.transformer).__call__
+
+    def call(self, *args, **kwargs):
+        kwargs["joint_attention_kwargs"] = {"sound": torch.full((1,), float(len(calls)))}
+        return plain(self, *args, **kwargs)
+
+    pipe.transformer.__class__ = type("Changing", (type(pipe.transformer),), {"__call__": call})
+    with pytest.raises(ValueError, match="joint_attention_kwargs.sound.*another at step 1"):
+        from_pipeline(pipe, rows, **arguments)
+
+
+def test_two_schedulers_are_one_too_many():
+    pipe, rows, arguments = split("sd3")
+    pipe.register_modules(image_encoder=pipe.scheduler)
+    with pytest.raises(ValueError, match="2 schedulers"):
+        from_pipeline(pipe, rows, **arguments)
+
+
+def test_a_table_runs_where_its_pipeline_passes_times_of_its_own(monkeypatch):
+    """A spacing that only this pipeline knows is noted in the search, and no obstacle afterwards."""
+    from diffusers.pipelines.stable_diffusion_3 import pipeline_stable_diffusion_3 as module
+
+    plain = module.retrieve_timesteps
+
+    def own(scheduler, steps, device, sigmas=None, **told):
+        return plain(scheduler, device=device, sigmas=[1 - (i / steps) ** 2 for i in range(steps)], **told)
+
+    pipe, rows, arguments = split("sd3")
+    published = from_pipeline(pipe, rows, **arguments)
+    assert "passes" not in published.request
+    monkeypatch.setattr(module, "retrieve_timesteps", own)
+    target = from_pipeline(pipe, rows, **arguments)
+    assert target.request["passes"] == ["sigmas"]
+    solver = search(target, 4, method=SMALL, progress=False).solver
+    pipe.scheduler = DSSScheduler.from_config(pipe.scheduler.config, solver=Solver.from_dict(solver.to_dict()))
+    with pytest.warns(UserWarning, match="passes sigmas of its own"):
+        pipe(**rows, **arguments, num_inference_steps=4, output_type="latent")
+    assert pipe.scheduler.solver == solver
+    pipe.scheduler = DSSScheduler.from_config(pipe.scheduler.config, solver="sit-xl-2-256")
+    with pytest.raises(ValueError, match="searched together with its own"):
+        pipe(**rows, **arguments, num_inference_steps=6, output_type="latent")
+
+
+def test_layerwise_casting_is_read_as_diffusers_says():
+    """Its hooks cast the weights up for each call, to a dtype that no parameter may have."""
+    net = diffusers.DiTTransformer2DModel(
+        2, 32, 4, num_layers=2, sample_size=8, norm_num_groups=1, num_embeds_ada_norm=4
+    ).eval()
+    net = net.to(torch.bfloat16)
+    net.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    counts = [p.numel() for p in net.parameters() if p.dtype == torch.float8_e4m3fn]
+    assert 2 * sum(counts) > sum(p.numel() for p in net.parameters()) and compute_dtype(net) == torch.bfloat16
+    assert compute_dtype(torch.nn.Sequential(net)) == torch.bfloat16  # the outermost that says so

@@ -267,3 +267,23 @@ def test_the_first_steps_alone(name, noise):
     cut[-1] = 0
     with pytest.raises(ValueError, match="leftover noise"):
         sample_dss(linear, x, cut, solver=table, disable=True)
+
+
+class NoFloat64(torch.Tensor):
+    """A tensor on a device without float64, as Apple's are."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.double or any(a is torch.float64 for a in (*args, kwargs.get("dtype"))):
+            raise TypeError("this device has no float64")
+        out = super().__torch_function__(func, types, args, kwargs)
+        return out.as_subclass(torch.Tensor) if func is torch.Tensor.cpu else out
+
+
+@pytest.mark.parametrize("solver, family", [("sit-xl-2-256/8", None), ("dpmpp_2m", "flow")])
+def test_sigmas_on_a_device_without_float64(solver, family):
+    x, sigmas = torch.randn(2, 4), sigmas_of("sit-xl-2-256/8")
+    told = {"disable": True, "solver": solver, "family": family}
+    wanted = sample_dss(lambda x, s: x / 2, x, sigmas, **told)
+    assert torch.equal(sample_dss(lambda x, s: x / 2, x, sigmas.as_subclass(NoFloat64), **told), wanted)

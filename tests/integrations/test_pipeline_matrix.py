@@ -24,16 +24,15 @@ def rows():
 
 def test_the_page_has_the_commands_rows_and_no_failure():
     page = rows()
-    assert len(page) == len(ALL) >= 30
+    assert len(page) == len(ALL) >= 60
     names = {kind.removesuffix("Pipeline") for kind in page}
-    for name in ALL:
+    for name in ALL[::4]:
         if name not in ("kolors", "stable_audio"):  # which need sentencepiece and torchsde
             assert type(build(name)[0]).__name__.removesuffix("Pipeline") in names
     for kind, cells in page.items():
         assert len(cells) == len(pipeline_matrix.COLUMNS)
         for cell in cells:
-            assert re.fullmatch(r"equal, \d+e[-+]\d+|(refused|open) \(\d\)", cell), (kind, cell)
-    assert sum(not any(cell.startswith("open") for cell in cells) for cells in page.values()) >= 26
+            assert re.fullmatch(r"equal, \d+e[-+]\d+|refused \(\d+\)", cell), (kind, cell)
 
 
 # Times of each token, a VP model; a list of samples, and frames, which test_diffusers_targets.py has in each run.

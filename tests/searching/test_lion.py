@@ -206,10 +206,10 @@ def test_evaluations_are_counted_as_the_paper_counts_and_the_budget_holds():
     watch = lambda x, t, shift: (doubled.append(len(x)), flow_model(x, t, shift))[1]  # noqa: E731
     common = dict(method=Lion(samples=16, batch_size=16, check_samples=0), key="m", **QUICK, **guided)
     search(watch, 3, **common)
-    assert set(doubled) == {2, 16}  # the probe, the search; scale 1: no second branch
+    assert set(doubled) == {1, 16}  # the probe, the search; scale 1: no second branch
     doubled.clear()
     result = search(watch, 3, guidance_scale=2.0, **common)
-    assert set(doubled) == {4, 32} and result.evaluations == 16 * 109 + 8
+    assert set(doubled) == {2, 32} and result.evaluations == 16 * 109 + 8
 
 
 def test_repeated_samples_repeat_their_teacher(monkeypatch):
@@ -217,9 +217,9 @@ def test_repeated_samples_repeat_their_teacher(monkeypatch):
     _, repeated = events("flow", (3,), samples=64, batch_size=16, unique_samples=32, check_samples=0)
     assert repeated[2].loss == new[2].loss
     assert repeated[3].loss != repeated[1].loss
-    monkeypatch.setattr(import_module("dss_fast.searching.lion"), "MEMORY", 0)
-    _, on_disk = events("flow", (3,), samples=64, batch_size=16, unique_samples=32, check_samples=0)
-    assert on_disk[-1].loss == repeated[-1].loss
+    monkeypatch.setattr(import_module("dss_fast.searching.job"), "host_room", lambda: 0)
+    task, made_again = events("flow", (3,), samples=64, batch_size=16, unique_samples=32, check_samples=0)
+    assert made_again[-1].loss == repeated[-1].loss and task.evaluations == 64 * (100 + 9)
 
 
 def test_nothing_of_the_model_needs_a_gradient_in_the_teacher_and_it_gets_its_parameters_back():

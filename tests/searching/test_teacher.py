@@ -10,11 +10,11 @@ import torch
 from dss_fast import VP, DiscreteVP, Flow, Grid, Target, handmade, sample, search
 from dss_fast.denoiser import Denoiser
 from dss_fast.draws import Draws
-from dss_fast.files import scratch
 from dss_fast.searching import teacher as teaching
 from dss_fast.searching.budget import Ledger
 from dss_fast.searching.lion import paper_trajectory
 from dss_fast.searching.residual import residual
+from dss_fast.searching.room import Room
 from dss_fast.searching.teacher import Teacher
 from dss_fast.trajectory import DenseGrid, Trajectory, dense_grid, evaluations, integrate
 
@@ -214,7 +214,7 @@ def stream(teacher):
     return [trajectory.at(torch.tensor([0.3, 1.0])) for _, trajectory in teacher]
 
 
-def test_teacher_counts_streams_and_keeps(monkeypatch):
+def test_teacher_counts_streams_and_keeps():
     draws, ledger = drawn(), Ledger()
     teacher = Teacher(draws, ledger, "train", 10, 4, 24)
     assert teacher.sizes == [4, 4, 2] and teacher.cost() == 240 and ledger.evaluations == 0
@@ -223,24 +223,31 @@ def test_teacher_counts_streams_and_keeps(monkeypatch):
     again = stream(teacher)
     assert draws.target.model.rows == ledger.evaluations == 240
     assert all(map(torch.equal, first, again))
-    small, spilled = drawn(), []
-    monkeypatch.setattr(teaching, "MEMORY", 2000)  # one of three batches fits
-    monkeypatch.setattr(teaching, "scratch", lambda tensor: (spilled.append(tensor.nbytes), scratch(tensor))[1])
-    from_disk = Teacher(small, Ledger(), "train", 10, 4, 24)
-    assert all(map(torch.equal, first, stream(from_disk)))
-    assert all(map(torch.equal, first, stream(from_disk)))
-    whole = sum(t.nbytes for _, t in teacher for t in (t.states, t.slopes))
-    assert small.target.model.rows == 240 and whole - 2000 <= sum(spilled) < whole
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool], ids=str
-)
-def test_what_does_not_fit_into_memory_comes_back_from_the_disk(dtype):
-    given = torch.arange(24).reshape(2, 3, 4).to(dtype)
-    for tensor in (given, given[:, ::2], given[:0], given[0, 0, 0]):
-        found = scratch(tensor)
-        assert found.dtype == dtype and torch.equal(found.to(torch.float64), tensor.to(torch.float64))
+def test_inner_states_beyond_the_hosts_room_are_made_again_for_the_samples_at_hand():
+    """Two of three batches fit; of the third the end points stay, and each look between them is counted."""
+    whole = Teacher(drawn(), Ledger(), "train", 10, 4, 24)
+    draws, ledger, u = drawn(), Ledger(), torch.tensor([0.3, 1.0])
+    size = [sum(t.nbytes for t in (made.states, made.slopes)) for _, made in whole]
+    teacher = Teacher(draws, ledger, "train", 10, 4, 24, Room(rows=3, host=size[0] + size[1]))
+    assert teacher.again(slice(0, 3)) == 0 and [len(batch) for batch, _ in teacher] == [4, 4, 2]
+    assert teacher.room.host == 0 and ledger.evaluations == 240 and teacher.again(slice(0, 3)) == 2 * 24
+    for k, (_, made) in enumerate(whole):
+        for rows in (slice(0, 1), slice(1, len(made.last))):
+            part, trajectory = teacher.part(k, rows)
+            assert torch.equal(part.noise, made.states[rows, 0])
+            torch.testing.assert_close(trajectory.at(u), made.at(u)[rows], rtol=0, atol=1e-6)
+            assert torch.equal(teacher[k][1].last, made.last)
+    assert draws.target.model.rows == 240 + 2 * 24
+    kept = sum(made.states.nbytes + made.slopes.nbytes for _, made in teacher)
+    assert kept == size[0] + size[1] + 2 * 3 * 4  # and the first state of the two samples of the last batch
+
+
+def test_a_search_that_asks_for_ends_alone_keeps_nothing_between_them():
+    teacher = Teacher(drawn(), Ledger(), "held_out", 8, 4, 24, room := Room(), inner=False)
+    assert all(made.states.shape == (4, 1, 3) and not made.slopes.numel() for _, made in teacher)
+    assert room == Room()
 
 
 def test_range_of_guidance_and_processes_share_one_draw():
@@ -282,7 +289,7 @@ def test_samples_are_drawn_once_and_the_end_needs_no_states(monkeypatch):
     monkeypatch.setattr(Draws, "batch", counted)
     draws = Draws.of(Target(lambda x, t: -x, (2,), Flow(), dtype=F64), 1)
     size = 8 * 2 * 8  # of a batch's noise, and again of its end points
-    monkeypatch.setattr(teaching, "MEMORY", 4 * (2 * 2 * size))
+    monkeypatch.setattr(teaching, "DEVICE", 2 * 2 * size)
     teacher = Teacher(draws, Ledger(), "train", 32, 8, 16)
     first = [pair for _ in range(3) for pair in teacher]
     assert drawn == [0, 1, 2, 3, 2, 3, 2, 3]

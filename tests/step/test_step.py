@@ -493,3 +493,50 @@ else:
 def test_cuda_without_triton_runs_and_says_so_once():
     run = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_transforms_of_torch_func():
+    """grad, vmap and jacrev around the step give what a loop and autograd give."""
+    x, m, w = torch.randn(3, 5), torch.randn(3, 5), torch.randn(1, 2, 6)
+    history = torch.randn(3, 2, 5)
+
+    def update(x, m):
+        return multistep_update(x, m, [], w, 0)[0]
+
+    def loss(x):
+        return update(x, m).square().sum()
+
+    leaf = x.clone().requires_grad_()
+    loss(leaf).backward()
+    torch.testing.assert_close(torch.func.grad(loss)(x), leaf.grad)
+    torch.testing.assert_close(torch.func.vmap(lambda x, m: update(x[None], m[None])[0])(x, m), update(x, m))
+    index = torch.tensor([1])
+
+    def step(x, m, history):
+        return multistep_step(x[None], m[None], history[None], w, index)[0][0]
+
+    wanted = multistep_step(x, m, history.clone(), w, index)[0]
+    torch.testing.assert_close(torch.func.vmap(step)(x, m, history), wanted)
+    assert torch.func.jacrev(lambda x: step(x, m[0], history[0]))(x[0]).shape == (5, 5)
+
+
+def test_the_package_is_loaded_anew_in_one_process():
+    """importlib.reload, a plug-in host that drops the modules, autoreload: the ops are torch's and are defined once."""
+    code = """
+import gc, importlib, sys, torch
+import dss_fast.step
+importlib.reload(dss_fast.step)
+for name in [name for name in sys.modules if name.startswith("dss_fast")]:
+    del sys.modules[name]
+del dss_fast
+gc.collect()
+import dss_fast.step
+gc.collect()
+x = torch.ones(2, 3, requires_grad=True)
+y, _ = dss_fast.step.multistep_update(x, x, [], torch.ones(1, 1, 5), 0)
+y.sum().backward()
+print(y[0, 0].item(), x.grad[0, 0].item())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["3.0", "3.0"]

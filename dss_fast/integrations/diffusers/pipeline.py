@@ -13,16 +13,28 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor, nn
 
 from ...target import Target
 from .config import adopt, model_schedule
-from .recording import ASKED, Notes, Step, record, tensor_of
+from .recording import Notes, Step, record, tensor_of
 from .request import request_of, scales_of
+from .unasked import unasked
 
 TIMES = ("timestep", "timesteps", "t")
-PART_WAY = ("Img2Img", "Inpaint", "Image2Image", "ControlNet", "Control", "InstructPix2Pix", "Upscale", "Edit")
+PART_WAY = (
+    "Img2Img",
+    "Inpaint",
+    "Image2Image",
+    "VideoToVideo",
+    "ControlNet",
+    "Control",
+    "InstructPix2Pix",
+    "Upscale",
+    "Edit",
+)
 
 
 def from_pipeline(
@@ -44,6 +56,7 @@ def from_pipeline(
         an entry with one row serves all.
     batch_size: prompts encoded at a time; each costs one network call.
     arguments: everything else the pipeline's call takes: guidance_scale, true_cfg_scale, negative_prompt, height, ...
+        num_inference_steps: how many steps are watched, 8 by default; give the run's own where something begins late.
 
     Returns a Target with model, a module called as model(x, t, **cond) on the pipeline's own latents (packed, 5-D or
     doubled as they are); shape; schedule, under the pipeline's shift (e^mu of this resolution where it is dynamic);
@@ -58,8 +71,8 @@ def from_pipeline(
     rows = _rows(prompts)
     count = len(next(iter(rows.values())))
     first = [_take(rows, [0]), _take(rows, [0, 1 % count])]
-    one, two = (record(pipe, chunk, ASKED, generator, arguments) for chunk in first)
-    layout = _Layout.read(one, two, list(scales_of(pipe, arguments).values()))
+    one, two = (record(pipe, chunk, None, generator, arguments) for chunk in first)
+    layout = _Layout.read(one, two, _scales(pipe, arguments), _switches(pipe))
 
     chunks = [list(range(k, min(k + batch_size, count))) for k in range(0, count, batch_size)]
     steps = (record(pipe, _take(rows, chosen), 1, generator, arguments).steps[0] for chosen in chunks)
@@ -75,7 +88,7 @@ def from_pipeline(
         uncond=null if layout.guided else None,
         guidance_scale=layout.scale,
         decode=_decoder(pipe, shape, arguments),
-        request=request_of(pipe, arguments, shape, count),
+        request=request_of(pipe, arguments, shape, count, _passed(pipe, one, arguments)),
     )
     model.requires_grad_(False)  # last: a call that raises changes nothing
     return target
@@ -139,13 +152,16 @@ class _Layout:
         return self.calls * self.halves == 2
 
     @classmethod
-    def read(cls, one: Notes, two: Notes, scales: Sequence[float] = ()) -> _Layout:
+    def read(cls, one: Notes, two: Notes, scales: Sequence[float] = (), switches: Sequence[str] = ()) -> _Layout:
         step, calls = one.steps[0], one.steps[0].calls
         if len({id(c.module) for s in one.steps for c in s.calls}) != 1:
             raise ValueError("the pipeline runs more than one network; search each on its own, this one cannot")
         if not 1 <= len(calls) <= 2 or any(len(s.calls) != len(calls) for s in one.steps):
             seen = [len(s.calls) for s in one.steps]
-            raise ValueError(f"the pipeline called its network {seen} times in {ASKED} steps; 1 or 2 are understood")
+            raise ValueError(
+                f"the pipeline called its network {seen} times in its {len(seen)} steps; 1 or 2 are understood, the "
+                "same at every step (a guider that begins late or ends early is to be switched on throughout)"
+            )
         names = list(inspect.signature(calls[0].module.forward).parameters)
         x_key, t_key = names[0], next((n for n in TIMES if n in names), "")
         x, t = _stacked(calls[0].arguments[x_key]), calls[0].arguments.get(t_key)
@@ -161,6 +177,7 @@ class _Layout:
                 f"the network gets {tuple(x.shape)} where the scheduler steps {tuple(step.sample.shape)}: the pipeline "
                 "adds something to the latents, which a solver of latents alone cannot"
             )
+        _check_constant(one, (x_key, t_key))
         scale, shift = _time_map(one, t_key)
         flat = [[_flatten(c.arguments, (x_key, t_key)) for c in notes.steps[0].calls] for notes in (one, two)]
         fixed, repeated, per_row, lists = {}, {}, {}, [x_key] if isinstance(calls[0].arguments[x_key], list) else []
@@ -178,7 +195,7 @@ class _Layout:
             x_key, t_key, x.dtype, scale, shift, t.dtype if t.is_floating_point() else torch.float32,
             len(calls), halves, doubled, fixed, repeated, per_row, tuple(lists), tuple(x.shape[1:]), t.ndim,
         )  # fmt: skip
-        layout._read_guidance(one, scales)
+        layout._read_guidance(one, scales, switches)
         return layout
 
     def branches(self, step: Step, prompts: int) -> list[Tensor]:
@@ -196,7 +213,7 @@ class _Layout:
         """A tensor as the pipeline passes it: itself, or a list with one a row."""
         return list(value) if key in self.lists else value
 
-    def _read_guidance(self, notes: Notes, scales: Sequence[float]) -> None:
+    def _read_guidance(self, notes: Notes, scales: Sequence[float], switches: Sequence[str]) -> None:
         """Least squares of the pipeline's combined output over the branches: sign * (m_u + g (m_c - m_u))."""
         n = notes.prompts
         columns = [
@@ -213,8 +230,9 @@ class _Layout:
         if error > self.tolerance or abs(abs(total) - 1) > self.tolerance:
             raise ValueError(
                 f"the pipeline's output is not a linear guidance of its network's ({error:.1e} off, weights "
-                f"{[round(float(w), 4) for w in weights]}): it may rescale or renormalise. Switch that off "
-                "(guidance_rescale=0, true_cfg_scale=1), or take a distilled guidance"
+                f"{[round(float(w), 4) for w in weights]}): it rescales, renormalises or guides some channels alone. "
+                + (f"Switch that off ({', '.join(switches)})" if switches else "Its call has no switch for that")
+                + "; a search guides linearly"
             )
         self.sign = 1.0 if total > 0 else -1.0
         if len(columns) == 2:
@@ -294,9 +312,12 @@ def _check_kind(pipe: Any, arguments: Mapping[str, Any]) -> None:
     """Raises ValueError for pipelines whose network sees more than latents, time and conditions, naming what."""
     kind = type(pipe).__name__
     if hasattr(pipe, "blocks"):
+        plain = kind.replace("Modular", "")
+        there = f"search on its plain pipeline ({plain}); the table runs in the blocks too, as their scheduler"
+        none = "there is no plain pipeline of it, so build a dss_fast.Target around its network"
         raise ValueError(
-            f"{kind} is a modular pipeline, whose call does not name its arguments: search on its plain pipeline "
-            f"({kind.replace('Modular', '')}); the table runs in the blocks too, as their scheduler"
+            f"{kind} is a modular pipeline, whose call does not name its arguments: "
+            f"{there if hasattr(diffusers, plain) else none}"
         )
     controls = [
         n for n, part in pipe.components.items() if n.startswith(("controlnet", "adapter")) and part is not None
@@ -311,9 +332,73 @@ def _check_kind(pipe: Any, arguments: Mapping[str, Any]) -> None:
             f"{kind} starts from an image or sees one at every step: a search needs the network from noise alone. "
             "Search on its text-to-image pipeline (AutoPipelineForText2Image.from_pipe); the table runs in this one too"
         )
+    scale = arguments.get("pag_scale", inspect.signature(pipe.__call__).parameters.get("pag_scale"))
+    if scale is not None and getattr(scale, "default", scale) > 0:
+        raise ValueError(
+            f"pag_scale={getattr(scale, 'default', scale)}: perturbed attention is a third branch, and a search knows "
+            f"two: give pag_scale=0, or search on the pipeline without it; the table runs in {kind} too"
+        )
+    steppers = [name for name, part in pipe.components.items() if hasattr(part, "set_timesteps")]
+    if len(steppers) > 1:
+        raise ValueError(f"{kind} has {len(steppers)} schedulers ({', '.join(steppers)}); a search knows but one state")
     for key, value in arguments.items():
         if "trunc" in key and isinstance(value, int | float) and value != 1:
             raise ValueError(f"{key}={value}: guidance for a part of the steps only is not linear; leave it at 1")
+
+
+def _passed(pipe: Any, notes: Notes, arguments: Mapping[str, Any]) -> list[str]:
+    """The names of the times that a pipeline passes of itself and that the scheduler does not know as a habit."""
+    given = {key: values for key, values in notes.passed.items() if key not in arguments}
+    steps = int(pipe.scheduler.config.get("num_train_timesteps") or 1000)
+    return [] if unasked(given.get("sigmas"), given.get("timesteps"), steps) else list(given)
+
+
+def _scales(pipe: Any, arguments: Mapping[str, Any]) -> list[float]:
+    """The scales that may be the guidance's; one of a distilled guidance is an input of the network."""
+    return [scale for name, scale in scales_of(pipe, arguments).items() if "distilled" not in name]
+
+
+SWITCHES = {
+    "guidance_rescale": 0,
+    "true_cfg_scale": 1,
+    "cfg_normalization": False,
+    "use_cfg_zero_star": False,
+    "use_norm": False,
+    "adaptive_projected_guidance": False,
+}
+
+
+def _switches(pipe: Any) -> list[str]:
+    """What a pipeline's own call can switch off, as ``name=value``."""
+    accepted = inspect.signature(pipe.__call__).parameters
+    return [f"{name}={value}" for name, value in SWITCHES.items() if name in accepted]
+
+
+def _check_constant(notes: Notes, without: Sequence[str]) -> None:
+    """Raises ValueError naming an argument of the network, other than state and time, that changes in a run."""
+    for k, call in enumerate(notes.steps[0].calls):
+        first = _flatten(call.arguments, without)
+        for i, step in enumerate(notes.steps[1:], 1):
+            other = _flatten(step.calls[k].arguments, without)
+            changed = [key for key in first | other if not _equal(first.get(key), other.get(key))]
+            if changed:
+                raise ValueError(
+                    f"{changed[0]}, an argument of the network beside its state and time, is another at step {i} than "
+                    "at step 0: a search keeps it fixed, so this pipeline is no target (a second state, or something "
+                    "that begins at a later step?)"
+                )
+
+
+def _equal(one: Any, two: Any) -> bool:
+    """Whether two arguments are the same; objects that cannot say are taken for it."""
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        return one.shape == two.shape and bool(((one == two) | (one != one)).all())
+    if type(one) is not type(two):
+        return False
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(_equal, one, two))
+    silent = getattr(type(one), "__eq__", None) is getattr(object, "__eq__", None)
+    return silent or bool(one == two)
 
 
 def _stacked(value: Any) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .scheduler import DSSScheduler
 
-ASKED = 4  # the steps that a recorded run is asked for
+ASKED = 8  # the steps that a recorded run is asked for: some guiders begin or end at a part of them
 _alone = threading.RLock()  # pipelines share networks, and offloading moves these
 
 
@@ -42,12 +42,14 @@ class Step:
 
 @dataclass
 class Notes:
-    """One run: its steps, the number of prompts and the resolution's shift."""
+    """One run: its steps, the number of prompts, the resolution's shift, and the times that the pipeline passed."""
 
     prompts: int
+    wanted: int
     steps: list[Step] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     mu: float | None = None
+    passed: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def module(self) -> nn.Module:
@@ -63,22 +65,38 @@ class NoteTaker(DSSScheduler):
     """An Euler scheduler that writes down each step, times and outputs in the schedule's own convention."""
 
     _notes: Notes
-    _wanted: int
+    _copied = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoteTaker:
+        twin = copy.copy(self)
+        twin.__dict__ = {
+            key: value if key == "_notes" else copy.deepcopy(value, memo) for key, value in vars(self).items()
+        }
+        twin._copied = True
+        return twin
 
     @wraps(DSSScheduler.set_timesteps)  # pipelines read its signature
     def set_timesteps(self, *arguments: Any, **options: Any) -> None:  # type: ignore[override]
         super().set_timesteps(*arguments, **options)
         self._notes.mu = options.get("mu")
+        given = {key: options.get(key) for key in ("sigmas", "timesteps")}
+        self._notes.passed = {key: [float(v) for v in values] for key, values in given.items() if values is not None}
 
     @wraps(DSSScheduler.step)
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *rest: Any, **options: Any) -> Any:  # type: ignore[override]
+        if self._copied:
+            raise ValueError(
+                "the pipeline steps with copies of its scheduler, for states of their own (sound beside the images, or "
+                "each frame at its own time): what its network sees is no one state, and a search knows but one"
+            )
         calls, self._notes.calls = self._notes.calls, []
         t = float(self.timesteps[self._locate(timestep)])
-        output = self._towards_noise(model_output.clone(), options.get("per_token_timesteps"))
+        mean = model_output[:, : sample.shape[1]]  # without the variances that DeepFloyd's pipelines hand on
+        output = self._towards_noise(mean.clone(), options.get("per_token_timesteps"))
         if self._upwards:
             t = self.config["num_train_timesteps"] - t
         self._notes.steps.append(Step(calls, t, sample.clone(), output))
-        if len(self._notes.steps) == self._wanted:
+        if len(self._notes.steps) == self._notes.wanted:
             raise Enough
         return super().step(model_output, timestep, sample, *rest, **options)
 
@@ -86,24 +104,25 @@ class NoteTaker(DSSScheduler):
 def record(
     pipe: Any,
     chunk: Mapping[str, Any],
-    steps: int,
+    steps: int | None,
     generator: torch.Generator | None,
     arguments: Mapping[str, Any],
 ) -> Notes:
     """The first steps of a run of a pipeline, written down. A twin runs them: nothing is set in the pipeline itself,
     which other threads may use, and nothing has to be put back when a run breaks off.
 
-    steps: of ``ASKED``, which the pipeline is asked for, as some grids (a terminal shift, a line and a parabola) need
-        two or three.
+    steps: of those that the pipeline is asked for, ``ASKED`` unless the arguments say num_inference_steps, as some
+        grids (a terminal shift, a line and a parabola) need two or three; None: all of them.
     """
-    notes = Notes(len(next(iter(chunk.values()))))
+    asked = int(arguments.get("num_inference_steps") or ASKED)
+    notes = Notes(len(next(iter(chunk.values()))), steps or asked)
     taker = NoteTaker.from_config(pipe.scheduler.config, solver="euler", clip_sample=False)
-    taker._notes, taker._wanted = notes, steps
+    taker._notes = notes
     if "num_images_per_prompt" in arguments or "num_videos_per_prompt" in arguments:
         raise ValueError("leave out num_images_per_prompt: every search sample draws its own prompt and noise")
     if generator is None:
         generator = torch.Generator().manual_seed(0)
-    options = {"output_type": "latent", "num_inference_steps": ASKED, "generator": generator, **arguments}
+    options = {"output_type": "latent", "num_inference_steps": asked, "generator": generator, **arguments}
     accepted = inspect.signature(pipe.__call__).parameters
     own = _twin(pipe)
     own.scheduler = taker
@@ -118,7 +137,7 @@ def record(
             own(**{k: v for k, v in options.items() if k in accepted or k in arguments}, **chunk)
         except Enough:
             return notes
-    raise ValueError(f"the pipeline took {len(notes.steps)} steps where {ASKED} were asked for")
+    raise ValueError(f"the pipeline took {len(notes.steps)} steps where {asked} were asked for")
 
 
 def _twin(pipe: Any) -> Any:

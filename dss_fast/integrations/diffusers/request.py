@@ -13,10 +13,27 @@ SIZES = ("height", "width", "num_frames")
 GUIDANCE = 0.05  # a guidance scale may differ from the one searched with by this part
 
 
-def request_of(pipe: Any, arguments: Mapping[str, Any], latents: Sequence[int], prompts: int) -> dict[str, Any]:
-    """What ``from_pipeline`` was asked for, as JSON data."""
+def request_of(
+    pipe: Any, arguments: Mapping[str, Any], latents: Sequence[int], prompts: int, passed: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What ``from_pipeline`` was asked for, as JSON data. passed: the times that the pipeline passes of itself."""
     sizes = {key: arguments[key] for key in SIZES if arguments.get(key) is not None}
-    return {**_whose(pipe), **sizes, "latents": list(latents), **scales_of(pipe, arguments), "prompts": prompts}
+    own = {"passes": list(passed)} if passed else {}
+    return {**_whose(pipe), **sizes, "latents": list(latents), **scales_of(pipe, arguments), "prompts": prompts, **own}
+
+
+def passed_beside(solver: Solver, labels: Sequence[str]) -> bool:
+    """Whether a table was searched in a pipeline that passes such times of itself, also as a warning: it keeps its
+    own there, as it did in the search."""
+    request = solver.provenance.get("request") or {}
+    beside = set(labels) <= set(request.get("passes") or ())
+    if beside:
+        warnings.warn(
+            f"{solver.label} keeps its own times: {request.get('pipeline')} passes {' and '.join(labels)} of its own "
+            "at every call, beside which the table was searched",
+            stacklevel=5,
+        )
+    return beside
 
 
 def check_request(pipe: Any, solver: Solver, **arguments: Any) -> list[str]:

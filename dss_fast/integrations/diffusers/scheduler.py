@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,22 +24,51 @@ from ..k_diffusion import sigmas_at
 from .config import (
     adopt,
     alphas_cumprod,
+    check_start,
+    edited_table,
+    every_setting,
     family_of,
+    followed,
     handmade_table,
     initial_scale,
+    lands,
     prediction_of,
     read_solvers,
     settings,
+    stock_class,
+    stock_scheduler,
     table_schedule,
     training_scheduler,
-    unasked,
 )
-from .request import check_latents
+from .request import check_latents, passed_beside
+from .settings import unapplied
+from .unasked import unasked
 
 __all__ = [
     "DSSScheduler",
     "SchedulerMixin",
 ]  # a pipeline is only reloaded from a module that names SchedulerMixin
+
+
+def on_host(value: float | Tensor) -> bool:
+    """Whether a value can be read without waiting for a device."""
+    return not isinstance(value, Tensor) or value.device.type == "cpu"
+
+
+@dataclass
+class DSSSchedulerOutput(SchedulerOutput):
+    """What a step returns: the next state, and on demand the clean sample that its prediction implies."""
+
+    def _of(self, scheduler: DSSScheduler, i: int, x: Tensor, history: Tensor) -> DSSSchedulerOutput:
+        self.__dict__["_step"] = scheduler, i, x, history
+        return self
+
+    @property
+    def pred_original_sample(self) -> Tensor:
+        """x0 of the step's own prediction, (B, *S), for previews; worked out when it is read."""
+        scheduler, i, x, history = self.__dict__["_step"]
+        x0: Tensor = scheduler._x0(i, x, history[:, i].to(x.dtype))
+        return x0
 
 
 class DSSScheduler(SchedulerMixin, ConfigMixin):
@@ -55,13 +84,14 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
     family: ``"flow"`` or ``"vp"``. ``from_config`` reads it off the pipeline; None: that of the learned tables, then
         flow when a shift is given, then VP.
     strict: refuse a table searched for another noise schedule. False: run it on the pipeline's own.
-    shift, use_dynamic_shifting, flow_shift, use_flow_sigmas: the pipeline's flow grid. They shape hand-made grids
-        only. A learned flow table carries its own sigmas, under the shift it was searched with (1 for the
-        published ones).
+    shift, use_dynamic_shifting, flow_shift, use_flow_sigmas: the pipeline's flow grid. They shape hand-made grids, and
+        a learned flow table follows them from the shift that it was searched at, 1 for the published ones
+        (``Solver.moved``).
     invert_sigmas: of Mochi, whose times and sigmas rise and whose network returns x0 - epsilon.
     num_train_timesteps, beta_*, trained_betas, rescale_betas_zero_snr, snr_shift_scale, prediction_type: the model's.
     stock_class, stock_defaults: filled in by ``from_config``: the class the config comes from, and what it left unset.
-    thresholding: refused, unless not strict: clipping x0 is not linear. clip_sample: warned about.
+    kwargs: other settings of stock schedulers, which a server that calls the class with a whole config passes here.
+    thresholding: refused, unless not strict: clipping x0 is not linear. clip_sample: warned about by ``from_config``.
 
     A run that starts part-way in, as in img2img and inpainting, has no predictions before its first step k. The
     weights that the rows give to y_0..y_{k-1} go to y_k, as if the prediction had been constant until then, so that
@@ -69,25 +99,33 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
     that the first prediction implies.
 
     State is per instance and set afresh by ``set_timesteps``, and also by a step that does not follow the one before.
-    ``step`` never waits for the device: the position comes from where ``timestep`` lies in ``timesteps``.
+    ``step`` takes the position from where ``timestep`` lies in ``timesteps``, or from its value, and waits for the
+    device only for a time that lies there, is no such element and whose place nobody has declared.
 
     Raises ValueError where the solver, its schedule, the number of steps or custom times do not fit, saying why.
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers] + ["FlowMatchEulerDiscreteScheduler"]
     order = 1
+    ignore_for_config = ["kwargs"]
 
     # These belong to one run: set_timesteps makes the first, the first step the rest.
     num_inference_steps: int | None
     solver: Solver | None
     schedule: Schedule | None
+    timesteps: Tensor
+    sigmas: Tensor
     _table: StepTable | None
+    _name: Name | None  # of the hand-made method; None: a learned table
+    _host: tuple[list[float], list[float]]  # timesteps and sigmas as they were read last
+    _seen: tuple[Tensor, Tensor]  # and the tensors they were read from
     _begin_index: int | None
     _step_index: int | None
     _next: int | None
     _history: Tensor | None
     _rows: Tensor | None
     _index: tuple[Tensor, ...]
+    _started: int
     _noise_slot_empty: bool
 
     @register_to_config
@@ -113,7 +151,16 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         strict: bool = True,
         stock_class: str | None = None,
         stock_defaults: Sequence[str] | None = None,
+        **kwargs: Any,
     ) -> None:
+        strange = sorted(kwargs.keys() - every_setting())
+        if strange:
+            raise TypeError(f"{strange[0]}={kwargs[strange[0]]!r}: no scheduler of diffusers has that setting")
+        if kwargs:
+            self.register_to_config(**kwargs)
+        written = self.config.get("_solvers")  # tables beside the names, where a server calls the class with a config
+        if written:
+            solver = [*([solver] if isinstance(solver, str) else solver), *written]  # type: ignore[misc]
         tables, self._methods, names, embedded = read_solvers(solver)
         if family is None:
             learned = next(iter(tables.values()), None)
@@ -129,28 +176,39 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             self.register_to_config(_use_default_values=unset)
         if thresholding and strict:
             raise ValueError("thresholding=True clips x0 at every step, which no linear solver does; pass strict=False")
-        if clip_sample:
-            warnings.warn("clip_sample=True is not applied: DSSScheduler's steps are linear", stacklevel=2)
         prediction_of(self.config)
         self._learned = {n: (table, table_schedule(table, self.config, strict)) for n, table in tables.items()}
 
         self.init_noise_sigma = 1.0
         self._upwards = invert_sigmas
-        if family == "vp" or trained_betas is not None:
-            self.betas = training_scheduler(self.config).betas
-        self.num_inference_steps = self.solver = self.schedule = self._table = None
+        self.num_train_timesteps = num_train_timesteps
+        self.num_inference_steps = self.solver = self.schedule = self._table = self._name = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
         self.sigmas = torch.linspace(1, 0, num_train_timesteps + 1)
+        if family == "vp" or trained_betas is not None:
+            trained = training_scheduler(self.config)
+            self.betas, self.alphas_cumprod = trained.betas.float(), trained.alphas_cumprod.float()
+            self.alphas, self.one = 1 - self.betas, torch.tensor(1.0)
+            self.final_alpha_cumprod = getattr(trained, "final_alpha_cumprod", self.one)
+        else:  # before a run the training times, as trainers read them
+            trained = stock_scheduler("FlowMatchEulerDiscreteScheduler", self.config)
+            self.timesteps, self.sigmas = trained.timesteps, trained.sigmas
+            self.sigma_min, self.sigma_max = trained.sigma_min, trained.sigma_max
+        self._host, self._seen = (self.timesteps.tolist(), self.sigmas.tolist()), (self.timesteps, self.sigmas)
         self._forget()
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """A scheduler for the model another scheduler's config describes; ``solver=...`` and the rest as arguments."""
+        """A scheduler for the model another scheduler's config describes; ``solver=...`` and the rest as arguments.
+
+        config: of a scheduler, or the scheduler itself, whose class is then known. Settings of it that change a stock
+        scheduler's step and not a table's are warned about by name.
+        """
+        if isinstance(config, SchedulerMixin):
+            config = {**config.config, "_class_name": type(config).__name__}
         if isinstance(config, Mapping):
-            config = dict(config)
+            config = dict(config) if "solver" in config else adopt(config)
             embedded = config.pop("_solvers", None)
-            if "solver" not in config:
-                config = adopt(config)
             if kwargs.keys() & {"use_flow_sigmas", "prediction_type"}:  # the caller's word on the family goes first
                 config["family"] = family_of({**config, "family": None, **kwargs})
             given_back = config.get("stock_defaults") or ()
@@ -171,7 +229,16 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(
                     f"{unknown[0]}={kwargs[unknown[0]]!r}: no scheduler of diffusers asked has that setting"
                 )
-        return super().from_config(config, return_unused_kwargs, **kwargs)
+        made = super().from_config(config, return_unused_kwargs, **kwargs)
+        scheduler = made[0] if isinstance(made, tuple) else made
+        dropped = list(unapplied(scheduler.config, [name.name for name in scheduler._methods if not name.spacing]))
+        if dropped:
+            warnings.warn(
+                f"{', '.join(dropped)} not applied: DSSScheduler's steps are linear and draw no noise, and its methods "
+                "are those that diffusers has by default; a model that needs the setting needs its own scheduler",
+                stacklevel=2,
+            )
+        return made
 
     # ---- what pipelines read
 
@@ -189,6 +256,22 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         """Says at which step the run starts, as img2img pipelines do before their first step."""
         self._begin_index = begin_index
 
+    @property
+    def shift(self) -> float:
+        """The shift of a flow's hand-made grids."""
+        return float(self.config.get(self._shift_key) or 1.0)
+
+    @property
+    def _shift_key(self) -> str:
+        return "flow_shift" if self.config.get("use_flow_sigmas") else "shift"
+
+    def set_shift(self, shift: float) -> None:
+        """Another shift for the grids of the runs to come, hand-made or learned."""
+        if not shift > 0:
+            raise ValueError(f"shift={shift!r}: must be above 0")
+        unset = [key for key in self.config.get("stock_defaults") or () if key != self._shift_key]
+        self.register_to_config(**{self._shift_key: float(shift), "stock_defaults": unset})
+
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The sample itself: flows and VP models take it unscaled."""
         return sample
@@ -205,18 +288,26 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
         timesteps: Sequence[float] | None = None,
+        shift: float | None = None,
     ) -> None:
         """Chooses the table for n steps and forgets the run before.
 
         sigmas, timesteps: of a hand-made solver, shifted as its stock scheduler shifts them; refused by a learned
             table, whose coefficients belong to its own times. What pipelines pass unasked counts as none.
-        mu: the log of a resolution-dependent shift, for hand-made solvers on a config with ``use_dynamic_shifting``.
+        mu: the log of a resolution-dependent shift, on a config with ``use_dynamic_shifting``.
+        shift: as :meth:`set_shift`.
 
         Raises ValueError naming the numbers of steps there are tables for.
         """
+        if shift is not None:
+            self.set_shift(shift)
+        sigmas, timesteps = (v.tolist() if isinstance(v, Tensor) else v for v in (sigmas, timesteps))
         given = next((v for v in (sigmas, timesteps) if v is not None), None)
         if given is not None:
-            if num_inference_steps is not None and num_inference_steps != len(given):
+            count = len(given)
+            if sigmas is not None and count > 1 and sigmas[-1] == 0 and num_inference_steps == count - 1:
+                count -= 1  # a list that says where the last step ends
+            if num_inference_steps is not None and num_inference_steps != count:
                 raise ValueError(f"num_inference_steps={num_inference_steps}, but {len(given)} custom times are given")
             num_inference_steps = len(given)
         if num_inference_steps is None:
@@ -224,26 +315,31 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         n = int(num_inference_steps)
         if n < 1:
             raise ValueError(f"{n} steps: give at least 1")
+        name = None
         if n in self._learned:
-            solver, schedule = self._learned[n]
+            solver, schedule = followed(*self._learned[n], self.config, mu)
             scale = 1.0
         else:
             name = self._method(n)
             solver = handmade_table(name, self.config, n, sigmas=sigmas, timesteps=timesteps, mu=mu)
-            schedule = solver.schedule
+            schedule, n = solver.schedule, solver.num_steps
             scale = 1.0 if name.spacing else initial_scale(name.name, self.config, schedule)
+        check_start(self.config, schedule, solver.label)
         table = StepTable.of(solver, schedule, dtype=torch.float64, strict=False)  # the schedule has been settled
         visible = sigmas_at(schedule, torch.tensor(solver.timesteps, dtype=torch.float64))
         if self._upwards:
             table = replace(table, times=self.config["num_train_timesteps"] - table.times)
             visible = 1 - visible
-        if n in self._learned:
+        if name is None:
             self._check_custom(solver, visible[:-1], table.times, sigmas, timesteps)
 
         self.num_inference_steps, self.solver, self.schedule, self._table = n, solver, schedule, table
+        self._name = name
         self.init_noise_sigma = scale
-        self.timesteps = table.times.to(torch.float32).to(device)
+        times = table.times.to(torch.float32)
+        self.timesteps = times.to(device)
         self.sigmas = visible.to(torch.float32)  # on the CPU: Wan, Cosmos and LTX2 read one a step
+        self._host, self._seen = (times.tolist(), self.sigmas.tolist()), (self.timesteps, self.sigmas)
         self._forget()
 
     def step(
@@ -258,16 +354,21 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         """x_{i+1} from the network's output at x_i, after the pipeline's own guidance.
 
         model_output: (B, *S), or (B, 2C, ...) when the network also predicts variances, which are dropped.
-        timestep: an element of ``timesteps``. sample: (B, *S). generator: ignored, the step is deterministic.
+        timestep: an element of ``timesteps``, or its value. One that lies on a device and is no such element is read
+            back, unless ``set_begin_index`` has said that the steps come in their order. sample: (B, *S). generator:
+            ignored, the step is deterministic.
         per_token_timesteps: (B, L) or (B, 1) of a (B, L, C) sample, as LTXCondition passes them: tokens of another time
             than this step's, such as a given frame's, keep their value. model_output is then x0 - epsilon, as there.
 
-        Returns (x_next,), or an object with ``prev_sample``; in the sample's dtype, sums in float32.
+        Returns (x_next,), or an object with ``prev_sample`` and ``pred_original_sample``; in the sample's dtype, sums
+        in float32.
         """
         if self._table is None:
             raise ValueError("call set_timesteps before step")
+        if not torch.compiler.is_compiling() and self._edited():
+            self._take_edits()
         i = self._locate(timestep)
-        if i != self._next or self._history is None:
+        if i != self._next or self._history is None or self._others(sample):
             self._begin(i, sample)
         if model_output.shape != sample.shape:
             model_output = self._mean(model_output, sample)
@@ -282,7 +383,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         self._step_index = self._next = i + 1
         if not return_dict:
             return (sample,)
-        return SchedulerOutput(prev_sample=sample)
+        return DSSSchedulerOutput(sample)._of(self, i, before, self._history)
 
     def predict_x0(self, sample: Tensor) -> Tensor:
         """The clean sample that the last prediction implies, for previews in ``callback_on_step_end``.
@@ -294,13 +395,23 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         return self._x0(self._next, sample, self._history[:, self._next - 1].to(sample.dtype))
 
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
-        """The step of a time in ``timesteps``. Raises ValueError for a time further than one training step from all."""
-        times = (self.timesteps if schedule_timesteps is None else schedule_timesteps).tolist()
-        t = float(timestep)
-        nearest = min(range(len(times)), key=lambda i: abs(times[i] - t))
-        if abs(times[nearest] - t) > 1:
+        """The step of a time in ``timesteps``; of equal ones the next to come, else the first.
+
+        timestep: a number, or a tensor of equal ones. Raises ValueError for a time further than one training step from
+        all, and for times that differ.
+        """
+        times = self._host[0] if schedule_timesteps is None else schedule_timesteps.tolist()
+        values = set(timestep.flatten().tolist()) if isinstance(timestep, Tensor) else {float(timestep)}
+        if len(values) != 1:
+            raise ValueError(f"timesteps {sorted(values)} in one step: all samples of a step have one time")
+        t = values.pop()
+        away = [abs(time - t) for time in times]
+        nearest = away.index(min(away))
+        if away[nearest] > 1:
             known = ", ".join(f"{value:g}" for value in times[:20])
             raise ValueError(f"timestep {t:g} is none of this run's: {known}; pass the elements of scheduler.timesteps")
+        if self._next is not None and self._next < len(away) and away[self._next] == away[nearest]:
+            return self._next
         return nearest
 
     # ---- noise for img2img, inpainting and training
@@ -314,10 +425,17 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         """:meth:`add_noise` in the argument order of diffusers' flow schedulers."""
         return self.add_noise(sample, noise, timestep)
 
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What a network learns: alpha_t * noise - sigma_t * sample of a VP model, noise - sample of a flow."""
+        if family_of(self.config) == "flow":
+            return noise - sample
+        alpha, sigma = self._levels(timesteps, sample)
+        return alpha * noise - sigma * sample
+
     def _levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         points = self._points(timesteps)
         if points is None:
-            alpha, sigma = self._training_levels(timesteps.flatten().double().cpu())
+            alpha, sigma = self._training_levels(timesteps.flatten().cpu().double())
         else:
             assert self.solver is not None and self.schedule is not None
             u = torch.tensor([self.solver.timesteps[i] for i in points], dtype=torch.float64)
@@ -330,13 +448,15 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         """Which points of this run are meant; None: training times."""
         if self._table is None:
             return None
-        if self._begin_index is not None:
-            # Pipelines that set the index ask for the start, or, once under way, for the level just reached.
-            return [self._begin_index if self._step_index is None else self._step_index]
+        # Pipelines that set the index ask for the start, or, once under way, for the level just reached.
+        reached = self._begin_index if self._step_index is None else self._step_index
+        if self._begin_index is not None and reached is not None and timesteps.numel() == 1 and not on_host(timesteps):
+            return [reached]
+        values = timesteps.flatten().tolist()
         try:
-            return [self.index_for_timestep(t) for t in timesteps.flatten().tolist()]
+            return [self.index_for_timestep(t) for t in values]
         except ValueError:
-            return None
+            return None if self._begin_index is None or reached is None or len(set(values)) > 1 else [reached]
 
     def _training_levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         if family_of(self.config) == "flow":
@@ -350,7 +470,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
 
     def _forget(self) -> None:
         self._history = self._rows = self._next = self._step_index = self._begin_index = None
-        self._index = ()
+        self._index, self._started = (), 0
         self._noise_slot_empty = False
 
     def _method(self, n: int) -> Name:
@@ -376,7 +496,12 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         for label, given, own in (("sigmas", sigmas, own_sigmas), ("timesteps", timesteps, own_times)):
             if given is None:
                 continue
-            if not torch.allclose(torch.as_tensor(given, dtype=torch.float64), own, rtol=1e-4, atol=1e-6):
+            asked = torch.as_tensor(given, dtype=torch.float64)
+            if asked.shape != own.shape or not torch.allclose(asked, own, rtol=1e-4, atol=1e-6):
+                if passed_beside(
+                    solver, [key for key, v in (("sigmas", sigmas), ("timesteps", timesteps)) if v is not None]
+                ):
+                    return
                 raise ValueError(
                     f"{solver.label} cannot run on custom {label}: its coefficients were searched "
                     f"together with its own, {[round(v, 4) for v in own.tolist()]}; leave them out, or take a "
@@ -384,30 +509,105 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
                 )
 
     def _locate(self, timestep: float | Tensor) -> int:
-        """The step a time belongs to, without asking the device for its value."""
+        """The step a time belongs to, without asking the device for its value where that can be."""
         own = self.timesteps
+        counted = self._begin_index if self._next is None else self._next if self._next < len(own) else None
+        if torch.compiler.is_compiling():
+            return self.index_for_timestep(timestep) if counted is None else counted
         if isinstance(timestep, Tensor) and timestep.dtype == own.dtype and timestep.device == own.device:
             # An element of `timesteps` is a view, whose address says which one it is.
-            if not torch.compiler.is_compiling():
-                i, odd = divmod(timestep.data_ptr() - own.data_ptr(), own.element_size())
-                if not odd and 0 <= i < len(own):
-                    return i
-        if self._next is not None and self._next < len(own):
-            return self._next
-        if self._next is None and self._begin_index is not None:
-            return self._begin_index
-        return self.index_for_timestep(timestep)
+            i, odd = divmod(timestep.data_ptr() - own.data_ptr(), own.element_size())
+            if not odd and 0 <= i < len(own):
+                return i
+        declared = self._begin_index is not None and counted is not None  # the steps are said to come in their order
+        if declared and not on_host(timestep):
+            return int(counted)  # type: ignore[arg-type]
+        try:
+            return self.index_for_timestep(timestep)
+        except ValueError:
+            if not declared:
+                raise
+            return int(counted)  # type: ignore[arg-type]
+
+    def _edited(self) -> bool:
+        """Whether a program has put times or sigmas of its own in place, or edited one. Waits for no device."""
+        return any(
+            now is not seen or (now.device.type == "cpu" and now.tolist() != host)
+            for now, seen, host in zip((self.timesteps, self.sigmas), self._seen, self._host, strict=True)
+        )
+
+    def _take_edits(self) -> None:
+        """Steps along the program's own ``timesteps`` and ``sigmas`` from here on, as stock schedulers do.
+
+        Raises ValueError for a learned table, whose coefficients belong to its own, and for lists that do not fit.
+        """
+        times, sigmas = self.timesteps.tolist(), self.sigmas.tolist()
+        new_times, new_sigmas = (a != b for a, b in zip((times, sigmas), self._host, strict=True))
+        if new_times or new_sigmas:
+            self._run_along(times, sigmas, new_times, new_sigmas)
+        self._host, self._seen = (times, sigmas), (self.timesteps, self.sigmas)
+
+    def _run_along(self, times: list[float], sigmas: list[float], new_times: bool, new_sigmas: bool) -> None:
+        assert self.schedule is not None and self.solver is not None and self._table is not None
+        if self._name is None:
+            raise ValueError(
+                f"scheduler.{'timesteps' if new_times else 'sigmas'} has been assigned or edited, and "
+                f"{self.solver.label} cannot run there: its coefficients were searched together with its own; leave "
+                "them, or take a hand-made solver such as 'dpmpp_2m'"
+            )
+        name, n = self._name.name, self._table.num_steps
+        if new_sigmas or len(times) != n or (self.schedule.family == "vp" and lands(name, self.config)):
+            at, before = self._next or 0, self._host[1]
+            scaled = self.schedule.family == "vp" and stock_class(name, self.config) == "EulerDiscreteScheduler"
+            if scaled and sigmas[at : at + 1] != before[at : at + 1]:
+                raise ValueError(
+                    f"scheduler.sigmas[{at}] was {before[at]:g} and the state is that of it: give sigmas to "
+                    "set_timesteps, whose init_noise_sigma then is theirs"
+                )
+            self.solver = edited_table(name, self.config, times, sigmas if new_sigmas else None)
+            self.schedule = self.solver.schedule
+            self._table = StepTable.of(self.solver, dtype=torch.float64, strict=False)
+        self._table = replace(self._table, times=torch.tensor(times, dtype=torch.float64))
+        self.num_inference_steps = len(times)
+        if len(times) != n:
+            self._history = self._next = None
+        elif self._history is not None and self._rows is not None:
+            self._rows = self._table_from(self._started).to(self._rows.device, self._rows.dtype).weights
+
+    def _table_from(self, i: int) -> StepTable:
+        assert self._table is not None
+        return self._table.starting_at(i) if i else self._table
 
     def _begin(self, i: int, sample: Tensor) -> None:
         assert self._table is not None and self.schedule is not None and self.solver is not None
         check_latents(self.solver, sample.shape[1:])
-        table = (self._table.starting_at(i) if i else self._table).to(sample.device, sample.dtype)
+        if self._next is not None and i != self._next and (i > 0 or self._next == 1) and self._looks_back():
+            warnings.warn(
+                f"step {i} after step {self._next - 1}: the predictions before are forgotten. Where several "
+                "images take turns, give each a scheduler of its own (copy.deepcopy); steps that are repeated, skipped "
+                "or taken back are right with 'euler' alone",
+                stacklevel=3,
+            )
+        self._started = i
+        table = self._table_from(i).to(sample.device, sample.dtype)
         self._rows = table.weights
         self._index = torch.arange(table.num_steps, device=sample.device).split(1)
         # A velocity is stored as the network gave it; an x0 is computed, and half precision would round it.
         exact = self.schedule.family == "flow" or sample.dtype == torch.float64
         self._history = table.new_history(sample, None if exact else torch.float32)
         self._noise_slot_empty = table.weighs_noise and i > 0
+
+    def _others(self, sample: Tensor) -> bool:
+        """Whether the sample is of other images than the history, which a table that does not look back allows."""
+        assert self._history is not None
+        return (
+            sample.shape[1:] != self._history.shape[2:] or len(sample) != len(self._history)
+        ) and not self._looks_back()
+
+    def _looks_back(self) -> bool:
+        """Whether a row weighs an earlier prediction."""
+        assert self._table is not None
+        return bool(torch.tril(self._table.history[0, :, : self._table.num_steps], -1).any())
 
     def _towards_noise(self, output: Tensor, per_token_timesteps: Tensor | None) -> Tensor:
         """The output in the sign of the schedule's convention; Mochi and callers with per-token times give x0 - eps."""
