@@ -16,7 +16,8 @@ struct Slots {
   void weigh(const Shape& s, const Step<A>& step, int64_t b, int64_t e, int64_t n, WeightedSlots<A>& sum) const {
     if (stacked) {
       for (int64_t j = 0; j < s.slots; ++j)
-        if ((j < step.i || j == s.steps) && step.w[j] != 0) sum.push(step.w[j], past[0].fetch(b, e, n, j));
+        if ((j < step.i || j == s.steps || (j > s.steps && j - s.steps - 1 < step.i)) && step.w[j] != 0)
+          sum.push(step.w[j], past[0].fetch(b, e, n, j));
     } else {
       for (size_t k = 0; k < past.size(); ++k)
         if (const A w = step.w[column(s, step.i, k)]; w != 0) sum.push(w, past[k].fetch(b, e, n));
@@ -38,11 +39,20 @@ void forward(const Shape& s, int64_t bytes, const Rows& xs, const Rows& ms, cons
     A* y = slots.own.target(b, e, y_buffer, at);
     A* total = in_place ? total_buffer : outs.target(b, e, total_buffer);
     const A* mp = ms.read(b, e, n, uncond);
+    const bool adds = slots.stacked && s.added();
+    alignas(64) A added[kBlock];
+    if (adds) std::fill_n(added, n, A(0));
     if (s.pair) {
       mix_twice(A(-1), mp, A(1), ms.read(b + s.batch, e, n, cond), y, A(1), step.g, mixed, n);
+      if (adds) scale(step.q * (step.g - 1), y, added, n);  // where y will stand now stands the difference
       mp = mixed;
     }
     mix_twice(step.p, xp, step.q, mp, y, step.a, step.w[step.i], total, n);
+    if (adds) {
+      const A* own[] = {added};
+      if (const A w = step.w[s.steps + 1 + step.i]; w != 0) add<1>(&w, own, total, n);
+      slots.own.write(added, b, e, n, s.steps + 1 + step.i);
+    }
     WeightedSlots<A> past;
     slots.weigh(s, step, b, e, n, past);
     past.add_to(total, slots.past.empty() ? slots.own : slots.past[0], n);

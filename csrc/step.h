@@ -12,6 +12,12 @@ namespace dss_fast {
 // The columns of a row of `weights`, as in dss_fast/table.py: from kHistory on they weigh the history.
 enum Column : int64_t { kA, kP, kQ, kGuidance, kHistory };
 
+// Whether N steps may have so many slots: the predictions, the initial noise behind them, and behind it the e_j, what
+// guidance added to each prediction.
+inline bool fits(int64_t steps, int64_t slots) {
+  return slots == steps || slots == steps + 1 || slots == 2 * steps + 1;
+}
+
 // x_next goes to `out` (may be x), y to history's slot. Schemas and equations: dss_fast/step/__init__.py.
 inline void multistep_step_(const at::Tensor& x, const at::Tensor& output, at::Tensor& history,
                             const at::Tensor& weights, const at::Tensor& index, at::Tensor& out) {

@@ -13,14 +13,22 @@ namespace {
 template <class A>
 alignas(64) constexpr A kZeros[kBlock] = {};
 
-// Writes the output's gradient, which is that of m, or, for a guided pair, (1 - g) and g times that of m.
+// Writes the output's gradient, which is that of m, or, for a guided pair, (1 - g) and g times that of m, with that of
+// the difference, where there is one, taken from the one and given to the other.
 template <class A>
-void write_output(const Rows& dms, const Shape& s, A guidance, const A* grad_m, int64_t b, int64_t e, int64_t n) {
+void write_output(const Rows& dms, const Shape& s, A guidance, const A* grad_m, int64_t b, int64_t e, int64_t n,
+                  const A* difference = nullptr) {
   if (!s.pair) return dms.write(grad_m, b, e, n);
   alignas(64) A half[kBlock];
-  scale(1 - guidance, grad_m, half, n);
+  if (difference)
+    mix(1 - guidance, grad_m, A(-1), difference, half, n);
+  else
+    scale(1 - guidance, grad_m, half, n);
   dms.write(half, b, e, n);
-  scale(guidance, grad_m, half, n);
+  if (difference)
+    mix(guidance, grad_m, A(1), difference, half, n);
+  else
+    scale(guidance, grad_m, half, n);
   dms.write(half, b + s.batch, e, n);
 }
 
@@ -85,6 +93,7 @@ void backward(const Shape& s, int64_t bytes, const Gradient& t, const at::Tensor
 }
 
 // gy = sum_{i>=j} w_ij g_{i+1}, grad x = a_j g_{j+1} + p_j gy, grad m = q_j gy. Slot i of the adjoints holds g_{i+1}.
+// The e_j sends q_j (g_j - 1) sum_{i>=j} r_ij g_{i+1} to the difference of a pair.
 template <class A>
 void pull(const Shape& s, const at::Tensor& adjoints, const at::Tensor& weights, const at::Tensor& index,
           const at::Tensor& grad_x, const at::Tensor& grad_output) {
@@ -96,14 +105,24 @@ void pull(const Shape& s, const at::Tensor& adjoints, const at::Tensor& weights,
     const Step<A> step(s, weights, index.const_data_ptr<int64_t>(), b);
     alignas(64) A own[kBlock], gy[kBlock], dx_buffer[kBlock], dm_buffer[kBlock];
     A *dx = dxs.target(b, e, dx_buffer), *dm = s.pair ? dm_buffer : dms.target(b, e, dm_buffer);
-    if (step.active) {
-      std::fill_n(gy, n, A(0));
+    const bool adds = s.pair && s.added();
+    alignas(64) A difference[kBlock];
+    const auto sum_into = [&](A* total, int64_t column) {
+      std::fill_n(total, n, A(0));
       WeightedSlots<A> later;
       for (auto i = step.i; i < s.steps; ++i) {
-        const A w = step.table[i * s.columns + kHistory + step.i];
+        const A w = step.table[i * s.columns + kHistory + column];
         if (w != 0) later.push(w, gs.fetch(b, e, n, i));
       }
-      later.add_to(gy, gs, n);
+      later.add_to(total, gs, n);
+    };
+    if (adds) std::fill_n(difference, n, A(0));
+    if (step.active) {
+      if (adds) {
+        sum_into(gy, s.steps + 1 + step.i);
+        scale(step.q * (step.g - 1), gy, difference, n);
+      }
+      sum_into(gy, step.i);
       mix(step.a, gs.read(b, e, n, own, step.i), step.p, gy, dx, n);
       scale(step.q, gy, dm, n);
     } else {
@@ -111,7 +130,7 @@ void pull(const Shape& s, const at::Tensor& adjoints, const at::Tensor& weights,
       std::fill_n(dm, n, A(0));
     }
     dxs.write(dx, b, e, n);
-    write_output(dms, s, step.g, dm, b, e, n);
+    write_output(dms, s, step.g, dm, b, e, n, adds ? difference : nullptr);
   });
 }
 
@@ -158,7 +177,7 @@ std::tuple<at::Tensor, at::Tensor> step_pull(const at::Tensor& adjoints, const a
   sizes[0] *= pair ? 2 : 1;
   auto dm = fresh(sizes, adjoints.options());
   const auto steps = adjoints.size(1), columns = weights.dim() == 3 ? weights.size(2) : 0;
-  const auto s = check_index(check_weights(dx, columns == kHistory + steps + 1 ? steps + 1 : steps, weights, pair), index);
+  const auto s = check_index(check_weights(dx, columns - kHistory, weights, pair), index);
   TORCH_CHECK_VALUE(s.steps == steps, "weights are for ", s.steps, " steps and adjoints hold ", steps);
   if (adjoints.numel() == 0) return {dx, dm};
   const auto go = adjoints.scalar_type() == at::kDouble ? pull<double> : pull<float>;

@@ -148,6 +148,7 @@ struct WeightedSlots {
 struct Shape {
   int64_t batch, size, slots, steps, columns;
   bool pair, per_row, index_per_row;
+  bool added() const { return slots > steps + 1; }  // whether the last N slots hold the e_j
   int64_t chunks() const { return (size + kChunk - 1) / kChunk; }
 };
 
@@ -171,10 +172,10 @@ Shape check_weights(const at::Tensor& state, int64_t slots, const at::Tensor& we
   const auto batch = state.size(0);
   TORCH_CHECK_VALUE(weights.dim() == 3 && (weights.size(0) == 1 || weights.size(0) == batch) &&
                         weights.size(2) == kHistory + slots &&
-                        (slots == weights.size(1) || slots == weights.size(1) + 1),
+                        fits(weights.size(1), slots),
                     "weights ", weights.sizes(), " do not fit a batch of ", batch, " and a history of ", slots,
-                    " slots: N steps take (1 or batch, N, ", kHistory, " + slots) with N slots, or N + 1 when the last one holds "
-                    "the initial noise");
+                    " slots: N steps take (1 or batch, N, ", kHistory, " + slots) with N slots, N + 1 when the last one holds "
+                    "the initial noise, or 2 N + 1");
   const auto wanted = state.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   TORCH_CHECK_VALUE(weights.scalar_type() == wanted, "weights are ", weights.scalar_type(), "; a ",
                     state.scalar_type(), " state needs ", wanted, ", use weights.to(...)");
@@ -206,10 +207,11 @@ Shape check_list(const at::Tensor& x, const at::Tensor& output, at::TensorList h
                                output.size(0) != x.size(0));
   TORCH_CHECK_VALUE(step >= 0 && step < s.steps, "step is ", step, "; weights ", weights.sizes(),
                     " are for the steps 0 to ", s.steps - 1);
-  const int64_t wanted = step + s.slots - s.steps, given = history.size();
+  const int64_t wanted = step + (s.slots > s.steps) + (step + 1) * s.added(), given = history.size();
   TORCH_CHECK_VALUE(given == wanted, "history holds ", given, " tensors; step ", step, " with weights ",
                     weights.sizes(), " takes the ", step, " predictions before it",
-                    s.slots > s.steps ? ", the initial noise last, " : " ", wanted, " in all");
+                    s.slots > s.steps ? ", the initial noise behind them," : "",
+                    s.added() ? " then what guidance added at each and here, " : " ", wanted, " in all");
   for (int64_t j = 0; j < given; ++j)
     TORCH_CHECK_VALUE(history[j].sizes() == x.sizes() && history[j].scalar_type() == history[0].scalar_type(),
                       "history[", j, "] is ", history[j].scalar_type(), " ", history[j].sizes(), "; needed is ",
@@ -217,7 +219,8 @@ Shape check_list(const at::Tensor& x, const at::Tensor& output, at::TensorList h
   return s;
 }
 
-// A list's tensors, contiguous, as rows, and which of a row's weights is the k-th's: the initial noise's is the last.
+// A list's tensors, contiguous, as rows, and which of a row's weights is the k-th's: behind the predictions' stand the
+// initial noise's and the e_j's.
 std::vector<at::Tensor> contiguous(at::TensorList list) {
   std::vector<at::Tensor> all;
   for (const auto& t : list) all.push_back(t.contiguous());
@@ -230,7 +233,7 @@ std::vector<Rows> rows_of(const std::vector<at::Tensor>& list, bool large) {
   return all;
 }
 
-int64_t column(const Shape& s, int64_t step, int64_t k) { return k < step ? k : s.steps; }
+int64_t column(const Shape& s, int64_t step, int64_t k) { return k < step ? k : s.steps + k - step; }
 
 // body(row, first element, count, number of the chunk) for every block of every row; `bytes` are moved in all.
 template <class Body>

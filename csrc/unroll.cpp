@@ -29,7 +29,7 @@ class Engine {
   using Call = std::function<Tensor(int64_t, const Tensor&, const Tensor&)>;
   using Count = std::function<int64_t()>;
 
-  // call(step, x (B, *S), t (B,)) -> (B or 2B, *S); weights (R, N, 4 + K); times (B, N). kept: none, or what says, once
+  // call(step, x (B, *S), t (B,)) -> (B or 2B, *S), steps may differ; weights (R, N, 4 + K); times (B, N). kept: none, or what says, once
   // the first call has run with its graph, how many of the last graphs to keep.
   Engine(Call call, Tensor x, Tensor weights, Tensor times, const Count& kept, std::vector<Tensor> parameters,
          Needs needs)
@@ -207,8 +207,8 @@ class Engine {
     return at::stack(probes, 1);
   }
 
-  // With gy = sum_{i>=j} w_ij g_{i+1}: da = <g_{j+1}, x>, dp = <gy, x>, dq = <gy, m>, dg = q <gy, spread>,
-  // dw_ij = <g_{i+1}, y>. The products with gy are sums over those with the adjoints, so gy itself is not needed.
+  // With gy = sum_{i>=j} w_ij g_{i+1}, and ge alike of the columns of e_j: da = <g_{j+1}, x>, dp = <gy, x>, dq = <gy, m>, dg = q <gy + ge, spread>,
+  // dw_ij = <g_{i+1}, y>, dr_ij = <g_{i+1}, e>, dq = ... + (g - 1) <ge, spread>. The products with gy are sums over those with the adjoints, so gy itself is not needed.
   void add_weight_gradients(const Tensor& gradient, int64_t j, const Tensor& adjoints, const Tensor& probes) const {
     const int64_t N = steps_;
     at::NoTF32Guard full;  // these sums settle the search's step, whatever precision the model's products may have
@@ -218,8 +218,19 @@ class Engine {
     row.select(1, kA).copy_(products.select(1, 0).select(1, 0));
     row.select(1, kP).copy_(through.select(1, 0));
     row.select(1, kQ).copy_(through.select(1, 2));
-    if (probes.size(1) == 4)
-      row.select(1, kGuidance).copy_(weights_.select(1, j).select(1, kQ) * through.select(1, 3));
+    if (probes.size(1) == 4) {
+      const Tensor q = weights_.select(1, j).select(1, kQ), spread = products.select(2, 3);
+      Tensor guided = through.select(1, 3);
+      if (slots_ > N + 1) {
+        const Tensor excess = weights_.select(1, j).select(1, kGuidance) - 1;
+        const int64_t column = kHistory + N + 1 + j;
+        Tensor added = (weights_.slice(1, j).select(2, column) * spread).sum(1);
+        gradient.slice(1, j).select(2, column).copy_((q * excess).unsqueeze(1) * spread);
+        row.select(1, kQ).add_(excess * added);
+        guided = guided + added;
+      }
+      row.select(1, kGuidance).copy_(q * guided);
+    }
     gradient.slice(1, j).select(2, kHistory + j).copy_(products.select(2, 1));
     if (j == 0 && slots_ > N) gradient.select(2, kHistory + N).copy_(products.select(2, 0));
   }

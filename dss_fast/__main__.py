@@ -156,8 +156,9 @@ def _search(options: argparse.Namespace) -> int:
         targets = [prompted.target()]
         if first:
             _say(f"{prompted}, latents {targets[0].shape}, guidance {targets[0].guidance_scale}")
-    asked = {key: getattr(options, key) for key in ("method", "budget", "seed", "resume")} | {"method": method}
-    result = search(targets, options.steps, out=out, progress=not options.quiet, **asked)
+    steps = options.steps or (None if options.calls else [10])
+    asked = {key: getattr(options, key) for key in ("calls", "budget", "seed", "resume")} | {"method": method}
+    result = search(targets, steps, out=out, progress=not options.quiet, **asked)
     if first:
         _say(result)
         if prompted is not None:
@@ -349,6 +350,11 @@ def _show(options: argparse.Namespace) -> None:
         values = getattr(solver, key)
         if values is not None:
             print(f"  {key}: " + " ".join(f"{v:.5f}" for v in values))
+    if solver.guidance_coeffs is not None:
+        steps = ", ".join(map(str, solver.guided_steps or ()))
+        print(f"  both branches at steps {steps}; their differences are weighed by")
+        for i, row in enumerate(solver.guidance_coeffs):
+            print("  " + " ".join(f"{c:8.4f}" for c in row[: i + 1]))
     if options.plot:
         with sealing(options.plot, "show", options.overwrite) as file:
             plot_solver(solver, file)
@@ -464,7 +470,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--overwrite", action="store_true", help=text)
 
     sub = command("search", _search, "search a solver for a model", "out")
-    sub.add_argument("--steps", type=_steps, default=[10], help="numbers of steps, as in 5,8,10 (default: 10)")
+    sub.add_argument("--steps", type=_steps, help="numbers of steps, as in 5,8,10 (default: 10, or what --calls takes)")
+    sub.add_argument("--calls", type=_count, help="most calls a sample, with guidance; alone it finds the steps too")
     method = "how to search; lion is the paper's (default: gauss_newton)"
     sub.add_argument("--method", choices=METHODS, default="gauss_newton", help=method)
     space = f"what it may move: {', '.join(SPACES)} (default: {GaussNewton().space}); gauss_newton only"

@@ -31,7 +31,8 @@ PICTURES, WORST = 16, 4  # of each solver the first samples are kept, and those 
 class Row:
     """A solver's figures, see :meth:`dss_fast.distance.Reference.measure`; None where one cannot be told.
 
-    method: the name without its steps. searched: neither hand-made nor published. nfe: calls, ``"10x2"`` with guidance.
+    method: the name without its steps. searched: neither hand-made nor published. nfe: calls, ``"10x2"`` with guidance,
+        ``"7+4"`` where 4 of 7 steps call the unconditional branch.
     rmse: infinite where the solver diverges to NaN or Inf. timesteps: u, N + 1 of them. stages: RMSE of the state after
     each step, to the fine trajectory at the same u, over the first ``PICTURES`` samples. ms_per_sample: the median over
     batches.
@@ -173,7 +174,7 @@ class Bench:
             method=name.partition("/")[0] + at + spacing,
             searched=searched,
             num_steps=solver.num_steps,
-            nfe=f"{solver.num_steps}{'x2' if self.target.guided else ''}",
+            nfe=self._calls(solver),
             samples=self.samples,
             frechet_floor=self.floor["frechet"],
             energy_floor=self.floor["energy"],
@@ -200,6 +201,12 @@ class Bench:
             errors, worst = squares(x, self.reference.samples), self.reference.worst(x, WORST)
             self.runs[title] = run = Run(row, solver, errors, x[:PICTURES], worst)
         return run
+
+    def _calls(self, solver: Solver) -> str:
+        if not self.target.guided:
+            return f"{solver.num_steps}"
+        steps = solver.guided_steps
+        return f"{solver.num_steps}x2" if steps is None else f"{solver.num_steps}+{len(steps)}"
 
     def _stages(self, solver: Solver, states: Tensor) -> tuple[float, ...]:
         """The RMSE of the state after each step, to the fine trajectory at the same u, on the first samples."""

@@ -43,7 +43,9 @@ class Verdict:
     low, high: its 95 % interval, over resampled noises, each of which chooses its own best rival. median: the ratio of
     the medians. nearer: the samples on which the table errs less. tried, known: hand-made names; others: further
     rivals. calls: as many of the best hand-made solver, ``like``, err no more than ``num_steps`` of this; without
-    ``like`` more than ``calls`` are needed. doubt: why the figures mean nothing, "" where they do.
+    ``like`` more than ``calls`` are needed. guided_calls: of a table that calls the unconditional branch at some steps
+    only; ``num_steps`` and ``calls`` are then those of rivals that call both at all steps. doubt: why the figures mean
+    nothing, "" where they do.
     """
 
     solver: str
@@ -61,6 +63,7 @@ class Verdict:
     calls: int | None = None
     like: str | None = None
     doubt: str = ""
+    guided_calls: int | None = None
 
     @property
     def word(self) -> str:
@@ -87,7 +90,10 @@ class Verdict:
         if self.calls is not None and self.word == "Yes":
             calls = f"{self.calls}" if self.like else f"more than {self.calls}"
             by = f", {code(self.like)}," if self.like else ""
-            text += f" {self.num_steps} calls of this table err like {calls} of the best hand-made solver"
+            mine = f"{self.num_steps} calls"
+            if self.guided_calls is not None:  # its steps are more than those of the rivals, its calls are not
+                mine, calls = f"{self.guided_calls} calls in all", f"{calls} steps of both branches"
+            text += f" {mine} of this table err like {calls} of the best hand-made solver"
             text += f"{by} of those that are best at {self.num_steps}."
         return f"{self.doubt} {text}".strip()
 
@@ -239,7 +245,8 @@ def compare(
     if not named:
         raise ValueError("no solvers to compare")
     judged = [title for title, solver in named.items() if not is_rival(solver)]
-    steps = tuple(dict.fromkeys(named[title].num_steps for title in judged))
+    guided = draws.target.guided
+    steps = tuple(dict.fromkeys(_steps_of_rivals(named[title], guided) for title in judged))
     rivals = (rivals,) if isinstance(rivals, str) else rivals
     every, further = "all" in rivals, _expand([r for r in rivals if r != "all"], draws.schedule, steps, named)
     if every and steps:
@@ -254,7 +261,8 @@ def compare(
             n: contest(bench.squares, draws.schedule, n, count, CONTEST * left * n / sum(steps)) for n in steps if every
         }
         share = left if left == math.inf else (1 - CONTEST) * left / max(1, len(judged))
-        verdicts = [_judged(bench, title, contests.get(named[title].num_steps), share) for title in judged]
+        ours = {title: _steps_of_rivals(named[title], guided) for title in judged}
+        verdicts = [_judged(bench, title, ours[title], contests.get(ours[title]), share) for title in judged]
     rows, found = [run.row for run in bench.runs.values()], [verdict for verdict in verdicts if verdict is not None]
     reach = bench.reference.reach if bench.reference.classes is None else None
     return Comparison(rows, found, bench.evaluations, calls, reach, *_images(bench))
@@ -292,10 +300,18 @@ def _effort(
     return count, calls, max(0, left)
 
 
-def _judged(bench: Bench, title: str, contest: Contest | None, limit: float) -> Verdict | None:
-    """Whether a table beats its rivals; None where it has none. limit: evaluations for the calls it is worth."""
-    n, mine = bench.runs[title].solver.num_steps, bench.runs[title].errors
-    named = {run.solver: run for run in bench.runs.values() if run.row.num_steps == n and not run.row.searched}
+def _steps_of_rivals(solver: Solver, guided: bool) -> int:
+    """How many steps a rival may take that calls both branches at all of them: no more calls than this table's."""
+    return solver.guided_calls // 2 if guided else solver.num_steps
+
+
+def _judged(bench: Bench, title: str, n: int, contest: Contest | None, limit: float) -> Verdict | None:
+    """Whether a table beats its rivals of n steps; None where it has none. limit: evaluations for the calls it is
+    worth."""
+    solver, mine = bench.runs[title].solver, bench.runs[title].errors
+    guided = bench.target.guided
+    like = [run for run in bench.runs.values() if _steps_of_rivals(run.solver, guided) == n]
+    named = {run.solver: run for run in like if not run.row.searched}
     rivals = {**(contest.best if contest else {}), **{solver: run.errors for solver, run in named.items()}}
     if not rivals:
         return None
@@ -320,11 +336,12 @@ def _judged(bench: Bench, title: str, contest: Contest | None, limit: float) -> 
         known=contest.known if contest else 0,
         others=sum(solver not in handmade for solver in named),
         doubt=bench.doubt(mine, theirs),
+        guided_calls=None if n == solver.num_steps else solver.guided_calls,
     )
     if found.word != "Yes" or contest is None:
         return found
-    calls, like = calls_like(bench.squares, bench.schedule, contest.best, mine, limit)
-    return replace(found, calls=calls, like=like) if calls > n else found
+    calls, best_like = calls_like(bench.squares, bench.schedule, contest.best, mine, limit)
+    return replace(found, calls=calls, like=best_like) if calls > n else found
 
 
 def _expand(

@@ -59,33 +59,35 @@ class Denoiser:
         self.check_finite = check_finite
         self.nfe = 0
         self._cond, self._uncond = dict(cond or {}), dict(uncond or {})
-        self._doubled: dict[str, Any] | None = None
-        self._held: dict[str, Tensor | np.ndarray] | None = None
+        self._known: dict[bool, dict[str, Any]] = {}  # the arguments of a call, of both branches and of one
+        self._held: dict[bool, dict[str, Tensor | np.ndarray]] = {}
         self._dtype = compute_dtype(model) if isinstance(model, nn.Module) else None
         _check_signature(model, {**self._cond, **self._uncond})
         _warn_of_train_mode(model)
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, both: bool = True) -> Tensor:
         """The output (B, *S) for x (B, *S) at t (B,), or the guided pair (2B, *S), unconditional rows first.
+
+        both: run the unconditional branch too, where there is one.
 
         Raises ValueError for an output of another shape or kind, and for a model that writes into what it is given;
         FloatingPointError, where the output is checked, for NaN and Inf.
         """
-        cond, channels = self._arguments(x), self.guided_channels
+        both = both and self.guided
+        cond, channels = self._arguments(x, both), self.guided_channels
         if channels is not None and (x.ndim < 2 or not 0 < channels <= x.shape[1]):
             raise ValueError(
                 f"guided_channels={channels!r}: samples of shape {tuple(x.shape[1:])} have 1 to {x.shape[1:2].numel()}"
             )
-        if self.guided:
+        if both:
             x, t = torch.cat([x, x]), torch.cat([t, t])
         # An inference tensor counts no versions, so that a write into it would pass unseen: the model gets copies.
-        own = x.is_inference() and not self.guided
+        own = x.is_inference() and not both
         given = {"x": x.to(self._dtype or x.dtype, copy=own), "t": t.clone() if own else t, **cond}
-        held = self._held if self._held is not None else tensors_in(cond)
-        self._held = held if cond is self._doubled else None
-        passed = (
-            held if own or self.guided else {"x": given["x"], "t": given["t"], **held}
-        )  # of x and t copies are fair
+        held = self._held[both] if both in self._held else tensors_in(cond)
+        if cond is self._known.get(both):
+            self._held[both] = held
+        passed = held if own or both else {"x": given["x"], "t": given["t"], **held}  # of x and t copies are fair
         looks = self.looks(x)
         copies = copied(passed) if looks and self.nfe == 0 else {}
         held = {"x": given["x"], "t": given["t"], **held}
@@ -97,10 +99,10 @@ class Denoiser:
             raise
         check_untouched(held, before, copies)
         tensor = output_of(returned)
-        self._check(tensor, x, t, looks)
+        self._check(tensor, x, t, both, looks)
         output: Tensor = tensor
-        self.nfe += 2 if self.guided else 1
-        if self.guided and channels is not None:
+        self.nfe += 2 if both else 1
+        if both and channels is not None:
             uncond, guided = output.chunk(2)
             output = torch.cat([torch.cat([uncond[:, :channels], guided[:, channels:]], 1), guided])
         return output
@@ -109,10 +111,10 @@ class Denoiser:
         """Whether values are read back from the device, to be checked."""
         return self.check_finite or (self.check_finite is None and x.device.type == "cpu" and readable(x))
 
-    def _arguments(self, x: Tensor) -> dict[str, Any]:
+    def _arguments(self, x: Tensor, both: bool) -> dict[str, Any]:
         """The keyword arguments of a call, made once, or anew for each call when a condition is differentiated."""
-        if self._doubled is not None:
-            return self._doubled
+        if both in self._known:
+            return self._known[both]
         rows = len(x)
         for key, value in self._cond.items():
             if isinstance(value, Tensor) and value.ndim and len(value) not in (1, rows):
@@ -122,13 +124,14 @@ class Denoiser:
         arguments = {k: _rows(v, rows, x.device) for k, v in self._cond.items()}
         if self.guided:
             null = {**arguments, **{k: _rows(v, rows, x.device) for k, v in self._uncond.items()}}
-            arguments = {k: _pair(k, null[k], arguments.get(k, null[k]), rows) for k in null}
+            now = {k: arguments.get(k, null[k]) for k in null}
+            arguments = {k: _pair(k, null[k], now[k], rows) for k in null} if both else now
         given = (*self._cond.values(), *self._uncond.values())
         if not any(isinstance(v, Tensor) and v.requires_grad for v in given):
-            self._doubled = arguments
+            self._known[both] = arguments
         return arguments
 
-    def _check(self, output: Any, x: Tensor, t: Tensor, looks: bool) -> None:
+    def _check(self, output: Any, x: Tensor, t: Tensor, both: bool, looks: bool) -> None:
         if not isinstance(output, Tensor) or output.shape != x.shape or not output.is_floating_point():
             got = "an empty tuple" if output == () else type(output).__name__
             if isinstance(output, Tensor):
@@ -144,7 +147,7 @@ class Denoiser:
                 raise FloatingPointError(
                     f"the model returned NaN or Inf for {bad} of {len(x)} samples at time {time:.6g}"
                 )
-            if self.guided and self.nfe == 0 and len(x) and self._cond:
+            if both and self.nfe == 0 and len(x) and self._cond:
                 uncond, cond = detached.chunk(2)
                 if torch.equal(uncond, cond):
                     warnings.warn(

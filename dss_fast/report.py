@@ -88,7 +88,7 @@ def write_report(out: Path, target: Target, record: SearchRecord, *, progress: b
     budget = max(LEAST, record.evaluations)
     rivals = ("all", *record.starts)
     comparison = compare(target, list(record.solvers.values()), rivals=rivals, budget=budget, progress=progress)
-    pairs = {v.num_steps: _pair(comparison, v) for v in comparison.verdicts}
+    pairs = {pair[1].num_steps: pair for pair in (_pair(comparison, v) for v in comparison.verdicts)}
     images, missing = [], ""
     try:
         pyplot()
@@ -97,6 +97,7 @@ def write_report(out: Path, target: Target, record: SearchRecord, *, progress: b
         missing = str(error)
         warnings.warn(f"the report has no pictures: {missing}", stacklevel=4)
     schedule = target.schedule or Flow()
+    fewer = any(solver.guided_steps is not None for solver in record.solvers.values())
     told = {
         "target": target,
         "record": record,
@@ -105,6 +106,8 @@ def write_report(out: Path, target: Target, record: SearchRecord, *, progress: b
         "steps": [f"N = {n}" for n in record.solvers],
         "others": record.others,
         "schedule": repr(schedule),
+        "fewer": fewer,
+        "calls": [solver.guided_calls if fewer else n for n, solver in record.solvers.items()],
         "images": images,
         "no_pictures": missing,
         "staged": min(PICTURES, comparison.rows[0].samples),
@@ -170,8 +173,8 @@ def _figures(comparison: Comparison, record: SearchRecord) -> dict[str, Any]:
     """All rows, best first within each N."""
     held_out = {n: min(values) for n, (_, values) in record.held_out.items() if values}
     titles = ["N", "solver", "RMSE", "95 % interval", "median", "90 %", "worst", "switched", "Frechet", "energy"]
-    rows = []
-    for row in sorted(comparison.rows, key=lambda row: (list(record.solvers).index(row.num_steps), row.rmse)):
+    rows, order = [], [*record.solvers, *(row.num_steps for row in comparison.rows)]
+    for row in sorted(comparison.rows, key=lambda row: (order.index(row.num_steps), row.rmse)):
         cells = [str(row.num_steps), row.solver, _digits(row.rmse)]
         cells += [
             f"{_digits(row.rmse_low)} to {_digits(row.rmse_high)}",
@@ -205,8 +208,9 @@ def _stages(n: int, pair: tuple[Row, Row]) -> dict[str, Any]:
     """How far the state after each step is from the fine trajectory at the same u."""
     rows = []
     for row in pair:
-        rows.append([row.solver, "u", *(f"{u:.3f}" for u in row.timesteps[1:])])
-        rows.append(["", "RMSE", *(map(three_digits, row.stages) if row.stages else ["-"] * n)])
+        none = [""] * (n - row.num_steps)
+        rows.append([row.solver, "u", *(f"{u:.3f}" for u in row.timesteps[1:]), *none])
+        rows.append(["", "RMSE", *(map(three_digits, row.stages) if row.stages else ["-"] * row.num_steps), *none])
     return {"titles": ["after step", "", *(str(i + 1) for i in range(n))], "rows": rows}
 
 

@@ -42,7 +42,7 @@ def sample(
     backend: str | None = None,
     cuda_graph: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Samples with N network calls:
+    """Samples with N network calls, and as many of the unconditional branch as steps are guided:
 
         for i in range(N):
             m = model(x, time_i, **cond)                            with guidance m_u + scale * (m - m_u)
@@ -57,7 +57,8 @@ def sample(
     cond, uncond: keyword arguments of the model, and what replaces them in the unconditional branch; the target's by
         default, whose ``draw`` is then asked for them.
     guidance_scale: a number, N numbers (one per step), or a tensor (B,) per sample, (N,) per step when
-        N differs from B, or (B, N). At 1 everywhere the unconditional branch is not run.
+        N differs from B, or (B, N). The unconditional branch is not run at steps where it is 1 for all samples, nor at
+        those that the solver leaves out (``Solver.guided_steps``).
     guided_channels, device: as in :class:`Target`.
     strict: refuse a solver made for another path than the schedule's, see :meth:`Solver.on`.
     callback: called after each step with a dict of step, num_steps, u (reached), x, x0 (preview), which it may keep.
@@ -112,7 +113,7 @@ def sample(
 
 
 def steps(
-    denoise: Callable[[Tensor, Tensor], Tensor],
+    denoise: Callable[..., Tensor],
     x: Tensor,
     table: StepTable,
     history_dtype: torch.dtype | None = None,
@@ -121,7 +122,8 @@ def steps(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """The sampling loop: yields (i, x_{i+1} (B, *S), history (B, K, *S)) after each step.
 
-    denoise: called as denoise(x (B, *S), t (B,)), returns (B, *S), or the guided pair (2B, *S).
+    denoise: called as denoise(x (B, *S), t (B,)), returns (B, *S), or the guided pair (2B, *S). Where the table calls
+        one branch alone, called with a third argument, False, and returns (B, *S).
     x: (B, *S), which the loop never writes into. table: lives on x's device.
     history_dtype, backend: as in :func:`sample`. reuse: a step may overwrite the state that the step before yielded.
 
@@ -131,7 +133,8 @@ def steps(
     index = torch.arange(num_steps, device=x.device)
     for i in range(num_steps):
         with naming_step(i, num_steps):
-            output = denoise(x, table.times[i].expand(len(x)))
+            alone = () if table.calls_both(i) else (False,)
+            output = denoise(x, table.times[i].expand(len(x)), *alone)
         out = x if reuse and i else None  # the first step must leave the caller's noise as it is
         x, history = multistep_step(x, output, history, table.weights, index[i : i + 1], out=out, backend=backend)
         yield i, x, history
@@ -155,12 +158,12 @@ def _replay(
         now = {k: tensors.get(f"cond.{k}", v) for k, v in cond.items()}
         then = None if uncond is None else {k: tensors.get(f"uncond.{k}", v) for k, v in uncond.items()}
         denoise = Denoiser(model, now, then, guided_channels=channels, check_finite=False)
-        *_, (_, last, _) = steps(denoise, x, StepTable(weights, times), history_dtype, backend)
+        *_, (_, last, _) = steps(denoise, x, StepTable(weights, times, table.both), history_dtype, backend)
         return last
 
     try:
         fixed = signature(cond), None if uncond is None else signature(uncond)
-        key = model, getattr(model, "training", None), fixed, channels, history_dtype, backend
+        key = model, getattr(model, "training", None), fixed, channels, history_dtype, backend, table.both
         hash(key)
     except TypeError as error:
         warnings.warn(f"cuda_graph=True runs eagerly: model and conditions give no key ({error})", stacklevel=4)

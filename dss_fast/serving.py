@@ -16,7 +16,7 @@ from .names import find_solver
 from .schedule import Schedule
 from .solver import Solver
 from .step import multistep_step
-from .table import Guidance, StepTable, guidance_table
+from .table import GUIDANCE, Guidance, StepTable, guidance_table
 
 __all__ = ["Batch"]
 
@@ -31,12 +31,12 @@ class Batch:
                 image = batch.retire(place)
 
     A tick calls model(x, t, **cond) -> (places, *S), or the guided pair, unconditional rows first, once for all places
-    and takes one step of each. When the model raises, nothing has happened and the tick can be tried again. Which
-    places finish is known on the host from the solvers' lengths: nothing waits for the device, but for
-    ``check_finite``. When the model has written into states or conditions, the running requests are lost: they end with
-    that tick, and :meth:`retire` says so. A request gets the bits it would get alone, if the model gives every row the
-    bits it would get alone. One whose state is NaN or Inf ends with that step, and :meth:`retire` raises what became of
-    it.
+    and takes one step of each. Of the unconditional rows those of ``batch.guided`` are enough, in that order. When the
+    model raises, nothing has happened and the tick can be tried again. Which places finish is known on the host from
+    the solvers' lengths: nothing waits for the device, but for ``check_finite``. When the model has written into states
+    or conditions, the running requests are lost: they end with that tick, and :meth:`retire` says so. A request gets
+    the bits it would get alone, if the model gives every row the bits it would get alone. One whose state is NaN or Inf
+    ends with that step, and :meth:`retire` raises what became of it.
 
     Shapes and addresses never change, so a compiled model, or a whole tick without its count, stays as it is:
 
@@ -52,6 +52,7 @@ class Batch:
     cond: the model's keyword arguments, tensors with a row for each place, which :meth:`admit` fills.
     schedule: the model's, which all solvers must fit. None: that of the first solver admitted.
     history_dtype: storage of the predictions, by default that of the states.
+    forecasts: make room for solvers that call the unconditional branch at some steps only, N more slots a place.
     check_finite: look for NaN and Inf after each step, which reads a number a place back from the device, and compare
         what the first tick gave to the model with what it was. None: on the CPU only.
 
@@ -69,12 +70,13 @@ class Batch:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         history_dtype: torch.dtype | None = None,
+        forecasts: bool = False,
         check_finite: bool | None = None,
     ) -> None:
         real = torch.float64 if dtype is torch.float64 else torch.float32
         with torch.inference_mode(False):  # what is made in that mode cannot be written outside it
             self.x = torch.zeros(places, *shape, device=device, dtype=dtype)
-            idle = StepTable.idle(places, max_steps, dtype=real, device=device)
+            idle = StepTable.idle(places, max_steps, dtype=real, device=device, forecasts=forecasts)
             self.weights, self._times = idle.weights, idle.times
             self.history = torch.zeros(places, idle.slots, *shape, device=device, dtype=history_dtype or dtype)
             self.index = torch.full((places,), max_steps, device=device)  # at max_steps and beyond a place is idle
@@ -85,11 +87,11 @@ class Batch:
                 raise ValueError(
                     f"cond[{key!r}] has shape {tuple(value.shape)}; give a row for each of {places} places"
                 )
-        self.max_steps, self.schedule = max_steps, schedule
+        self.max_steps, self.schedule, self.forecasts = max_steps, schedule, forecasts
         self.check_finite = self.x.device.type == "cpu" if check_finite is None else check_finite
         self._left: list[int | None] = [None] * places  # steps to go; 0 is finished, None is free
-        self._guided: set[int] = set()  # running places with a guidance scale
-        self._needs_pair = False  # whether there are any: one boolean, which a compiler can check
+        self._both: dict[int, tuple[bool, ...]] = {}  # running guided places -> which of their steps call both branches
+        self._needs_pair = self._some_alone = False  # whether any does now, any does not: what a compiler can check
         self._failed: dict[int, str] = {}  # place -> what became of its request
         self._compared = False  # whether a tick has been compared with what it was given
         self._lock = threading.Lock()
@@ -98,6 +100,12 @@ class Batch:
     def running(self) -> list[int]:
         """Places that still have steps to go."""
         return [place for place, left in enumerate(self._left) if left]
+
+    @property
+    def guided(self) -> list[int]:
+        """Running places whose next step calls the unconditional branch too, rising."""
+        left = {place: self._left[place] or 0 for place in self._both}
+        return sorted(place for place, both in self._both.items() if left[place] and both[-left[place]])
 
     @property
     def free(self) -> list[int]:
@@ -115,7 +123,8 @@ class Batch:
     ) -> int:
         """Starts a request: noise of one sample's shape, a Solver or its name, and its row of every condition.
 
-        guidance_scale: a number, or one per step. Any but 1 needs a model that returns the guided pair.
+        guidance_scale: a number, or one per step. Any but 1 needs a model that returns the guided pair, at the steps
+            that are guided.
 
         Returns its place. Raises ValueError for a solver longer than max_steps, one of another family or path than the
         batch's schedule, noise of another shape, conditions other than the batch's or that its dtypes cannot hold;
@@ -141,22 +150,26 @@ class Batch:
         if not bool(known.isfinite().all()):
             raise ValueError(f"guidance_scale={guidance_scale!r}: must be finite")
         with self._lock:
-            table = StepTable.of(
-                found, self.schedule, guidance=scale, dtype=self.weights.dtype, device=self.x.device
-            ).padded(self.max_steps)
+            alone = StepTable.of(found, self.schedule, guidance=scale, dtype=self.weights.dtype, device=self.x.device)
+            if alone.forecasts and not self.forecasts:
+                raise ValueError(
+                    f"{found.label} calls the unconditional branch at some steps only and forecasts it at the others, "
+                    "which takes more slots than this batch has: make it with forecasts=True"
+                )
+            table = alone.padded(self.max_steps, self.forecasts)
             if None not in self._left:
                 raise RuntimeError(f"all {len(self._left)} places are taken; retire a finished one first")
             self.schedule = found.schedule if self.schedule is None else self.schedule
             place = self._left.index(None)
             self.weights[place], self._times[place] = table.weights[0], table.times
             self.x[place] = noise
-            self.history[place, -1] = noise
+            self.history[place, self.max_steps] = noise
             for key, row in rows.items():
                 self.cond[key][place] = row
             self._steps[place], self.index[place], self._left[place] = steps, 0, steps
             if bool((known != 1).any()):
-                self._guided.add(place)
-                self._needs_pair = True
+                self._both[place] = alone.both or (True,) * steps
+            self._settle()
         return place
 
     def times(self) -> Tensor:
@@ -200,8 +213,8 @@ class Batch:
                 self._failed[place] = f"{error}; of what it held nothing is left to go on from"
                 self._left[place] = 0
                 self.index[place] = self.max_steps
-            self._guided.clear()
-            self._needs_pair = False
+            self._both.clear()
+            self._settle()
             raise error from cause
 
     def step(self, output: Any) -> list[int]:
@@ -218,18 +231,33 @@ class Batch:
         """The part of a step that is on the device: nothing of it depends on the host."""
         output = output_of(output)
         places, sample = len(self.x), tuple(self.x.shape[1:])
-        fits = isinstance(output, Tensor) and output.is_floating_point()
-        if not fits or tuple(output.shape) not in ((places, *sample), (2 * places, *sample)):
+        fits = isinstance(output, Tensor) and output.is_floating_point() and tuple(output.shape[1:]) == sample
+        if not fits or not places <= len(output) <= 2 * places:
             got = f"{output.dtype} {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
                 f"the model returned {got}; it must return floats of shape {(places, *sample)}, or for the guided pair "
                 f"{(2 * places, *sample)}, unconditional rows first"
             )
-        if self._needs_pair and len(output) == len(self.x):
+        if self._needs_pair and len(output) == places:
             raise ValueError(
                 f"the model returned {len(output)} rows, and requests with a guidance scale are running: it must "
-                f"return the guided pair, {2 * len(self.x)} rows, unconditional ones first; or admit without a scale"
+                f"return the guided pair, {2 * places} rows, unconditional ones first; or admit without a scale"
             )
+        if len(output) != places and (self._some_alone or len(output) != 2 * places):
+            # A row that is not guided now gets its conditional output, to the bit.
+            uncond, cond = output[:-places], output[-places:]
+            if len(uncond) < places:
+                guided = self.guided
+                if len(uncond) != len(guided):
+                    raise ValueError(
+                        f"the model returned {len(output)} rows; give {places}, before them the unconditional rows of "
+                        f"all places or of the {len(guided)} that are guided now, {guided}"
+                    )
+                uncond = cond.index_copy(0, torch.tensor(guided, device=cond.device), uncond)
+            at = self.index.clamp(max=self.max_steps - 1)[:, None, None].expand(-1, 1, self.weights.shape[2])
+            alone = self.weights.gather(1, at)[:, 0, GUIDANCE] == 1
+            uncond = torch.where(alone.reshape(-1, *[1] * (cond.ndim - 1)), cond, uncond)
+            output = torch.cat([uncond, cond])
         multistep_step(self.x, output, self.history, self.weights, self.index, out=self.x)
         later = self.index + 1
         self.index.copy_(torch.where(later < self._steps, later, self.max_steps))
@@ -248,9 +276,15 @@ class Batch:
                 self._left[place] = 0
                 self.index[place] = self.max_steps
         finished = [place for place, left in enumerate(before) if left and not self._left[place]]
-        self._guided.difference_update(finished)
-        self._needs_pair = bool(self._guided)
+        for place in finished:
+            self._both.pop(place, None)
+        self._settle()
         return finished
+
+    def _settle(self) -> None:
+        """Takes note of who is guided at the next step."""
+        guided = len(self.guided)
+        self._needs_pair, self._some_alone = guided > 0, 0 < guided < len(self.running)
 
     # What changes at every tick would make torch.compile compile again. This is the mark that torch.compiler.disable
     # sets, without loading the compiler.
@@ -266,8 +300,8 @@ class Batch:
                 raise ValueError(f"place {place} holds no request; running are {self.running}")
             self._left[place] = None
             self.index[place] = self.max_steps
-            self._guided.discard(place)
-            self._needs_pair = bool(self._guided)
+            self._both.pop(place, None)
+            self._settle()
             if place in self._failed:
                 raise FloatingPointError(f"the request at place {place} has failed: {self._failed.pop(place)}")
             return self.x[place].clone()

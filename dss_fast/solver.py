@@ -44,6 +44,9 @@ class Solver:
     name, source, provenance: where it comes from; not part of its value.
     noise_coeffs: N weights on the initial noise, scaled by b_i like the rest. None: none.
     network_timesteps: N points u to call the network at. None: the solver's own.
+    guided_steps: the steps that call the unconditional branch too, rising from 0. None: all, where there is guidance.
+    guidance_coeffs: N rows of N numbers, with guided_steps: the weights on the differences of the two branches at these
+        steps, where ``coeffs`` then weigh the conditional predictions; zero elsewhere. Rows sum to 1.
 
     Raises ValueError naming the field, its value and what is allowed. Solvers compare and hash by
     value. Parametrisation: arXiv 2505.21114, section 4.
@@ -58,6 +61,8 @@ class Solver:
     noise_coeffs: tuple[float, ...] | None = None
     network_timesteps: tuple[float, ...] | None = None
     free_rows: bool = False
+    guided_steps: tuple[int, ...] | None = None
+    guidance_coeffs: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         set_ = partial(object.__setattr__, self)
@@ -66,6 +71,11 @@ class Solver:
         for key in ("noise_coeffs", "network_timesteps"):
             if getattr(self, key) is not None:
                 set_(key, _numbers(key, getattr(self, key)))
+        if self.guided_steps is not None:
+            set_("guided_steps", tuple(self.guided_steps))
+        if self.guidance_coeffs is not None:
+            rows = _rows(self.guidance_coeffs, "guidance_coeffs")
+            set_("guidance_coeffs", tuple(_numbers(f"guidance_coeffs[{i}]", row) for i, row in enumerate(rows)))
         for key in ("name", "source"):
             if not isinstance(getattr(self, key), str):
                 raise ValueError(f"{key}: must be a string, got {getattr(self, key)!r}")
@@ -76,8 +86,13 @@ class Solver:
         if not isinstance(self.provenance, Mapping):
             raise ValueError(f"provenance: must be a mapping, got {self.provenance!r}")
         self._check_times()
-        self._check_coeffs()
-        values = (self.timesteps, self.coeffs, self.schedule, self.noise_coeffs, self.network_timesteps, self.free_rows)
+        self._check_triangle("coeffs", self.coeffs)
+        if self.noise_coeffs is not None and len(self.noise_coeffs) != self.num_steps:
+            raise ValueError(f"noise_coeffs: need {self.num_steps} numbers, got {len(self.noise_coeffs)}")
+        self._check_guidance()
+        values: tuple[Any, ...] = (self.timesteps, self.coeffs, self.schedule)
+        values += (self.noise_coeffs, self.network_timesteps, self.free_rows)
+        values += (self.guided_steps, self.guidance_coeffs) if self.guided_steps is not None else ()
         set_("_hash", hash(values))  # computed once: every call of ``sample`` looks its table up by solver
 
     def __hash__(self) -> int:
@@ -102,24 +117,38 @@ class Solver:
         if times is not None and (len(times) != n or not all(0 <= t <= 1 for t in times)):
             raise ValueError(f"network_timesteps: need {n} numbers in [0, 1], got {times!r}")
 
-    def _check_coeffs(self) -> None:
+    def _check_triangle(self, key: str, rows: tuple[tuple[float, ...], ...]) -> None:
         n = self.num_steps
-        if len(self.coeffs) != n:
-            raise ValueError(f"coeffs: need {n} rows for {n + 1} timesteps, got {len(self.coeffs)}")
-        for i, row in enumerate(self.coeffs):
+        if len(rows) != n:
+            raise ValueError(f"{key}: need {n} rows for {n + 1} timesteps, got {len(rows)}")
+        for i, row in enumerate(rows):
             if len(row) != n:
-                raise ValueError(f"coeffs[{i}]: need {n} numbers, got {len(row)}")
+                raise ValueError(f"{key}[{i}]: need {n} numbers, got {len(row)}")
             for j in range(i + 1, n):
                 if row[j] != 0:
                     raise ValueError(
-                        f"coeffs[{i}][{j}]={row[j]!r}: step {i} cannot use prediction {j}, which comes later"
+                        f"{key}[{i}][{j}]={row[j]!r}: step {i} cannot use prediction {j}, which comes later"
                     )
             if not self.free_rows and abs(math.fsum(row) - 1) > ROW_SUM_TOLERANCE * max(1.0, *map(abs, row)):
                 raise ValueError(
-                    f"coeffs[{i}]: must sum to 1 (set free_rows for tables that need not), got {math.fsum(row)!r}"
+                    f"{key}[{i}]: must sum to 1 (set free_rows for tables that need not), got {math.fsum(row)!r}"
                 )
-        if self.noise_coeffs is not None and len(self.noise_coeffs) != n:
-            raise ValueError(f"noise_coeffs: need {n} numbers, got {len(self.noise_coeffs)}")
+
+    def _check_guidance(self) -> None:
+        steps, rows, n = self.guided_steps, self.guidance_coeffs, self.num_steps
+        if steps is None and rows is None:
+            return
+        if steps is None or rows is None:
+            missing = "guided_steps" if steps is None else "guidance_coeffs"
+            raise ValueError(f"{missing}: guided_steps and guidance_coeffs belong together, give both or neither")
+        whole = all(type(i) is int for i in steps)
+        if not whole or list(steps) != sorted({0, *steps}) or not 0 <= steps[-1] < n:
+            raise ValueError(f"guided_steps={steps!r}: give whole numbers rising from 0, which must be one, to {n - 1}")
+        self._check_triangle("guidance_coeffs", rows)
+        for i, row in enumerate(rows):
+            for j in set(range(n)) - set(steps):
+                if row[j] != 0:
+                    raise ValueError(f"guidance_coeffs[{i}][{j}]={row[j]!r}: step {j} has no difference to weigh")
 
     @property
     def family(self) -> str:
@@ -132,15 +161,21 @@ class Solver:
         return len(self.timesteps) - 1
 
     @property
+    def guided_calls(self) -> int:
+        """The number of network evaluations per sample with guidance: 2 N, or fewer where ``guided_steps`` says so."""
+        return self.num_steps + (self.num_steps if self.guided_steps is None else len(self.guided_steps))
+
+    @property
     def timedeltas(self) -> tuple[float, ...]:
         """The N differences of ``timesteps``."""
         return tuple(b - a for a, b in pairwise(self.timesteps))
 
     def tensors(self) -> dict[str, Any]:
-        """timesteps, coeffs, noise_coeffs and network_timesteps as float64 tensors or None, for ``StepTable.build``."""
-        keys = ("timesteps", "coeffs", "noise_coeffs", "network_timesteps")
+        """What ``StepTable.build`` takes: float64 tensors, guided_steps as they are, None where there are none."""
+        keys = ("timesteps", "coeffs", "noise_coeffs", "network_timesteps", "guidance_coeffs")
         values = {key: getattr(self, key) for key in keys}
-        return {k: None if v is None else torch.tensor(v, dtype=torch.float64) for k, v in values.items()}
+        tensors = {k: None if v is None else torch.tensor(v, dtype=torch.float64) for k, v in values.items()}
+        return {**tensors, "guided_steps": self.guided_steps}
 
     def on(self, schedule: Schedule | None, *, strict: bool = True) -> Schedule:
         """The schedule to run on for a model with this one (None: the solver's own).
@@ -186,7 +221,8 @@ class Solver:
         found = (form if schedule.family == self.family else form.told_its_own()).numbers(schedule)
         coeffs = found["coeffs"]
         short = coeffs.sum(1) - 1
-        free = bool((short.abs() > ROUNDING).any())
+        shares = found["guidance_coeffs"]  # a velocity's constant difference is none of the clean prediction
+        free = bool((short.abs() > ROUNDING).any()) or shares is not None
         coeffs = coeffs if free else coeffs - torch.diag(short)
         numbers: dict[str, Any] = {
             key: None if value is None else value.tolist() for key, value in (found | {"coeffs": coeffs}).items()
@@ -196,7 +232,13 @@ class Solver:
         name = f"{base}@shift{factor:g}" if base and k != 1 else self.name
         provenance = {**self.provenance, "moved": k * self.provenance.get("moved", 1.0)}
         return Solver(
-            schedule=schedule, name=name, source=self.source, provenance=provenance, free_rows=free, **numbers
+            schedule=schedule,
+            name=name,
+            source=self.source,
+            provenance=provenance,
+            free_rows=free,
+            guided_steps=self.guided_steps,
+            **numbers,
         )
 
     def following(self, schedule: Schedule | None) -> Solver:
@@ -246,6 +288,9 @@ class Solver:
             data["network_timesteps"] = list(self.network_timesteps)
         if self.free_rows:
             data["free_rows"] = True
+        if self.guided_steps is not None and self.guidance_coeffs is not None:
+            data["guided_steps"] = list(self.guided_steps)
+            data["guidance_coeffs"] = [list(row[: i + 1]) for i, row in enumerate(self.guidance_coeffs)]
         data["provenance"] = dict(self.provenance)
         return data
 
@@ -265,6 +310,7 @@ class Solver:
             raise ValueError(f"version={version!r}: this release reads versions 1 and {VERSION}")
         required = {"format", "version", "num_steps", "timesteps", "coeffs", "family" if version == 1 else "schedule"}
         optional = {"name", "source", "provenance", "noise_coeffs", "network_timesteps", "free_rows"}
+        optional |= {"guided_steps", "guidance_coeffs"}
         for key in sorted(required - data.keys()):
             raise ValueError(f"{key}: missing")
         for key in sorted(data.keys() - required - optional):
@@ -274,8 +320,12 @@ class Solver:
         n, ragged = data["num_steps"], _rows(data["coeffs"])
         if type(n) is not int or n != len(ragged):
             raise ValueError(f"num_steps={n!r}: but coeffs has {len(ragged)} rows, and it must be a whole number")
-        rows = tuple((*row, *[0.0] * (n - len(row))) for row in _triangle("coeffs", ragged, 1))
-        return cls(data["timesteps"], rows, schedule, **{key: data[key] for key in optional & data.keys()})
+        fields = {key: data[key] for key in optional & data.keys()}
+        if "guidance_coeffs" in fields:
+            fields["guidance_coeffs"] = _square("guidance_coeffs", fields["guidance_coeffs"], n)
+        if not isinstance(fields.get("guided_steps", []), list):
+            raise ValueError(f"guided_steps={fields['guided_steps']!r}: must be a list of whole numbers")
+        return cls(data["timesteps"], _square("coeffs", ragged, n), schedule, **fields)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the solver as JSON: a temporary file beside ``path``, synced, then renamed over it."""
@@ -331,9 +381,14 @@ def _triangle(key: str, rows: Sequence[Any], first: int) -> list[tuple[float, ..
     return found
 
 
-def _rows(value: Any) -> tuple[Any, ...]:
+def _square(key: str, ragged: Any, size: int) -> tuple[tuple[float, ...], ...]:
+    """Rows of 1, 2, ... numbers, checked and filled up with zeros."""
+    return tuple((*row, *[0.0] * (size - len(row))) for row in _triangle(key, _rows(ragged, key), 1))
+
+
+def _rows(value: Any, key: str = "coeffs") -> tuple[Any, ...]:
     if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):
-        raise ValueError(f"coeffs: must be a list of rows, got {type(value).__name__}")
+        raise ValueError(f"{key}: must be a list of rows, got {type(value).__name__}")
     return tuple(value)
 
 

@@ -1,6 +1,7 @@
 """A solver written in the noise and the clean predictions, where data of another size are one factor.
 
     x_i = e_i * eps + sum_{l<i} A_il * D_l          D_l = the network's x0 at x_l, as of the time it is told
+                 [+ sum_{l<i} B_il * (guidance - 1) * (D_l - D_l of the unconditional branch)]
 
 With data k times as large the noise level sigma/alpha at which a network does the same is k times as large: with A and
 the excess of noise e_i - sigma_i at its new level kept, a solver of one model is one of the other, exactly on flows.
@@ -9,6 +10,7 @@ This is the resolution shift of SD3 and FLUX (arXiv 2403.03206, section 5.3.2) w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,12 +31,14 @@ class X0Form:
     and to first order what is predicted from noise is the mean and the covariance times alpha/sigma^2.
     weights: (N, N) lower triangle, row i holds A of x_{i+1} over alpha where it is seen; a row sums to 1 where a
     constant prediction is met. excess: (N,) by how much the noise in x_{i+1} exceeds sigma there, over alpha.
+    shares: (N, N) like weights, of B, for a table that weighs the differences of the branches by a second triangle.
     """
 
     own: Tensor
     told: Tensor
     weights: Tensor
     excess: Tensor
+    shares: Tensor | None = None
 
     @classmethod
     def of(
@@ -44,6 +48,8 @@ class X0Form:
         coeffs: Tensor,
         noise_coeffs: Tensor | None = None,
         network_timesteps: Tensor | None = None,
+        guided_steps: Sequence[int] | None = None,
+        guidance_coeffs: Tensor | None = None,
     ) -> X0Form:
         """The form of a table, the numbers that ``StepTable.build`` takes."""
         n, u = len(coeffs), timesteps
@@ -61,7 +67,12 @@ class X0Form:
         states = torch.linalg.solve_triangular(left, right, upper=False, unitriangular=True)[1:]
         alpha, sigma = schedule.alpha_sigma(_seen(u, told))
         levels = torch.cat([_levels(schedule, told[:1], 2), _levels(schedule, told[1:])])
-        return cls(_levels(schedule, u), levels, states[:, 1:] / alpha[:, None], (states[:, 0] - sigma) / alpha)
+        form = cls(_levels(schedule, u), levels, states[:, 1:] / alpha[:, None], (states[:, 0] - sigma) / alpha)
+        if guidance_coeffs is None:
+            return form
+        added = torch.cat([right.new_zeros(1, n), b[:, None] * torch.tril(guidance_coeffs) / s])
+        parts = torch.linalg.solve_triangular(left, added, upper=False, unitriangular=True)[1:]
+        return replace(form, shares=parts / alpha[:, None])
 
     def moved(self, k: float) -> X0Form:
         """The same solver for data k times as large."""
@@ -89,11 +100,17 @@ class X0Form:
         states = torch.linalg.solve_triangular(left, right, upper=False, unitriangular=True)
         steps = (states[1:] - a[:, None] * states[:-1]) / b[:, None]
         coeffs, noise = torch.tril(steps[:, 1:]), steps[:, 0]
+        shared = None
+        if self.shares is not None:  # what c leaves of the differences in the states is V's
+            parts = torch.cat([u.new_zeros(1, n), alpha[:, None] * self.shares])
+            left_over = (parts[1:] - a[:, None] * parts[:-1]) / b[:, None] + coeffs @ ((r / s)[:, None] * parts[:-1])
+            shared = torch.tril(left_over * s)
         return {
             "timesteps": u,
             "coeffs": coeffs,
             "noise_coeffs": noise if bool((noise.abs() > ZERO).any()) else None,
             "network_timesteps": told if bool(((told - u[:-1]).abs() > ZERO).any()) else None,
+            "guidance_coeffs": shared,
         }
 
 

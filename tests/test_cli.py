@@ -438,7 +438,7 @@ def test_help_is_plain_text_with_its_defaults(capsys, command):
         main([*command.split(), "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "``" not in said and ":class:" not in said
-    told = {"search": ("--steps STEPS numbers of steps, as in 5,8,10 (default: 10)", "(default: gauss_newton)",
+    told = {"search": ("--steps STEPS numbers of steps, as in 5,8,10 (default: 10, or", "(default: gauss_newton)",
                        "(default: noise+start)", "(default: out)", "(default: 0)"),
             "compare": ("(default: 20000)", "(default: 5,10)"), "show": ("(default: flow)",)}  # fmt: skip
     told = told.get(command, ())

@@ -195,7 +195,7 @@ def test_a_model_that_writes_into_a_condition_is_noticed(write, inference):
         batch.tick(model)
 
 
-@pytest.mark.parametrize("scale", [1.5, 0, (1.0, 1.0, 2.0), [1, 0.5, 1], torch.tensor([1.0, 1.0, 3.0])])
+@pytest.mark.parametrize("scale", [1.5, 0, (2.0, 1.0, 1.0), [0.5, 1, 1], torch.tensor([3.0, 1.0, 1.0])])
 def test_a_guidance_scale_needs_a_pair(scale):
     batch = Batch(2, SHAPE, max_steps=5)
     other = batch.admit(torch.zeros(SHAPE), "ab2/5")

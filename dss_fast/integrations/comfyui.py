@@ -7,15 +7,16 @@ A custom node folder needs one line in its ``__init__.py``:
 The nodes go into SamplerCustom or SamplerCustomAdvanced. A learned solver runs on its own sigmas or some of them in a
 row (SplitSigmas, KSamplerAdvanced's start and end steps); sigmas of another node stop the run with the reason, unless
 ``strict`` is off. In a KSampler choose ``dss_<solver>`` as sampler and, for a learned one, as scheduler too. JSON files
-in ComfyUI's ``models/dss_fast`` are offered by their names. Importing this module needs no ComfyUI; the nodes are made
-when it asks.
+in ComfyUI's ``models/dss_fast`` are offered by their names. A solver that calls the unconditional branch at some steps
+only reads both branches from the guider, a CFGGuider, and sets its cfg to 1 at the other steps, where ComfyUI then
+leaves that branch out. Importing this module needs no ComfyUI; the nodes are made when it asks.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,15 @@ def is_flow(model_sampling: Any) -> bool:
 
 
 def make_sampler(
-    solver: Mapping[int, Solver] | str, strict: bool = True, steps: int | None = None
+    solver: Mapping[int, Solver] | str,
+    strict: bool = True,
+    steps: int | None = None,
+    cfg: Sequence[float] | None = None,
 ) -> Callable[..., Tensor]:
     """The function that ComfyUI's KSAMPLER calls: sample_dss, with the table that the sigmas belong to.
 
     steps: of the table that is taken where a part of a run's sigmas fits several, or none.
+    cfg: of each step, instead of the guider's; at 1 the unconditional branch is left out.
     """
 
     def sample(
@@ -83,9 +88,65 @@ def make_sampler(
             fitting = [table for table in tables if place_of(table, sigmas) is not None]
             wanted = len(sigmas) - 1 if steps is None else steps
             chosen = min(fitting or tables, key=lambda table: abs(table.num_steps - wanted))
-        return sample_dss(model, x, sigmas, extra_args, callback, disable, solver=chosen, family=family, strict=strict)
+        given: dict[str, Any] = {"solver": chosen, "family": family, "strict": strict}
+        skips = isinstance(chosen, Solver) and chosen.guided_steps is not None
+        if cfg is not None or skips:
+            scale = cfg_of(model.inner_model) if cfg is None else list(cfg)
+            given |= {"branches": Branches(model, extra_args or {}), "guidance_scale": scale}
+        return sample_dss(model, x, sigmas, extra_args, callback, disable, **given)
 
     return sample
+
+
+def cfg_of(guider: Any) -> float:
+    """The scale of a CFGGuider. Raises ValueError for a guider of another kind."""
+    cfg = getattr(guider, "cfg", None)
+    if not isinstance(cfg, int | float) or not hasattr(guider, "predict_noise"):
+        raise ValueError(
+            f"{type(guider).__name__} is no CFGGuider: a solver that calls the unconditional branch at some steps "
+            "only, and a cfg for each step, need one (the KSampler's, SamplerCustom's or the node of that name)"
+        )
+    return float(cfg)
+
+
+class Branches:
+    """What a CFGGuider's two branches return, as ``sample_dss`` asks for them.
+
+    model: as a sampler gets it; its ``inner_model`` is the guider. Raises ValueError for what would change the guided
+    result and is not seen here: other guidance functions, and a mask of what is to be kept.
+    """
+
+    def __init__(self, model: Any, extra_args: Mapping[str, Any]) -> None:
+        self.model, self.guider = model, model.inner_model
+        cfg_of(self.guider)
+        options = extra_args.get("model_options") or {}
+        for name in ("sampler_cfg_function", "sampler_post_cfg_function"):
+            if options.get(name):
+                raise ValueError(
+                    f"the model is patched with a {name}, which this sampler would leave out: take the patch away, or "
+                    "use a solver that calls both branches at all steps, without a cfg for each"
+                )
+        if extra_args.get("denoise_mask") is not None:
+            raise ValueError(
+                "a noise mask needs a solver that calls both branches at all steps, without a cfg for each"
+            )
+
+    def __call__(self, x: Tensor, sigma: Tensor, both: bool, **extra_args: Any) -> Tensor:
+        seen: list[Tensor] = []
+
+        def look(arguments: Mapping[str, Any]) -> Any:
+            seen.extend((arguments["uncond_denoised"], arguments["cond_denoised"]))
+            return arguments["denoised"]
+
+        options = {**(extra_args.get("model_options") or {}), "sampler_post_cfg_function": [look]}
+        before = self.guider.cfg
+        try:
+            # At 1 ComfyUI leaves the unconditional branch out; what it does to the result at 2 is not used.
+            self.guider.cfg = 2.0 if both else 1.0
+            self.model(x, sigma, **{**extra_args, "model_options": options})
+        finally:
+            self.guider.cfg = before
+        return torch.cat(seen) if both else seen[1]
 
 
 def make_sigmas(
@@ -132,6 +193,14 @@ def make_sigmas(
     if steps < total and table.noise_coeffs is not None:
         raise ValueError(f"{table.label} weighs the initial noise and cannot start part-way; set denoise to 1")
     return sigmas[-(steps + 1) :].clone().to(torch.float32)
+
+
+def numbers(text: str) -> list[float] | None:
+    """The numbers in a text, as in ``5,5,1``; None for an empty one. Raises ValueError naming a word that is none."""
+    try:
+        return [float(word) for word in text.replace(",", " ").split()] or None
+    except ValueError:
+        raise ValueError(f"cfg={text!r}: write a number for each step, as in 5,5,5,1,1") from None
 
 
 def _followed(table: Solver, model_sampling: Any) -> Solver:
@@ -241,17 +310,19 @@ def _nodes(io: Any, samplers: Any, folder: Path) -> list[Any]:
     class DSSSampler(Node):
         @classmethod
         def define_schema(cls) -> Any:
+            scales = io.String.Input("cfg", default="", tooltip="of each step, as in 5,5,5,1,1: at 1 one branch is run")
             return io.Schema(
                 node_id="DSSSampler",
                 display_name="DSS Sampler",
                 category=CATEGORY,
-                inputs=[*cls.settings(), io.Boolean.Input("strict", default=True)],
+                inputs=[*cls.settings(), io.Boolean.Input("strict", default=True), scales],
                 outputs=[io.Sampler.Output()],
             )
 
         @classmethod
-        def execute(cls, solver: str, steps: int, file: str = "", strict: bool = True) -> Any:
-            return io.NodeOutput(samplers.KSAMPLER(make_sampler(read_solver(solver, file, folder), strict, steps)))
+        def execute(cls, solver: str, steps: int, file: str = "", strict: bool = True, cfg: str = "") -> Any:
+            made = make_sampler(read_solver(solver, file, folder), strict, steps, numbers(cfg))
+            return io.NodeOutput(samplers.KSAMPLER(made))
 
     class DSSSigmas(Node):
         @classmethod

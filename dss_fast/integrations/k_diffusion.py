@@ -25,7 +25,7 @@ from ..names import Name, find_solver, is_file
 from ..schedule import Grid, Schedule
 from ..solver import Solver
 from ..step import multistep_step
-from ..table import StepTable
+from ..table import GUIDANCE, Guidance, StepTable, guidance_table
 
 
 @torch.no_grad()
@@ -40,6 +40,8 @@ def sample_dss(
     solver: Solver | str | os.PathLike[str] = "dpmpp_2m",
     family: str | None = None,
     strict: bool = True,
+    branches: Callable[..., Tensor] | None = None,
+    guidance_scale: Guidance | None = None,
 ) -> Tensor:
     """Samples along ``sigmas`` with the coefficients of ``solver``, one network call and one fused update a step.
 
@@ -51,6 +53,10 @@ def sample_dss(
     disable: no progress bar.
     solver: as in ``sample``; a hand-made name (``"dpmpp_2m"``) is built on the sigmas given, any number.
     family: ``"flow"`` or ``"vp"`` for hand-made names; None: ``"vp"``, k-diffusion's own kind, as for Stable Diffusion.
+    branches: branches(x, sigma (B,), both, **extra_args) -> the conditional denoised (B, *S), or, where both is true,
+        the pair (2B, *S), unconditional rows first; called instead of ``model``, with the guidance done here, at
+        guidance_scale: a number, or one for each step of the solver. At steps where it is 1, and at those that the
+        solver leaves out, one branch is called. A solver that leaves some out needs both, or a guidance_scale of 1.
     strict: raise when learned coefficients meet sigmas they were not searched with. False: warn, and run them there
         when the number of steps fits.
 
@@ -62,7 +68,9 @@ def sample_dss(
     own = _own_sigmas(table)
     last = first + len(given) - 1
     grid = _grid(table.family, torch.cat([own[:first], given, own[last + 1 :]]))
-    steps = StepTable.of(replace(table, timesteps=tuple(grid.timesteps.tolist()), schedule=grid), dtype=torch.float64)
+    scale = _scale(table, branches, guidance_scale, len(x))
+    moved = replace(table, timesteps=tuple(grid.timesteps.tolist()), schedule=grid)
+    steps = StepTable.of(moved, guidance=scale, dtype=torch.float64)
     seen, stretch = sigmas, None
     if table.network_timesteps is not None:
         p, q, stretch, levels = _calls_elsewhere(table)
@@ -75,11 +83,41 @@ def sample_dss(
     rows = x.new_ones([len(x)])
     for i in _steps(last - first, disable):
         z = x if stretch is None else float(stretch[first + i]) * x
-        denoised = model(z, seen[i] * rows, **(extra_args or {}))
+        if branches is None:
+            output = model(z, seen[i] * rows, **(extra_args or {}))
+        else:
+            output = branches(z, seen[i] * rows, scale != 1 and steps.calls_both(i), **(extra_args or {}))
         if callback is not None:
+            denoised = output if len(output) == len(x) else _guided(output, steps.weights[:, i, GUIDANCE])
             callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
-        x, history = multistep_step(x, denoised, history, steps.weights, index[i])
+        x, history = multistep_step(x, output, history, steps.weights, index[i])
     return x
+
+
+def _scale(
+    table: Solver, branches: Callable[..., Tensor] | None, given: Guidance | None, rows: int
+) -> float | tuple[float, ...] | Tensor:
+    """The guidance that is done here, 1 where the model does it or there is none. Raises ValueError for a solver that
+    needs to see both branches, and does not, and for a scale without them."""
+    scale = 1.0 if given is None else guidance_table(given, rows, table.num_steps)
+    none = isinstance(scale, int | float) and scale == 1
+    if branches is None and not none:
+        raise ValueError(f"guidance_scale={given!r} needs branches, a function that returns both outputs")
+    if branches is not None and given is None:
+        raise ValueError("branches need guidance_scale, by which their outputs are put together")
+    if table.guided_steps is not None and branches is None and given is None:
+        raise ValueError(
+            f"{table.label} calls the unconditional branch at {len(table.guided_steps)} of its {table.num_steps} steps "
+            "and forecasts it at the others, which a model that returns one denoised sample cannot tell: give branches "
+            "and guidance_scale; or guidance_scale=1 for a model without guidance"
+        )
+    return scale
+
+
+def _guided(pair: Tensor, scale: Tensor) -> Tensor:
+    """m_uncond + g (m_cond - m_uncond), for a callback."""
+    uncond, cond = pair.chunk(2)
+    return uncond + scale.reshape(-1, *[1] * (cond.ndim - 1)).to(cond) * (cond - uncond)
 
 
 def _calls_elsewhere(table: Solver) -> tuple[Tensor, Tensor, Tensor, Tensor]:

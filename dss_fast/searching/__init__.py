@@ -38,8 +38,9 @@ METHOD: dict[str, Callable[[Job, Ledger, dict[str, Any] | None], Iterator[Event]
 
 def search(
     target: Target | Model | Sequence[Target],
-    num_steps: int | Sequence[int],
+    num_steps: int | Sequence[int] | None = None,
     *,
+    calls: int | None = None,
     method: str | Method = "gauss_newton",
     initial: str | Solver | None = None,
     budget: int | str | None = None,
@@ -60,6 +61,9 @@ def search(
         Targets of one schedule: a table for all of them, in which each counts by its error relative to what the table
         that the search starts from leaves there.
     num_steps: N, or several in one search.
+    calls: the most calls of the model that a sample may take with guidance, instead of two a step: the unconditional
+        branch then runs at some steps, which the search finds, and at the others the difference of the two is forecast.
+        Without num_steps the search finds N too, both branches at all steps among the candidates.
     method: ``"gauss_newton"``, or ``"lion"``, the paper's recipe (arXiv 2505.21114); or a :class:`GaussNewton` or
         :class:`Lion` with settings of its own.
     initial: the table to start from, coefficients included: a Solver, or a name that fits every N (``"ab2"``).
@@ -86,7 +90,7 @@ def search(
     """
     if out is not None:
         check_writable(out)  # before any call of the model
-    asked: dict[str, Any] = {"method": method, "initial": initial, "budget": budget, "seed": seed}
+    asked: dict[str, Any] = {"calls": calls, "method": method, "initial": initial, "budget": budget, "seed": seed}
     with joined() as own, torch.inference_mode(False), torch.enable_grad():
         job = prepare(target, num_steps, group=own if group is None else group, **asked, **description)
         config = job.config()
@@ -136,7 +140,7 @@ def begin(
     """
     draws, ledger = job.draws, Ledger(job.budget if isinstance(job.budget, int) else None)
     if job.budget is None:
-        ledger.budget = default_budget(job.settings, job.steps)
+        ledger.budget = default_budget(job.settings, job.goals)
     if checkpoint is not None and isinstance(job.budget, str):
         ledger.budget = checkpoint["budget"]  # what the time came to when it began
     before = [Weights(target) for target in draws.targets]

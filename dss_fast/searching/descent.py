@@ -20,9 +20,10 @@ from ..distance import criterion
 from ..solver import Solver
 from .best import Best, better
 from .budget import Ledger
+from .calls import forecast, worth
 from .gauss_newton import ROBUST, Charge, Quadratic, robust
 from .job import Job
-from .plan import GROWTH, LEAST, RACE, Sizes, racers_of, start_cost
+from .plan import GROWTH, LEAST, RACE, TRIED, Sizes, racers_of, start_cost
 from .prior import curvature
 from .result import Event
 from .rounds import ANNEAL, Candidate, Look, Rounds, Trial, enough
@@ -210,19 +211,21 @@ class Point:
 @dataclass
 class Descent:
     """The state of a search. starts: the table that each N began from. racers: the points of each N, one after the
-    race; Ns that have none yet are still to come."""
+    race; Ns that have none yet are still to come. chosen: the N that goes on, where Ns are candidates."""
 
     job: Job
     ledger: Ledger
     sizes: Sizes
     starts: dict[int, Solver] = field(default_factory=dict)
     racers: dict[int, list[Point]] = field(default_factory=dict)
+    chosen: int | None = None
 
     def save(self) -> dict[str, Any]:
         """As nested data for a checkpoint."""
         racers = {n: [_saved(point) for point in points] for n, points in self.racers.items()}
         sizes, rows = list(astuple(self.sizes)), self.job.room.rows
-        return {"sizes": sizes, "rows": rows, "starts": dict(self.starts), "racers": racers}
+        saved = {"sizes": sizes, "rows": rows, "starts": dict(self.starts), "racers": racers}
+        return saved if self.chosen is None else {**saved, "chosen": self.chosen}
 
     @classmethod
     def load(cls, job: Job, ledger: Ledger, saved: dict[str, Any]) -> Descent:
@@ -231,7 +234,7 @@ class Descent:
         racers = {n: [_loaded(point, spaces[n]) for point in points] for n, points in saved["racers"].items()}
         if rows := [rows for rows in (saved.get("rows"), job.room.rows) if rows is not None]:
             job.room.rows = min(rows)  # the parts that it ran in before, so that every sum is the same
-        return cls(job, ledger, Sizes(*saved["sizes"]), dict(saved["starts"]), racers)
+        return cls(job, ledger, Sizes(*saved["sizes"]), dict(saved["starts"]), racers, saved.get("chosen"))
 
     def tables(self, n: int) -> tuple[list[Solver], int]:
         """What the search for N steps may start from, the table given or all there are, and the budget to choose."""
@@ -244,13 +247,54 @@ class Descent:
         space = self.job.settings.space_of(self.job.draws.schedule, n)
         return [table for table in candidates(self.job.draws.schedule, n, done) if space.holds(table)], int(limit)
 
+    def split(self, n: int, ranked: Sequence[Start], train: Teacher) -> list[Start]:
+        """The starts with both branches at as many steps as the calls allow: of the first spacing the two best choices,
+        of the second the best of them."""
+        guided = n if self.job.guided is None else self.job.guided[n]
+        if guided == n or ranked[0].solver.guided_steps is not None:
+            return list(ranked)
+        several = racers_of(self.sizes.samples) > 1
+        first, *others = of_different_spacings(ranked)
+        best = worth(first.solver, self.ledger, train, self.job.draws.seed).best(guided, 1 + several)
+        found = [replace(first, solver=table) for table in best]
+        steps = best[0].guided_steps
+        assert steps is not None
+        for start in others[: 1 if several else 0]:
+            rows = tuple(map(tuple, forecast(start.solver, steps).tolist()))
+            found.append(replace(start, solver=replace(start.solver, guided_steps=steps, guidance_coeffs=rows)))
+        return found
+
+    def over(self, n: int) -> bool:
+        """Whether nothing is left to do for N steps, or, for one of several candidates, nothing before the choice."""
+        points = self.racers[n]
+        waits = self.job.chooses and self.chosen is None and len(points) == 1
+        return all(point.finished or (waits and point.round >= TRIED) for point in points)
+
+    def choose(self, rounds: Rounds) -> None:
+        """Of the candidates the one that errs least on all samples goes on, the others end.
+
+        Few of them have been fitted to yet; those held out are too few: eleven chose a table of 1.23 times the error.
+        """
+        errors = {}
+        for n, (point,) in self.racers.items():
+            theta = point.candidate.theta if point.theta is None else point.theta
+            at, sets = replace(point.candidate, theta=theta), (rounds.train, rounds.held_out)
+            errors[n] = torch.cat([rounds.look(at, seen).errors for seen in sets if len(seen)])
+        scale = ROBUST * min(float(values.median()) for values in errors.values())
+        self.chosen = min(errors, key=lambda n: robust(errors[n], scale))
+        for n, points in self.racers.items():
+            if n != self.chosen:
+                self.racers[n] = [point.ended() for point in points]
+
     def start(self, n: int, ranked: Sequence[Start]) -> None:
         """The points that the search for N steps begins with, at the best tables on different spacings."""
         steps = self.job.steps
-        starts = of_different_spacings(ranked)[: racers_of(self.sizes.samples)]
+        starts = of_different_spacings(ranked)[: racers_of(self.sizes.samples, self.job.chooses)]
         space = self.job.settings.space_of(self.job.draws.schedule, n)
-        share = self._left() * n / sum(steps[steps.index(n) :])
-        self.racers[n] = [self._point(space, start, share) for start in starts]
+        share = self._left() if self.job.chooses else self._left() * n / sum(steps[steps.index(n) :])
+        self.racers[n] = [
+            self._point(replace(space, guided_steps=start.solver.guided_steps), start, share) for start in starts
+        ]
         self.starts[n] = starts[0].solver
 
     def _point(self, space: Space, start: Start, share: float) -> Point:
@@ -270,12 +314,15 @@ class Descent:
         assert self.ledger.budget is not None
         points = [point for racers in self.racers.values() for point in racers]
         found = {n: racers[0].solver() for n, racers in self.racers.items()}
+        if self.job.chooses:  # one of the candidates is the result
+            shown = [n for n, solver in found.items() if solver is not None] if self.chosen is None else [self.chosen]
+            found = {n: found[n] for n in shown[:1]}
         return Event(
             stage,
             done=self.ledger.evaluations,
             total=self.ledger.budget,
             solvers={n: solver for n, solver in found.items() if solver is not None},
-            starts=dict(self.starts),
+            starts={n: start for n, start in self.starts.items() if n in found or not self.job.chooses},
             state=self.save() if resumable else None,
             complete=len(self.racers) == len(self.job.steps) and all(point.finished for point in points),
             samples=self.sizes.samples,
@@ -285,9 +332,7 @@ class Descent:
 
 def descend(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> Iterator[Event]:
     """The events of a search by Gauss-Newton. saved: the state of one to go on with."""
-    (descent, rounds), settings = begun(job, ledger, saved), job.settings
-    assert isinstance(settings, GaussNewton)
-    told: dict[str, Any]
+    descent, rounds = begun(job, ledger, saved)
     if saved is None:
         yield descent.event("teacher", resumable=False)
     for teacher in (rounds.held_out, rounds.fresh, rounds.train):
@@ -300,44 +345,58 @@ def descend(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> It
         if n not in descent.racers:
             tables, limit = descent.tables(n)
             starts = ranked(job.draws, ledger, rounds.train, tables, limit)
-            descent.start(n, starts)
+            descent.start(n, descent.split(n, starts, rounds.train))
             if job.initial is None:
                 choice = None if starts[0].choice is None else str(starts[0].choice)
                 yield descent.event("start", num_steps=n, start=descent.starts[n].name, choice=choice)
-        while not all(point.finished for point in descent.racers[n]):
-            points = descent.racers[n]
-            racing, before = len(points) > 1, ledger.evaluations
-            k = next(k for k, point in enumerate(points) if not (point.raced if racing else point.finished))
-            point, told, look = points[k], {}, False
-            if point.theta is None and point.best is None and _affords_look(point, rounds):
-                seen = rounds.look(point.candidate, rounds.held_out)
-                point, told["held_out"] = point.looked(point.candidate.theta, seen, settings), {n: seen.rmse}
-            batches = _planned(point, rounds, descent.sizes.rounds)
-            trial = rounds.attempt(point.candidate, point.round, batches) if batches else None
-            if not batches:
-                point, look = point.ended(), point.theta is not None
-            elif trial is not None and point.improves(trial):
-                point = point.accepted(trial, rounds.differentiate(trial), settings)
-                point = point if sum(rounds.held_out.sizes) else point.unchosen()
-                told |= point.tells(trial)
-                look = point.round > len(ANNEAL)
-            elif trial is None and point.theta is None:
-                raise FloatingPointError(f"the model returned NaN or Inf along a rollout of {descent.starts[n].label}")
-            else:
-                point = point.rejected()
-                told |= {"accepted": False, "damping": point.damping}
-            if look and _affords_look(point, rounds):
-                seen = rounds.look(point.at, rounds.held_out)
-                point, told["held_out"] = point.looked(point.at.theta, seen, settings), {n: seen.rmse}
-            if point.finished and len(rounds.fresh):
-                start = replace(point.candidate, theta=point.candidate.space.theta(point.start))
-                found = replace(point.candidate, theta=point.best.theta) if point.best else start
-                seen, before_it = rounds.look(found, rounds.fresh), rounds.look(start, rounds.fresh)
-                point = point.compared(start, seen.errors, before_it.errors)
-            points[k] = replace(point, spent=point.spent + ledger.evaluations - before)
-            if racing and all(point.raced for point in points):
-                descent.racers[n] = [_winner(points)]
-            yield descent.event("gauss-newton", num_steps=n, **told)
+        yield from _searched(descent, rounds, n)
+    if job.chooses:
+        if descent.chosen is None:
+            descent.choose(rounds)
+            yield descent.event("choice", num_steps=descent.chosen)
+        assert descent.chosen is not None
+        yield from _searched(descent, rounds, descent.chosen)
+
+
+def _searched(descent: Descent, rounds: Rounds, n: int) -> Iterator[Event]:
+    """The events of the search for N steps, to its end or to the choice among candidates."""
+    ledger, settings = descent.ledger, descent.job.settings
+    assert isinstance(settings, GaussNewton)
+    told: dict[str, Any]
+    while not descent.over(n):
+        points = descent.racers[n]
+        racing, before = len(points) > 1, ledger.evaluations
+        k = next(k for k, point in enumerate(points) if not (point.raced if racing else point.finished))
+        point, told, look = points[k], {}, False
+        if point.theta is None and point.best is None and _affords_look(point, rounds):
+            seen = rounds.look(point.candidate, rounds.held_out)
+            point, told["held_out"] = point.looked(point.candidate.theta, seen, settings), {n: seen.rmse}
+        batches = _planned(point, rounds, descent.sizes.rounds)
+        trial = rounds.attempt(point.candidate, point.round, batches) if batches else None
+        if not batches:
+            point, look = point.ended(), point.theta is not None
+        elif trial is not None and point.improves(trial):
+            point = point.accepted(trial, rounds.differentiate(trial), settings)
+            point = point if sum(rounds.held_out.sizes) else point.unchosen()
+            told |= point.tells(trial)
+            look = point.round > len(ANNEAL)
+        elif trial is None and point.theta is None:
+            raise FloatingPointError(f"the model returned NaN or Inf along a rollout of {descent.starts[n].label}")
+        else:
+            point = point.rejected()
+            told |= {"accepted": False, "damping": point.damping}
+        if look and _affords_look(point, rounds):
+            seen = rounds.look(point.at, rounds.held_out)
+            point, told["held_out"] = point.looked(point.at.theta, seen, settings), {n: seen.rmse}
+        if point.finished and len(rounds.fresh):
+            start = replace(point.candidate, theta=point.candidate.space.theta(point.start))
+            found = replace(point.candidate, theta=point.best.theta) if point.best else start
+            seen, before_it = rounds.look(found, rounds.fresh), rounds.look(start, rounds.fresh)
+            point = point.compared(start, seen.errors, before_it.errors)
+        points[k] = replace(point, spent=point.spent + ledger.evaluations - before)
+        if racing and all(point.raced for point in points):
+            descent.racers[n] = [_winner(points)]
+        yield descent.event("gauss-newton", num_steps=n, **told)
 
 
 def begun(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> tuple[Descent, Rounds]:
@@ -412,6 +471,7 @@ def _saved(point: Point) -> dict[str, Any]:
     return {
         **{f.name: getattr(point, f.name) for f in fields(point) if f.name not in parts},
         "candidate": point.candidate.theta,
+        "guided_steps": point.candidate.space.guided_steps,
         "units": list(point.candidate.units),
         "known": None if known is None else {**vars(known.loss), "values": known.values, "scale": known.scale},
         "best": None if best is None else vars(best),
@@ -423,6 +483,8 @@ def _saved(point: Point) -> dict[str, Any]:
 def _loaded(saved: dict[str, Any], space: Space) -> Point:
     """What :func:`_saved` returned."""
     plain = dict(saved)
+    steps = plain.pop("guided_steps", None)
+    space = replace(space, guided_steps=None if steps is None else tuple(steps))
     candidate = Candidate(space, plain.pop("candidate"), tuple(plain.pop("units")))
     known, best, charged = (plain.pop(key) for key in ("known", "best", "charged"))
     if known is not None:

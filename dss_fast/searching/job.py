@@ -6,7 +6,7 @@ import datetime
 import json
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,7 @@ from ..solver import Solver
 from ..target import Model, Target
 from ..version import __version__
 from .budget import Cost, evaluations_in
+from .calls import splits
 from .processes import from_first
 from .room import Room, host_room
 from .settings import GaussNewton, Lion, Method, described, settings_of
@@ -30,7 +31,9 @@ class Job:
 
     draws: the samples of its targets, which every process draws alike. steps: the Ns. initial: the table to start from
     at each N; None where the search looks for the best one. budget: evaluations, a time, or None for the method's own.
-    room: memory for it.
+    calls: of the model a sample may take, with guidance; None: two a step. guided: N -> how many steps call both
+    branches then. chooses: whether the steps are candidates, of which the best is searched to the end. room: memory for
+    it.
     """
 
     draws: Draws
@@ -38,7 +41,15 @@ class Job:
     steps: tuple[int, ...]
     initial: dict[int, Solver] | None = None
     budget: int | str | None = None
+    calls: int | None = None
+    guided: dict[int, int] | None = None
+    chooses: bool = False
     room: Room = field(default_factory=Room)
+
+    @property
+    def goals(self) -> tuple[int, ...]:
+        """The Ns that are searched to the end; of candidates the largest stands for the one to be chosen."""
+        return (max(self.steps),) if self.chooses else self.steps
 
     def functions(self, target: Target) -> dict[str, Callable[[Tensor], Tensor]]:
         """The functions of samples that a search is for, by what they are."""
@@ -82,6 +93,7 @@ class Job:
             "versions": {"dss_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             **({"request": dict(request)} if request else {}),
+            **({"calls": self.calls} if self.calls is not None else {}),
         }
         return cast(dict[str, Any], json.loads(json.dumps(config, allow_nan=False)))
 
@@ -91,7 +103,8 @@ class Job:
         given = {f.name: getattr(self.settings, f.name) for f in fields(kind)}
         changed = [f"{f.name}={given[f.name]!r}" for f in fields(kind) if given[f.name] != f.default]
         steps = self.steps[0] if len(self.steps) == 1 else list(self.steps)
-        arguments = ["[target, *others]" if several else "target", repr(steps)]
+        arguments = ["[target, *others]" if several else "target", *([] if self.chooses else [repr(steps)])]
+        arguments += [f"calls={self.calls}"] if self.calls is not None else []
         named = ""
         if changed or kind is Lion:
             named = f"{kind.__name__}, "
@@ -107,8 +120,9 @@ class Job:
 
 def prepare(
     target: Target | Model | Sequence[Target],
-    num_steps: int | Sequence[int],
+    num_steps: int | Sequence[int] | None,
     *,
+    calls: int | None = None,
     method: str | Method = "gauss_newton",
     initial: str | Solver | None = None,
     budget: int | str | None = None,
@@ -117,7 +131,10 @@ def prepare(
     **description: Any,
 ) -> Job:
     """The arguments of ``search`` as a Job. Raises ValueError naming what does not fit."""
-    steps = _steps(num_steps)
+    guided = None if calls is None else splits(_calls(calls), None if num_steps is None else _steps(num_steps))
+    if num_steps is None and guided is None:
+        raise ValueError("give num_steps, as in search(target, 10), or calls, as in search(target, calls=11)")
+    steps = _steps(num_steps if num_steps is not None else tuple(guided or ()))
     settings = settings_of(method)
     if isinstance(budget, str):
         evaluations_in(budget, Cost(1.0, 0))  # what is no duration is refused before any work
@@ -131,23 +148,42 @@ def prepare(
             raise ValueError("select='features' needs features, samples -> (B, F), of each target: give all of them")
     elif len(targets) > 1:
         raise ValueError(f"method={settings.name!r} takes one target, not {len(targets)}; use 'gauss_newton'")
+    if guided is not None:
+        for one in targets:
+            if not one.guided:
+                raise ValueError(f"calls={calls!r}: {one.name} has no guidance, so its calls are its steps: num_steps")
+        if not isinstance(settings, GaussNewton):
+            raise ValueError(f"calls={calls!r}: method={settings.name!r} calls both branches at all steps")
     if isinstance(seed, torch.Generator):
         seed = int(torch.randint(2**62, (1,), generator=seed, device=seed.device))
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed={seed!r}: give a whole number or a torch.Generator")
     draws = Draws.of(targets, seed, group)
-    given = None if initial is None else {n: _initial(initial, settings.space_of(draws.schedule, n)) for n in steps}
-    return Job(draws, settings, steps, given, budget, Room(host=from_first(host_room)))
+    given = None
+    if initial is not None:
+        fewer = guided or {}
+        given = {n: _initial(initial, settings.space_of(draws.schedule, n), fewer.get(n)) for n in steps}
+    room = Room(host=from_first(host_room))
+    return Job(draws, settings, steps, given, budget, calls, guided, num_steps is None, room)
 
 
-def _initial(initial: str | Solver, space: Space) -> Solver:
-    """The table to start from. Raises ValueError naming one that a search in this space cannot hold."""
+def _initial(initial: str | Solver, space: Space, guided: int | None) -> Solver:
+    """The table to start from. guided: how many steps call both branches, None for all. Raises ValueError naming one
+    that a search in this space cannot hold."""
     solver = find_solver(initial, space.schedule, space.num_steps)
+    if guided is not None and solver.guided_steps is not None and len(solver.guided_steps) == guided:
+        space = replace(space, guided_steps=solver.guided_steps)
     if solver.num_steps != space.num_steps:
         raise ValueError(f"initial: {solver.label} has {solver.num_steps} steps; the search is for {space.num_steps}")
     solver = solver.following(space.schedule)
     space.theta(solver)
     return solver
+
+
+def _calls(calls: int) -> int:
+    if isinstance(calls, bool) or not isinstance(calls, int) or calls < 2:
+        raise ValueError(f"calls={calls!r}: give a whole number from 2, of calls a sample may take")
+    return calls
 
 
 def _steps(num_steps: int | Sequence[int]) -> tuple[int, ...]:

@@ -133,7 +133,8 @@ class Recipe:
             for part in self.room.over(slice(0, len(batch))):
                 with part as rows:
                     some = batch.rows(rows)
-                    states = Rollout(some.denoiser(None), some.noise, *candidate.table(some), wrt=()).states
+                    table = candidate.table(some)
+                    states = Rollout(some.denoiser(None), some.noise, table.weights, table.times, wrt=()).states
                     parts.append(squares(states[:, -1], sent(end[rows], states.device)))
             errors.append(torch.cat(parts))
         self.ledger.spend_once("held-out teacher", sum(self.held_out) * self.calls)

@@ -13,6 +13,7 @@ from ..denoiser import frozen, modules_of
 from ..target import Model, Target
 from ..unroll.kept import budget_bytes, free_bytes
 from .budget import Cost, default_budget, gigabytes
+from .calls import SKETCHED, cost_of_worth
 from .job import Job, prepare
 from .probe import probe
 from .room import MEMORY, PART, REMEDIES, WHOLE, Room, usable
@@ -27,6 +28,7 @@ LEAST = 12  # samples of a round, of a set that has so many
 BATCHES = 8  # of each target's samples at least, of LEAST or more: a round of few samples must be one of few calls
 FEW = 40  # samples of which none are held out: eight of them choose worse than the loss does
 RACE = 3  # rounds after which the best of several starts goes on
+TRIED = 4  # rounds after which the best of several Ns goes on, where the calls are given and not the steps
 RACERS = 3  # tables of different spacings at most to start from, of FEW samples or more
 SLACK = 1.25  # of the rounds' cost, for those that are rejected
 START_SHARE = 0.1  # of the budget, to find where to start; of a small one so many rollouts, half at most
@@ -55,7 +57,7 @@ class Sizes:
     @classmethod
     def of(cls, job: Job, budget: int) -> Sizes:
         """The largest sets whose teacher, rounds and looks fit the budget; what the settings name is as they say."""
-        settings, steps, world = job.settings, job.steps, job.draws.world
+        settings, steps, world = job.settings, job.goals, job.draws.world
         assert isinstance(settings, GaussNewton)
 
         def held_out(samples: int) -> int:
@@ -74,9 +76,15 @@ class Sizes:
 
         def cost(samples: int) -> int:
             planned = min(len(GROWTH), settings.rounds, ROUNDS + samples // MORE)
-            shares = GROWTH[:planned] + (racers_of(samples) - 1) * GROWTH[:RACE]
+            racers = racers_of(samples, job.chooses)
+            shares = GROWTH[:planned] + (racers - 1) * GROWTH[:RACE]
             rounds = SLACK * sum(max(share, min(1.0, LEAST / samples)) for share in shares)
             each = calls(samples) + sum(steps) * (1 + 4 * rounds)
+            if job.chooses:  # the Ns that are not chosen take part in the first rounds
+                others = GROWTH[:TRIED] + (racers - 1) * GROWTH[:RACE]
+                each += (sum(job.steps) - sum(steps)) * 4 * SLACK * sum(others) + sum(job.steps)
+            if job.guided is not None:
+                each += cost_of_worth(sum(job.steps), min(samples, SKETCHED)) / samples
             if job.follows:  # inner states that are not kept are made again, for the trial and for the way back
                 kept = world * job.room.host / (2 * calls(samples) * state_bytes(job) * samples)
                 each += calls(samples) * max(0.0, 1 - kept) * 2 * rounds * len(steps)
@@ -113,9 +121,9 @@ def start_cost(job: Job, budget: int, rounds: int) -> int:
     return int(max(START_SHARE * budget, min(rollouts, budget / 2)))
 
 
-def racers_of(samples: int) -> int:
-    """From how many tables at most a search with so many samples starts."""
-    return RACERS if samples >= FEW else 1
+def racers_of(samples: int, chooses: bool = False) -> int:
+    """From how many tables at most a search with so many samples starts; each N where it chooses among several."""
+    return (RACERS - chooses) if samples >= FEW else 1
 
 
 @dataclass(frozen=True)
@@ -161,7 +169,7 @@ def batch_of(job: Job, budget: int | None) -> tuple[int, int]:
     settings, world = job.settings, job.draws.world
     if not isinstance(settings, GaussNewton):
         return -(-settings.batch_size // world), settings.teacher_steps // 2
-    budget = default_budget(settings, job.steps) if budget is None else budget
+    budget = default_budget(settings, job.goals) if budget is None else budget
     assert budget is not None
     sizes = Sizes.of(job, budget)
     return -(-max(sizes.batches(job)) // world), sizes.calls
@@ -228,6 +236,7 @@ class Plan:
 
     num_steps: the Ns. evaluations: model evaluations at most, None without a limit. samples: of the training set, None
     where the method has no plan. cost: of an evaluation, measured. batch_size: samples whose graphs are alive at once.
+    calls: of the model a sample may take, with guidance, where they were given.
     """
 
     num_steps: tuple[int, ...]
@@ -236,6 +245,7 @@ class Plan:
     cost: Cost
     batch_size: int
     memory: Memory
+    calls: int | None = None
 
     @property
     def minutes(self) -> float:
@@ -244,7 +254,9 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [
-            f"N = {', '.join(map(str, self.num_steps))}: {1000 * self.cost.seconds:.3g} ms a model evaluation, "
+            f"N = {', '.join(map(str, self.num_steps))}"
+            + (f" in {self.calls} calls a sample" if self.calls is not None else "")
+            + f": {1000 * self.cost.seconds:.3g} ms a model evaluation, "
             f"{gigabytes(self.cost.saved * self.batch_size)} for a backward of {self.batch_size} samples"
             + (" that computes its activations again, " if self.cost.recomputed else ", ")
             + f"{gigabytes(self.memory.total)} in all beside the model ({self.memory})"
@@ -264,14 +276,15 @@ class Plan:
 
 def plan(
     target: Target | Model | Sequence[Target],
-    num_steps: int | Sequence[int],
+    num_steps: int | Sequence[int] | None = None,
     *,
+    calls: int | None = None,
     method: str | Method = "gauss_newton",
     budget: int | None = None,
 ) -> Plan:
     """What ``search`` with the same arguments will take. Costs 8 model evaluations for each target, more where one
     whose graph is too large is looked at with its activations computed again."""
-    job = prepare(target, num_steps, method=method, budget=budget)
+    job = prepare(target, num_steps, calls=calls, method=method, budget=budget)
     with frozen([one.model for one in job.draws.targets]):
         cost = probe(job.draws, True, *limits(job, budget))
     return planned(with_room(job, budget, cost), budget, cost)
@@ -279,7 +292,7 @@ def plan(
 
 def planned(job: Job, budget: int | None, cost: Cost) -> Plan:
     """The plan of a search whose model was measured, and that has its room."""
-    budget = default_budget(job.settings, job.steps) if budget is None else budget
+    budget = default_budget(job.settings, job.goals) if budget is None else budget
     sizes = Sizes.of(job, budget) if isinstance(job.settings, GaussNewton) and budget is not None else None
     samples, size = job.settings.samples, job.settings.batch_size
     if sizes is not None:
@@ -292,7 +305,7 @@ def planned(job: Job, budget: int | None, cost: Cost) -> Plan:
             f"the search takes {gigabytes(host)} of the host, where {gigabytes(free)} are free ({memory}): give fewer "
             "samples or a smaller budget where the teacher is the most, fewer steps where the algebra is"
         )
-    return Plan(job.steps, budget, samples, cost, size, memory)
+    return Plan(job.steps, budget, samples, cost, size, memory, job.calls)
 
 
 def expected(evaluations: float) -> float | None:

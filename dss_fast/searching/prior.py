@@ -38,8 +38,8 @@ def directions(space: Space, theta: Tensor) -> Tensor:
     def phi(theta: Tensor) -> Tensor:
         return coordinates(X0Form.of(space.schedule, **space.numbers(theta)))
 
-    raws, triangle, noise, times = theta.split(space.sizes())
-    beside = torch.cat([raws, triangle, noise, times.clamp_min(LEAST)])
+    raws, triangle, noise, shares, times = theta.split(space.sizes())
+    beside = torch.cat([raws, triangle, noise, shares, times.clamp_min(LEAST)])
     found: Tensor = torch.autograd.functional.jacobian(phi, beside)
     return found
 

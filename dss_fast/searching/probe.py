@@ -111,7 +111,7 @@ def _looked(draws: Draws, differentiated: bool, most: float = math.inf) -> tuple
         leaves = [x.clone().requires_grad_(), t.clone().requires_grad_()]
         watched = FirstCall(1, 0, draws.target.model, leaves, most)
         with torch.enable_grad(), watched.watching(x):
-            output = denoise(*(leaf.clone() for leaf in leaves))
+            output = denoise(leaves[0].clone(), leaves[1].clone())
         if not output.requires_grad:
             raise ValueError(NO_GRAPH)
         watched.settle(output)

@@ -45,10 +45,9 @@ class Candidate:
         """What the squares of a batch are counted in: its target's."""
         return self.units[batch % len(self.units)]
 
-    def table(self, batch: Samples) -> tuple[Tensor, Tensor]:
-        """Weights and times for a batch."""
-        table: StepTable = self.space.table(self.theta, batch.guidance).to(batch.noise.device, batch.noise.dtype)
-        return table.weights, table.times
+    def table(self, batch: Samples) -> StepTable:
+        """The table for a batch."""
+        return self.space.table(self.theta, batch.guidance).to(batch.noise.device, batch.noise.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,13 +231,14 @@ class Rounds:
 
         Of several processes none may leave alone, so that what diverges is noticed when their numbers are gathered.
         """
-        (weights, times), room = candidate.table(batch), self.job.room
+        table, room = candidate.table(batch), self.job.room
         graphs = budget_bytes(room.graphs, batch.noise.device)
         return {
             "model": batch.denoiser(None if self.job.draws.world == 1 else False),
             "x": batch.noise,
-            "weights": weights,
-            "times": times,
+            "weights": table.weights,
+            "times": table.times,
+            "both": table.both,
             "memory_budget": graphs // alive if graphs is not None and alive else None,
             "wrt": ("weights", "times") if alive else (),
         }

@@ -174,6 +174,12 @@ class RunFolder:
         warnings.warn(f"{path}: {EDITED}", stacklevel=5)
         return True
 
+    def drop_candidates(self, solvers: Mapping[int, Solver]) -> None:
+        """Takes away the files that this search wrote for numbers of steps it has not chosen in the end."""
+        for n in self._config["num_steps"]:
+            if n not in solvers and "calls" in self._config:
+                (self.path / f"solver-{n}.json").unlink(missing_ok=True)
+
     def mend_solvers(self, solvers: Mapping[int, Solver]) -> None:
         """Writes the solver files of a finished search that are missing or damaged; one that was edited stays."""
         for n, solver in solvers.items():
@@ -355,6 +361,8 @@ class _Kept:
             event = replace(event, solvers=solvers) if finished else event
             self.folder.save(event, number, self.ledger, finished, solvers)
         self.folder.save_solvers(solvers)
+        if finished:
+            self.folder.drop_candidates(solvers)
         self._at = time.monotonic()
 
     def where(self) -> str:

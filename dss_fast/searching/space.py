@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,8 @@ class Space:
         raws     N           timedeltas = softmax(raws)
         triangle N(N-1)/2    strict lower triangle, row by row             c_ii = 1 - the rest of its row
         noise    N           weights on the initial noise
+        shares   row by row  weights on the differences of the steps that call both branches, all of a row but its last,
+                             which is one less the rest; where ``guided_steps`` says which steps do
         times    1 or N      u at which the network is first called, or each time, less the timestep
 
     kind: a key of ``SPACES``: ``"plain"`` is the paper's. short_tail: the last two rows weigh the two newest
@@ -51,6 +53,7 @@ class Space:
     schedule: Schedule
     num_steps: int
     short_tail: bool = False
+    guided_steps: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in SPACES:
@@ -60,19 +63,28 @@ class Space:
         """How many numbers each part of theta has."""
         n, free = self.num_steps, SPACES[self.kind]
         times = n if "times" in free else int("start" in free)
-        return [n, len(self._places()[0]), n * ("noise" in free), times]
+        shares = 0 if self.guided_steps is None else len(free_places(n, self.guided_steps)[0])
+        return [n, len(self._places()[0]), n * ("noise" in free), shares, times]
 
     def theta(self, solver: Solver) -> Tensor:
         """The numbers behind a solver's table. Raises ValueError for a table that holds what the space has not."""
         table, n = solver.tensors(), self.num_steps
-        _, _, noise, times = self.sizes()
+        _, _, noise, _, times = self.sizes()
+        if solver.guided_steps != self.guided_steps:
+            raise ValueError(
+                f"{solver.label} calls the unconditional branch at steps {solver.guided_steps}, this search at "
+                f"{self.guided_steps}, where None means all of them; give calls={solver.guided_calls}"
+            )
         zero = torch.zeros(n, dtype=torch.float64)
         timesteps, coeffs = table["timesteps"], table["coeffs"]
         assert timesteps is not None and coeffs is not None
         own = timesteps[:-1]
         called = own if table["network_timesteps"] is None else table["network_timesteps"]
+        steps, shares = self.guided_steps, table["guidance_coeffs"]
         if times:
-            coeffs = torch.cat([coeffs[:, :1] / self._gain(called), coeffs[:, 1:]], 1)
+            gain = self._gain(called)
+            coeffs = torch.cat([coeffs[:, :1] / gain, coeffs[:, 1:]], 1)
+            shares = None if shares is None else torch.cat([shares[:, :1] / gain, shares[:, 1:]], 1)
         held = torch.tril(coeffs, -1).index_put(self._places(), zero[:1])
         for missing, word, remedy in (
             (solver.noise_coeffs is not None and not noise, "weights on the noise", "space='noise+times'"),
@@ -83,11 +95,16 @@ class Space:
                 raise ValueError(f"{solver.label} has {word}, which this search does not move; set {remedy}")
         if bool(((coeffs.sum(1) - 1).abs() > ROWS).any()):
             raise ValueError(f"{solver.label} has rows that do not sum to 1, which no search moves; start from another")
+        if shares is not None and bool(((shares.sum(1) - 1).abs() > ROWS).any()):
+            raise ValueError(
+                f"{solver.label} weighs differences by rows that do not sum to 1, as moved tables do; start elsewhere"
+            )
         weights = zero if table["noise_coeffs"] is None else table["noise_coeffs"]
         parts = [
             (timesteps.diff() * n).log(),
             coeffs[self._places()],
             weights if noise else zero[:0],
+            zero[:0] if steps is None or shares is None else shares[free_places(n, steps)],
             (called - own)[:times],
         ]
         return torch.cat(parts)
@@ -101,20 +118,26 @@ class Space:
         return True
 
     def numbers(self, theta: Tensor) -> dict[str, Any]:
-        """timesteps, coeffs, noise_coeffs, network_timesteps: what ``StepTable.build`` takes, differentiable."""
+        """timesteps, coeffs, noise_coeffs, network_timesteps, guided_steps, guidance_coeffs: what ``StepTable.build``
+        takes, differentiable."""
         n = self.num_steps
-        raws, triangle, noise, times = theta.split(self.sizes())
+        raws, triangle, noise, shares, times = theta.split(self.sizes())
         u = _timesteps(raws)
         rows = theta.new_zeros(n, n).index_put(self._places(), triangle)
         coeffs = rows + torch.diag(1 - rows.sum(1))
         called = _called(u[:-1], times) if len(times) else None
+        shared = None if self.guided_steps is None else self._shared(shares, self.guided_steps)
         if called is not None:
-            coeffs = torch.cat([coeffs[:, :1] * self._gain(called), coeffs[:, 1:]], 1)
+            gain = self._gain(called)
+            coeffs = torch.cat([coeffs[:, :1] * gain, coeffs[:, 1:]], 1)
+            shared = None if shared is None else torch.cat([shared[:, :1] * gain, shared[:, 1:]], 1)
         return {
             "timesteps": u,
             "coeffs": coeffs,
             "noise_coeffs": noise if len(noise) else None,
             "network_timesteps": called,
+            "guided_steps": self.guided_steps,
+            "guidance_coeffs": shared,
         }
 
     def noise(self, theta: Tensor) -> Tensor:
@@ -122,13 +145,14 @@ class Space:
         parts: tuple[Tensor, ...] = theta.split(self.sizes())
         return parts[2]
 
-    def table(self, theta: Tensor, guidance: Guidance = 1.0) -> StepTable:
-        """The table that steps read, float64, differentiable."""
+    def table(self, theta: Tensor, guidance: Guidance | None = 1.0) -> StepTable:
+        """The table that steps read, float64, differentiable; None: with a scale to be filled in."""
         return StepTable.build(self.schedule, **self.numbers(theta), guidance=guidance)
 
     def solver(self, theta: Tensor) -> Solver:
         """The table as a Solver."""
-        numbers: dict[str, Any] = {k: v if v is None else v.tolist() for k, v in self.numbers(theta).items()}
+        found = self.numbers(theta).items()
+        numbers: dict[str, Any] = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in found}
         return Solver(schedule=self.schedule, free_rows=True, **numbers)
 
     def targets(self, theta: Tensor) -> Tensor:
@@ -173,19 +197,27 @@ class Space:
         return pulled
 
     def _flat(self, theta: Tensor) -> Tensor:
-        table = self.table(theta)
+        table = self.table(theta, None)
         return torch.cat([table.weights.flatten(), table.times, self.targets(theta)])
 
     def move(self, theta: Tensor, step: Tensor) -> Tensor:
         """theta + step, the step shortened to what is trusted, times kept in [0, 1]."""
-        raws, _, _, times = step.split(self.sizes())
+        raws, _, _, _, times = step.split(self.sizes())
         longest = max(1.0, float(raws.abs().max()) / MAX_LOG_INCREMENT)
         longest = max(longest, float(times.abs().max()) / MAX_TIME) if len(times) else longest
-        raws, triangle, noise, times = (theta + step / longest).split(self.sizes())
+        raws, triangle, noise, shares, times = (theta + step / longest).split(self.sizes())
         if len(times):
             own = _timesteps(raws)[: len(times)]
             times = (own + times).clamp(0, 1) - own
-        return torch.cat([raws, triangle, noise, times])
+        return torch.cat([raws, triangle, noise, shares, times])
+
+    def _shared(self, shares: Tensor, steps: tuple[int, ...]) -> Tensor:
+        """V (N, N) of its free numbers."""
+        n = self.num_steps
+        rows = shares.new_zeros(n, n).index_put(free_places(n, steps), shares)
+        last = torch.zeros(n, n, dtype=torch.float64)
+        last[range(n), [max(j for j in steps if j <= i) for i in range(n)]] = 1
+        return rows + last * (1 - rows.sum(1))[:, None]
 
     def _gain(self, called: Tensor) -> Tensor:
         """(1,) what the first prediction is multiplied by, where the network is told another time than u = 0: as a
@@ -210,3 +242,11 @@ def _called(own: Tensor, times: Tensor) -> Tensor:
     """(N,) the u of each call: the first ones beside their timesteps, the others at them."""
     moved = (own[: len(times)] + times).clamp(0, 1)
     return torch.cat([moved, own[len(times) :]])
+
+
+def free_places(num_steps: int, steps: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Rows and columns of V's free numbers: of each row all but that of the last step known, which is one less the
+    rest."""
+    places = [(i, j) for i in range(num_steps) for j in [s for s in steps if s <= i][:-1]]
+    found = torch.tensor(places, dtype=torch.long).reshape(-1, 2)
+    return found[:, 0], found[:, 1]

@@ -181,18 +181,20 @@ def _errors(solver: Solver, samples: Samples, wanted: Tensor) -> Tensor:
     noise = samples.noise
     table = StepTable.of(solver, guidance=samples.guidance, dtype=noise.dtype, device=noise.device)
     try:
-        rollout = Rollout(samples.denoiser(), noise, table.weights, table.times, wrt=())
+        rollout = Rollout(samples.denoiser(), noise, table.weights, table.times, wrt=(), both=table.both)
     except FloatingPointError:
         return torch.full((len(samples),), LOST, dtype=torch.float64)
     return squares(rollout.states[:, -1], wanted).nan_to_num(nan=LOST, posinf=LOST).clamp_max(LOST)
 
 
 def of_different_spacings(starts: Sequence[Start]) -> list[Start]:
-    """The first start on each spacing; a table moved to other sizes is one."""
+    """The first start on each spacing, and with each choice of the steps that call both branches; a table moved to
+    other sizes is one."""
     known: dict[object, Start] = {}
     for start in starts:
         name, moved, _ = start.solver.name.partition("@")
-        known.setdefault(name if moved and "moved" in start.solver.provenance else start.solver.timesteps, start)
+        spacing = name if moved and "moved" in start.solver.provenance else start.solver.timesteps
+        known.setdefault((spacing, start.solver.guided_steps), start)
     return list(known.values())
 
 

@@ -3,6 +3,9 @@
 `multistep_step` writes y_i into a history that is one tensor and reads its index on the device: for sampling, graphs
 and serving. `multistep_update` takes the history as a list, returns y_i and is differentiable: for training.
 
+With 2 N + 1 slots the step also weighs e_j = q_j (g_j - 1) (m_cond - m_uncond), what guidance added to y_j, for tables
+that call the unconditional branch at some steps only; without a pair e_i is zero. See `dss_fast.table`.
+
 Gradients, with G that of x_{i+1}, H that of y_i and Y = w_ii G + H: grad x = a G + p Y, grad m = q Y,
 grad y_j = w_ij G, and per sample d/da = <x, G>, d/dp = <x, Y>, d/dq = <m, Y>, d/dg = q <m_cond - m_uncond, Y>,
 d/dw_ij = <y_j, G>, accumulated in the dtype of the weights.
@@ -21,10 +24,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import extension
+from ..table import GUIDANCE, Q
 from . import reference as step_reference
 from . import shapes
 
-__all__ = ["backends", "multistep_pull", "multistep_step", "multistep_update"]
+__all__ = ["added_by_guidance", "backends", "multistep_pull", "multistep_step", "multistep_update"]
 
 _SCHEMAS = {
     "multistep_step_": "(Tensor x, Tensor output, Tensor(a!) history, Tensor weights, Tensor index, Tensor(b!) out)"
@@ -206,14 +210,16 @@ def multistep_step(
 
         m_i     = m_uncond + g_i * (m_cond - m_uncond)     if output has 2B rows, else m_i = output
         y_i     = p_i * x_i + q_i * m_i
-        x_{i+1} = a_i * x_i + sum_{j<=i} w_ij * y_j [+ w_iN * x_init]
+        x_{i+1} = a_i * x_i + sum_{j<=i} w_ij * y_j [+ w_iN * x_init [+ sum_{j<=i} r_ij * e_j]]
 
     Args:
         x: (B, *S), float32, float64, bfloat16 or float16.
         output: (B, *S), or (2B, *S) with the unconditional rows first; any of these dtypes.
-        history: (B, K, *S), any of these dtypes; slot j holds y_j. K = N, or N + 1 when the last slot holds the
-            initial noise. Slots j > i are never read and those whose weight is exactly zero need not be.
-        weights: (1 or B, N, 4 + K), float64 for a float64 state, else float32. Columns: a, p, q, guidance, then w_ij.
+        history: (B, K, *S), any of these dtypes; slot j holds y_j. K = N; N + 1 when the last slot holds the initial
+            noise; 2 N + 1 when behind that stand the e_j, of which the step writes e_i. Slots j > i are never read and
+            those whose weight is exactly zero need not be.
+        weights: (1 or B, N, 4 + K), float64 for a float64 state, else float32. Columns: a, p, q, guidance, then w_ij,
+            then r_ij.
         index: (1,) or (B,), int64, on the same device: every row's step i. A row with i outside [0, N) stays as it is.
         out: where x_next goes when no gradient is needed; may be x itself.
         backend: "reference", "cpp" or "triton"; None picks the fastest that runs.
@@ -254,9 +260,26 @@ def _differentiable(
             "one call for each step"
         )
     step = int(index)
-    past = [*history[:, :step].unbind(1), *history[:, weights.shape[1] :].unbind(1)]
+    steps = weights.shape[1]
+    past = [*history[:, :step].unbind(1), *history[:, steps : steps + 1].unbind(1)]
+    if history.shape[1] <= steps + 1:
+        x_next, y = multistep_update(x, output, past, weights, step, backend=backend)
+        return x_next, torch.cat([history[:, :step], y[:, None].to(history.dtype), history[:, step + 1 :]], 1)
+    first = steps + 1
+    added = added_by_guidance(x, output, weights, step).to(history.dtype)
+    past += [*history[:, first : first + step].unbind(1), added]
     x_next, y = multistep_update(x, output, past, weights, step, backend=backend)
-    return x_next, torch.cat([history[:, :step], y[:, None].to(history.dtype), history[:, step + 1 :]], 1)
+    before, after = history[:, step + 1 : first + step], history[:, first + step + 1 :]
+    return x_next, torch.cat([history[:, :step], y[:, None].to(history.dtype), before, added[:, None], after], 1)
+
+
+def added_by_guidance(x: Tensor, output: Tensor, weights: Tensor, step: int) -> Tensor:
+    """e_i = q_i (g_i - 1) (m_cond - m_uncond), (B, *S) in the dtype of the weights; zero without a pair."""
+    if len(output) == len(x):
+        return torch.zeros(x.shape, dtype=weights.dtype, device=x.device)
+    uncond, cond = output.to(weights.dtype).chunk(2)
+    q, g = weights[:, step, Q], weights[:, step, GUIDANCE]
+    return (q * (g - 1)).reshape(-1, *[1] * (x.ndim - 1)) * (cond - uncond)
 
 
 def multistep_update(
@@ -278,7 +301,8 @@ def multistep_update(
     Args:
         x, output, weights, backend: as for `multistep_step`.
         history: y_0..y_{i-1}, each (B, *S), all of one dtype; where the weights have N + 1 history columns, the
-            initial noise behind them. A tensor whose weight is exactly zero need not be read.
+            initial noise behind them; where 2 N + 1, e_0..e_i of :func:`added_by_guidance` behind that. A tensor whose
+            weight is exactly zero need not be read.
         step: i, the same for all rows.
 
     Returns:
@@ -305,11 +329,13 @@ def multistep_pull(
     """What the later steps of a rollout send back to step j = index; the path through the model is not included.
 
         gy = sum_{i>=j} w_ij * g_{i+1};   grad_x = a_j * g_{j+1} + p_j * gy;   grad_output = q_j * gy
+        ge = sum_{i>=j} r_ij * g_{i+1}     where the weights have columns for the e_j
 
     Args:
         adjoints: (B, N, *S); slot i holds g_{i+1}, the gradient of x_{i+1}. Slots below j are not read.
         weights, index, backend: as for `multistep_step`.
-        pair: return grad_output as the guided pair (2B, *S): (1 - g_j) q_j gy, then g_j q_j gy.
+        pair: return grad_output as the guided pair (2B, *S): (1 - g_j) q_j (gy + ge), then
+            q_j (g_j gy + (g_j - 1) ge).
 
     Returns:
         (grad_x, grad_output) in the dtype of the adjoints; zero for rows with j outside [0, N).

@@ -23,7 +23,16 @@ __all__ = [
 ]
 
 
-SLOTS = HISTORY, HISTORY + 1  # columns beyond one for each step: without and with the initial noise
+def fits(steps: int, slots: int) -> bool:
+    """Whether N steps may have so many slots: the predictions, the initial noise behind them, and behind it what
+    guidance added to each prediction."""
+    return slots in (steps, steps + 1, 2 * steps + 1)
+
+
+def taken(step: int, steps: int, slots: int) -> int:
+    """How many tensors a step's list of slots holds: the predictions before it, the noise, its own e_i and those
+    before."""
+    return step + (slots > steps) + (step + 1) * (slots > steps + 1)
 
 
 def check(x: Tensor, output: Tensor, history: Tensor, weights: Tensor, index: Tensor) -> None:
@@ -39,7 +48,7 @@ def check(x: Tensor, output: Tensor, history: Tensor, weights: Tensor, index: Te
     if weights.shape[2] != HISTORY + slots:
         raise ValueError(
             f"weights {tuple(weights.shape)} do not fit a history of {slots} slots: N steps take (R, N, {HISTORY} + "
-            "slots) with N slots, or N + 1 when the last one holds the initial noise"
+            "slots) with N slots, N + 1 when the last one holds the initial noise, or 2 N + 1"
         )
     _check_index(index, batch)
 
@@ -51,9 +60,10 @@ def check_update(x: Tensor, output: Tensor, history: Sequence[Tensor], weights: 
     steps, slots = weights.shape[1], weights.shape[2] - HISTORY
     if not 0 <= step < steps:
         raise ValueError(f"step is {step}; weights {tuple(weights.shape)} are for the steps 0 to {steps - 1}")
-    wanted = step + slots - steps
+    wanted = taken(step, steps, slots)
     if len(history) != wanted:
-        noise = ", the initial noise last," if slots > steps else ""
+        noise = ", the initial noise behind them," if slots > steps else ""
+        noise += f" the {step + 1} parts of guidance behind it," if slots > steps + 1 else ""
         raise ValueError(
             f"history holds {len(history)} tensors; step {step} with weights {tuple(weights.shape)} takes the {step} "
             f"predictions before it{noise} {wanted} in all"
@@ -89,10 +99,11 @@ def _check_output(x: Tensor, output: Tensor) -> None:
 def _check_weights(weights: Tensor, x: Tensor) -> None:
     """N rows of HISTORY + N or N + 1 columns for x's rows; float64 for a float64 state and float32 for any other."""
     batch = x.shape[0]
-    if weights.dim() != 3 or weights.shape[0] not in (1, batch) or weights.shape[2] - weights.shape[1] not in SLOTS:
+    sound = weights.dim() == 3 and weights.shape[0] in (1, batch)
+    if not sound or not fits(weights.shape[1], weights.shape[2] - HISTORY):
         raise ValueError(
             f"weights have shape {tuple(weights.shape)}; N steps take (1 or {batch}, N, {HISTORY} + N), or one column "
-            "more for the initial noise"
+            "more for the initial noise, or N more behind it for what guidance added"
         )
     wanted = torch.float64 if x.dtype is torch.float64 else torch.float32
     if weights.dtype is not wanted:
@@ -118,8 +129,12 @@ class _Row:
         self.w = row[:, HISTORY:]  # (B, K)
         slot = torch.arange(slots, device=index.device)
         self.now = (slot == self.index[:, None]) & self.active[:, None]
-        self.past = ((slot < self.index[:, None]) | (slot == steps)) & self.active[:, None]
+        added = slot - steps - 1  # which step's e_j a slot holds, where it is not negative
+        earlier = torch.where(added < 0, slot, added) < self.index[:, None]
+        self.past = (earlier | (slot == steps)) & self.active[:, None]
         self.w_now = torch.where(self.now, self.w, 0).sum(1, keepdim=True)
+        self.own = (added == self.index[:, None]) & self.active[:, None]
+        self.r_now = torch.where(self.own, self.w, 0).sum(1, keepdim=True)
 
 
 def _combine(output: Tensor, batch: int, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -141,18 +156,24 @@ def multistep_step_(
     batch, slots, steps, dtype = x.shape[0], history.shape[1], weights.shape[1], weights.dtype
     row = _Row(batch, slots, weights, index)
     state, past = x.reshape(batch, -1).to(dtype), history.reshape(batch, slots, -1)
-    m, _ = _combine(output, batch, row.g, dtype)
+    m, difference = _combine(output, batch, row.g, dtype)
     y = row.p * state + row.q * m
     total = row.a * state + row.w_now * y
+    written = [(y, 0)]
+    if slots > steps + 1:
+        added = torch.zeros_like(y) if difference is None else row.q * (row.g - 1) * difference
+        total = total + torch.where(row.r_now != 0, row.r_now * added, 0)
+        written.append((added, steps + 1))
     read = row.past & (row.w != 0)  # an unread slot may hold anything, and zero times NaN is NaN: it is masked
     for j in range(slots):
         total = total + torch.where(read[:, j, None], row.w[:, j, None] * past[:, j].to(dtype), 0)
     x_next = torch.where(row.active[:, None], total.to(x.dtype), x.reshape(batch, -1))
 
     shape = (batch,) + (1,) * x.dim()
-    at = row.index.clamp(0, steps - 1).reshape(shape).expand(batch, 1, *x.shape[1:])
-    stored = y.to(history.dtype).reshape(batch, 1, *x.shape[1:])
-    history.scatter_(1, at, torch.where(row.active.reshape(shape), stored, history.gather(1, at)))
+    for value, first in written:
+        at = (first + row.index.clamp(0, steps - 1)).reshape(shape).expand(batch, 1, *x.shape[1:])
+        stored = value.to(history.dtype).reshape(batch, 1, *x.shape[1:])
+        history.scatter_(1, at, torch.where(row.active.reshape(shape), stored, history.gather(1, at)))
     out.copy_(x_next.reshape(x.shape))
 
 
@@ -161,8 +182,8 @@ class _ListRow:
 
     def __init__(self, history: Sequence[Tensor], weights: Tensor, step: int):
         row, steps = weights[:, step], weights.shape[1]
-        # Behind all predictions stands the initial noise.
-        self.columns = [HISTORY + (j if j < step else steps) for j in range(len(history))]
+        # Behind all predictions stand the initial noise and what guidance added.
+        self.columns = [HISTORY + (j if j < step else steps + j - step) for j in range(len(history))]
         self.a, self.p, self.q, self.g = row[:, :HISTORY, None].unbind(1)
         self.now = row[:, HISTORY + step, None]
         self.w = [row[:, column, None] for column in self.columns]
@@ -249,18 +270,29 @@ def multistep_pull(adjoints: Tensor, weights: Tensor, index: Tensor, pair: bool 
         return shapes.multistep_pull(adjoints, weights, index, pair)
     flat = adjoints.reshape(batch, steps, -1)
     row = _Row(batch, weights.shape[2] - HISTORY, weights, index)
-    column = (HISTORY + row.index.clamp(0, steps - 1))[:, None, None].expand(batch, steps, 1)
-    w = weights.expand(batch, -1, -1).gather(2, column)[:, :, 0]  # (B, N): w_ij of every later step i
-    pulled = torch.zeros_like(flat[:, 0], dtype=dtype)
+
+    def sum_of(first: int) -> Tensor:
+        """sum_{i>=j} of g_{i+1} under the weights of column first + j."""
+        column = (first + row.index.clamp(0, steps - 1))[:, None, None].expand(batch, steps, 1)
+        w = weights.expand(batch, -1, -1).gather(2, column)[:, :, 0]  # (B, N), of every later step i
+        total = torch.zeros_like(flat[:, 0], dtype=dtype)
+        for i in range(steps):
+            read = (row.active & (row.index <= i) & (w[:, i] != 0))[:, None]
+            total = total + torch.where(read, w[:, i, None] * flat[:, i].to(dtype), 0)
+        return total
+
+    pulled = sum_of(HISTORY)
     own = torch.zeros_like(pulled)
     for i in range(steps):
-        read = (row.active & (row.index <= i) & (w[:, i] != 0))[:, None]
-        pulled = pulled + torch.where(read, w[:, i, None] * flat[:, i].to(dtype), 0)
         own = torch.where((row.active & (row.index == i))[:, None], flat[:, i].to(dtype), own)
     active = row.active[:, None]
     grad_x = torch.where(active, row.a * own + row.p * pulled, 0)
     grad_output = torch.where(active, row.q * pulled, 0)
     if pair:
-        grad_output = torch.cat(((1 - row.g) * grad_output, row.g * grad_output))
+        uncond, cond = (1 - row.g) * grad_output, row.g * grad_output
+        if weights.shape[2] - HISTORY > steps + 1:
+            added = torch.where(active, row.q * (row.g - 1) * sum_of(HISTORY + steps + 1), 0)
+            uncond, cond = uncond - added, cond + added
+        grad_output = torch.cat((uncond, cond))
     shape = adjoints.shape[2:]
     return grad_x.to(adjoints.dtype).reshape(batch, *shape), grad_output.to(adjoints.dtype).reshape(rows, *shape)

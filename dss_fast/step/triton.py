@@ -95,7 +95,8 @@ def _step_kernel(
     x_ptr: tensor, output_ptr: tensor, history_ptr: tensor, weights_ptr: tensor, index_ptr: tensor, out_ptr: tensor,
     size: tensor, history_row: tensor, history_slot: tensor, batch: tensor,
     blocks: tensor, steps: tensor, slots: tensor,
-    PAIR: constexpr, ROW_WEIGHTS: constexpr, ROW_INDEX: constexpr, UNROLL: constexpr, BLOCK: constexpr,
+    PAIR: constexpr, ADDED: constexpr, ROW_WEIGHTS: constexpr, ROW_INDEX: constexpr, UNROLL: constexpr,
+    BLOCK: constexpr,
 ) -> None:  # fmt: skip
     row, start, lane, left, mask = _block(size, blocks, BLOCK)
     dtype: constexpr = weights_ptr.dtype.element_ty
@@ -109,7 +110,11 @@ def _step_kernel(
     m = tl.load(_here(output_ptr, row, size, start) + lane, mask=read, other=0.0).to(dtype)
     if PAIR:
         cond = tl.load(_here(output_ptr, row + batch, size, start) + lane, mask=read, other=0.0).to(dtype)
+        if ADDED:
+            added = tl.load(scalars + Q) * (tl.load(scalars + G) - 1) * (cond - m)
         m = _plus(m, tl.load(scalars + G), cond - m)
+    elif ADDED:
+        added = tl.zeros_like(m)
     x = stored.to(dtype)
     y = _plus(tl.load(scalars + P) * x, tl.load(scalars + Q), m)
     total = _plus(tl.load(scalars + A) * x, tl.load(scalars + W + i), y)
@@ -122,6 +127,14 @@ def _step_kernel(
             total = _plus_slot(total, past + (j + k) * stride, scalars + W + j + k, lane, left, j + k < used)
     noise = tl.where(active, slots, 0) > steps  # the slot behind the last step's holds the initial noise
     total = _plus_slot(total, past + steps * stride, scalars + W + steps, lane, left, noise)
+    if ADDED:  # behind the noise stand the e_j
+        behind, columns = past + (steps + 1) * stride, scalars + W + steps + 1
+        own = tl.load(columns + i)
+        total = tl.where(own != 0, _plus(total, own, added), total)
+        for j in range(0, used, UNROLL):
+            for k in tl.static_range(UNROLL):
+                total = _plus_slot(total, behind + (j + k) * stride, columns + j + k, lane, left, j + k < used)
+        tl.store(behind + i * stride + lane, _as(added, history_ptr), mask=read)
 
     tl.store(_here(out_ptr, row, size, start) + lane, tl.where(active, _as(total, out_ptr), stored), mask=mask)
     tl.store(past + i * stride + lane, _as(y, history_ptr), mask=read)
@@ -152,8 +165,8 @@ def multistep_step_(x: Tensor, output: Tensor, history: Tensor, weights: Tensor,
     return launch(
         kind, _step_kernel, batch * blocks, tensors,
         (size, history.stride(0), history.stride(1), batch, blocks, steps, slots),
-        PAIR=output.shape[0] != batch, ROW_WEIGHTS=weights.shape[0] != 1, ROW_INDEX=index.shape[0] != 1,
-        UNROLL=trip(steps), BLOCK=BLOCK, **options(x.dtype, history.dtype),
+        PAIR=output.shape[0] != batch, ADDED=slots > steps + 1, ROW_WEIGHTS=weights.shape[0] != 1,
+        ROW_INDEX=index.shape[0] != 1, UNROLL=trip(steps), BLOCK=BLOCK, **options(x.dtype, history.dtype),
     )  # fmt: skip
 
 
@@ -180,7 +193,7 @@ def _update_kernel(
     y = _plus(tl.load(scalars + P) * x, tl.load(scalars + Q), m)
     total = _plus(tl.load(scalars + A) * x, tl.load(scalars + W + step), y)
     for k in tl.static_range(len(history)):
-        column = tl.where(k < step, k, steps)  # behind the predictions stands the initial noise
+        column = tl.where(k < step, k, steps + k - step)  # behind the predictions stand the noise and the e_j
         total = _plus_slot(total, _here(history[k], row, size, start), scalars + W + column, lane, left, k < count)
     tl.store(_here(next_ptr, row, size, start) + lane, _as(total, next_ptr), mask=mask)
     tl.store(_here(y_ptr, row, size, start) + lane, _as(y, y_ptr), mask=mask)
@@ -269,7 +282,7 @@ def _update_backward_kernel(
     for k in tl.static_range(0, len(history), 2):  # both loads stand before the stores, so that neither waits
         here = _here(history[k], row, size, start) + lane
         there = _here(history[k + 1], row, size, start) + lane
-        one, two = tl.where(k < step, k, steps), tl.where(k + 1 < step, k + 1, steps)
+        one, two = tl.where(k < step, k, steps + k - step), tl.where(k + 1 < step, k + 1, steps + k + 1 - step)
         if ROW:
             slot0 = tl.load(here, mask=lane < tl.where(k < count, left, 0), other=0.0).to(dtype)
             slot1 = tl.load(there, mask=lane < tl.where(k + 1 < count, left, 0), other=0.0).to(dtype)
@@ -331,7 +344,8 @@ def _pull_kernel(
     adjoints_ptr: tensor, weights_ptr: tensor, index_ptr: tensor, dx_ptr: tensor, doutput_ptr: tensor,
     size: tensor, adjoints_row: tensor, adjoints_slot: tensor, batch: tensor,
     blocks: tensor, steps: tensor, slots: tensor,
-    PAIR: constexpr, ROW_WEIGHTS: constexpr, ROW_INDEX: constexpr, UNROLL: constexpr, BLOCK: constexpr,
+    PAIR: constexpr, ADDED: constexpr, ROW_WEIGHTS: constexpr, ROW_INDEX: constexpr, UNROLL: constexpr,
+    BLOCK: constexpr,
 ) -> None:  # fmt: skip
     row, start, lane, left, mask = _block(size, blocks, BLOCK)
     dtype: constexpr = weights_ptr.dtype.element_ty
@@ -352,14 +366,25 @@ def _pull_kernel(
         for k in tl.static_range(UNROLL):
             later = table + (i + k) * columns + W + j
             pulled = _plus_slot(pulled, adjoints + (i + k) * stride, later, lane, left, i + k < steps)
+    if PAIR and ADDED:
+        column = W + steps + 1 + j
+        difference = tl.load(scalars + column) * own
+        for i in range(first, steps, UNROLL):
+            for k in tl.static_range(UNROLL):
+                later = table + (i + k) * columns + column
+                difference = _plus_slot(difference, adjoints + (i + k) * stride, later, lane, left, i + k < steps)
 
     dx = tl.where(active, _plus(tl.load(scalars + A) * own, tl.load(scalars + P), pulled), 0.0)
     tl.store(_here(dx_ptr, row, size, start) + lane, _as(dx, dx_ptr), mask=mask)
     grad_m = tl.where(active, tl.load(scalars + Q) * pulled, 0.0)
     if PAIR:
         scale = tl.load(scalars + G)
-        tl.store(_here(doutput_ptr, row, size, start) + lane, _as((1 - scale) * grad_m, doutput_ptr), mask=mask)
-        tl.store(_here(doutput_ptr, row + batch, size, start) + lane, _as(scale * grad_m, doutput_ptr), mask=mask)
+        uncond, cond = (1 - scale) * grad_m, scale * grad_m
+        if ADDED:
+            moved = tl.where(active, tl.load(scalars + Q) * (scale - 1) * difference, 0.0)
+            uncond, cond = uncond - moved, cond + moved
+        tl.store(_here(doutput_ptr, row, size, start) + lane, _as(uncond, doutput_ptr), mask=mask)
+        tl.store(_here(doutput_ptr, row + batch, size, start) + lane, _as(cond, doutput_ptr), mask=mask)
     else:
         tl.store(_here(doutput_ptr, row, size, start) + lane, _as(grad_m, doutput_ptr), mask=mask)
 
@@ -380,7 +405,7 @@ def multistep_pull(adjoints: Tensor, weights: Tensor, index: Tensor, pair: bool 
         launch(
             kind, _pull_kernel, batch * blocks, tensors,
             (size, adjoints.stride(0), adjoints.stride(1), batch, blocks, steps, weights.shape[2] - table.HISTORY),
-            PAIR=pair, ROW_WEIGHTS=weights.shape[0] != 1, ROW_INDEX=index.shape[0] != 1,
-            UNROLL=trip(steps), BLOCK=BLOCK, **options(adjoints.dtype, adjoints.dtype),
+            PAIR=pair, ADDED=pair and weights.shape[2] - table.HISTORY > steps + 1, ROW_WEIGHTS=weights.shape[0] != 1,
+            ROW_INDEX=index.shape[0] != 1, UNROLL=trip(steps), BLOCK=BLOCK, **options(adjoints.dtype, adjoints.dtype),
         )  # fmt: skip
     return dx, doutput

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import extension
 from ..denoiser import NO_GRAPH, check_untouched, modules_of, naming_step, undonated, versions
+from ..step.reference import fits
 from ..table import HISTORY
 from . import reference
 from .kept import FirstCall, Kept, budget_bytes
@@ -47,13 +48,16 @@ class Rollout:
 
     model: called as model(x, t) -> (B, *S) or (2B, *S); any callable. The two runs of a call see the same
         random numbers and the same autocast. x: (B, *S), float. t: (B,), x's dtype, float32 for half precision.
-    weights: (R, N, 4 + K), R = 1 or B: columns a, p, q, guidance, w_i0...; K = N, or N + 1 for the noise x_0.
+    weights: (R, N, 4 + K), R = 1 or B: columns a, p, q, guidance, w_i0...; K = N, N + 1 for the noise x_0, or 2 N + 1
+        for what guidance added to each prediction.
     times: (N,) or (B, N), fed to the model at each step.
     memory_budget: keeps as many of the last graphs as fit, which saves re-running those calls: None no graph, bytes
         (int), a fraction (float in (0, 1]) of the free device memory, or "auto", 512 MB, on a GPU half of what is free
         there. A graph counts with the tensors that it saves for its backward, the modules' own aside. The reference
         keeps none whatever the budget.
     parameters: other tensors the model reads, to differentiate: its weights, its conditions.
+    both: of each step whether it calls both branches, as StepTable says; where it does not, the model is called with a
+        third argument, False, and returns (B, *S). None: all are called alike.
     wrt: which of x, weights and times ``pull`` differentiates; leaving x and times out spares the first call.
     backend: "cpp", "reference", or None for the first of them that runs. The reference is plain autograd with
         torch.utils.checkpoint around the model, which runs again for each cotangent.
@@ -74,6 +78,7 @@ class Rollout:
         memory_budget: int | float | str | None = None,
         parameters: Sequence[Tensor] = (),
         wrt: Sequence[str] = INPUTS,
+        both: Sequence[bool] | None = None,
         backend: str | None = None,
     ):
         parameters = tuple(parameters)
@@ -86,7 +91,7 @@ class Rollout:
         real = torch.float64 if x.dtype == torch.float64 else torch.float32
         with torch.no_grad():
             self._engine = engine(
-                _guard(model, x, steps, first),
+                _guard(model, x, steps, first, both),
                 x.detach().contiguous(),
                 weights.detach().to(x.device, real).contiguous(),
                 times.detach().to(x.device, real).expand(len(x), steps).contiguous(),
@@ -192,7 +197,9 @@ def _engine(backend: str | None) -> Any:
     return extension.compiled.Engine
 
 
-def _guard(model: Model, x: Tensor, steps: int, first: FirstCall | None) -> Callable[[int, Tensor, Tensor], Tensor]:
+def _guard(
+    model: Callable[..., Tensor], x: Tensor, steps: int, first: FirstCall | None, both: Sequence[bool] | None
+) -> Callable[[int, Tensor, Tensor], Tensor]:
     """model as the engines call it, (step, x, t) -> output: errors name the step, output and buffers are checked."""
     watched = [(name, buffer) for module in modules_of(model) for name, buffer in module.named_buffers()]
     counts = [buffer._version for _, buffer in watched if not buffer.is_inference()]
@@ -204,7 +211,7 @@ def _guard(model: Model, x: Tensor, steps: int, first: FirstCall | None) -> Call
         before = versions(given)
         with naming_step(step, steps):
             with undonated(), watching:
-                output = model(x, t)
+                output = model(x, t) if both is None or both[step] else model(x, t, False)
             check_untouched(given, before)
             if not isinstance(output, Tensor) or output.shape not in shapes or not output.is_floating_point():
                 got = f"{output.dtype} {tuple(output.shape)}" if isinstance(output, Tensor) else type(output)
@@ -233,10 +240,10 @@ def _check(x: Tensor, weights: Tensor, times: Tensor, parameters: Sequence[Tenso
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; give floats of shape (B, *S)")
     rows, steps = len(x), weights.shape[1] if weights.ndim == 3 else 0
     slots = weights.shape[-1] - HISTORY
-    if weights.ndim != 3 or weights.shape[0] not in (1, rows) or slots not in (steps, steps + 1) or not steps:
+    if weights.ndim != 3 or weights.shape[0] not in (1, rows) or not fits(steps, slots) or not steps:
         raise ValueError(
             f"weights have shape {tuple(weights.shape)}; give (R, N, {HISTORY} + K) with R = 1 or {rows}, "
-            "K = N or N + 1"
+            "K = N, N + 1 or 2 N + 1"
         )
     if tuple(times.shape) not in ((steps,), (rows, steps)):
         raise ValueError(f"times have shape {tuple(times.shape)}; give ({steps},) or ({rows}, {steps})")

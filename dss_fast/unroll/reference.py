@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..denoiser import uncached_autocast
-from ..step import multistep_update
+from ..step import added_by_guidance, multistep_update
 from ..table import HISTORY
 
 
@@ -37,7 +37,8 @@ class Engine:
         self._leaves = [t.requires_grad_(need) for t, need in zip(inputs, needs, strict=True)]
         self._parameters, self._differentiates = parameters, any(needs) or bool(parameters)
         x, weights, times = self._leaves
-        noise = [x] if weights.shape[2] - HISTORY > N else []
+        noise, adds = [x] if weights.shape[2] - HISTORY > N else [], weights.shape[2] - HISTORY > N + 1
+        added: list[Tensor] = []
         states: list[Tensor] = []
         history: list[Tensor] = []
         with torch.set_grad_enabled(self._differentiates):
@@ -46,12 +47,14 @@ class Engine:
                 # A cast cached by the first run would be missing from the graph of the second.
                 with uncached_autocast(x.device):
                     output = checkpoint(*run, use_reentrant=False) if self._differentiates else call(*run[1:])
-                x, y = multistep_update(x, output, [*history, *noise], weights, i)
+                if adds:
+                    added.append(added_by_guidance(x, output, weights, i).to(x.dtype))
+                x, y = multistep_update(x, output, [*history, *noise, *added], weights, i)
                 states.append(x)
                 history.append(y)
             self._graph: Any = torch.stack(states, 1)
         self.states: Any = self._graph.detach()
-        self.history: Any = torch.stack([*history, *noise], 1).detach()
+        self.history: Any = torch.stack([*history, *noise, *added], 1).detach()
         self._version = self.states._version
 
     def pull(self, cotangents: Tensor, retain: bool) -> tuple[Any, ...]:

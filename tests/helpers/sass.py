@@ -168,17 +168,17 @@ def variants(full):
     for dtypes in itertools.product(TYPES, repeat=3) if full else mixes:
         for pair, rows in itertools.product(booleans, repeat=2) if full and dtypes in mixes else [(True, True)]:
             flags = {"PAIR": pair, "ROW_WEIGHTS": rows}
-            yield "step", dtypes, {**flags, "ROW_INDEX": rows}
+            yield "step", dtypes, {**flags, "ADDED": False, "ROW_INDEX": rows}
             yield "update", dtypes, flags
             yield "backward", dtypes, {**flags, **everything}
             if len(set(dtypes)) == 1:
-                yield "pull", dtypes, {**flags, "ROW_INDEX": rows}
+                yield "pull", dtypes, {**flags, "ADDED": False, "ROW_INDEX": rows}
     plain = {"PAIR": False, "ROW_WEIGHTS": False}
     for dtypes in mixes:
-        yield "step", dtypes, {**plain, "ROW_INDEX": False}
+        yield "step", dtypes, {**plain, "ADDED": False, "ROW_INDEX": False}
         yield "update", dtypes, plain
         if len(set(dtypes)) == 1:
-            yield "pull", dtypes, {**plain, "ROW_INDEX": False}
+            yield "pull", dtypes, {**plain, "ADDED": False, "ROW_INDEX": False}
     for alone in itertools.product(booleans, repeat=6) if full else [(True, True, True, True, True, False)]:
         yield "backward", mixes[0], {**plain, **dict(zip(everything, alone, strict=True))}
 

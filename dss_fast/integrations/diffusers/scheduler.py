@@ -319,6 +319,13 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         if n in self._learned:
             solver, schedule = followed(*self._learned[n], self.config, mu)
             scale = 1.0
+            if solver.guided_steps is not None:
+                raise ValueError(
+                    f"{solver.label} calls the unconditional branch at {len(solver.guided_steps)} of its {n} steps and "
+                    "forecasts it at the others, which a scheduler does not see: in a modular pipeline give the "
+                    "scheduler guider.scheduler_solver(solver) and the pipeline guider.DSSGuidance; others need a "
+                    "solver that calls both branches at all steps"
+                )
         else:
             name = self._method(n)
             solver = handmade_table(name, self.config, n, sigmas=sigmas, timesteps=timesteps, mu=mu)

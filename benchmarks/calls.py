@@ -1,0 +1,211 @@
+"""What calls are worth where the unconditional branch runs at some steps only: docs/calls.md.
+
+python benchmarks/calls.py run ROWS.jsonl --model flow --scale 1.5 --calls 10 11 --ways full chosen --seeds 0
+python benchmarks/calls.py table ROWS.jsonl
+python benchmarks/calls.py time ROWS.jsonl       (nothing is read or written: 7 steps of DiT-S/2, random weights)
+
+full: both branches at all of calls / 2 steps. chosen: search(calls=), its steps and its N found too. fixed: search(N,
+calls=) at N = .66 calls. At that N too, each with its table searched: drop, both branches at the first steps and one
+without guidance then; interval, in the middle alone; stale, the last difference used again. Errors are from a reference
+of ``REFERENCE`` calls, on ``SAMPLES`` noises that no search has seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from machine import conditions  # noqa: E402
+
+from dss_fast import Flow, GaussNewton, handmade, sample, search  # noqa: E402
+from dss_fast.bench import Bench  # noqa: E402
+from dss_fast.draws import Draws  # noqa: E402
+from dss_fast.searching.calls import STEPS, forecast  # noqa: E402
+from dss_fast.searching.space import Space  # noqa: E402
+
+SAMPLES, REFERENCE, SEED = 256, 48, 1234  # of the figures
+WAYS = ("full", "chosen", "fixed", "drop", "interval", "stale")
+
+
+@dataclass(frozen=True)
+class Scaled(Space):
+    """Plain tables that are run with guidance at some steps, and without at the others."""
+
+    guided: tuple[int, ...] = ()
+
+    def table(self, theta, guidance=1.0):
+        table = Space.table(self, theta, 1.0)
+        return table if guidance is None else table.guided(scales(guidance, self.guided, self.num_steps))
+
+
+@dataclass(frozen=True)
+class Stale(Space):
+    """Tables that use the last difference again."""
+
+    def sizes(self):
+        sizes = Space.sizes(self)
+        return [*sizes[:3], 0, sizes[4]]
+
+    def theta(self, solver):
+        whole = Space(self.kind, self.schedule, self.num_steps, guided_steps=self.guided_steps)
+        parts = whole.theta(solver).split(whole.sizes())
+        return torch.cat([*parts[:3], parts[4]])
+
+    def numbers(self, theta):
+        found = Space.numbers(replace_steps(self), theta)
+        taken = torch.zeros(self.num_steps, self.num_steps, dtype=torch.float64)
+        for k in range(self.num_steps):
+            taken[k, max(j for j in self.guided_steps or (0,) if j <= k)] = 1
+        steps = self.guided_steps
+        return {**found, "guided_steps": steps, "guidance_coeffs": None if steps is None else found["coeffs"] @ taken}
+
+
+def replace_steps(space):
+    """The space without its second triangle."""
+    return Space(space.kind, space.schedule, space.num_steps)
+
+
+@dataclass(frozen=True)
+class Settings(GaussNewton):
+    """The default search in another space."""
+
+    way: str = ""
+    guided: tuple[int, ...] = ()
+
+    def space_of(self, schedule, num_steps):
+        if self.way == "stale":
+            return Stale(self.space, schedule, num_steps)
+        return Scaled(self.space, schedule, num_steps, guided=self.guided)
+
+
+def scales(scale, guided, num_steps):
+    """One a step."""
+    return tuple(scale if i in guided else 1.0 for i in range(num_steps))
+
+
+def found(target, way, calls, budget, seed):
+    """The solver that a way finds, and the guidance that it is run with."""
+    options = {"budget": budget, "seed": seed, "progress": False, "report": False}
+    scale, n = target.guidance_scale, round(STEPS * calls)
+    if way == "full":
+        return search(target, calls // 2, **options).solver, scale
+    if way == "chosen":
+        return search(target, calls=calls, **options).solver, scale
+    if way == "fixed":
+        return search(target, n, calls=calls, **options).solver, scale
+    if way == "stale":
+        return search(target, n, calls=calls, method=Settings(way="stale"), **options).solver, scale
+    first = 0 if way == "drop" else (2 * n - calls) // 2
+    guided = tuple(range(first, first + calls - n))
+    return search(target, n, method=Settings(way=way, guided=guided), **options).solver, scales(scale, guided, n)
+
+
+def run(options):
+    """Appends a row for each way, number of calls and seed that is not there yet."""
+    from examples import mnist
+
+    target = getattr(mnist, options.model)(options.scale)
+    draws = Draws.of([target], SEED)
+    shown = SimpleNamespace(update=lambda count: None, set_description=lambda *a, **k: None)
+    with torch.no_grad():
+        bench = Bench(draws, SAMPLES, REFERENCE, 64, None, shown)
+    done = read(options.rows) if options.rows.exists() else []
+    for seed in options.seeds:
+        for calls in options.calls:
+            for way in options.ways:
+                asked = {"model": options.model, "scale": options.scale, "calls": calls, "way": way}
+                asked |= {"budget": options.budget, "seed": seed}
+                if any(asked.items() <= row.items() for row in done):
+                    continue
+                begin = time.perf_counter()
+                solver, scale = found(target, way, calls, options.budget, seed)
+                ends = [
+                    sample(target, batch.noise, solver, cond=batch.cond, guidance_scale=scale)
+                    for batch in bench.batches
+                ]
+                guided = solver.guided_steps
+                if guided is None:
+                    guided = [i for i in range(solver.num_steps) if not isinstance(scale, tuple) or scale[i] != 1]
+                figures = {k: v for k, v in bench.reference.measure(torch.cat(ends)).items() if v is not None}
+                row = {**asked, "num_steps": solver.num_steps, "guided": list(guided), **figures}
+                row |= {"spent": solver.num_steps + len(guided), "seconds": time.perf_counter() - begin}
+                with options.rows.open("a") as file:
+                    file.write(json.dumps({**row, **conditions()}) + "\n")
+                print({k: row[k] for k in ("way", "calls", "spent", "guided", "rmse", "median", "seconds")}, flush=True)
+
+
+def read(path):
+    """The rows there are."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def table(options):
+    """Prints the rows as Markdown, means over seeds, each beside full guidance at equal calls of the same seeds."""
+    rows = read(options.rows)
+    print("| model, scale | calls | way | both branches at | seeds | RMSE | of full | median | label acc. | Frechet |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["scale"], row["calls"], WAYS.index(row["way"])), []).append(row)
+    for (model, scale, calls, way), group in sorted(groups.items()):
+        full = {row["seed"]: row["rmse"] for row in groups.get((model, scale, calls, 0), [])}
+        ratios = [row["rmse"] / full[row["seed"]] for row in group if row["seed"] in full]
+        ratio = f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}" if ratios else "-"
+        marks = sorted({"".join("01"[i in row["guided"]] for i in range(row["num_steps"])) for row in group})
+        means = {key: sum(row[key] for row in group) / len(group) for key in ("rmse", "median", "accuracy", "frechet")}
+        print(
+            f"| {model}, {scale} | {calls} | {WAYS[way]} | {', '.join(marks)} | {len(group)} | {means['rmse']:.4f} | "
+            f"{ratio} | {means['median']:.4f} | {100 * means['accuracy']:.1f} % | {means['frechet']:.3g} |"
+        )
+
+
+@torch.no_grad()
+def timed(options):
+    """Seconds of 7 steps of DiT-S/2 on latents of 32 x 32, four of them guided and all of them, in turn."""
+    from examples.imagenet.model import Transformer
+
+    torch.manual_seed(0)
+    model = Transformer(depth=12, width=384, heads=6, variances=False).eval()
+    whole = handmade("ab2", 7, Flow())
+    steps = (0, 1, 3, 5)
+    fewer = replace(whole, guided_steps=steps, guidance_coeffs=tuple(map(tuple, forecast(whole, steps).tolist())))
+    x, given = torch.randn(1, 4, 32, 32), {"cond": {"y": torch.arange(1)}, "uncond": {"y": 1000}}
+    seconds = {14: [], 11: []}
+    for _ in range(options.repeats):
+        for solver in (whole, fewer):
+            begin = time.process_time() if options.processor else time.perf_counter()
+            sample(model, x, solver, **given, guidance_scale=1.5)
+            end = time.process_time() if options.processor else time.perf_counter()
+            seconds[solver.guided_calls].append(end - begin)
+    least, middle = ({k: f(v) for k, v in seconds.items()} for f in (min, lambda v: sorted(v)[len(v) // 2]))
+    print(f"least {least}, {least[14] / least[11]:.3f} times; median {middle}, {middle[14] / middle[11]:.3f} times")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "table", "time"))
+    parser.add_argument("rows", type=Path, help="JSON lines: appended to, or read")
+    parser.add_argument("--model", default="flow", help="a function of examples.mnist that takes a guidance scale")
+    parser.add_argument("--scale", type=float, default=1.5)
+    parser.add_argument("--calls", type=int, nargs="+", default=[10, 12, 14, 16])
+    parser.add_argument("--ways", choices=WAYS, nargs="+", default=list(WAYS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--budget", type=int, default=None, help="of each search; the default one without")
+    parser.add_argument("--repeats", type=int, default=9, help="of time")
+    parser.add_argument("--processor", action="store_true", help="time in seconds of the processor, on a busy machine")
+    options = parser.parse_args()
+    {"run": run, "table": table, "time": timed}[options.what](options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Calls: at which steps a search calls the unconditional branch, and what forecasts it at the others.
+
+A table with V in place of c for the differences moves the end point, to first order, by
+
+    sum_ij b_i (V_ij - c_ij) <g_{i+1}, e_j>          e_j = q_j (guidance - 1) (m_cond - m_uncond)
+
+with g the adjoints of the states at the table where V = c. They come from one rollout with both branches at all steps,
+pulled back along random signs: the weights' gradients in the columns of the e_j. So one quadratic form says of every
+choice of steps what the best V leaves, and of that V what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..draws import mix
+from ..solver import Solver
+from ..table import HISTORY, StepTable
+from ..unroll import Rollout
+from .budget import Ledger
+from .space import free_places
+from .teacher import Teacher
+
+SKETCHES = 2  # random signs a sample
+SKETCHED = 24  # samples
+BEAM = 8  # choices kept while steps are taken away one by one
+RIDGE = 0.1  # of the form's mean diagonal, towards the linear forecast: of few samples the form knows a part alone
+STEPS = 0.66  # of the calls, of the candidate beside both branches at all steps: 7 of 10 and 11, 8 of 12, 9 of 14
+
+
+def splits(calls: int, num_steps: Sequence[int] | None = None) -> dict[int, int]:
+    """N -> how many steps call both branches: those given, or of two candidates, one with both at all steps. Raises
+    ValueError where there is none."""
+    if num_steps is None:
+        found = {n: min(n, calls - n) for n in (calls // 2, round(STEPS * calls))}
+    else:
+        found = {n: calls - n for n in num_steps}
+    for n, guided in found.items():
+        if not 1 <= guided <= n:
+            raise ValueError(
+                f"calls={calls!r}: {n} steps take from {n + 1} calls, with both branches at the first alone, to {2 * n}"
+            )
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Worth:
+    """What differences are worth at the end point of a table with both branches at all steps.
+
+    form: (N, N, N, N), the mean over samples and signs of the products of b_i <g_{i+1}, e_j> and b_k <g_{k+1}, e_l>.
+    """
+
+    solver: Solver
+    form: Tensor
+
+    def best(self, guided: int, count: int) -> list[Solver]:
+        """The ``count`` best tables with both branches at so many steps, best first: steps taken away one by one."""
+        n = self.solver.num_steps
+        level: list[tuple[int, ...]] = [tuple(range(n))]
+        for _ in range(n - guided):
+            fewer = {tuple(j for j in steps if j != gone) for steps in level for gone in steps if gone}
+            level = sorted(sorted(fewer), key=lambda steps: self._fitted(steps)[0])[:BEAM]
+        return [self._table(steps) for steps in level[:count]]
+
+    def _table(self, steps: tuple[int, ...]) -> Solver:
+        rows = self._fitted(steps)[1].tolist()
+        return replace(self.solver, guided_steps=steps, guidance_coeffs=tuple(map(tuple, rows)))
+
+    def _fitted(self, steps: tuple[int, ...]) -> tuple[float, Tensor]:
+        """What the end point loses with both branches at these steps, and the V (N, N) that loses least."""
+        n, coeffs = self.solver.num_steps, torch.tensor(self.solver.coeffs, dtype=torch.float64)
+        start = forecast(self.solver, steps)
+        rows, columns = free_places(n, steps)
+        last = torch.tensor([max(j for j in steps if j <= i) for i in range(n)])[rows]
+        if not len(rows):
+            return self._loss(start - coeffs), start
+        # V = start + sum_k t_k (one at its place, less one at its row's last), which keeps the rows' sums
+        moves = torch.zeros(len(rows), n, n, dtype=torch.float64)
+        moves[range(len(rows)), rows, columns] = 1
+        moves[range(len(rows)), rows, last] -= 1
+        moves = moves * _factor(self.solver)
+        flat, form = moves.flatten(1), self.form.reshape(n * n, n * n)
+        matrix, gradient = flat @ form @ flat.mT, flat @ form @ (start - coeffs).flatten()
+        ridge = RIDGE * matrix.diagonal().mean() + 1e-300
+        t = -torch.linalg.solve(matrix + ridge * torch.eye(len(rows), dtype=torch.float64), gradient)
+        fitted = start + (t[:, None, None] * moves).sum(0)
+        return self._loss(fitted - coeffs), fitted
+
+    def _loss(self, change: Tensor) -> float:
+        return float(torch.einsum("ij,ijkl,kl", change, self.form, change))
+
+
+def worth(solver: Solver, ledger: Ledger, teacher: Teacher, seed: int) -> Worth:
+    """The worth of differences along a table, from its rollouts on a few training samples, none where the budget allows
+    none: then the first steps call both branches."""
+    draws, n = teacher.draws, solver.num_steps
+    full = replace(solver, guided_steps=tuple(range(n)), guidance_coeffs=solver.coeffs)
+    steps = b_of(solver)
+    form, seen, k = torch.zeros(n * n, n * n, dtype=torch.float64), 0, 0
+    while seen < SKETCHED and k < len(teacher) and ledger.affords(cost_of_worth(n, teacher.sizes[k])):
+        batch, _ = teacher[k]
+        generator = torch.Generator().manual_seed(mix(seed, "calls", n, k))
+        signs = torch.randint(0, 2, (SKETCHES, batch.size, *batch.noise.shape[1:]), generator=generator) * 2 - 1
+        signs = signs[:, draws.rank :: draws.world].to(batch.noise) * batch.noise[0].numel() ** -0.5
+        for part in teacher.room.over(slice(0, len(batch))):
+            with part as rows:
+                some = batch.rows(rows)
+                table = StepTable.of(full, guidance=some.guidance, dtype=some.noise.dtype, device=some.noise.device)
+                rollout = Rollout(some.denoiser(), some.noise, table.weights, table.times, wrt=("weights",))
+                pulled = rollout.pull(signs[:, rows]).weights
+                assert pulled is not None
+                products = (pulled[..., HISTORY + n + 1 :].double().cpu() * steps[:, None]).flatten(2).flatten(0, 1)
+                form += products.mT @ products
+        ledger.spend(cost_of_worth(n, batch.size))
+        seen, k = seen + batch.size, k + 1
+    draws.all_reduce(form)
+    return Worth(solver, form.reshape(n, n, n, n) / max(1, seen * SKETCHES))
+
+
+def b_of(solver: Solver) -> Tensor:
+    """(N,) what a step's row is multiplied with."""
+    b: Tensor = solver.schedule.transition(torch.tensor(solver.timesteps, dtype=torch.float64))[1]
+    return b
+
+
+def cost_of_worth(num_steps: int, samples: int) -> int:
+    """Evaluations that :func:`worth` takes."""
+    return num_steps * samples * (1 + 2 * SKETCHES)
+
+
+def forecast(solver: Solver, steps: Sequence[int]) -> Tensor:
+    """V (N, N), float64, where the differences of the other steps are continued linearly in u from the last two known.
+
+    V = c M, with M_kj what step k's difference takes from step j's. Where c weighs the first prediction by a factor,
+    as where its call is told another time, so does V.
+    """
+    n, u = solver.num_steps, solver.timesteps
+    coeffs = torch.tensor(solver.coeffs, dtype=torch.float64)
+    factor = _factor(solver)
+    taken = torch.zeros(n, n, dtype=torch.float64)
+    for k in range(n):
+        known = [j for j in steps if j <= k]
+        taken[k, known[-1]] = 1
+        if known[-1] < k and len(known) > 1:
+            before, last = known[-2:]
+            slope = (u[k] - u[last]) / (u[last] - u[before])
+            taken[k, last] += slope
+            taken[k, before] -= slope
+    return coeffs / factor @ taken * factor
+
+
+def _factor(solver: Solver) -> Tensor:
+    """(N,) what c's columns are multiplied by over rows that sum to one: other than 1 for the first alone."""
+    return torch.tensor([solver.coeffs[0][0], *[1.0] * (solver.num_steps - 1)], dtype=torch.float64)
