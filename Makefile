@@ -3,7 +3,7 @@
 # make lint   style and types
 # make docs   the site of docs/ in out/site; every link checked
 # make venv   only .venv, with the package and what the demo and the tutorial import
-# make bench  the benchmarks, rows appended under benchmarks/results/
+# make bench  the benchmarks' tables, a few minutes; CONTRIBUTING.md has the options
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -42,14 +42,20 @@ lint: $(VENV)/.test
 
 docs: $(VENV)/.test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "the site is in out/site: open out/site/index.html"
 
 venv: $(VENV)/.demo
 
+NEWER = import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else \
+  "dss_fast needs Python 3.11 or newer, and this is %d.%d: $(1)" % (v[0], v[1]))
+
 $(VENV)/bin/python:
+	@$(PYTHON) -c '$(call NEWER,name another one as in make $(or $(MAKECMDGOALS),demo) PYTHON=python3.12)'
 	$(PYTHON) -m venv $(VENV)
 
 # The extension is built against the torch just installed, hence no build isolation.
 $(VENV)/.demo: requirements.txt pyproject.toml setup.py $(wildcard csrc/*) | $(VENV)/bin/python
+	@$(BIN)/python -c '$(call NEWER,remove $(VENV) and name another one by PYTHON=)'
 	$(PIP) -r requirements.txt
 	$(PIP) --no-build-isolation --no-deps -e .
 	touch $@

@@ -1,45 +1,39 @@
-"""What a step costs the host: DSSScheduler.step against the stock schedulers of diffusers, taking turns in one run.
+"""What a step costs the host: DSSScheduler.step against the stock schedulers of diffusers, taking turns.
 
-    pytest benchmarks/bench_scheduler.py --benchmark -s
+    pytest benchmarks/bench_scheduler.py --benchmark
 
-A latent of 4 x 32 x 32, where the arithmetic is next to nothing and what is left is Python and launches. Each round
-runs 10 steps of every scheduler, in turn, so that a busy machine slows all alike; medians over the rounds go to
-results/scheduler.csv. On CUDA the host's time is taken without waiting for the device.
+A latent of 4 x 32 x 32, where the arithmetic is next to nothing and what is left is Python and launches. A round is 10
+steps of each scheduler. On CUDA the host's time is taken without waiting for the device. With --rows they go to
+results/scheduler.csv.
 """
 
-import csv
-import datetime
-import platform
-import statistics
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 diffusers = pytest.importorskip("diffusers")
 
+from benchmarks.machine import DEVICE  # noqa: E402
+from benchmarks.turns import in_turns  # noqa: E402
 from dss_fast.integrations.diffusers import DSSScheduler  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results" / "scheduler.csv"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPE, STEPS, ROUNDS = (1, 4, 32, 32), 10, 60
+SHAPE, STEPS, ROUNDS = (1, 4, 32, 32), 10, 40
+WAYS = ["dss_fast", "stock euler or ddim", "stock dpmpp_2m", "stock unipc"]
 
 
-def schedulers(family):
-    if family == "flow":
-        config = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).config
-        flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
-        euler, table = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config), "sit-xl-2-256"
-    else:
-        config, flow = diffusers.DDIMScheduler(clip_sample=False).config, {}
-        euler, table = diffusers.DDIMScheduler.from_config(config), "dit-xl-2-256"
+def scheduler(family, way):
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    stock = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    options, table = flow, "sit-xl-2-256"
+    if family == "vp":
+        stock, options, table = diffusers.DDIMScheduler(clip_sample=False), {}, "dit-xl-2-256"
     return {
-        "dss_fast": DSSScheduler.from_config(config, solver=table),
-        "stock euler or ddim": euler,
-        "stock dpmpp_2m": diffusers.DPMSolverMultistepScheduler(**flow),
-        "stock unipc": diffusers.UniPCMultistepScheduler(**flow),
-    }
+        "dss_fast": lambda: DSSScheduler.from_config(stock.config, solver=table),
+        "stock euler or ddim": lambda: stock,
+        "stock dpmpp_2m": lambda: diffusers.DPMSolverMultistepScheduler(**options),
+        "stock unipc": lambda: diffusers.UniPCMultistepScheduler(**options),
+    }[way]()
 
 
 def host_seconds(scheduler, x, output):
@@ -48,7 +42,7 @@ def host_seconds(scheduler, x, output):
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     times = list(scheduler.timesteps)
-    if DEVICE == "cuda":
+    if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
     for t in times:
@@ -56,34 +50,26 @@ def host_seconds(scheduler, x, output):
     return (time.perf_counter() - start) / STEPS
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)], ids=["float32", "bfloat16"]
+)
 @pytest.mark.parametrize("family", ["flow", "vp"])
 @torch.no_grad()
-def test_host_time_per_step(family, dtype):
+def test_host_time_per_step(turns, family, dtype, way):
     x, output = (torch.randn(SHAPE, device=DEVICE, dtype=dtype) for _ in range(2))
-    ways = schedulers(family)
-    seconds = {name: [] for name in ways}
-    for round_ in range(ROUNDS + 5):
-        for name, scheduler in ways.items():
-            taken = host_seconds(scheduler, x, output)
-            if round_ >= 5:
-                seconds[name].append(taken)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        rows = csv.writer(file)
-        if new:
-            rows.writerow(
-                ["date", "device", "threads", "torch", "diffusers", "python", "family", "dtype"]
-                + ["scheduler", "microseconds_per_step", "share_of_unipc"]
-            )
-        for name, median in medians.items():
-            share = median / medians["stock unipc"]
-            print(f"\n{family} {str(dtype)[6:]:9} {name:20} {median * 1e6:8.1f} us  {share:.3f} of UniPC", end="")
-            rows.writerow(
-                [datetime.date.today().isoformat(), DEVICE, torch.get_num_threads(), torch.__version__]
-                + [diffusers.__version__, platform.python_version(), family, str(dtype)[6:], name]
-                + [f"{median * 1e6:.2f}", f"{share:.4f}"]
-            )
-    assert medians["dss_fast"] <= medians["stock unipc"] / 3
+
+    def measure(calls):
+        for call in calls.values():
+            call()
+        return in_turns(calls, lambda way: calls[way](), ROUNDS)
+
+    def build(way):
+        one = scheduler(family, way)
+        return lambda: host_seconds(one, x, output)
+
+    about = {"family": family, "dtype": str(dtype)[6:], "scheduler": way, "diffusers": diffusers.__version__}
+    turns(
+        f"scheduler {family} {about['dtype']}", build,
+        measure=measure, info=about, ratios={"stock unipc": "times_unipc"}, rows="scheduler.csv",
+    )  # fmt: skip

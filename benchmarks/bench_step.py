@@ -1,206 +1,173 @@
 """The step against everything a user could run instead, in the same run, the ways taking turns.
 
-    pytest benchmarks/bench_step.py --benchmark -s [-k "forward and not 21x90x160"] [--threads 2]
+    pytest benchmarks/bench_step.py --benchmark [-k "forward and not video"] [--full]
 
 `forward` and `gradient` take the last of N steps (all N outputs weighted; forward alone, or forward and backward),
 `pull` what a rollout's N adjoints send back to its first step, `loop` all N steps with the outputs at hand, per step.
-`host` is a loop on 256 elements: what Python costs. Rows go to results/step.csv.
+`host` is a loop on 256 elements: what Python costs. With --rows they go to results/step.csv.
 """
 
-import csv
-import random
-import statistics
 import time
-from pathlib import Path
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from benchmarks.machine import DEVICE, conditions
+from benchmarks.machine import DEVICE
 from benchmarks.step_ways import GRADIENT, LAST_STEP, LOOP, PULL, Setting, copy
+from benchmarks.turns import in_turns, take_turns
 
-RESULTS = Path(__file__).parent / "results" / "step.csv"
-LATENT, BATCH, FLUX, FLUX4, VIDEO = (
-    (1, 4, 32, 32), (16, 4, 32, 32), (1, 16, 128, 128), (4, 16, 128, 128), (1, 16, 21, 90, 160)
-)  # fmt: skip
-SHAPES = [LATENT, BATCH, FLUX, FLUX4, VIDEO]
-F32, MIXED = (torch.float32, torch.float32), (torch.float32, torch.bfloat16)
-SECONDS = 1.2 if DEVICE.type == "cpu" else 0.6  # a cell's budget, compilation apart
-LIMIT = 40  # rounds
-
-
-def size(shape):
-    return "x".join(map(str, shape))
+SHAPES = {
+    "latent": (1, 4, 32, 32),
+    "batch": (16, 4, 32, 32),
+    "flux": (1, 16, 128, 128),
+    "flux4": (4, 16, 128, 128),
+    "video": (1, 16, 21, 90, 160),
+}
+RATIOS = {"copy": "copy_fraction", "released eager": "times_released"}
 
 
-def once(call, repeats):
-    """Seconds a call. The first is not timed: it brings back into the cache what the other ways have evicted."""
-    call()
-    if DEVICE.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(repeats):
-            call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3 / repeats
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - begin) / repeats
+@dataclass(frozen=True)
+class Cell:
+    """One group of a table. network: dtype of the outputs and the history; the state is float32."""
+
+    name: str
+    steps: int = 10
+    network: torch.dtype = torch.float32
+    pair: bool = False
+
+    def __str__(self):
+        mixed, guided = "-bf16" * (self.network is torch.bfloat16), "-guided" * self.pair
+        return f"{self.name}-{'x'.join(map(str, SHAPES[self.name]))}-N{self.steps}{mixed}{guided}"
+
+    def setting(self):
+        return Setting(SHAPES[self.name], self.steps, (torch.float32, self.network), self.pair, DEVICE)
 
 
-def take_turns(calls, seconds=SECONDS):
-    """Seconds a call, for each way: lists of one value a round. Short calls are repeated within a round."""
-    repeats = {}
-    for name, call in calls.items():
-        call(), call()
-        repeats[name] = max(1, min(200, int(2e-3 / max(once(call, 1), 1e-7))))
-    round_seconds = sum(once(call, repeats[name]) * (repeats[name] + 1) for name, call in calls.items())
-    rounds = max(5, min(LIMIT, int(seconds / round_seconds)))
-    times = {name: [] for name in calls}
-    turns = list(calls)
-    shuffle = random.Random(0).shuffle
-    for _ in range(rounds):
-        shuffle(turns)  # whoever follows the copy finds the cache full of it
-        for name in turns:
-            times[name].append(once(calls[name], repeats[name]))
-    return times
+def cells(usual, *more):
+    """The usual cells, and those that --full adds."""
+    return [*usual, *(pytest.param(cell, marks=pytest.mark.full) for cell in more if cell not in usual)]
 
 
-def report(group, setting, times, bytes_moved, per=1, skip=("copy",)):
-    """Append one row a way and print the cell. Fraction: the copy's median over the way's."""
-    rows = []
-    copied = statistics.median(times["copy"]) if "copy" in times else None
-    for way, seconds in times.items():
-        low, middle, high = (q * 1e6 / per for q in quantiles(seconds))
-        rows.append({
-            "group": group, "way": way, "shape": size(setting.shape), "elements": setting.x.numel(),
-            "steps": setting.steps, "pair": int(setting.pair), "state": str(setting.x.dtype)[6:],
-            "network": str(setting.history.dtype)[6:], "median_us": f"{middle:.3f}", "p20_us": f"{low:.3f}",
-            "p80_us": f"{high:.3f}", "rounds": len(seconds), "bytes": bytes_moved,
-            "gb_per_s": f"{bytes_moved / (middle * per) / 1e3:.2f}",
-            "copy_fraction": f"{copied / statistics.median(seconds):.3f}" if copied else "",
-            "times_released": ratio(times, way), **conditions(),
-        })  # fmt: skip
-    new = not RESULTS.exists()
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-    types = f"{rows[0]['state']}/{rows[0]['network']}"
-    guided = " guided" if setting.pair else ""
-    print(f"\n{group} {rows[0]['shape']} N={setting.steps} {types}{guided}, {bytes_moved:,} B")
-    for row in rows:
-        print(
-            f"  {row['way']:26} {float(row['median_us']):11.1f} us (p20 {float(row['p20_us']):9.1f})  "
-            f"{row['gb_per_s']:>7} GB/s  of copy {row['copy_fraction'] or '-':>6}  "
-            f"released/it {row['times_released'] or '-':>7}"
-        )
-    return {row["way"]: float(row["median_us"]) for row in rows}
+def info(s, bytes_moved):
+    return {
+        "shape": "x".join(map(str, s.shape)), "elements": s.x.numel(), "steps": s.steps, "pair": int(s.pair),
+        "state": str(s.x.dtype)[6:], "network": str(s.history.dtype)[6:], "bytes": bytes_moved,
+    }  # fmt: skip
 
 
-def ratio(times, way):
-    """How many times faster than the released code: the median of the ratios within a round."""
-    if "released eager" not in times:
-        return ""
-    pairs = zip(times["released eager"], times[way], strict=True)
-    return f"{statistics.median(a / b for a, b in pairs):.2f}"
+@pytest.fixture(scope="module")
+def settings():
+    """The tensors of the cell at hand; those of the one before are freed."""
+    kept = {}
+
+    def of(cell):
+        if cell not in kept:
+            kept.clear()
+            torch._dynamo.reset()
+            kept[cell] = cell.setting()
+        return kept[cell]
+
+    yield of
+    kept.clear()
 
 
-def quantiles(seconds):
-    ordered = sorted(seconds)
-    return tuple(ordered[int(q * (len(ordered) - 1))] for q in (0.2, 0.5, 0.8))
+def step(turns, settings, group, cell, ways, bytes_moved, *, measure=take_turns, per=1):
+    """A way of a cell in which ``bytes_moved(setting)`` are moved, beside a copy of as many."""
+    s = settings(cell)
+    moved = bytes_moved(s)
+
+    def build(way):
+        return copy(moved, DEVICE) if way == "copy" else ways[way](s)
+
+    options = dict(measure=measure, per=per, info=info(s, moved), ratios=RATIOS, rows="step.csv")
+    turns(f"{group} {cell}", build, **options)
 
 
-FORWARD = [(shape, steps, F32, False) for shape in SHAPES for steps in (5, 10, 15)]
-FORWARD += [(shape, 10, MIXED, False) for shape in SHAPES] + [(BATCH, 10, F32, True), (VIDEO, 10, MIXED, True)]
+MIXED = torch.bfloat16
+FORWARD = [Cell(name, steps) for name in SHAPES for steps in (5, 10, 15)] + [Cell(n, network=MIXED) for n in SHAPES]
+FORWARD += [Cell("batch", pair=True), Cell("video", network=MIXED, pair=True)]
+TENS = [Cell(name) for name in SHAPES]
 
 
-def name(cell):
-    shape, steps, types, pair = cell
-    return f"{size(shape)}-{steps}-{'mixed' if types is MIXED else 'fp32'}{'-guided' if pair else ''}"
-
-
-@pytest.mark.parametrize("cell", FORWARD, ids=name)
-def test_forward(cell):
-    shape, steps, types, pair = cell
-    s = Setting(shape, steps, types, pair, DEVICE)
-    torch._dynamo.reset()
+@pytest.mark.parametrize("way", [*LAST_STEP, "copy"])
+@pytest.mark.parametrize("cell", cells([Cell("latent"), Cell("flux"), Cell("video", network=MIXED)], *FORWARD), ids=str)
+def test_forward(turns, settings, cell, way):
+    if "compiled" in way and (cell.steps != 10):
+        pytest.skip("compiled at N = 10 alone")
     with torch.no_grad():
-        ways = {k: build(s) for k, build in LAST_STEP.items() if steps == 10 or "compiled" not in k}
-        times = take_turns({**ways, "copy": copy(s.bytes(), DEVICE)})
-    report("forward", s, times, s.bytes())
+        step(turns, settings, "forward", cell, LAST_STEP, Setting.bytes)
 
 
-@pytest.mark.parametrize("cell", [(shape, 10, F32, False) for shape in SHAPES], ids=name)
-def test_loop(cell):
-    shape, steps, types, pair = cell
-    s = Setting(shape, steps, types, pair, DEVICE)
+@pytest.mark.parametrize("way", [*LOOP, "copy"])
+@pytest.mark.parametrize("cell", cells([Cell("latent"), Cell("flux")], *TENS), ids=str)
+def test_loop(turns, settings, cell, way):
     with torch.no_grad():
-        ways = {k: build(s) for k, build in LOOP.items()}
-        times = take_turns({**ways, "copy": copy(s.loop_bytes(), DEVICE)})
-        less_setup(ways, times)
-        report("loop", s, times, s.loop_bytes(), per=steps)
+        step(turns, settings, "loop", cell, LOOP, Setting.loop_bytes, measure=without_setup, per=cell.steps)
 
 
-def less_setup(ways, times):
-    for way, run in ways.items():
-        if hasattr(run, "without"):
-            setup = statistics.median(once(run.without, 5) for _ in range(5))
-            times[way] = [max(t - setup, 1e-9) for t in times[way]]
+@pytest.mark.parametrize("way", [*GRADIENT, "copy"])
+@pytest.mark.parametrize("cell", cells([Cell("flux")], *(c for c in TENS if c.name != "flux4")), ids=str)
+def test_gradient(turns, settings, cell, way):
+    step(turns, settings, "gradient", cell, GRADIENT, lambda s: s.bytes(backward=True))
 
 
-@pytest.mark.parametrize("cell", [(shape, 10, F32, False) for shape in (LATENT, BATCH, FLUX, VIDEO)], ids=name)
-def test_gradient(cell):
-    shape, steps, types, pair = cell
-    s = Setting(shape, steps, types, pair, DEVICE)
-    torch._dynamo.reset()
-    ways = {k: build(s) for k, build in GRADIENT.items()}
-    times = take_turns({**ways, "copy": copy(s.bytes(backward=True), DEVICE)})
-    report("gradient", s, times, s.bytes(backward=True))
-
-
-@pytest.mark.parametrize("cell", [(shape, 10, F32, False) for shape in SHAPES], ids=name)
-def test_pull(cell):
-    shape, steps, types, pair = cell
-    s = Setting(shape, steps, types, pair, DEVICE)
-    torch._dynamo.reset()
+@pytest.mark.parametrize("way", [*PULL, "copy"])
+@pytest.mark.parametrize("cell", cells([Cell("flux4")], *TENS), ids=str)
+def test_pull(turns, settings, cell, way):
     with torch.no_grad():
-        ways = {k: build(s) for k, build in PULL.items()}
-        times = take_turns({**ways, "copy": copy(s.pull_bytes(), DEVICE)})
-    report("pull", s, times, s.pull_bytes())
+        step(turns, settings, "pull", cell, PULL, Setting.pull_bytes)
 
 
-def test_host():
+@pytest.mark.parametrize("way", LOOP)
+def test_host(turns, way):
     """Tensors of 256 elements; on a GPU the time to enqueue, not to run."""
-    s = Setting((1, 4, 8, 8), 10, F32, device=DEVICE)
+    s = Setting((1, 4, 8, 8), 10, (torch.float32, torch.float32), device=DEVICE)
+
+    def measure(calls):
+        return less_setup(calls, in_turns(calls, lambda way: enqueued(calls[way]), 30))
+
+    options = dict(measure=measure, per=10, info=info(s, s.loop_bytes()), ratios=RATIOS, rows="step.csv")
     with torch.no_grad():
-        ways = {k: build(s) for k, build in LOOP.items()}
-        times = {way: [] for way in ways}
-        for _ in range(30):
-            for way, run in ways.items():
-                if DEVICE.type == "cuda":
-                    torch.cuda.synchronize()
-                begin = time.perf_counter()
-                for _ in range(10):
-                    run()
-                times[way].append((time.perf_counter() - begin) / 10)
-        less_setup(ways, times)
-        micros = report("host", s, times, s.loop_bytes(), per=10)
-    assert micros["ours"] < micros.get("diffusers UniPC", float("inf")) / 3
+        turns("host 256 elements", lambda way: LOOP[way](s), **options)
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="no GPU")
-def test_graph():
+@pytest.mark.parametrize("way", ["ours"])
+def test_graph(turns, settings, way):
     """The whole 10-step loop, the outputs at hand, as one graph."""
-    s = Setting(LATENT, 10, F32, device=DEVICE)
-    with torch.no_grad():
+    cell = Cell("latent")
+
+    def captured(s):
         run = LOOP["ours"](s)
         run()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
-        report("graph", s, take_turns({"ours": graph.replay}), s.loop_bytes(), per=10)
+        return graph.replay
+
+    with torch.no_grad():
+        step(turns, settings, "graph", cell, {"ours": captured}, Setting.loop_bytes, per=10)
+
+
+def enqueued(run, repeats=10):
+    """Seconds of the host a call."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - begin) / repeats
+
+
+def without_setup(calls):
+    return less_setup(calls, take_turns(calls))
+
+
+def less_setup(calls, times):
+    """Less what setting up takes, in the ways that have it: steps are compared."""
+    for way, run in calls.items():
+        if hasattr(run, "without"):
+            setup = sorted(enqueued(run.without, 5) for _ in range(5))[2]
+            times[way] = [max(t - setup, 1e-9) for t in times[way]]
+    return times

@@ -1,19 +1,16 @@
 """Time and peak memory of a differentiated rollout: plain autograd, torch.utils.checkpoint around each call, ours.
 
-    pytest benchmarks/bench_unroll.py --benchmark -s        # about 3 minutes
+    pytest benchmarks/bench_unroll.py --benchmark [--full]
 
-All three run the same frozen network and the same step and take the gradients of the state, the weights and
-the times. Time is wall time on a GPU and, so that other work on the machine counts less, processor time of one
-thread on a CPU; the ways take turns. Peak memory is what torch's allocator hands out above the start of the
-run, counted on a run of its own. Rows go to results/unroll.csv.
+All run the same frozen network and the same step and take the gradients of the state, the weights and the times. Time
+is wall time on a GPU and, so that other work on the machine counts less, processor time of one thread on a CPU; the
+ways take turns. Peak memory is what torch's allocator hands out above the start of the run, counted on a run of its
+own. With --rows they go to results/unroll.csv.
 """
 
-import csv
-import datetime
 import platform
-import statistics
 import time
-from pathlib import Path
+from functools import cache
 
 import pytest
 import torch
@@ -21,12 +18,12 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.machine import DEVICE, commit, version
+from benchmarks.machine import DEVICE
+from benchmarks.turns import in_turns
 from dss_fast.step import multistep_update
 from dss_fast.unroll import Rollout
 from examples.mnist.model import Block, DiT
 
-RESULTS = Path(__file__).parent / "results" / "unroll.csv"
 N = 10
 clock = time.perf_counter if DEVICE.type == "cuda" else time.process_time
 
@@ -133,20 +130,6 @@ class Case:
         return torch.autograd.grad(self.model(x, t), [x, t], self.cotangents[0])
 
 
-def timed(ways, rounds):
-    """{way: seconds of each round}; the ways take turns, after one round to warm up."""
-    seconds = {name: [] for name in ways}
-    for turn in range(rounds + 1):
-        for name, way in ways.items():
-            _synchronize()
-            start = clock()
-            way()
-            _synchronize()
-            if turn:
-                seconds[name].append(clock() - start)
-    return seconds
-
-
 def peak(way):
     """Bytes allocated at the highest point of a run, above its start."""
     if DEVICE.type == "cuda":
@@ -169,115 +152,98 @@ def _synchronize():
         torch.cuda.synchronize()
 
 
-def record(case, way, direction, seconds, peak_bytes):
-    low, middle, high = (1e3 * q for q in _quantiles(seconds))
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{platform.machine()} cpu, 1 thread"
-    row = {
-        "op": f"unroll {case.name}",
-        "backend": way,
-        "direction": direction,
-        "dtype": "float32",
-        "shape": "x".join(map(str, case.inputs[0].shape)),
-        "order": case.steps,
-        "median_ms": f"{middle:.1f}",
-        "p20_ms": f"{low:.1f}",
-        "p80_ms": f"{high:.1f}",
-        "peak_mb": f"{peak_bytes / 1e6:.1f}",
-        "device": name,
-        "torch": torch.__version__,
-        "triton": version("triton"),
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-    }
-    key = ("op", "backend", "direction", "shape", "order", "device")
-    rows = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
-    rows = [r for r in rows if any(str(r[k]) != str(row[k]) for k in key)] + [row]
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"{row['op']:17} N={case.steps:<3} {direction:14} {way:22} {middle:8.1f} ms  {row['peak_mb']:>7} MB")
+def seconds_of(way):
+    _synchronize()
+    start = clock()
+    way()
+    _synchronize()
+    return clock() - start
 
 
-def _quantiles(seconds):
-    if len(seconds) < 2:
-        return seconds * 3
-    cuts = statistics.quantiles(seconds, n=10, method="inclusive")
-    return cuts[1], statistics.median(seconds), cuts[7]
+def measure(calls, rounds=3):
+    for call in calls.values():
+        call()
+    return in_turns(calls, lambda way: seconds_of(calls[way]), rounds)
 
 
-@pytest.mark.parametrize(("name", "rounds"), [("mnist-dit", 5), ("dit-s-2", 3)])
-def test_table(name, rounds):
-    case = Case(name)
-    single = peak(case.one_call)
+@cache
+def case_of(name, steps=N):
+    return Case(name, steps)
+
+
+@cache
+def graph_bytes(name):
+    """Of one call: what a kept graph holds."""
+    case = case_of(name)
+    case.ours(budget=1)
+    return case.kept.activation_bytes
+
+
+def kept(name, graphs, cotangents=1):
+    """Ours with the graphs of so many calls kept."""
+    budget = None if graphs == 0 else int((graphs + 0.5) * graph_bytes(name))
+    return lambda: case_of(name).ours(cotangents, budget)
+
+
+WAYS = {
+    "plain": lambda name, cotangents: lambda: case_of(name).plain(cotangents),
+    "checkpoint": lambda name, cotangents: lambda: case_of(name).checkpointed(cotangents),
+    "ours": lambda name, cotangents: kept(name, 0, cotangents),
+    f"ours, k={N // 2}": lambda name, cotangents: kept(name, N // 2, cotangents),
+    f"ours, k={N}": lambda name, cotangents: kept(name, N, cotangents),
+}
+ALL_MODELS = [pytest.param(name, marks=pytest.mark.full) if name != "mnist-dit" else name for name in MODELS]
+ROW = {
+    "dtype": "float32",
+    "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{platform.machine()} cpu, 1 thread",
+}
+
+
+def told(turns, case, way, run, direction):
+    """A way of a case: its time in turns with the others, and its peak."""
+    shape = "x".join(map(str, case.inputs[0].shape))
+    info = {"op": f"unroll {case.name}", "backend": way, "direction": direction, "shape": shape, "order": case.steps}
+    info |= ROW | {"peak_mb": f"{peak(run(way)) / 1e6:.1f}"}
+    ratios = {"plain": "times_plain", "checkpoint": "times_checkpoint"}
+    turns(f"unroll {case.name} N={case.steps} {direction}", run, measure=measure, info=info, ratios=ratios,
+          rows="unroll.csv", unit="ms")  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("cotangents", [1, pytest.param(3, marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", ALL_MODELS)
+def test_rollout(turns, name, cotangents, way):
+    if cotangents > 1 and "k=" in way:
+        pytest.skip("graphs are kept for one cotangent")
+    told(
+        turns,
+        case_of(name),
+        way,
+        lambda w: WAYS[w](name, cotangents),
+        f"{cotangents} cotangent{'s' * (cotangents > 1)}",
+    )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("way", ["ours"])
+@pytest.mark.parametrize("steps", [5, 10, 20, 50])
+@pytest.mark.parametrize("name", MODELS)
+def test_growth_with_steps(turns, name, steps, way):
+    case = case_of(name, steps)
+    told(turns, case, way, lambda w: case.ours, "growth")
+
+
+@pytest.mark.parametrize("name", ALL_MODELS)
+def test_gradients_agree_and_the_peak_is_that_of_one_call(name):
+    case = case_of(name)
     for mine, theirs in zip(case.ours(3), case.plain(3), strict=True):
         for ours, plain in zip(mine, theirs, strict=True):
             torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4 * plain.abs().max().item())
-    case.ours(budget=1)
-    size = case.kept.activation_bytes
-    half, whole = int((N // 2 + 0.5) * size), 2 * N * size
-    ways = {
-        "plain": case.plain,
-        "checkpoint": case.checkpointed,
-        "ours": case.ours,
-        f"ours, k={N // 2}": lambda: case.ours(budget=half),
-        f"ours, k={N}": lambda: case.ours(budget=whole),
-    }
-    several = {
-        "plain": lambda: case.plain(3),
-        "checkpoint": lambda: case.checkpointed(3),
-        "ours": lambda: case.ours(3),
-    }
-    one, three = timed(ways, rounds), timed(several, rounds)
-    peaks = {way: peak(run) for way, run in ways.items()}
-    print()
-    for way in ways:
-        record(case, way, "1 cotangent", one[way], peaks[way])
-    for way in several:
-        record(case, way, "3 cotangents", three[way], peak(several[way]))
-
-    def ratio(times, way, *bases):
-        """Of the medians, and of the fastest rounds, which other work on the machine disturbs least."""
-        return tuple(
-            len(bases) * pick(times[way]) / sum(pick(times[b]) for b in bases) for pick in (statistics.median, min)
-        )
-
-    k = f"ours, k={N}"
-    figures = {
-        "peak less states / one call, at most 1.15": (peaks["ours"] - case.held_bytes) / single,
-        "time / plain, at most 1.55": ratio(one, "ours", "plain"),
-        "time / checkpoint, at most 1": ratio(one, "ours", "checkpoint"),
-        "three cotangents: time / checkpoint, at most 0.75": ratio(three, "ours", "checkpoint"),
-        "k = N/2: time / half-way, about 1": ratio(one, f"ours, k={N // 2}", "plain", "ours"),
-        "k = N/2: peak / plain's, about 0.5": peaks[f"ours, k={N // 2}"] / peaks["plain"],
-        "k = N: time / plain, 0.95 to 1.05": ratio(one, k, "plain"),
-        "k = N: peak / plain's, 0.95 to 1.05": peaks[k] / peaks["plain"],
-    }
-    print(f"{name}: one call {single / 1e6:.1f} MB, states, history and adjoints {case.held_bytes / 1e6:.2f} MB")
-    for label, value in figures.items():
-        text = "median {:.3f}, fastest {:.3f}".format(*value) if isinstance(value, tuple) else f"{value:.3f}"
-        print(f"    {label:52} {text}")
-    assert not figures["peak less states / one call, at most 1.15"] > 1.15
+    assert peak(case.ours) - case.held_bytes <= 1.15 * peak(case.one_call)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", MODELS)
-def test_growth_with_steps(name):
-    """The peak stays flat, the time grows linearly."""
-    print()
-    peaks, seconds = {}, {}
-    for steps in (5, 10, 20, 50):
-        case = Case(name, steps)
-        rounds = 1 if name == "dit-s-2" else 3
-        taken = timed({"ours": case.ours}, rounds)["ours"] if rounds > 1 else []
-        if not taken:
-            start = clock()
-            held = peak(case.ours)
-            taken = [clock() - start]
-        else:
-            held = peak(case.ours)
-        peaks[steps], seconds[steps] = held - case.held_bytes, statistics.median(taken)
-        record(case, "ours", "growth", taken, held)
-    print(f"    peak less states, N = 50 / N = 5: {peaks[50] / peaks[5]:.3f}")
-    print(f"    time per step, N = 50 / N = 5: {seconds[50] / 50 / (seconds[5] / 5):.3f}")
-    assert not peaks[50] > 1.1 * peaks[5]
+def test_the_peak_stays_flat_with_steps(name):
+    peaks = [peak(case_of(name, steps).ours) - case_of(name, steps).held_bytes for steps in (5, 50)]
+    assert peaks[1] <= 1.1 * peaks[0]

@@ -1,10 +1,11 @@
-"""The command line: ``python -m dss_fast {search,sample,compare,show}``.
+"""Few-step solvers for diffusion and flow models: search, fit, sample, compare, show, push.
 
-A model is named ``module:attribute``. The attribute is a :class:`dss_fast.Target`, or a function without arguments
-that returns one; a dict of a Target's fields is taken too. ``search`` takes several, for one table over all, and a
+A model is named module:attribute, or file.py:attribute. The attribute is a Target, or a function without arguments
+that returns one; a dict of a Target's fields is taken too. search takes several, for one table over all, and a
 pipeline of diffusers, a folder or a hub id, with a file of prompts:
 
     python -m dss_fast search examples.mnist:flow --steps 5,8 -o out
+    python -m dss_fast search ./my_model.py:target --steps 5 --budget 20min -o out
     python -m dss_fast search examples.mnist:flow examples.mixture:digits --steps 5 -o out
     python -m dss_fast search stabilityai/stable-diffusion-3.5-medium --prompts prompts.txt --steps 6,8 -o out
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import inspect
 import os
 import re
@@ -21,20 +23,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from . import __version__
+from . import __version__, hub
 from .compare import compare
 from .files import check_free, check_writable, sealing, write_tensors, write_text
 from .integrations.k_diffusion import sigmas_of
 from .methods import METHODS as HANDMADE
-from .names import find_solver, printable, solver_names
+from .names import find_solver, is_file, printable, solver_names
 from .plots import plot_samples, plot_solver
 from .sampling import sample
-from .schedule import default_schedule
+from .schedule import Schedule, default_schedule
 from .searching import METHODS, GaussNewton, Method, fit, search
 from .searching.processes import take_local_device
 from .searching.space import SPACES
@@ -57,8 +60,17 @@ def main(arguments: list[str] | None = None) -> int:
         return INTERRUPTED
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        print(printable(f"dss_fast {options.command}: {error}{notes}"), file=sys.stderr)
+        print(printable(f"dss_fast {options.command}: {_in_options(f'{error}{notes}', options)}"), file=sys.stderr)
         return 2
+
+
+def _in_options(text: str, options: argparse.Namespace) -> str:
+    """A message of the package in the words of the command line: what it calls budget=5 is --budget 5 here."""
+    text = text.replace("resume=True (--resume)", "--resume")
+    for option in vars(options).keys() - {"run", "command", "model", "models", "solver", "solvers"}:
+        name, flag = ("num_steps" if option == "steps" else option), f"--{option.replace('_', '-')} "
+        text = re.sub(rf"(?<![\w.]){name}=(?=['\w(\[])", flag, text)
+    return re.sub(r"(--steps )[(\[]([\d, ]+?),?[)\]]", lambda found: found[1] + found[2].replace(" ", ""), text)
 
 
 def load_target(name: str, device: str | None = None) -> Target:
@@ -66,31 +78,7 @@ def load_target(name: str, device: str | None = None) -> Target:
 
     Raises ValueError saying which part does not exist or is not a Target.
     """
-    module, _, attribute = name.partition(":")
-    if not module or not attribute:
-        raise ValueError(f"model {name!r}: write module:attribute, as in examples.mnist:flow")
-    if "" in module.split(".") or module.endswith(".py") or any(sign in module for sign in "/\\"):
-        meant = ".".join(part for part in re.split(r"[./\\]+", module.removesuffix(".py")) if part) or "module"
-        raise ValueError(
-            f"model {name!r}: {module!r} is no module's name; write it as Python imports it, as in "
-            f"{meant}:{attribute}, and it is looked for in {os.getcwd()} and on the path"
-        )
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"model {name!r}: {error}; it is looked for in {os.getcwd()} and on the path") from error
-    if not hasattr(found, attribute):
-        public = ", ".join(k for k, v in vars(found).items() if not k.startswith("_") and callable(v))
-        raise ValueError(f"model {name!r}: {module} has no {attribute!r}; it has: {public}")
-    target = getattr(found, attribute)
-    if callable(target) and not isinstance(target, nn.Module):
-        try:
-            inspect.signature(target).bind()
-        except TypeError as error:
-            raise ValueError(f"model {name!r}: is called without arguments, and {error}; give a Target") from None
-        target = target()
+    target = _made(name)
     if isinstance(target, Mapping):
         if "model" not in target:
             raise ValueError(f"model {name!r}: the dict lacks 'model'; see python -m dss_fast --help")
@@ -101,6 +89,60 @@ def load_target(name: str, device: str | None = None) -> Target:
             f"model {name!r}: is {type(target).__name__}, not a Target; write one around it, as in Target(model, shape)"
         )
     return target if device is None else target.to(device)
+
+
+def _made(name: str) -> Any:
+    """The attribute, or what it returns where it is a function."""
+    found = _attribute(name)
+    if not callable(found) or isinstance(found, nn.Module):
+        return found
+    try:
+        inspect.signature(found).bind()
+    except TypeError as error:
+        raise ValueError(f"model {name!r}: is called without arguments, and {error}; give a Target") from None
+    return found()
+
+
+def _attribute(name: str) -> Any:
+    """What ``module:attribute`` or ``folder/file.py:attribute`` names. Raises ValueError saying what does not exist."""
+    module, _, attribute = name.rpartition(":")
+    if not module or not attribute:
+        raise ValueError(f"model {name!r}: write module:attribute, as in examples.mnist:flow")
+    if module.endswith(".py") and Path(module).is_file():
+        found = _imported(Path(module).resolve())
+    else:
+        found = _module(name, module, attribute)
+    if not hasattr(found, attribute):
+        public = ", ".join(k for k, v in vars(found).items() if not k.startswith("_") and callable(v))
+        raise ValueError(f"model {name!r}: {module} has no {attribute!r}; it has: {public}")
+    return getattr(found, attribute)
+
+
+def _imported(path: Path) -> ModuleType:
+    """The module in a file, which finds those beside it."""
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = found  # where its classes look for their module
+    spec.loader.exec_module(found)
+    return found
+
+
+def _module(name: str, module: str, attribute: str) -> ModuleType:
+    if "" in module.split(".") or module.endswith(".py") or any(sign in module for sign in "/\\"):
+        meant = ".".join(part for part in re.split(r"[./\\]+", module.removesuffix(".py")) if part) or "module"
+        raise ValueError(
+            f"model {name!r}: {module!r} is no module's name; write it as Python imports it, as in "
+            f"{meant}:{attribute}, and it is looked for in {os.getcwd()} and on the path"
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"model {name!r}: {error}; it is looked for in {os.getcwd()} and on the path") from error
 
 
 def _search(options: argparse.Namespace) -> int:
@@ -115,12 +157,17 @@ def _search(options: argparse.Namespace) -> int:
         if first:
             _say(f"{prompted}, latents {targets[0].shape}, guidance {targets[0].guidance_scale}")
     steps = options.steps or (None if options.calls else [10])
-    given = {"method": method, "budget": options.budget, "seed": options.seed, "out": out, "resume": options.resume}
-    result = search(targets, steps, calls=options.calls, **given)
+    asked = {key: getattr(options, key) for key in ("calls", "budget", "seed", "resume")} | {"method": method}
+    result = search(targets, steps, out=out, progress=not options.quiet, **asked)
     if first:
         _say(result)
         if prompted is not None:
             prompted.show(result, out, options.seed)
+        if result.interrupted:
+            models = " ".join(options.models)
+            _say(
+                f"no report was made; python -m dss_fast compare {models} {out}/solver-*.json says what they are worth"
+            )
     return INTERRUPTED if result.interrupted else 0
 
 
@@ -128,7 +175,8 @@ def _fit(options: argparse.Namespace) -> int:
     take_local_device()
     out = Path(options.out)
     target = load_target(options.model, options.device)
-    result = fit(target, options.steps, budget=options.budget, seed=options.seed, out=out)
+    asked = {"budget": options.budget, "seed": options.seed, "progress": not options.quiet}
+    result = fit(target, options.steps, out=out, **asked)
     if int(os.environ.get("RANK", "0")) == 0:
         _say(result)
     return INTERRUPTED if result.interrupted else 0
@@ -182,10 +230,14 @@ def _sample(options: argparse.Namespace) -> None:
         raise ValueError(f"samples of shape {shape} are no images: give the target a decode, or write .safetensors")
     check_writable(path.parent)
     check_free(path, "sample", options.overwrite)
+    asked = dict(options.cond or ())
+    number = _number(options.number, asked)
     solver = find_solver(options.solver, target.schedule, options.steps)
     if options.steps not in (None, solver.num_steps):
         raise ValueError(f"--steps {options.steps}: {options.solver} has {solver.num_steps}; leave --steps out")
-    x = sample(target, options.number, solver, generator=torch.Generator().manual_seed(options.seed))
+    drawn = target.draw(number, torch.Generator().manual_seed(options.seed))
+    cond = _conditions(drawn.cond, asked, number)
+    x = sample(target, drawn.noise, solver, cond=cond, guidance_scale=options.guidance_scale)
     assert isinstance(x, Tensor)
     if tensors:
         about = {"command": "sample", "solver": printable(solver.name), "seed": str(options.seed)}
@@ -196,7 +248,40 @@ def _sample(options: argparse.Namespace) -> None:
         # Blank titles: a number beside a row reads as the class of its samples.
         with sealing(path, "sample", options.overwrite) as file:
             plot_samples({" " * k: part for k, part in enumerate(images.split(8))}, file)
-    _say(f"{options.number} samples of {printable(solver.name or options.solver)} in {printable(path)}")
+    _say(f"{number} samples of {printable(solver.name or options.solver)} in {printable(path)}")
+
+
+def _conditions(drawn: Mapping[str, Any], asked: Mapping[str, list[float]], number: int) -> dict[str, Any]:
+    """The target's conditions, those asked for in their place, of the same kind of numbers."""
+    cond = dict(drawn)
+    for key, values in asked.items():
+        known = ", ".join(cond) or "none"
+        if not isinstance(cond.get(key), Tensor) or cond[key].ndim != 1:
+            raise ValueError(
+                f"--cond {key}: the target draws no {key!r} of one number a sample; its conditions: {known}"
+            )
+        wanted = torch.tensor(values * (number if len(values) == 1 else 1), dtype=torch.float64).to(cond[key])
+        if wanted.tolist() != values * (number if len(values) == 1 else 1):
+            raise ValueError(f"--cond {key}: {values} cannot be {str(cond[key].dtype)[6:]}, as the target draws it")
+        cond[key] = wanted
+    return cond
+
+
+def _number(given: int | None, asked: Mapping[str, list[float]]) -> int:
+    """How many samples: as many as asked for, or as conditions were given, or 32."""
+    counts = {len(values) for values in asked.values() if len(values) > 1}
+    number = given if given is not None else max(counts, default=32)
+    if counts - {number}:
+        raise ValueError(
+            f"--cond: give one value, or one for each of {number} samples; got {sorted(counts - {number})[0]}"
+        )
+    return number
+
+
+def _push(options: argparse.Namespace) -> None:
+    solver = Solver.load(options.solver)
+    address = hub.push(options.solver, options.repo, options.name, private=options.private)
+    _say(f"{printable(solver.label)} is {address}; whoever has it takes it by that name where a solver is asked for")
 
 
 def _check_suffix(path: Path, *suffixes: str) -> None:
@@ -217,6 +302,7 @@ def _compare(options: argparse.Namespace) -> None:
         samples=options.samples,
         budget=options.budget,
         seed=options.seed,
+        progress=not options.quiet,
     )
     _say(result)
     files: dict[str, Callable[[Path], object]] = {
@@ -243,7 +329,13 @@ def _show(options: argparse.Namespace) -> None:
         print("published:  " + "  ".join(solver_names()))
         print("hand-made:  " + "  ".join(f"{m}/N[@spacing]" for m in HANDMADE))
         return
-    solver = find_solver(options.solver, default_schedule(options.family))
+    if options.schedule:
+        schedule = _schedule(options.schedule)
+        solver = (
+            Solver.load(options.solver, schedule) if is_file(options.solver) else find_solver(options.solver, schedule)
+        )
+    else:
+        solver = find_solver(options.solver, default_schedule(options.family))
     if options.sigmas:
         _show_sigmas(solver)
         return
@@ -267,6 +359,15 @@ def _show(options: argparse.Namespace) -> None:
         with sealing(options.plot, "show", options.overwrite) as file:
             plot_solver(solver, file)
         _say(f"picture in {printable(options.plot)}")
+
+
+def _schedule(name: str) -> Schedule:
+    """A schedule, its class, or a Target or a function that has one."""
+    found = _made(name)
+    schedule: Schedule | None = found.schedule if isinstance(found, Target) else found
+    if schedule is None or not hasattr(schedule, "alpha_sigma"):
+        raise ValueError(f"--schedule {name}: is {type(found).__name__}, and no schedule")
+    return schedule
 
 
 def _show_sigmas(solver: Solver) -> None:
@@ -317,6 +418,17 @@ def _place(text: str) -> str:
     return text
 
 
+def _condition(text: str) -> tuple[str, list[float]]:
+    name, equals, values = text.partition("=")
+    try:
+        numbers = [int(part) if part.strip().lstrip("+-").isdecimal() else float(part) for part in values.split(",")]
+    except ValueError:
+        numbers = []
+    if not (name and equals and numbers):
+        raise argparse.ArgumentTypeError(f"{text!r}: write a name and numbers, as in y=3 or y=3,1,4")
+    return name, numbers
+
+
 def _device(text: str) -> str:
     try:
         torch.empty(0, device=text)
@@ -338,61 +450,83 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         if out:
-            model = "module:attribute, for example examples.mnist:flow"
+            model = "module:attribute or file.py:attribute, for example examples.mnist:flow"
             if name == "search":
                 also = "several for one table over all; or a pipeline of diffusers, its folder or hub id"
                 sub.add_argument("models", nargs="+", metavar="model", help=f"{model}; {also}")
             else:
                 sub.add_argument("model", help=model)
-            sub.add_argument("-o", "--out", type=_place, default=out, help=f"where results go (default {out})")
-            sub.add_argument("--seed", type=int, default=0, help="of noise and conditions, a whole number")
+            sub.add_argument("-o", "--out", type=_place, default=out, help=f"where results go (default: {out})")
+            seed = 20_000 if name == "compare" else 0
+            sub.add_argument("--seed", type=int, default=seed, help=f"of noise and conditions (default: {seed})")
             sub.add_argument("--device", type=_device, default=None, help="cpu, cuda, ... (default: the model's)")
         return sub
+
+    def quiet(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("-q", "--quiet", action="store_true", help="no plan and no progress bar, only what came out")
 
     def overwrites(sub: argparse.ArgumentParser) -> None:
         text = "write over files of these names that this command did not write, or that were changed since"
         sub.add_argument("--overwrite", action="store_true", help=text)
 
     sub = command("search", _search, "search a solver for a model", "out")
-    sub.add_argument("--steps", type=_steps, help="numbers of steps, as in 5,8,10 (default 10, or what --calls takes)")
+    sub.add_argument("--steps", type=_steps, help="numbers of steps, as in 5,8,10 (default: 10, or what --calls takes)")
     sub.add_argument("--calls", type=_count, help="most calls a sample, with guidance; alone it finds the steps too")
-    sub.add_argument("--method", choices=METHODS, default="gauss_newton", help="how to search; lion is the paper's")
-    sub.add_argument(
-        "--space", default=None, help=f"{', '.join(SPACES)}; {GaussNewton().space} by default; gauss_newton only"
-    )
-    sub.add_argument("--generality", type=float, default=None, help="0.1 for a table to use on other models too")
-    sub.add_argument("--samples", type=_count, default=None, help="samples to search on")
-    sub.add_argument("--budget", type=_budget, default=None, help="most model evaluations, or a time: 20min")
+    method = "how to search; lion is the paper's (default: gauss_newton)"
+    sub.add_argument("--method", choices=METHODS, default="gauss_newton", help=method)
+    space = f"what it may move: {', '.join(SPACES)} (default: {GaussNewton().space}); gauss_newton only"
+    sub.add_argument("--space", default=None, help=space)
+    generality = "0.1 for a table to use on other models too (default: 0); gauss_newton only"
+    sub.add_argument("--generality", type=float, default=None, help=generality)
+    samples = "samples to search on (default: what the budget allows)"
+    sub.add_argument("--samples", type=_count, default=None, help=samples)
+    budget = "most model evaluations, or a time: 20min (default: 1000 (100 + 3 N) for each N)"
+    sub.add_argument("--budget", type=_budget, default=None, help=budget)
     sub.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
     sub.add_argument("--prompts", help="of a pipeline: a file with one prompt a line")
     sub.add_argument("--call", nargs="+", help="of a pipeline's call: height=512 width=512 guidance_scale=3.5 ...")
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of a pipeline's weights")
+    quiet(sub)
 
     sub = command("fit", _fit, "choose a table for a model in a few hundred calls, none backward", "out")
-    sub.add_argument("--steps", type=_steps, default=[10], help="numbers of steps, as in 5,8,10")
-    sub.add_argument("--budget", type=_budget, default=500, help="most model evaluations, or a time (default 500)")
+    sub.add_argument("--steps", type=_steps, default=[10], help="numbers of steps, as in 5,8,10 (default: 10)")
+    sub.add_argument("--budget", type=_budget, default=500, help="most model evaluations, or a time (default: 500)")
+    quiet(sub)
 
     sub = command("sample", _sample, "sample with a solver", "samples.png")
-    sub.add_argument("--solver", required=True, help="name/N, name/N@spacing or a JSON file")
+    sub.add_argument("--solver", required=True, help="name/N, name/N@spacing, a JSON file or hf://owner/repo/f.json")
     sub.add_argument("--steps", type=_count, default=None, help="N, when the name has none")
-    sub.add_argument("-n", "--number", type=_count, default=32, help="samples to draw (default 32)")
+    number = "samples to draw (default: as many as conditions are given, or 32)"
+    sub.add_argument("-n", "--number", type=_count, default=None, help=number)
+    cond = "a condition in place of what the target draws: y=3 for all samples, y=3,1,4 for three"
+    sub.add_argument("--cond", type=_condition, action="append", metavar="NAME=VALUES", help=cond)
+    scale = "of guidance, where the target has unconditional arguments (default: the target's)"
+    sub.add_argument("--guidance-scale", type=float, default=None, help=scale)
 
     overwrites(sub)
 
     sub = command("compare", _compare, "solvers side by side on a model", "out")
     sub.add_argument("solvers", nargs="*", help="names or JSON files; by default the usual hand-made ones")
-    sub.add_argument("--steps", type=_steps, default=[5, 10], help="for names without /N (default 5,10)")
-    sub.add_argument("--samples", type=_count, default=None, help="to measure on (default 256, or by --budget)")
+    sub.add_argument("--steps", type=_steps, default=[5, 10], help="for names without /N (default: 5,10)")
+    sub.add_argument("--samples", type=_count, default=None, help="to measure on (default: 256, or by --budget)")
     sub.add_argument("--budget", type=_count, default=None, help="most model evaluations, of the rivals too")
-    sub.set_defaults(seed=20_000)
+    quiet(sub)
     overwrites(sub)
 
     sub = command("show", _show, "print a solver, or list those that exist")
     sub.add_argument("solver", nargs="?")
-    sub.add_argument("--family", choices=("flow", "vp"), default="flow", help="for hand-made names")
+    sub.add_argument("--family", choices=("flow", "vp"), default="flow", help="for hand-made names (default: flow)")
+    schedule = "module:attribute, for a table with a schedule of your own: the schedule, its class, or a Target of it"
+    sub.add_argument("--schedule", default=None, help=schedule)
     sub.add_argument("--plot", help="also draw it here (PNG)")
     sub.add_argument("--sigmas", action="store_true", help="print its sigmas alone, for a program's field of them")
     overwrites(sub)
+
+    sub = command("push", _push, "upload a table to the Hugging Face hub, by huggingface_hub and its login")
+    sub.add_argument("solver", help="a solver's JSON file; what it says of its search goes along")
+    sub.add_argument("repo", help="owner/repo, a repository of models; made where there is none")
+    sub.add_argument("--name", default=None, help="of the file there (default: its own)")
+    sub.add_argument("--private", action="store_true", help="where the repository is made")
     return parser
 
 

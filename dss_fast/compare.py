@@ -98,7 +98,7 @@ class Verdict:
         return f"{self.doubt} {text}".strip()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """What tables are worth: what :func:`compare` measured, and what the report of a search shows.
 
@@ -120,6 +120,10 @@ class Comparison:
 
     def __str__(self) -> str:
         return self.table()
+
+    def __repr__(self) -> str:
+        said = ", ".join(f"{v.solver}: {v.word}" for v in self.verdicts)
+        return f"<Comparison of {len(self.rows)} solvers, {self.cost}{'; ' * bool(said)}{said}>"
 
     def table(self) -> str:
         """The rows as aligned text, best error first within each number of steps, and the verdicts below; errors in
@@ -187,7 +191,7 @@ def compare(
     target: Target | Model,
     solvers: Sequence[Given],
     *,
-    num_steps: Sequence[int] = (5, 10),
+    num_steps: int | Sequence[int] = (5, 10),
     rivals: Sequence[Given] = ("all",),
     samples: int | None = None,
     budget: int | None = None,
@@ -234,6 +238,9 @@ def compare(
             raise ValueError(f"{name}={value!r}: give a whole number from 1")
     if real_features is not None:
         _check_real(real_features)
+    num_steps = [num_steps] if isinstance(num_steps, int) else list(num_steps)
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in num_steps):
+        raise ValueError(f"num_steps={num_steps!r}: give a whole number from 1, or several")
     named = _expand(solvers, draws.schedule, num_steps)
     if not named:
         raise ValueError("no solvers to compare")

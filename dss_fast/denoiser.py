@@ -334,7 +334,8 @@ def _warn_of_train_mode(model: Callable[..., Any]) -> None:
 def _depends_on_mode(module: nn.Module) -> bool:
     """Whether a module's own forward asks for its mode, as those of dropouts and batch norms do."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    idle = getattr(module, "p", None) == 0 or getattr(module, "dropout", None) == 0
+    rates = (getattr(module, name, None) for name in ("p", "dropout"))
+    idle = any(isinstance(rate, int | float) and rate == 0 for rate in rates)  # a module's own p may be a parameter
     return code is not None and "training" in code.co_names and not idle
 
 

@@ -1,14 +1,16 @@
 """Names of solvers: the only place that reads ``"sit-xl-2-256/10"``, ``"dpmpp_2m/8@karras"`` or the path of a file.
 
-solver  = name["/" N]["@" spacing]  |  path ending in ".json"
+solver  = name["/" N]["@" spacing]  |  path ending in ".json"  |  "hf://owner/repo/file.json"
 name    = a published table, or one of the library  |  a hand-made method
 spacing = "uniform", "karras", "lambda", "shift" and a factor; a published table takes a shift alone, and is moved by it
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -39,7 +41,7 @@ class Name:
         rest, at, spacing = text.partition("@")
         name, slash, steps = rest.partition("/")
         if name not in METHODS and name not in _published():
-            raise ValueError(f"no solver is called {text!r}; there are {known()}")
+            raise ValueError(f"no solver is called {text!r}{_meant(name)}; there are {known()}")
         if slash and not (steps.isascii() and steps.isdigit() and int(steps) > 0):
             raise ValueError(f"solver={text!r}: {steps!r} is no number of steps; write for example '{name}/10'")
         if at:
@@ -115,6 +117,32 @@ def printable(text: object, keep: str = "") -> str:
     turn the direction), but for the letters to keep, as Python writes it in a string."""
     shown = (c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in str(text))
     return "".join(shown)
+
+
+OTHER_NAMES = {  # of methods that exist here, letters and digits alone
+    "unipc": "unip2, unip3 (its predictor)",
+    "dpmsolver": "dpmpp_2m",
+    "dpmsolverpp": "dpmpp_2m, dpmpp_3m",
+    "dpm": "dpmpp_2m",
+    "ddim": "euler",
+    "plms": "ab4_uniform",
+    "pndm": "ab4_uniform",
+    "ipndm": "ab4_uniform",
+    "lms": "ab4",
+    "heun": "ab2, of one call a step",
+}
+
+
+def _meant(name: str) -> str:
+    """What somebody who wrote this name may have meant, as a clause; "" where nothing is near."""
+    written = {re.sub(r"[^a-z0-9]", "", one): one for one in (*METHODS, *_published())}
+    plain = re.sub(r"[^a-z0-9]", "", name.lower().replace("++", "pp"))
+    meant = OTHER_NAMES.get(plain)
+    if meant is None:
+        near = [one for one in written if plain and one.startswith(plain)]
+        near = near or difflib.get_close_matches(plain, [*written, *OTHER_NAMES], n=2, cutoff=0.75)
+        meant = ", ".join(dict.fromkeys(OTHER_NAMES.get(one) or written[one] for one in near))
+    return f" (do you mean {meant}?)" if meant else ""
 
 
 def known() -> str:

@@ -30,8 +30,12 @@ class _Forgiving:
             pass
 
 
+NOTEBOOK = any("notebook" in kind.__module__ for kind in tqdm.__mro__)  # a widget, which needs no terminal
+
+
 def bar(shown: bool = True, **options: Any) -> Any:
-    """A tqdm bar on stderr with these options, where it is to be shown and there is a stderr."""
+    """A tqdm bar on stderr with these options, where it is to be shown and there is a terminal or a notebook: in a log
+    each of its states would be a line of its own."""
     stream = sys.stderr
-    usable = shown and stream is not None and not stream.closed
+    usable = shown and stream is not None and not stream.closed and (NOTEBOOK or stream.isatty())
     return tqdm(disable=not usable, file=_Forgiving(stream) if usable else None, **options)

@@ -332,7 +332,7 @@ class Grid(Schedule):
     """
 
     alphas: tuple[float, ...] = field(repr=False)
-    sigmas: tuple[float, ...]
+    sigmas: tuple[float, ...] = field(repr=False)
     times: tuple[float, ...] = field(repr=False)
     family: str = "vp"
     prediction_type: str = "epsilon"
@@ -403,7 +403,11 @@ def from_dict(data: Mapping[str, Any]) -> Schedule:
         raise ValueError(f"schedule: must be an object, got {type(data).__name__}")
     kind = data.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"schedule.kind={kind!r}: choose one of {', '.join(KINDS)}")
+        raise ValueError(
+            f"schedule.kind={kind!r}: choose one of {', '.join(KINDS)}; a kind of your own joins "
+            "dss_fast.schedule.KINDS where its module is imported, or give it: Solver.load(path, schedule), and "
+            "--schedule module:attribute on the command line"
+        )
     known = {f.name for f in fields(KINDS[kind])}
     for key in data:
         if key != "kind" and key not in known:

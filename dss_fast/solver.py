@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from . import hub
 from . import schedule as schedules
 from .files import read_json, shortened, write_json
 from .schedule import LARGEST_SHIFT, DiscreteVP, Flow, Schedule, default_schedule, path_difference
@@ -31,7 +32,7 @@ ROW_SUM_TOLERANCE = 1e-6
 ROUNDING = 1e-9  # of a row's sum, in what float64 makes of a moved plain table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Solver:
     """A linear multistep solver on the unit interval, u = 0 noise and u = 1 data.
 
@@ -96,6 +97,12 @@ class Solver:
 
     def __hash__(self) -> int:
         return self._hash  # type: ignore[attr-defined, no-any-return]  # set in __post_init__
+
+    def __repr__(self) -> str:
+        """What it is, without its numbers, which ``to_dict`` has."""
+        more = [name for name in ("noise_coeffs", "network_timesteps", "free_rows") if getattr(self, name)]
+        parts = [f"{self.name or 'unnamed'!r}", f"{self.num_steps} steps", shortened(repr(self.schedule)), *more]
+        return f"<Solver {', '.join(parts)}>"
 
     def _check_times(self) -> None:
         u, n = self.timesteps, self.num_steps
@@ -333,9 +340,10 @@ class Solver:
     def load(cls, path: str | os.PathLike[str], schedule: Schedule | None = None) -> Solver:
         """Reads a file written by :meth:`save`, or by hand. Raises ValueError naming the file and the field at fault.
 
-        schedule: see :meth:`from_dict`.
+        path: or ``"hf://owner/repo/file.json"``, on the Hugging Face hub, which needs huggingface_hub; with
+            ``owner/repo@revision`` at one revision. schedule: see :meth:`from_dict`.
         """
-        data = read_json(path)
+        data = read_json(hub.fetched(path) if hub.is_address(path) else path)
         try:
             return cls.from_dict(data, schedule)
         except ValueError as error:

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from .denoiser import Denoiser
+from .files import shortened
 from .schedule import Schedule
 
 Model = Callable[..., Any]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Target:
     """A model with all that is said about it once: ``sample``, ``search`` and ``compare`` take it.
 
-        target = Target(model, (4, 32, 32), cond=draw_labels, uncond={"y": null}, guidance_scale=1.375)
+        target = Target(model, (4, 32, 32), cond=draw_labels, uncond={"y": 1000}, guidance_scale=1.375)
 
     model: called as model(x, t, **cond) -> (B, *S), or an object with ``sample``, or a tuple that begins with it.
         x: (B, *S); t: (B,), in the schedule's units.
@@ -94,6 +95,17 @@ class Target:
         channels = self.guided_channels
         if channels is not None and (channels < 1 or (self.shape is not None and channels > self.shape[0])):
             raise ValueError(f"guided_channels={channels!r}: give a number from 1 to the channels of {self.shape}")
+
+    def __repr__(self) -> str:
+        """The fields that say something, each in a few words."""
+        said = [f"{type(self.model).__name__ if isinstance(self.model, nn.Module) else _name_of(self.model)}"]
+        for one in fields(self)[1:]:
+            value = getattr(self, one.name)
+            if value is not None and value != one.default:
+                plain = isinstance(value, str | int | float | tuple | torch.dtype | torch.device)
+                text = repr(value) if plain or one.name == "schedule" else _name_of(value)
+                said.append(f"{one.name}={shortened(text, 80)}")
+        return f"Target({', '.join(said)})"
 
     @classmethod
     def of(cls, target: Target | Model, **given: Any) -> Target:
@@ -170,6 +182,13 @@ class Target:
 
         cond = {key: place(value) for key, value in cond.items()}
         return Samples(self, place(noise.to(self.dtype)), cond, None if scale is None else place(scale), count)
+
+
+def _name_of(value: Any) -> str:
+    """A function's name, a mapping's keys, a type."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(map(str, value))}}}"
+    return getattr(value, "__name__", type(value).__name__)
 
 
 def _execution_device(model: nn.Module) -> torch.device | None:

@@ -210,7 +210,23 @@ def table(names: list[str], report: Callable[[str], None] = print) -> str:
             cells, kind = row.cells(), type(row.pipe).__name__
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
         report(lines[-1])
-    return "\n".join(lines)
+    return numbered(lines)
+
+
+def numbered(lines: list[str]) -> str:
+    """The table with each reason below it, once, and its number in its place: so it fits a page."""
+    reasons: list[str] = []
+    found = []
+    for line in lines:
+        kind, *cells = line.strip("| ").split(" | ")
+        for k, cell in enumerate(cells):
+            word, colon, reason = cell.partition(": ")
+            if colon and word in ("refused", "open"):
+                reason = reason.removeprefix(kind).strip()
+                reasons += [reason] if reason not in reasons else []
+                cells[k] = f"{word} ({reasons.index(reason) + 1})"
+        found.append(f"| {' | '.join([kind, *cells])} |")
+    return "\n".join([*found, "", *(f"{k}. {reason}" for k, reason in enumerate(reasons, 1))]).strip()
 
 
 def main(arguments: list[str] | None = None) -> str:

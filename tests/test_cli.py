@@ -1,5 +1,6 @@
 """The command line, as a user types it."""
 
+import io
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ from functools import cache
 import pytest
 import torch
 
-from dss_fast import Solver, compare, find_solver
+from dss_fast import SearchResult, Solver, compare, find_solver, progress, sample
 from dss_fast.__main__ import load_target, main
 from dss_fast.files import read_tensors
 
@@ -307,6 +308,151 @@ def test_nothing_that_is_printed_is_for_the_terminal_to_obey(folder, capsys):
 def test_a_request_of_another_kind_is_no_matter(folder, capsys, request_):
     replace(Solver.load(saved(folder)), provenance={"request": request_}).save(folder / "r.json")
     assert main(["show", "r.json"]) == 0 and "searched for" not in capsys.readouterr().out
+
+
+def test_a_file_is_a_model_too(folder, capsys, monkeypatch):
+    (folder / "sub").mkdir()
+    (folder / "sub" / "beside.py").write_text("WIDTH = 6\n")
+    (folder / "sub" / "own_net.py").write_text(TARGET + "\nfrom beside import WIDTH\n")
+    assert main("sample ./sub/own_net.py:target --solver ab2/3 -n 2 -o x.safetensors".split()) == 0
+    assert main("sample sub/own_net.py:gone --solver ab2/3 -n 2 -o y.safetensors".split()) == 2
+    assert "sub/own_net.py has no 'gone'" in capsys.readouterr().err
+    assert load_target(f"{folder}/sub/own_net.py:target").shape == (6,)
+
+
+def test_conditions_and_guidance_of_samples(folder, capsys):
+    (folder / "guided.py").write_text(
+        TARGET
+        + '\ndef guided():\n    return Target(velocity, (6,), cond=draw, uncond={"y": 0.5}, guidance_scale=3.0)\n'
+    )
+    line = "sample guided.py:guided --solver ab2/3 --overwrite -o x.safetensors"
+
+    def drawn(*more):
+        assert main([*line.split(), *more]) == 0, capsys.readouterr().err
+        return read_tensors(folder / "x.safetensors")[0]["samples"]
+
+    target = load_target("guided.py:guided")
+    noise = target.draw(3, torch.Generator().manual_seed(0)).noise
+    for more, scale in (((), 3.0), (("--guidance-scale", "1.5"), 1.5), (("--guidance-scale", "1"), 1.0)):
+        y = torch.tensor([1.0, 0.0, 1.0])
+        wanted = sample(target, noise, "ab2/3", cond={"y": y}, guidance_scale=scale)
+        assert torch.equal(drawn("--cond", "y=1,0,1", *more), wanted)
+    assert torch.equal(drawn("--cond", "y=1", "-n", "3"), sample(target, noise, "ab2/3", cond={"y": torch.ones(3)}))
+    mistakes = {
+        "--cond y=1,0 -n 3": "one for each of 3 samples; got 2",
+        "--cond z=1": "conditions: y",
+        "--guidance-scale nan": "nan",
+    }
+    for more, words in mistakes.items():
+        assert main([*line.split(), *more.split()]) == 2 and words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*line.split(), "--cond", "y"])
+    assert "as in y=3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, words, no_words",
+    [
+        ("compare mymodel:target sit-xl-2-256 --steps 98,99", ("of --steps 98,99;",), "num_steps"),
+        ("search mymodel:target --budget 20parsecs", ("--budget '20parsecs': give",), "budget="),
+        ("search mymodel:target --space wide", ("--space 'wide': choose",), "space="),
+        ("search mymodel:target --steps 5,5", ("--steps 5,5: give",), "num_steps"),
+        ("show unipc/5", ("(do you mean unip2, unip3 (its predictor)?)",), "="),
+        ("show dpmpp2m", ("do you mean dpmpp_2m",), "="),
+        ("show sit-xl", ("do you mean sit-xl-2-256?",), "="),
+        ("show DPM++", ("do you mean dpmpp_2m",), "="),
+    ],
+)
+def test_mistakes_are_told_in_the_words_of_the_command_line(folder, capsys, arguments, words, no_words):
+    assert main(arguments.split()) == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in words) and no_words not in said, said
+
+
+def test_a_folder_that_is_taken_is_gone_on_with_by_the_option(folder, capsys):
+    line = "search mymodel:target --steps 3 --budget 300 -o run -q".split()
+    assert main(line) == 0
+    said = capsys.readouterr()
+    assert said.err == "" and said.out.startswith("searched/3") and "N = 3" not in said.out  # no plan and no bar
+    assert main(line) == 2 and "go on with it by --resume or" in capsys.readouterr().err
+    assert main([*line[:-1], "--resume"]) == 0
+
+
+def test_a_log_has_no_bar_and_a_terminal_has_one(monkeypatch):
+    class Stream(io.StringIO):
+        terminal = False
+
+        def isatty(self):
+            return self.terminal
+
+    for terminal in (False, True):
+        stream = Stream()
+        stream.terminal = terminal
+        monkeypatch.setattr(sys, "stderr", stream)
+        with progress.bar(total=3) as bar:
+            bar.update(3)
+        assert bool(stream.getvalue()) == terminal
+
+
+OWN = """
+from dataclasses import dataclass
+from typing import ClassVar
+import torch
+from dss_fast import Target
+from dss_fast.schedule import Schedule
+
+@dataclass(frozen=True)
+class Trig(Schedule):
+    prediction_type: str = "epsilon"
+    kind: ClassVar = "trig"
+    family: ClassVar = "vp"
+    convention: ClassVar = "paper"
+
+    def alpha_sigma(self, u):
+        angle = torch.pi / 2 * (0.001 + 0.998 * u.double())
+        return angle.sin(), angle.cos()
+
+    def time(self, u):
+        return 1 - u.double()
+
+def target():
+    return Target(torch.tanh, (4,), Trig())
+"""
+
+
+def test_a_table_with_a_schedule_of_ones_own_is_shown(folder, capsys):
+    (folder / "own.py").write_text(OWN)
+    schedule = load_target("own.py:target").schedule
+    find_solver("ab2/3", schedule).save(folder / "trig.json")
+    assert main(["show", "trig.json"]) == 2
+    assert "--schedule module:attribute" in capsys.readouterr().err
+    for name in ("own.py:Trig", "own:target"):
+        assert main(["show", "trig.json", "--schedule", name]) == 0 and "ab2/3: 3 steps, vp" in capsys.readouterr().out
+    for name, words in {"mymodel:draw": "without arguments", "mymodel:number": "no schedule"}.items():
+        assert main(["show", "trig.json", "--schedule", name]) == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["", "search", "fit", "sample", "compare", "show", "push"])
+def test_help_is_plain_text_with_its_defaults(capsys, command):
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "``" not in said and ":class:" not in said
+    told = {"search": ("--steps STEPS numbers of steps, as in 5,8,10 (default: 10, or", "(default: gauss_newton)",
+                       "(default: noise+start)", "(default: out)", "(default: 0)"),
+            "compare": ("(default: 20000)", "(default: 5,10)"), "show": ("(default: flow)",)}  # fmt: skip
+    told = told.get(command, ())
+    assert all(text in said for text in told), said
+
+
+def test_an_interrupted_search_ends_with_130_and_says_what_is_missing(folder, capsys, monkeypatch):
+    def halted(targets, steps, *, out, **options):
+        return SearchResult({3: find_solver("ab2/3")}, [], 7, interrupted=True, out=out)
+
+    monkeypatch.setattr("dss_fast.__main__.search", halted)
+    assert main("search mymodel:target --steps 3 -o runs".split()) == 130
+    said = capsys.readouterr().out
+    assert "no report was made; python -m dss_fast compare mymodel:target runs/solver-*.json says" in said
 
 
 def test_sigmas_for_a_programs_field(capsys):

@@ -545,3 +545,13 @@ def test_a_sample_that_a_classifier_cannot_read_is_switched_and_wrong():
 def test_real_features_that_are_none_are_refused(real, words):
     with pytest.raises(ValueError, match=f"real_features.*{words}"):
         compare(lambda x, t: -0.7 * x, ["ab2/4"], shape=(3,), samples=8, progress=False, real_features=real)
+
+
+def test_one_number_of_steps_is_one():
+    target = Target(lambda x, t: torch.tanh(x), (4,))
+    rows = compare(target, ["ab2", "euler"], num_steps=3, samples=4, progress=False).rows
+    assert {row.num_steps for row in rows} == {3}
+    for steps in (0, True, [5, 2.5], [0]):
+        with pytest.raises(ValueError, match="num_steps=.*whole number from 1"):
+            compare(target, ["ab2"], num_steps=steps, samples=4, progress=False)
+    assert len(repr(compare(target, ["ab2"], num_steps=3, samples=4, progress=False))) < 200

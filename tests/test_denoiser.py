@@ -399,6 +399,21 @@ def test_what_a_callback_keeps_stays():
     assert torch.equal(torch.stack(kept), states[1:]) and torch.equal(x, kept[-1])
 
 
+def test_a_parameter_called_p_is_no_rate_of_a_dropout():
+    """The look at what depends on train mode compared it with 0, and a tensor has no truth value."""
+
+    class Learned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = nn.Parameter(torch.zeros(4))
+
+        def forward(self, x, t):
+            return x + self.p if self.training else x
+
+    with pytest.warns(UserWarning, match=r"forward \(Learned\) depends on it"):
+        assert sample(Learned().train(), torch.ones(2, 4), "euler/2").shape == (2, 4)
+
+
 class Stored(nn.Linear):
     """Rests in a dtype that nothing is computed in, and computes in bfloat16, as storage casting has it."""
 

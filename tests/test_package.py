@@ -25,7 +25,7 @@ def build(what, source, out):
     command = [sys.executable, "-c", BUILD.format(what), str(out)]
     done = subprocess.run(command, cwd=source, env={"PYTHONPATH": str(out)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (file,) = out.glob("*.whl" if what == "wheel" else "*.tar.gz")
+    (file,) = out.glob("*.tar.gz" if what == "sdist" else "*.whl")
     return file, done.stderr
 
 
@@ -110,3 +110,39 @@ def test_one_version_everywhere_and_extras_that_do_not_move_torch(built):
     assert not [line for line in needed if line.startswith("torch") and "extra ==" in line]
     (everything,) = [line for line in needed if 'extra == "all"' in line]
     assert set(re.search(r"\[(.*)\]", everything)[1].split(",")) == {"plots", "triton", "diffusers"}
+
+
+def test_an_editable_install_is_a_path(built, tmp_path):
+    """setuptools' finder stands behind the path, where the clone's own folder `dss_fast` is an empty namespace."""
+    source = tmp_path / "clone" / "dss_fast"
+    source.mkdir(parents=True)
+    for name in FILES:
+        shutil.copy(ROOT / name, source)
+    (source / "dss_fast").mkdir()
+    shutil.copy(ROOT / "dss_fast" / "version.py", source / "dss_fast")
+    (source / "dss_fast" / "__init__.py").write_text("")
+    (tmp_path / "out").mkdir()
+    wheel, _ = build("editable", source, tmp_path / "out")
+    with zipfile.ZipFile(wheel) as found:
+        (path,) = (name for name in found.namelist() if name.endswith(".pth"))
+        assert found.read(path).decode().strip() == str(source)
+        assert not [name for name in found.namelist() if name.endswith(".py")]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_says_which_python_it_needs_and_leaves_nothing(tmp_path):
+    old = tmp_path / "python3.9"
+    told = 'import sys; sys.version_info = (3, 9, 2, "final", 0); exec(sys.argv[1])'
+    old.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{told}' \"$2\"\n")
+    old.chmod(0o755)
+    command = ["make", "-C", str(ROOT), "venv", f"PYTHON={old}", f"VENV={tmp_path / 'venv'}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (
+        done.returncode
+        and "needs Python 3.11 or newer, and this is 3.9" in done.stderr
+        and not (tmp_path / "venv").exists()
+    )
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    old.rename(tmp_path / "venv" / "bin" / "python")  # one that an older Makefile has made
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode and "this is 3.9: remove" in done.stderr

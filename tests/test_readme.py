@@ -20,6 +20,12 @@ def test_there_are_snippets():
     assert SNIPPETS and README.count("<!-- runs -->") == len(SNIPPETS)
 
 
+def test_the_first_snippet_needs_the_package_alone():
+    """What is installed, not the clone: neither its examples nor its weights."""
+    names = {line.split()[1].partition(".")[0] for line in SNIPPETS[0].splitlines() if re.match("from|import", line)}
+    assert names == {"torch", "dss_fast"} and README.index(SNIPPETS[0]) < README.index("make demo")
+
+
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
 def test_a_snippet_runs_as_printed(snippet, tmp_path):
     """In a fresh interpreter, in an empty folder, so that neither imports nor files are borrowed."""

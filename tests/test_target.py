@@ -264,6 +264,18 @@ def test_a_table_of_a_shifted_pipeline_needs_no_schedule():
     assert solver.schedule == schedule and VP() != schedule
 
 
+def test_reprs_are_short():
+    net = nn.Linear(4, 4)
+    target = Target(net, (4,), Flow(), cond=lambda n, g: {}, uncond={"y": torch.zeros(1000)}, guidance_scale=2.0)
+    assert repr(target).startswith("Target(Linear, shape=(4,), schedule=Flow(") and "uncond={y}" in repr(target)
+    assert "guidance_scale=2.0" in repr(target) and "noise" not in repr(target) and len(repr(target)) < 250
+    for name in ("sit-xl-2-256/10", "ab2/100", "dit-xl-2-256/8"):
+        solver = find_solver(name)
+        assert name in repr(solver) and "steps" in repr(solver) and len(repr(solver)) < 200
+    grid = dss_fast.Grid.flow([1.0, 0.6, 0.0], [1000.0, 600.0])
+    assert "0.6" not in repr(grid) and len(repr(grid)) < 100
+
+
 @pytest.mark.parametrize("way", ["model", "sequential", "group"])
 def test_samples_of_an_offloaded_model_live_where_it_runs(way):
     """Its weights wait on the CPU, or nowhere; the meta device stands in for a GPU."""

@@ -81,7 +81,7 @@ class RunFolder:
             known = read_json(self.path / "config.json")
             ours = isinstance(known, dict) and "method" in known
         if found and not (resume and ours):
-            hint = "pass resume=True or choose" if ours else "choose"
+            hint = "go on with it by resume=True (--resume) or choose" if ours else "choose"
             raise FileExistsError(f"{self.path} holds {', '.join(found[:3])}; {hint} another folder")
         if not found:
             return
@@ -369,7 +369,7 @@ class _Kept:
         """Where what was kept is, as a clause."""
         if self.folder is None or not (self.folder.path / "checkpoint.safetensors").exists():
             return ""
-        return f", saved in {self.folder.path}; resume=True continues"
+        return f", saved in {self.folder.path}; resume=True (--resume) continues"
 
 
 @contextmanager

@@ -1,12 +1,16 @@
 """The tutorial runs as printed, block after block, and what it says about the result is so."""
 
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
+from dss_fast import sample
 from dss_fast.__main__ import _parser
+from examples.mnist import flow
 from helpers.pages import ROOT, blocks, run
 
 PAGE = "docs/tutorial.md"
@@ -30,6 +34,14 @@ def test_the_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     kept = {path.name for path in (tmp_path / "out" / "digits").iterdir()}
     assert {"solver-5.json", "solver-10.json", "report.md", "stages.png", "log.jsonl", "compare.png"} <= kept
     assert names["mine"] == names["result"].solvers[5]
+
+
+def test_the_guidance_that_the_page_names_runs():
+    given = re.findall(r"`(uncond=.+?)`", (ROOT / PAGE).read_text(encoding="utf-8").replace("\n", " "))
+    assert given
+    for text in given:
+        target = replace(flow(), **eval(f"dict({text})"))
+        assert target.guided and sample(target, 2, "euler/2").isfinite().all()
 
 
 def test_the_commands_are_understood():

@@ -18,6 +18,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
 def rows():
     page = PAGE.read_text(encoding="utf-8")
     lines = page.split(pipeline_matrix.BEGIN)[1].split(pipeline_matrix.END)[0].strip().splitlines()
+    lines = [line for line in lines if line.startswith("|")]
     return {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[2:]}
 
 
@@ -31,7 +32,7 @@ def test_the_page_has_the_commands_rows_and_no_failure():
     for kind, cells in page.items():
         assert len(cells) == len(pipeline_matrix.COLUMNS)
         for cell in cells:
-            assert re.fullmatch(r"equal, \d+e[-+]\d+|refused: .+", cell), (kind, cell)
+            assert re.fullmatch(r"equal, \d+e[-+]\d+|refused \(\d+\)", cell), (kind, cell)
 
 
 # Times of each token, a VP model; a list of samples, and frames, which test_diffusers_targets.py has in each run.
@@ -51,6 +52,14 @@ def test_what_is_no_target_says_why(name, cause):
     row = pipeline_matrix.Row(name)
     with pytest.raises(ValueError, match=cause):
         row.target()
+
+
+def test_reasons_stand_once_below_the_table():
+    lines = ["| pipeline | a | b |", "| --- | --- | --- |", "| P | equal, 1e-07 | refused: P is new |"]
+    made = pipeline_matrix.numbered([*lines, "| Q | open: no such file | refused: Q is new |"])
+    assert made.splitlines()[2:] == [
+        "| P | equal, 1e-07 | refused (1) |", "| Q | open (2) | refused (1) |", "", "1. is new", "2. no such file"
+    ]  # fmt: skip
 
 
 def test_a_cell_tells_a_difference_from_a_failure():

@@ -107,7 +107,7 @@ def test_a_signal_that_python_drops_still_ends_the_search(tmp_path, capsys, inte
 
     result = find(tmp_path, function=interrupted)
     assert result.interrupted and len(calls) < 200
-    assert "resume=True continues" in capsys.readouterr().out
+    assert "resume=True (--resume) continues" in capsys.readouterr().out
     assert find(tmp_path, resume=True).solver == find().solver
 
 

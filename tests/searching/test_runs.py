@@ -274,7 +274,13 @@ def test_report_log_and_provenance(tmp_path):
         _ = find().solver
 
 
-def test_the_bar_shows_loss_evaluations_and_time_left(capsys):
+@pytest.fixture
+def terminal(monkeypatch):
+    """Or a notebook: elsewhere there are no bars."""
+    monkeypatch.setattr("dss_fast.progress.NOTEBOOK", True)
+
+
+def test_the_bar_shows_loss_evaluations_and_time_left(capsys, terminal):
     find(progress=True)
     shown = capsys.readouterr().err
     assert "loss N=3" in shown and "held-out RMSE N=3" in shown and "evaluations" in shown
@@ -282,7 +288,7 @@ def test_the_bar_shows_loss_evaluations_and_time_left(capsys):
 
 
 @pytest.mark.parametrize("method, unit", [("lion", "batches"), ("gauss_newton", "evaluations")])
-def test_the_bar_says_what_it_counts(capsys, method, unit):
+def test_the_bar_says_what_it_counts(capsys, terminal, method, unit):
     """Evaluations passed for steps."""
     find(progress=True, method=method)
     shown = capsys.readouterr().err
