@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dss_fast import Flow, Grid, Target, find_solver, handmade, sample
-from dss_fast.compare import Verdict, _ratio, compare
-from dss_fast.distance import frechet_distance, squares
+from dss_fast.compare import Verdict, compare
+from dss_fast.distance import frechet_distance, ratio_of, squares
 from dss_fast.draws import Draws
 from dss_fast.methods import METHODS
 from dss_fast.plots import plot_solver
@@ -196,9 +196,9 @@ def test_the_interval_covers_the_ratio_of_all_noises():
         shared = torch.randn(64, generator=generator).exp().double()
         rivals = torch.stack([shared * torch.randn(64, generator=generator).exp().double() for _ in range(4)])
         mine = 0.5 * shared * torch.randn(64, generator=generator).exp().double()
-        _, low, high = _ratio(mine, rivals[:1])
+        _, low, high = ratio_of(mine, rivals[:1])
         covered += low <= 0.5**0.5 <= high
-        better += _ratio(2 * mine, rivals)[2] < 1
+        better += ratio_of(2 * mine, rivals)[2] < 1
     assert covered >= 160 and better <= 5
     assert Verdict("a/2", 2, "b/2", 0.7, 0.5, 1.1, 0.7, 9, 16, 0, 0, 1).word == "Not clearly"
     assert Verdict("a/2", 2, "b/2", 0.7, 0.5, 0.9, 0.7, 3, 4, 0, 0, 1).word == "Not clearly"  # on four samples

@@ -52,8 +52,8 @@ def away(solver, kind="noise+start"):
     space = Space(kind, solver.schedule, solver.num_steps)
     theta = space.theta(solver)
     theta = theta + 0.05 * torch.randn(len(theta), generator=torch.Generator().manual_seed(1), dtype=F64)
-    raws, triangle, noise, times = theta.split(space.sizes())
-    return space.solver(torch.cat([raws, triangle, noise, times.abs()]))
+    *parts, times = theta.split(space.sizes())
+    return space.solver(torch.cat([*parts, times.abs()]))
 
 
 def apart(found, wanted):

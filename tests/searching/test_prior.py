@@ -17,8 +17,8 @@ def table(kind="noise+start", n=5):
     space = Space(kind, Flow(), n)
     theta = space.theta(find_solver(f"ab2/{n}", Flow()))
     theta = theta + 0.05 * torch.randn(len(theta), generator=torch.Generator().manual_seed(1), dtype=F64)
-    raws, triangle, noise, times = theta.split(space.sizes())
-    return space, torch.cat([raws, triangle, noise, times.abs()])
+    *parts, times = theta.split(space.sizes())
+    return space, torch.cat([*parts, times.abs()])
 
 
 def test_the_size_of_the_data_moves_the_noise_levels_alone():
