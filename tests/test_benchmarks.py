@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
+import dss_fast  # noqa: F401  a run inside this one drops what it imports itself
+
 pytest.importorskip("pytest_benchmark")
 pytest_plugins = ["pytester"]
 
@@ -30,6 +32,8 @@ def test_cell(turns, cell, way):
 def run(pytester, monkeypatch):
     pytester.makeconftest(CONFTEST)
     pytester.makepyfile(bench_tiny=BENCH)
+    for key in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
+        monkeypatch.delenv(key, raising=False)  # this run is no worker, whatever runs it
     monkeypatch.setattr("benchmarks.turns.RESULTS", pytester.path / "results")
     monkeypatch.setattr("benchmarks.turns.conditions", lambda: {"commit": "abc"})
 

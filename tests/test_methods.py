@@ -300,5 +300,5 @@ def test_a_cosine_table_can_start_where_its_data_are_seen():
         x = torch.randn(256, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         ends[name] = float(sample(model, x, handmade("euler", 20, schedule)).square().mean().sqrt())
     assert ends["all"] > 3 and 0.4 < ends["clipped"] < 1.0
-    assert len(DiscreteVP.cosine(lambda_min=-5.1).alphas_cumprod) == 995
+    assert len(DiscreteVP.cosine(lambda_min=-5.1).alphas_cumprod) == 996
     assert DiscreteVP.linear(lambda_min=-20.0) == DiscreteVP.linear()

@@ -105,6 +105,12 @@ class RunFolder:
         self._config = dict(config)
         known = self._known or self._config
         apart = [name for name in differing(known, self._config) if name not in FREE and name not in unknown]
+        was, now = (len(c.get("targets") or ()) for c in (known, self._config))
+        if "targets" in apart and was != now:
+            raise ValueError(
+                f"{self.path} cannot be resumed: it is a search for {was} targets, and {now} are given; use the same "
+                "ones or another folder"
+            )
         for name in apart:
             if name in known or name in self._config:
                 raise ValueError(

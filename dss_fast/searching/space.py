@@ -93,7 +93,10 @@ class Space:
         ):
             if missing:
                 raise ValueError(f"{solver.label} has {word}, which this search does not move; set {remedy}")
-        if bool(((coeffs.sum(1) - 1).abs() > ROWS).any()):
+        begun = (
+            float(self.schedule.alpha_sigma(zero[:1])[0]) > 0
+        )  # then the first row of what was moved there is longer
+        if bool(((coeffs.sum(1) - 1).abs()[int(begun) :] > ROWS).any()):
             raise ValueError(f"{solver.label} has rows that do not sum to 1, which no search moves; start from another")
         if shares is not None and bool(((shares.sum(1) - 1).abs() > ROWS).any()):
             raise ValueError(

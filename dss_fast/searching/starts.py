@@ -37,22 +37,22 @@ THIRD = 3  # of the tables a third is kept, and run on three times the samples
 def candidates(schedule: Schedule, num_steps: int, done: dict[int, Solver]) -> list[Solver]:
     """Every table that may be the best there is, likely ones first, none twice.
 
-    Those of the library at each k and the hand-made ones take turns at the head; published tables at each k follow,
-    and hand-made methods on all spacings, and on the timesteps that were found for the nearest N of ``done``.
+    Hand-made rows on the timesteps that were found for the nearest N of ``done``; those of the library at each k and
+    hand-made ones, in turn; published tables at each k; hand-made methods on all spacings.
     """
     hand = list(handmade_tables(schedule, num_steps))
     papers = moved_tables(schedule, num_steps, tuple(name for name in families() if name not in library()))
     head: list[Solver] = []
     for k, moved in enumerate(moved_tables(schedule, num_steps, tuple(library())) or papers):
         head += [moved, *hand[k // 2 : k // 2 + (k % 2)]]  # a hand-made one after every second
-    found = []
+    found: list[Solver] = []
     if done:
         near = min(done, key=lambda n: abs(n - num_steps))
         u = respaced(torch.tensor(done[near].timesteps, dtype=torch.float64), num_steps)
         methods = ("ab2", "ab3") if schedule.family == "flow" else ("dpmpp_2m", "ab2")
         like = [handmade(method, schedule=schedule, timesteps=u) for method in methods]
         found += [replace(solver, name=f"{solver.name} on the spacing found for N = {near}") for solver in like]
-    return list(dict.fromkeys([*head, *found, *papers, *hand]))
+    return list(dict.fromkeys([*found, *head, *papers, *hand]))
 
 
 @lru_cache(32)
@@ -106,25 +106,24 @@ def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solv
     """The best of the tables, best first; at most ``limit`` evaluations, 0 for a single table and target.
 
     Each is run on one sample, the better third of them on two more, and so on, as far as the samples of each target
-    reach, of several processes those of its first batch. With too small a limit for all, the first ones take part.
+    reach. With too small a limit for all, the first ones take part.
     Score: the mean of |x_N - teacher(1)|^2, of several targets the geometric mean of theirs; robust means and medians
     choose worse where few samples carry the error.
     """
     left, count = list(tables), 0
     errors: dict[Solver, Tensor] = {}  # (targets, samples so far)
-    n, targets, wanted = left[0].num_steps, len(draws.targets), draws.world
-    alone = wanted > 1 or len(left) == 1
-    sizes = [teacher.sizes[t : t + 1] if alone else teacher.sizes[t::targets] for t in range(targets)]
-    most = min(map(sum, sizes)) // draws.world * draws.world
-    left = left[: max(1, limit // (2 * n * wanted * targets))]
-    wanted = most if len(left) == 1 else wanted
+    n, targets = left[0].num_steps, len(draws.targets)
+    sizes = [teacher.sizes[t : t + 1] if len(left) == 1 else teacher.sizes[t::targets] for t in range(targets)]
+    most = min(map(sum, sizes))
+    left = left[: max(1, limit // (2 * n * targets))]
+    wanted = most if len(left) == 1 else 1
     while count < wanted <= most:
         cost = n * (wanted - count) * targets * len(left)
         if (len(left) == 1 or cost > limit) and (targets == 1 or errors):
             break
         found = torch.zeros(len(left), targets, wanted - count, dtype=torch.float64)
         for t in range(targets):
-            for number, place, rows in _parts(sizes[t], count, wanted, draws.world):
+            for number, rows, places in _parts(sizes[t], slice(count, wanted), draws):
                 batch, trajectory = teacher[t + targets * number]
                 for k, solver in enumerate(left):
                     parts: list[Tensor] = []
@@ -135,16 +134,12 @@ def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solv
                             table = StepTable.of(solver, guidance=guidance, dtype=noise.dtype, device=noise.device)
                             weights, times, both = table.weights, table.times, table.both
                             try:
-                                end = Rollout(samples.denoiser(), noise, weights, times, both=both, wrt=()).states[
-                                    :, -1
-                                ]
-                                error = squares(end, trajectory.last[some])
+                                run = Rollout(samples.denoiser(), noise, weights, times, both=both, wrt=())
+                                error = squares(run.states[:, -1], trajectory.last[some])
                             except FloatingPointError:
                                 error = torch.full((len(samples),), LOST, dtype=torch.float64)
                             parts.append(error.nan_to_num(nan=LOST, posinf=LOST).clamp_max(LOST))
-                    found[k, t, place + draws.rank : place + (rows.stop - rows.start) * draws.world : draws.world] = (
-                        torch.cat(parts)
-                    )
+                    found[k, t, places] = torch.cat(parts)
         draws.all_reduce(found)
         ledger.spend(cost)
         limit -= cost
@@ -178,14 +173,16 @@ def _choice(solver: Solver, left: Sequence[Solver], errors: Mapping[Solver, Tens
     return Choice(best.name, *ratio_of(errors[solver][0], theirs), len(errors[solver][0]), tables)
 
 
-def _parts(sizes: Sequence[int], start: int, stop: int, world: int) -> Iterator[tuple[int, int, slice]]:
-    """The batches in which samples ``start`` to ``stop`` stand: their number, where theirs begin among those asked for,
-    and the rows of them that a process has."""
-    first = 0
+def _parts(sizes: Sequence[int], samples: slice, draws: Draws) -> Iterator[tuple[int, slice, slice]]:
+    """The batches in which some samples stand: their number, the rows of them that this process has, and the places of
+    these among those asked for."""
+    first, rank, world = 0, draws.rank, draws.world
     for number, size in enumerate(sizes):
-        low, high = max(start - first, 0), min(stop - first, size)
-        if low < high:
-            yield number, first + low - start, slice(low // world, high // world)
+        low, high = max(samples.start - first, 0), min(samples.stop - first, size)
+        rows = slice(-((rank - low) // world), -((rank - high) // world))  # of those whose number is rank, modulo world
+        if rows.start < rows.stop:
+            place = first + rows.start * world + rank - samples.start
+            yield number, rows, slice(place, place + (rows.stop - rows.start - 1) * world + 1, world)
         first += size
 
 

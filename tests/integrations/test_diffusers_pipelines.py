@@ -165,7 +165,7 @@ def test_whole_pipelines_are_saved_and_loaded(name, tmp_path):
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded.scheduler) is DSSScheduler
     torch.testing.assert_close(before, latents(loaded, arguments))  # Wan's weights come back in another layout
-    assert loaded.scheduler.solver.name == "mine/5"
+    assert loaded.scheduler.solver.name.partition("@")[0] == "mine/5"  # Wan's follows its shift
 
 
 # ---- from_pipeline
