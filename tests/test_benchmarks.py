@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-import dss_fast  # noqa: F401  a run inside this one drops what it imports itself
+import benchmarks.turns  # noqa: F401  a run inside this one drops what it imports itself
+import dss_fast  # noqa: F401
 
 pytest.importorskip("pytest_benchmark")
 pytest_plugins = ["pytester"]
