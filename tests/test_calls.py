@@ -323,6 +323,12 @@ def test_a_search_for_calls_finds_steps_and_rows(tmp_path):
         search(target_of(), 5, calls=9, out=tmp_path / "run", resume=True, **quick)
 
 
+@pytest.mark.parametrize("calls", [6, 8])
+def test_a_search_for_calls_alone_keeps_to_its_budget(calls):
+    """With the looks of the choice and the last one."""
+    assert search(target_of(), calls=calls, budget=1000, progress=False).evaluations <= 1000
+
+
 def test_a_search_for_calls_alone_chooses_the_steps(tmp_path):
     """And one that fails on the way goes on to the same table."""
     quick = {"method": GaussNewton(rounds=6), "progress": False, "report": False, "budget": 4000}
@@ -337,7 +343,6 @@ def test_a_search_for_calls_alone_chooses_the_steps(tmp_path):
     target = replace(target_of(), model=failing, schedule=Flow(prediction_type="v_prediction"), key="one")
     whole = search(target, calls=6, **quick)
     assert len(whole.solvers) == 1 and whole.solver.guided_calls <= 6
-    assert whole.evaluations <= 4000  # with the looks of the choice and the last one, which were not kept back
     chosen = [event.num_steps for event in whole.history if event.stage == "choice"]
     assert chosen == [whole.solver.num_steps] and list(whole.starts) == chosen
     fails[0] = 3000
