@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..denoiser import frozen, modules_of
+from ..modes import on_host
 from ..target import Model, Target
 from ..unroll.kept import budget_bytes, free_bytes
 from .budget import Cost, default_budget, gigabytes
@@ -284,10 +285,11 @@ def plan(
 ) -> Plan:
     """What ``search`` with the same arguments will take. Costs 8 model evaluations for each target, more where one
     whose graph is too large is looked at with its activations computed again."""
-    job = prepare(target, num_steps, calls=calls, method=method, budget=budget)
-    with frozen([one.model for one in job.draws.targets]):
-        cost = probe(job.draws, True, *limits(job, budget))
-    return planned(with_room(job, budget, cost), budget, cost)
+    with on_host():
+        job = prepare(target, num_steps, calls=calls, method=method, budget=budget)
+        with frozen([one.model for one in job.draws.targets]):
+            cost = probe(job.draws, True, *limits(job, budget))
+        return planned(with_room(job, budget, cost), budget, cost)
 
 
 def planned(job: Job, budget: int | None, cost: Cost) -> Plan:
