@@ -17,10 +17,11 @@ from ..solver import Solver
 from ..target import Model, Target
 from .budget import Ledger, default_budget, evaluations_in
 from .descent import descend
+from .description import doubt, look_evaluations
 from .job import Job, prepare
 from .lion import imitate
 from .plan import Plan, limits, plan, planned, with_room
-from .probe import CALLS, KEYLESS, OUTPUTS, PLAUSIBLE_CALLS, Weights, doubt, identity, probe
+from .probe import CALLS, KEYLESS, OUTPUTS, Weights, identity, probe
 from .processes import agreed, from_first, is_first, joined
 from .recompute import recomputing
 from .result import Event, SearchResult
@@ -29,7 +30,7 @@ from .settings import METHODS, GaussNewton, Lion, Method
 
 __all__ = ["METHODS", "Event", "GaussNewton", "Lion", "Method", "Plan", "SearchResult", "fit", "plan", "search"]
 
-PLAUSIBLE_SHARE = 0.02  # at most this part of the budget goes into whether the schedule is plausible
+DOUBT_SHARE = 0.02  # at most this part of the budget goes into whether the target is described rightly
 METHOD: dict[str, Callable[[Job, Ledger, dict[str, Any] | None], Iterator[Event]]] = {
     GaussNewton.name: descend,
     Lion.name: imitate,
@@ -79,6 +80,10 @@ def search(
         the bit-identical table.
     progress: print the plan and show a bar. report: write report.html, and report.md with its
         pictures, into ``out``; its evaluations are not part of the budget.
+
+    Whether the target is described rightly is looked at before: 82 evaluations forward, 46 where 82 are more than a
+    fiftieth of the budget, which then are not part of it. Where it is not, the search warns, names the description that
+    fits, and the report answers nothing.
 
     Batches that take more than the memory there is (``GaussNewton(memory=...)``) run in parts, down to one sample,
     with the network's own gradient checkpointing on where it has one (diffusers, ``Target(checkpointing=...)``), and
@@ -157,12 +162,17 @@ def begin(
         ledger.spend_once("probe", cost.calls or looks)
         limit, given = job.budget, ledger.budget  # what the first process says counts, also where others say no time
         ledger.budget = from_first(lambda: evaluations_in(limit, cost) if isinstance(limit, str) else given)
-        said = planned(job, ledger.budget, cost)  # which refuses what the host cannot hold
+        cost_said = planned(job, ledger.budget, cost)  # which refuses what the host cannot hold
         if progress and is_first():
-            print(said)
-        if ledger.affords(PLAUSIBLE_CALLS * len(draws.targets) / PLAUSIBLE_SHARE):
-            for one in draws.each:
-                ledger.spend(doubt(one))
+            print(cost_said)
+        whole = ledger.affords(sum(look_evaluations(target) for target in draws.targets) / DOUBT_SHARE)
+        found = [doubt(one, whole) for one in draws.each]
+        ledger.spend(sum(spent for spent, _ in found) if whole else 0)
+        said = from_first(lambda: [text for _, text in found])
+        if any(said):
+            config["doubt"] = next(filter(None, said))
+    elif "doubt" in checkpoint["config"]:
+        config["doubt"] = checkpoint["config"]["doubt"]
     # Another process or object may not have called its model yet: what moves is what moved when the search began.
     moved = from_first(lambda: [was.moved() for was in before])
     if checkpoint is not None and len(checkpoint["config"].get("targets", ())) == len(moved):
@@ -193,6 +203,7 @@ def finish(job: Job, result: SearchResult, config: Mapping[str, Any], progress: 
         budget=job.budget if isinstance(job.budget, int) else None,
         seconds=result.seconds,
         others=[other.name for other in others],
+        doubt=config.get("doubt", ""),
         **result.curves(),
     )
     without = f"the search is finished and saved in {result.out}, without its report"
