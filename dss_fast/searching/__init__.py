@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,13 +17,13 @@ from ..files import check_writable
 from ..report import SearchRecord, write_report
 from ..solver import Solver
 from ..target import Model, Target
-from .budget import Ledger, default_budget, evaluations_in
+from .budget import Ledger, clocked, default_budget, evaluations_in, seconds_in
 from .descent import descend
 from .description import doubt, look_evaluations
 from .job import Job, prepare
 from .lion import imitate
 from .plan import Plan, limits, plan, planned, with_room
-from .probe import CALLS, KEYLESS, OUTPUTS, Weights, identity, probe
+from .probe import CALLS, KEYLESS, OUTPUTS, Weights, clock, identity, probe
 from .processes import agreed, from_first, is_first, joined
 from .recompute import recomputing
 from .result import Event, SearchResult
@@ -30,6 +32,7 @@ from .settings import METHODS, GaussNewton, Lion, Method
 
 __all__ = ["METHODS", "Event", "GaussNewton", "Lion", "Method", "Plan", "SearchResult", "fit", "plan", "search"]
 
+CLOCKED = 64  # samples of the largest batch that a time is measured on
 DOUBT_SHARE = 0.02  # at most this part of the budget goes into whether the target is described rightly
 METHOD: dict[str, Callable[[Job, Ledger, dict[str, Any] | None], Iterator[Event]]] = {
     GaussNewton.name: descend,
@@ -70,8 +73,8 @@ def search(
     initial: the table to start from, coefficients included: a Solver, or a name that fits every N (``"ab2"``).
         None: the best hand-made one; Euler for ``"lion"``.
     budget: the most model evaluations to spend (forward 1, backward 2; guidance counts once; the teacher,
-        checks and rejected steps count), or a time, ``"20min"``, which one forward and one backward of the model turn
-        into evaluations. None: the method's. :func:`plan` says what one takes.
+        checks and rejected steps count), or a time, ``"20min"``, which the speed of a few batches turns into
+        evaluations, and that of the search itself as it goes. None: the method's. :func:`plan` says what one takes.
     seed: settles all noise and conditions; a Generator gives one number. Global generators stay as they are.
     group: a torch.distributed process group whose processes share the samples, as the data-parallel one of a device
         mesh. None: torchrun's, where none is initialised. In one that is, each process takes all samples, as tensor or
@@ -95,6 +98,7 @@ def search(
     """
     if out is not None:
         check_writable(out)  # before any call of the model
+    began = time.monotonic()
     asked: dict[str, Any] = {"calls": calls, "method": method, "initial": initial, "budget": budget, "seed": seed}
     with joined() as own, torch.inference_mode(False), torch.enable_grad():
         job = prepare(target, num_steps, group=own if group is None else group, **asked, **description)
@@ -107,6 +111,8 @@ def search(
                 result = restored(checkpoint, folder)
             else:
                 events = METHOD[job.settings.name](job, ledger, checkpoint and checkpoint["state"])
+                if isinstance(budget, str) and checkpoint is None:
+                    events = clocked(events, ledger, budget, began)
                 result = run(events, ledger, config, folder=folder, checkpoint=checkpoint, progress=progress)
             if report and folder is not None and not result.interrupted and not (over and folder.has_report()):
                 finish(job, result, config, progress)
@@ -159,6 +165,10 @@ def begin(
         if cost.recomputed:
             until_the_end.enter_context(recomputing(draws.targets))
     if checkpoint is None:
+        if isinstance(job.budget, str):
+            clocks = [clock(one, cost, job.differentiated, seconds_in(job.budget), CLOCKED) for one in draws.each]
+            seconds, spent = sum(one.seconds for one in clocks), sum(one.calls - cost.calls for one in clocks)
+            cost = replace(cost, seconds=seconds / len(clocks), calls=cost.calls + spent)
         ledger.spend_once("probe", cost.calls or looks)
         limit, given = job.budget, ledger.budget  # what the first process says counts, also where others say no time
         ledger.budget = from_first(lambda: evaluations_in(limit, cost) if isinstance(limit, str) else given)

@@ -30,6 +30,7 @@ from .room import PART, REMEDIES
 SAMPLES = 2
 CALLS = 8  # :func:`probe` takes so many evaluations, a way there and twice back among them
 KEYLESS = 4  # :func:`identity` of a target without a key takes so many
+CLOCK_SHARE, EACH = 0.1, 3  # of a time to spend, and evaluations a sample, with the way back
 OUTPUTS = "outputs"  # what identity says of those
 DRAWN, ROWS = 8, 16  # so many times so many conditions are part of it
 # Differences, in parts of the state, by which a gradient is checked, and the part of it that may be missing. In float32
@@ -145,6 +146,35 @@ def _looked(draws: Draws, differentiated: bool, most: float = math.inf) -> tuple
         f"of what differences of {', '.join(map(str, DIFFERENCES))} give. Something in its forward has no autograd, an "
         "attention kernel, a quantised layer, .detach() or torch.no_grad(): choose another backend for it"
     )
+
+
+def clock(draws: Draws, cost: Cost, differentiated: bool, seconds: float, most: int) -> Cost:
+    """The cost with the seconds of an evaluation as the search pays them, in batches: those of one sample alone are up
+    to ten times as many on a small network.
+
+    Batches grow to ``most`` samples while all of this takes no more than ``CLOCK_SHARE`` of the seconds to spend.
+    """
+    best, calls, rows, began = cost.seconds, cost.calls, 1, time.perf_counter()
+    alone = replace(draws.alone, seed=0)
+    room = CLOCK_SHARE * seconds
+    while rows <= most and time.perf_counter() - began + rows * EACH * best < room:
+        if differentiated and cost.saved * rows > PART:
+            break
+        batch = alone.batch("probe", 0, rows)
+        start = time.perf_counter()
+        with torch.enable_grad() if differentiated else torch.no_grad():
+            x = batch.noise.clone().requires_grad_(differentiated)
+            t = batch.schedule.time(torch.tensor([0.5], dtype=torch.float64))
+            t = t.to(x.device, torch.promote_types(x.dtype, torch.float32)).expand(rows)
+            output = batch.denoiser()(x.clone(), t.clone())
+            if differentiated:
+                # A rollout goes forward, forward again and back by two cotangents, and that counts as 1 + 2.
+                _pulled(output, [x], torch.ones_like(output))
+        float(output.detach().flatten()[0])  # which waits for the device
+        each = (time.perf_counter() - start) / rows
+        best, calls = min(best, each / (3 if differentiated else 1)), calls + rows * (3 if differentiated else 1)
+        rows *= 2 if rows > 1 else 4
+    return replace(cost, seconds=best, calls=calls)
 
 
 def _pulled(output: Tensor, leaves: list[Tensor], cotangent: Tensor) -> Tensor:
