@@ -92,7 +92,7 @@ def test_what_is_left_of_a_time_follows_the_speed_of_the_search(monkeypatch):
             yield None
 
     seen = [ledger.budget for _ in clocked(events(), ledger, "100s", began=90.0)]
-    assert seen[0] == 1_000 and seen[4] == 1_000  # an event is told before its time counts
+    assert seen[:2] == [1_000, 1_800]  # an event is told before its time counts
     assert ledger.evaluations == 1_800 and ledger.budget == 1_800  # 20 a second in the 90 s from the first event on
     assert now[0] == 190
 
