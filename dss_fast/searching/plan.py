@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,8 +15,9 @@ from ..target import Model, Target
 from ..unroll.kept import budget_bytes, free_bytes
 from .budget import Cost, default_budget, gigabytes
 from .calls import SKETCHED, cost_of_worth
+from .forward import DIRECTIONS
 from .job import Job, prepare
-from .probe import probe
+from .probe import NoGraph, probe
 from .room import MEMORY, PART, REMEDIES, WHOLE, Room, usable
 from .settings import GaussNewton, Method
 from .space import DENSE
@@ -59,6 +61,7 @@ class Sizes:
         """The largest sets whose teacher, rounds and looks fit the budget; what the settings name is as they say."""
         settings, steps, world = job.settings, job.goals, job.draws.world
         assert isinstance(settings, GaussNewton)
+        per_round = 1 + DIRECTIONS if job.by_differences else 4  # evaluations of a sample and step
 
         def held_out(samples: int) -> int:
             if settings.held_out_samples is not None:
@@ -79,10 +82,10 @@ class Sizes:
             racers = racers_of(samples, job.chooses)
             shares = GROWTH[:planned] + (racers - 1) * GROWTH[:RACE]
             rounds = SLACK * sum(max(share, min(1.0, LEAST / samples)) for share in shares)
-            each = calls(samples) + sum(steps) * (1 + 4 * rounds)
+            each = calls(samples) + sum(steps) * (1 + per_round * rounds)
             if job.chooses:  # the Ns that are not chosen take part in the first rounds
                 others = GROWTH[:TRIED] + (racers - 1) * GROWTH[:RACE]
-                each += (sum(job.steps) - sum(steps)) * 4 * SLACK * sum(others) + sum(job.steps)
+                each += (sum(job.steps) - sum(steps)) * per_round * SLACK * sum(others) + sum(job.steps)
             if job.guided is not None:
                 each += cost_of_worth(sum(job.steps), min(samples, SKETCHED)) / samples
             if job.follows:  # inner states that are not kept are made again, for the trial and for the way back
@@ -190,6 +193,26 @@ def limits(job: Job, budget: int | None) -> tuple[int, int, int]:
     return max(1, min(may - min(MEMORY, may // 4) - way * batch, WHOLE)), max(1, most - way), batch
 
 
+def looked(job: Job, budget: int | None) -> tuple[Job, Cost]:
+    """What :func:`probe` says of the job's models. Where they give no graph and nobody asked for one, with a warning,
+    the job that takes none. Raises ValueError as it does."""
+    try:
+        return job, probe(job.draws, job.differentiated, *limits(job, budget))
+    except NoGraph as error:
+        if not isinstance(job.settings, GaussNewton) or job.settings.gradients:
+            raise
+        try:
+            job = job.without_gradient()
+        except ValueError as unknown:
+            raise ValueError(f"{error}. {unknown}") from error
+    warnings.warn(
+        "the model returns an output without a graph: the search only calls it, and moves along "
+        f"{DIRECTIONS} directions by differences; GaussNewton(gradients=False) asks for it, gradients=True refuses",
+        stacklevel=4,
+    )
+    return job, probe(job.draws, False, *limits(job, budget))
+
+
 def with_room(job: Job, budget: int | None, cost: Cost) -> Job:
     """The job with room for its batches: whole where what they take may be used, else in parts of as few samples as it
     takes. Raises ValueError, naming what to change, where one sample does not fit."""
@@ -286,7 +309,7 @@ def plan(
     whose graph is too large is looked at with its activations computed again."""
     job = prepare(target, num_steps, calls=calls, method=method, budget=budget)
     with frozen([one.model for one in job.draws.targets]):
-        cost = probe(job.draws, True, *limits(job, budget))
+        job, cost = looked(job, budget)
     return planned(with_room(job, budget, cost), budget, cost)
 
 

@@ -1,0 +1,44 @@
+"""Forward: a search that only calls the model, along the few directions in which a table's numbers matter most.
+
+Without a backward J'J and the gradient are exact in the coordinates z of a basis, theta + basis z, by differences:
+
+    J_k = (r(theta + h d_k) - r(theta)) / h          d_k the basis' columns
+
+How fast errors grow around a table is much the same on all models (``prior``), so that the library knows the basis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..solver import Solver
+from .prior import curvature_at, curvatures
+from .space import Space
+
+DIRECTIONS = 8
+DIFFERENCE = 0.1  # of z; 1 adds once the error of the start
+
+
+def check_known(steps: Sequence[int]) -> None:
+    """Raises ValueError for numbers of steps of which the library has no table."""
+    known = sorted(map(int, curvatures()))
+    if missing := [n for n in steps if n not in known]:
+        raise ValueError(
+            f"num_steps={missing[0]}: without a gradient a search moves along directions that the library knows for N "
+            f"in {known}; choose one of these, or choose among the tables there are: "
+            "method=GaussNewton(rounds=0), which fit(...) is"
+        )
+
+
+def basis_of(space: Space, start: Solver) -> Tensor:
+    """(P, DIRECTIONS) float64: the eigenvectors of largest curvature C around a table, d'Cd = 1 of each."""
+    known = curvature_at(space, start)
+    if known is None:
+        raise ValueError(f"num_steps={space.num_steps}: the library knows no directions for it")
+    values, vectors = torch.linalg.eigh(known)
+    values, vectors = values[-DIRECTIONS:].flip(0), vectors[:, -DIRECTIONS:].flip(1)
+    scaled: Tensor = (vectors / values.sqrt()).contiguous()  # as a checkpoint keeps it: sums round by layout
+    return scaled
