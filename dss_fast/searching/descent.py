@@ -24,7 +24,7 @@ from .calls import forecast, worth
 from .forward import basis_of
 from .gauss_newton import ROBUST, Charge, Quadratic, robust
 from .job import Job
-from .plan import GROWTH, LEAST, RACE, TRIED, Sizes, racers_of, start_cost
+from .plan import GROWTH, RACE, TRIED, Sizes, least_of, racers_of, start_cost
 from .prior import curvature
 from .result import Event
 from .rounds import ANNEAL, Candidate, Look, Rounds, Trial, enough
@@ -311,7 +311,7 @@ class Descent:
 
     def _point(self, space: Space, start: Start, share: float) -> Point:
         """Where the search from a table begins."""
-        known = curvature(space, start.solver) if self.sizes.samples <= LEAST else None
+        known = curvature(space, start.solver) if self.sizes.samples <= least_of(self.job) else None
         prior = None if known is None else PRIOR / self.sizes.samples * known
         basis = basis_of(space, start.solver) if self.job.by_differences else None
         return Point(start.solver, Candidate(space, space.theta(start.solver), start.units, basis), share, prior)
@@ -444,7 +444,7 @@ def _planned(point: Point, rounds: Rounds, most: int) -> int:
     sizes, candidate = rounds.train.sizes, point.candidate
     growing = GROWTH[point.round] if point.round < len(GROWTH) else 1.0
     targets = len(candidate.units)  # which take turns: each has its part in every round
-    batches = enough(sizes, max(LEAST * targets, math.ceil(growing * sum(sizes))))
+    batches = enough(sizes, max(least_of(rounds.job) * targets, math.ceil(growing * sum(sizes))))
     batches = min(-(-batches // targets) * targets, len(sizes))
     looks = candidate.space.num_steps * sum(rounds.held_out.sizes)
 

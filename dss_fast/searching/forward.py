@@ -18,8 +18,18 @@ from ..solver import Solver
 from .prior import curvature_at, curvatures
 from .space import Space
 
-DIRECTIONS = 8
+# Samples of a round: more rounds of fewer serve better. Of the gradient's error at 3,000 evaluations, the mean over four
+# models and N = 5 and 8: 6 directions and twelve samples leave 1.25, 12 directions 1.19, with six samples 1.12, 16 and
+# four samples 1.06.
+LEAST = 4
+PER_STEP = 3  # directions; at N = 8 on the mixture of width .5 24 leave .63 of the best hand-made error, 16 leave .75
+FLAT = 1e-6  # of the largest curvature: what is less is no direction
 DIFFERENCE = 0.1  # of z; 1 adds once the error of the start
+
+
+def directions_of(num_steps: int) -> int:
+    """How many directions at most, and so how many rollouts of N steps beside the one at the table."""
+    return PER_STEP * num_steps
 
 
 def check_known(steps: Sequence[int]) -> None:
@@ -34,11 +44,12 @@ def check_known(steps: Sequence[int]) -> None:
 
 
 def basis_of(space: Space, start: Solver) -> Tensor:
-    """(P, DIRECTIONS) float64: the eigenvectors of largest curvature C around a table, d'Cd = 1 of each."""
+    """(P, q) float64: the eigenvectors of largest curvature C around a table, d'Cd = 1 of each, steepest first."""
     known = curvature_at(space, start)
     if known is None:
         raise ValueError(f"num_steps={space.num_steps}: the library knows no directions for it")
     values, vectors = torch.linalg.eigh(known)
-    values, vectors = values[-DIRECTIONS:].flip(0), vectors[:, -DIRECTIONS:].flip(1)
+    count = min(directions_of(space.num_steps), int((values > FLAT * values[-1]).sum()))
+    values, vectors = values[-count:].flip(0), vectors[:, -count:].flip(1)
     scaled: Tensor = (vectors / values.sqrt()).contiguous()  # as a checkpoint keeps it: sums round by layout
     return scaled

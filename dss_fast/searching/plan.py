@@ -15,7 +15,8 @@ from ..target import Model, Target
 from ..unroll.kept import budget_bytes, free_bytes
 from .budget import Cost, default_budget, gigabytes
 from .calls import SKETCHED, cost_of_worth
-from .forward import DIRECTIONS
+from .forward import LEAST as FORWARD_LEAST
+from .forward import directions_of
 from .job import Job, prepare
 from .probe import NoGraph, probe
 from .room import MEMORY, PART, REMEDIES, WHOLE, Room, usable
@@ -61,7 +62,10 @@ class Sizes:
         """The largest sets whose teacher, rounds and looks fit the budget; what the settings name is as they say."""
         settings, steps, world = job.settings, job.goals, job.draws.world
         assert isinstance(settings, GaussNewton)
-        per_round = 1 + DIRECTIONS if job.by_differences else 4  # evaluations of a sample and step
+
+        def work(steps: tuple[int, ...]) -> int:
+            """Evaluations of a sample in a round."""
+            return sum(n * (1 + directions_of(n) if job.by_differences else 4) for n in steps)
 
         def held_out(samples: int) -> int:
             if settings.held_out_samples is not None:
@@ -81,11 +85,11 @@ class Sizes:
             planned = min(len(GROWTH), settings.rounds, ROUNDS + samples // MORE)
             racers = racers_of(samples, job.chooses)
             shares = GROWTH[:planned] + (racers - 1) * GROWTH[:RACE]
-            rounds = SLACK * sum(max(share, min(1.0, LEAST / samples)) for share in shares)
-            each = calls(samples) + sum(steps) * (1 + per_round * rounds)
+            rounds = SLACK * sum(max(share, min(1.0, least_of(job) / samples)) for share in shares)
+            each = calls(samples) + sum(steps) + work(steps) * rounds
             if job.chooses:  # the Ns that are not chosen take part in the first rounds
                 others = GROWTH[:TRIED] + (racers - 1) * GROWTH[:RACE]
-                each += (sum(job.steps) - sum(steps)) * per_round * SLACK * sum(others) + sum(job.steps)
+                each += (work(job.steps) - work(steps)) * SLACK * sum(others) + sum(job.steps)
             if job.guided is not None:
                 each += cost_of_worth(sum(job.steps), min(samples, SKETCHED)) / samples
             if job.follows:  # inner states that are not kept are made again, for the trial and for the way back
@@ -109,7 +113,7 @@ class Sizes:
         """The sizes of a batch of training samples and of held-out ones; the batches of several targets take turns."""
         targets, world, most = len(job.draws.targets), job.draws.world, job.settings.batch_size
         each, held_out = -(-self.samples // targets), -(-self.held_out // targets)
-        size = max(-(-each // BATCHES), min(LEAST, -(-each // 2)))
+        size = max(-(-each // BATCHES), min(least_of(job), -(-each // 2)))
         return max(world, min(most, size)), max(1, min(most, held_out))
 
 
@@ -122,6 +126,11 @@ def start_cost(job: Job, budget: int, rounds: int) -> int:
         return int(CHOICE_SHARE * budget)
     rollouts = START_ROLLOUTS * sum(job.steps) * len(job.draws.targets)
     return int(max(START_SHARE * budget, min(rollouts, budget / 2)))
+
+
+def least_of(job: Job) -> int:
+    """Samples of a round, of a set that has so many."""
+    return FORWARD_LEAST if job.by_differences else LEAST
 
 
 def racers_of(samples: int, chooses: bool = False) -> int:
@@ -163,8 +172,10 @@ def state_bytes(job: Job) -> int:
 
 def way_bytes(job: Job, calls: int) -> int:
     """Of the tensors beside the graph while one sample goes there and back, or along its teacher's trajectory: the
-    states, histories, cotangents and adjoints of N steps."""
-    return state_bytes(job) * max(12 * max(job.steps) + 40, 2 * calls + 8)
+    states, histories, cotangents and adjoints of N steps, or differences along each direction."""
+    n = max(job.steps)
+    columns = directions_of(n) * (n if job.follows else 1) if job.by_differences else 0
+    return state_bytes(job) * max(12 * n + 40 + columns, 2 * calls + 8)
 
 
 def batch_of(job: Job, budget: int | None) -> tuple[int, int]:
@@ -207,7 +218,7 @@ def looked(job: Job, budget: int | None) -> tuple[Job, Cost]:
             raise ValueError(f"{error}. {unknown}") from error
     warnings.warn(
         "the model returns an output without a graph: the search only calls it, and moves along "
-        f"{DIRECTIONS} directions by differences; GaussNewton(gradients=False) asks for it, gradients=True refuses",
+        "a few directions by differences; GaussNewton(gradients=False) asks for it, gradients=True refuses",
         stacklevel=4,
     )
     return job, probe(job.draws, False, *limits(job, budget))

@@ -204,8 +204,7 @@ class Rounds:
         def values(k: int, number: int, batch: Samples, trajectory: Trajectory) -> Tensor:
             table, targets = tables[number]
             rollout = Rollout(**self._arguments(table, batch, 0))
-            found = self._residual(table, k, new, rollout, trajectory, targets).values
-            return found.to(torch.promote_types(found.dtype, torch.float32))
+            return self._residual(table, k, new, rollout, trajectory, targets).values
 
         self.ledger.spend(self.train.again(slice(0, len(trial.parts))))
         for k, parts in enumerate(trial.parts):
@@ -220,15 +219,16 @@ class Rounds:
                         batch, trajectory = self.train.part(k, rows)
                         known = tried.residual if rows == tried.rows else None
                         here = values(k, 0, batch, trajectory) if known is None else known.values
-                        columns = [
-                            (values(k, number, batch, trajectory) - here) / DIFFERENCE
-                            for number in range(1, len(tables))
-                        ]
-                        jacobian = torch.stack(columns, 1)  # (B, q, R)
-                        scaled = jacobian / here.shape[1]  # |r|^2 is averaged over its elements
-                        pulled.append((scaled @ here.to(scaled)[..., None])[..., 0].double().cpu())
-                        squared.append((scaled @ jacobian.mT).double().cpu())
-                        del batch, trajectory, known, here, columns, jacobian, scaled
+                        here = here.to(torch.promote_types(here.dtype, torch.float32))
+                        (count, width), q = here.shape, len(beside)
+                        jacobian = here.new_empty(count, q, width)
+                        for number in range(q):
+                            ahead = values(k, number + 1, batch, trajectory)
+                            torch.sub(ahead, here, out=jacobian[:, number]).div_(DIFFERENCE)
+                        # |r|^2 is averaged over its elements.
+                        pulled.append((jacobian @ here[..., None])[..., 0].double().cpu() / width)
+                        squared.append((jacobian @ jacobian.mT).double().cpu() / width)
+                        del batch, trajectory, known, here, jacobian
                 del tried
             worth = trial.values[draws.mine(start, size), None]
             sums.add_whole(torch.cat(pulled), torch.cat(squared), trial.scale / (trial.scale + worth), size)

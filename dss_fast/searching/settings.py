@@ -37,10 +37,10 @@ class GaussNewton:
     memory: bytes of the device that the search may use beside the model's weights; by default half of what is free.
     teacher_evaluations: model calls of each reference trajectory; by default 16 for fewer than 64 samples, or 24, and
         at least 2 N. rounds: of Gauss-Newton at most.
-    gradients: whether the search goes back through the model. False: it only calls it, and moves along the eight
-        directions in which the errors of the library's tables grow fastest, by differences of rollouts; for N = 3 to
-        12, and for quantised kernels, compiled engines and remote models. None: so, with a warning, where the model's
-        output has no graph.
+    gradients: whether the search goes back through the model. False: it only calls it, as quantised kernels, compiled
+        engines and remote models ask for, and moves along the 3 N directions in which the errors of the library's
+        tables grow fastest, by differences of rollouts: an accepted round costs up to N (1 + 3 N) evaluations per
+        sample. For N = 3 to 12. None: so, with a warning, where the model's output has no graph.
 
     A round costs N evaluations per sample for the candidate, which is also its acceptance test, and, once
     accepted, 2 N per backward. All N share the teacher; each starts from the best of the hand-made tables, those on
