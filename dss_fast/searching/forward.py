@@ -18,9 +18,9 @@ from ..solver import Solver
 from .prior import curvature_at, curvatures
 from .space import Space
 
-# Samples of a round: more rounds of fewer serve better. Of the gradient's error at 3,000 evaluations, the mean over four
-# models and N = 5 and 8: 6 directions and twelve samples leave 1.25, 12 directions 1.19, with six samples 1.12, 16 and
-# four samples 1.06.
+# Samples of a round: more rounds of fewer serve better. Of the gradient's error at 3,000 evaluations, the mean over
+# four models and N = 5 and 8: 6 directions and twelve samples leave 1.25, 12 directions 1.19, with six samples 1.12, 16
+# and four samples 1.06, 3 N and four samples 1.02.
 LEAST = 4
 PER_STEP = 3  # directions; at N = 8 on the mixture of width .5 24 leave .63 of the best hand-made error, 16 leave .75
 FLAT = 1e-6  # of the largest curvature: what is less is no direction
