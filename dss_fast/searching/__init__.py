@@ -12,6 +12,7 @@ import torch
 
 from ..denoiser import frozen
 from ..files import check_writable
+from ..modes import on_host
 from ..report import SearchRecord, write_report
 from ..solver import Solver
 from ..target import Model, Target
@@ -91,7 +92,7 @@ def search(
     if out is not None:
         check_writable(out)  # before any call of the model
     asked: dict[str, Any] = {"calls": calls, "method": method, "initial": initial, "budget": budget, "seed": seed}
-    with joined() as own, torch.inference_mode(False), torch.enable_grad():
+    with on_host(), joined() as own, torch.inference_mode(False), torch.enable_grad():
         job = prepare(target, num_steps, group=own if group is None else group, **asked, **description)
         config = job.config()
         models = [one.model for one in job.draws.targets]
