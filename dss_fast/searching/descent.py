@@ -313,7 +313,7 @@ class Descent:
         """Where the search from a table begins."""
         known = curvature(space, start.solver) if self.sizes.samples <= least_of(self.job) else None
         prior = None if known is None else PRIOR / self.sizes.samples * known
-        basis = basis_of(space, start.solver) if self.job.by_differences else None
+        basis = basis_of(space, start.solver, self.sizes.directions) if self.job.by_differences else None
         return Point(start.solver, Candidate(space, space.theta(start.solver), start.units, basis), share, prior)
 
     def _left(self) -> int:

@@ -22,18 +22,31 @@ from .space import Space
 # four models and N = 5 and 8: 6 directions and twelve samples leave 1.25, 12 directions 1.19, with six samples 1.12, 16
 # and four samples 1.06, 3 N and four samples 1.02.
 LEAST = 4
-PER_STEP = 3  # directions; at N = 8 on the mixture of width .5 24 leave .63 of the best hand-made error, 16 leave .75
+# Directions are 3 N: at N = 8 on the mixture of width .5 24 leave .63 of the best hand-made error, 16 leave .75. They are
+# fewer where a round of LEAST samples would take more than this part of the budget: at 1,000 evaluations 6 to 10 leave
+# .55 in the mean, a choice without rounds .58. FEWEST is the least.
+PER_STEP, SHARE, FEWEST = 3, 1 / 4, 4
 FLAT = 1e-6  # of the largest curvature: what is less is no direction
 DIFFERENCE = 0.1  # of z; 1 adds once the error of the start
 
 
-def directions_of(num_steps: int) -> int:
-    """How many directions at most, and so how many rollouts of N steps beside the one at the table."""
-    return PER_STEP * num_steps
+def afforded(budget: int, steps: Sequence[int]) -> int:
+    """How many directions a budget for these numbers of steps pays for."""
+    return max(FEWEST, int(SHARE * budget / (LEAST * sum(steps))) - 1)
 
 
-def check_known(steps: Sequence[int]) -> None:
-    """Raises ValueError for numbers of steps of which the library has no table."""
+def directions_of(num_steps: int, most: int | None = None) -> int:
+    """How many directions at most, and so how many rollouts of N steps beside the one at the table; ``most`` that the
+    budget pays for."""
+    return PER_STEP * num_steps if most is None else min(PER_STEP * num_steps, most)
+
+
+def check_known(steps: Sequence[int], calls: int | None = None) -> None:
+    """Raises ValueError for numbers of steps of which the library has no table, and for calls that are to be placed."""
+    if calls is not None:
+        raise ValueError(
+            f"calls={calls}: which steps call both branches is found by a gradient, and none is taken; give num_steps"
+        )
     known = sorted(map(int, curvatures()))
     if missing := [n for n in steps if n not in known]:
         raise ValueError(
@@ -43,13 +56,13 @@ def check_known(steps: Sequence[int]) -> None:
         )
 
 
-def basis_of(space: Space, start: Solver) -> Tensor:
-    """(P, q) float64: the eigenvectors of largest curvature C around a table, d'Cd = 1 of each, steepest first."""
+def basis_of(space: Space, start: Solver, most: int | None = None) -> Tensor:
+    """(P, q) float64, q at most ``most``: the eigenvectors of largest curvature C around a table, d'Cd = 1 of each."""
     known = curvature_at(space, start)
     if known is None:
         raise ValueError(f"num_steps={space.num_steps}: the library knows no directions for it")
     values, vectors = torch.linalg.eigh(known)
-    count = min(directions_of(space.num_steps), int((values > FLAT * values[-1]).sum()))
+    count = min(directions_of(space.num_steps, most), int((values > FLAT * values[-1]).sum()))
     values, vectors = values[-count:].flip(0), vectors[:, -count:].flip(1)
     scaled: Tensor = (vectors / values.sqrt()).contiguous()  # as a checkpoint keeps it: sums round by layout
     return scaled

@@ -85,7 +85,7 @@ class Job:
     def without_gradient(self) -> Job:
         """The same search by differences. Raises ValueError where the library knows no directions."""
         assert isinstance(self.settings, GaussNewton)
-        check_known(self.steps)
+        check_known(self.steps, self.calls)
         return replace(self, settings=replace(self.settings, gradients=False))
 
     def config(self) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def prepare(
     steps = _steps(num_steps if num_steps is not None else tuple(guided or ()))
     settings = settings_of(method)
     if isinstance(settings, GaussNewton) and settings.gradients is False and settings.rounds:
-        check_known(steps)
+        check_known(steps, calls)
     if isinstance(budget, str):
         evaluations_in(budget, Cost(1.0, 0))  # what is no duration is refused before any work
     elif budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):

@@ -17,15 +17,15 @@ from ..unroll.kept import budget_bytes, free_bytes
 from .budget import Cost, default_budget, gigabytes
 from .calls import SKETCHED, cost_of_worth
 from .forward import LEAST as FORWARD_LEAST
-from .forward import directions_of
+from .forward import afforded, directions_of
 from .job import Job, prepare
 from .probe import NoGraph, probe
 from .room import MEMORY, PART, REMEDIES, WHOLE, Room, usable
 from .settings import GaussNewton, Method
 from .space import DENSE
 
-# RMSE over the best hand-made solver's, by evaluations for each N: the mean over N = 5, 8, 10 on ten models of kinds that
-# the library has not seen (docs/transfer.md), and for 120,000 on the exact mixture and both MNIST models.
+# RMSE over the best hand-made solver's, by evaluations for each N: the mean over N = 5, 8, 10 on ten models of kinds
+# that the library has not seen (docs/transfer.md), and for 120,000 on the exact mixture and both MNIST models.
 EXPECTED = ((500, 0.67), (1_000, 0.62), (3_000, 0.52), (120_000, 0.49))
 GROWTH = (0.12, 0.12, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.0)  # share of the samples in each round; then all of them
 LEAST = 12  # samples of a round, of a set that has so many
@@ -49,7 +49,8 @@ class Sizes:
     """What a budget pays for when no round is rejected: training and held-out samples and the teacher's calls.
 
     fresh: where none are held out, samples at the end on which the table found must not err much more than its start.
-    rounds: of Gauss-Newton at most; 0 where the budget is for a choice among the tables there are.
+    rounds: of Gauss-Newton at most; 0 where the budget is for a choice among the tables there are. directions: at most,
+    where no gradient is taken.
     """
 
     samples: int
@@ -57,16 +58,18 @@ class Sizes:
     calls: int
     fresh: int
     rounds: int
+    directions: int = 0
 
     @classmethod
     def of(cls, job: Job, budget: int) -> Sizes:
         """The largest sets whose teacher, rounds and looks fit the budget; what the settings name is as they say."""
         settings, steps, world = job.settings, job.goals, job.draws.world
         assert isinstance(settings, GaussNewton)
+        directions = afforded(budget, steps) if job.by_differences else 0
 
         def work(steps: tuple[int, ...]) -> int:
             """Evaluations of a sample in a round."""
-            return sum(n * (1 + directions_of(n) if job.by_differences else 4) for n in steps)
+            return sum(n * (1 + directions_of(n, directions) if job.by_differences else 4) for n in steps)
 
         def held_out(samples: int) -> int:
             if settings.held_out_samples is not None:
@@ -108,7 +111,7 @@ class Sizes:
                 rounds = 0
         if not rounds and settings.samples is None:
             samples = max(least, min(CHOICE, int((1 - CHOICE_SHARE) * budget / calls(least))))
-        return cls(samples, held_out(samples), calls(samples), fresh(samples) if rounds else 0, rounds)
+        return cls(samples, held_out(samples), calls(samples), fresh(samples) if rounds else 0, rounds, directions)
 
     def batches(self, job: Job) -> tuple[int, int]:
         """The sizes of a batch of training samples and of held-out ones; the batches of several targets take turns."""

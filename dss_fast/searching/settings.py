@@ -38,9 +38,10 @@ class GaussNewton:
     teacher_evaluations: model calls of each reference trajectory; by default 16 for fewer than 64 samples, or 24, and
         at least 2 N. rounds: of Gauss-Newton at most.
     gradients: whether the search goes back through the model. False: it only calls it, as quantised kernels, compiled
-        engines and remote models ask for, and moves along the 3 N directions in which the errors of the library's
-        tables grow fastest, by differences of rollouts: an accepted round costs up to N (1 + 3 N) evaluations per
-        sample. For N = 3 to 12. None: so, with a warning, where the model's output has no graph.
+        engines and remote models ask for, and moves along the up to 3 N directions in which the errors of the
+        library's tables grow fastest, by differences of rollouts: an accepted round costs N (1 + 3 N) evaluations per
+        sample, less for budgets below 16 N (1 + 3 N). For N = 3 to 12, with both branches of guidance at all steps.
+        None: so, with a warning, where the model's output has no graph.
 
     A round costs N evaluations per sample for the candidate, which is also its acceptance test, and, once
     accepted, 2 N per backward. All N share the teacher; each starts from the best of the hand-made tables, those on

@@ -1,6 +1,7 @@
 """A search that only calls the model: by differences along a few directions, never by a gradient."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from dss_fast.searching.budget import Ledger
 from dss_fast.searching.descent import begun
 from dss_fast.searching.forward import basis_of, directions_of
 from dss_fast.searching.job import prepare
+from dss_fast.searching.plan import Sizes
 from dss_fast.searching.prior import curvature_at
 from dss_fast.searching.rounds import Candidate
 from dss_fast.searching.space import Space
@@ -116,6 +118,9 @@ def test_where_the_library_has_no_table_it_is_refused(num_steps):
     with pytest.raises(ValueError, match=r"num_steps=(2|13|20): without a gradient.*rounds=0"):
         search(one, num_steps, method=FORWARD, budget=3_000, progress=False)
     assert one.model.calls == 0
+    guided = replace(one, cond={"y": torch.zeros(())}, uncond={"y": torch.zeros(())}, guidance_scale=2.0)
+    with pytest.raises(ValueError, match=r"calls=8: .*gradient.*num_steps"):
+        search(guided, 5, calls=8, method=FORWARD, progress=False)
     with pytest.raises(ValueError, match=r"without a graph.*num_steps=(2|13|20).*rounds=0"):
         search(target(strict=False), num_steps, budget=3_000, progress=False)
 
@@ -137,6 +142,15 @@ def test_a_killed_search_goes_on_to_the_same_table(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert search(going, 4, out=tmp_path / "run", resume=True, **options).solver == whole
+
+
+def test_a_small_budget_pays_for_fewer_directions():
+    def directions(budget, steps):
+        return Sizes.of(prepare(target(), steps, method=FORWARD, budget=budget), budget).directions
+
+    assert directions(1_000, 8) < directions(3_000, 8) < directions(20_000, 8)
+    assert directions(1_000, 8) == 6 and directions(3_000, [5, 8]) == 13
+    assert Sizes.of(prepare(target(), 8, budget=1_000), 1_000).directions == 0
 
 
 def test_a_start_by_hand_moves_too():
