@@ -23,8 +23,8 @@ from .descent import descend
 from .description import doubt, look_evaluations
 from .job import Job, prepare
 from .lion import imitate
-from .plan import Plan, limits, plan, planned, with_room
-from .probe import CALLS, KEYLESS, OUTPUTS, Weights, clock, identity, probe
+from .plan import Plan, looked, plan, planned, with_room
+from .probe import CALLS, KEYLESS, OUTPUTS, Weights, clock, identity
 from .processes import agreed, from_first, is_first, joined
 from .recompute import recomputing
 from .result import Event, SearchResult
@@ -161,7 +161,7 @@ def begin(
         if checkpoint is None and not ledger.affords(looks):
             raise ValueError(f"budget={job.budget!r}: the look at the model alone takes {looks}")
         evaluations = job.budget if isinstance(job.budget, int) else None
-        cost = probe(draws, job.differentiated, *limits(job, evaluations))
+        job, cost = looked(job, evaluations)
         job = with_room(job, evaluations, cost)
         if cost.recomputed:
             until_the_end.enter_context(recomputing(draws.targets))
