@@ -3,6 +3,8 @@
     python -m benchmarks.library search --steps 5 8 10 --rounds 3             # a table of all models
     python -m benchmarks.library search --leave transformer mixer             # of those of other kinds alone
     python -m benchmarks.library ship                                         # newest rows to dss_fast/solvers
+    python -m benchmarks.library measure --models moons_mixture flow          # with tables of other kinds alone
+    python -m benchmarks.library show --write docs/transfer.md                # their errors, between its marks
 
 A round finds for each model the k at which the table serves it best, and then one table for all of them, each as if its
 data were 1 / k as large: what is made small is, in the end, the mean over models of the logarithm of the error.
@@ -13,18 +15,25 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dss_fast import GaussNewton, Solver, Target, find_solver, sample, search
+from dss_fast import GaussNewton, Solver, Target, find_solver, names, sample, search
 from dss_fast.distance import squares
 from dss_fast.draws import Draws
+from dss_fast.rivals import contest
+from dss_fast.searching import prior, starts
 from dss_fast.searching.budget import Ledger
 from dss_fast.searching.descent import begun
 from dss_fast.searching.gauss_newton import robust
@@ -40,6 +49,8 @@ RESULTS = Path(__file__).parent / "results" / "library.jsonl"
 SHIPPED = Path(__file__).parents[1] / "dss_fast" / "solvers"
 KIND = {**zoo.KIND, "flow": "transformer", "flow16": "conv", "mixture": "mixture", "mixture0.5": "mixture"}
 SEED, SAMPLES, CALLS = 31_000, 48, 48  # of the noise that k is chosen on, and of the fine trajectories there
+FRESH, FRESH_SAMPLES = 512_001, 64  # of the noise on which searches are measured
+LARGE = ("photos64_conv", "textures32_conv")  # models left out of curvatures, as they take as long as all others
 STEP = 2**0.5  # between neighbouring k
 
 
@@ -108,11 +119,11 @@ class Member:
         return replace(self.target, model=Moved(self.target.model, 1 / k))
 
 
-def joint(names: Sequence[str], num_steps: int, rounds: int, budget: int, seed: int, **about: Any) -> None:
+def joint(models: Sequence[str], num_steps: int, rounds: int, budget: int, seed: int, **about: Any) -> None:
     """A table for all of the models: the best there was after any round, and its row."""
-    members = {name: Member.of(name) for name in names}
+    members = {name: Member.of(name) for name in models}
     solver = find_solver(f"sit-xl-2-256/{num_steps}" if 5 <= num_steps <= 10 else f"ab2/{num_steps}")
-    ks, best = dict.fromkeys(names, 1.0), (math.inf, solver, {})
+    ks, best = dict.fromkeys(models, 1.0), (math.inf, solver, {})
     for number in range(rounds + 1):
         found = {name: member.nearest(solver, ks[name]) for name, member in members.items()}
         middle = math.exp(sum(math.log(k) for _, k in found.values()) / len(found))
@@ -151,7 +162,7 @@ def curvature(solver: Solver, ks: Mapping[str, float], samples: int = 24) -> Ten
 
 def ship() -> None:
     """The newest tables of all models as the package's library."""
-    newest = {row["num_steps"]: row for row in rows.read(RESULTS) if not row["leave"]}
+    newest = {row["num_steps"]: row for row in rows.read(RESULTS) if row.get("leave") == []}
     steps, curvatures = {}, {}
     for n, row in sorted(newest.items()):
         models = {name: round(k, 3) for name, (_, k) in row["models"].items()}
@@ -171,21 +182,98 @@ def ship() -> None:
     (SHIPPED / "general.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
+@contextmanager
+def of_other_kinds(name: str) -> Iterator[None]:
+    """The package with a library that has seen no model of this one's kind."""
+    tables, curvatures, about = {}, {}, names._published() | {}
+    for row in rows.read(RESULTS):
+        if KIND[name] in row.get("leave", ()) and str(row["num_steps"]) not in tables:
+            n, models = row["num_steps"], {model: k for model, (_, k) in row["models"].items() if model not in LARGE}
+            table = replace(Solver.from_dict(row["solver"]), name=f"general/{n}")
+            tables[str(n)] = table.to_dict()
+            curvatures[str(n)] = _curvature(table, tuple(models.items()))
+    about["general"] = {"source": "dss_fast.library", "library": "of other kinds", "steps": tables}
+    names._table.cache_clear()
+    starts.moved_tables.cache_clear()
+    with patch.object(names, "_published", lambda: about), patch.object(prior, "curvatures", lambda: curvatures):
+        yield
+    names._table.cache_clear()
+    starts.moved_tables.cache_clear()
+
+
+@lru_cache(None)
+def _curvature(table: Solver, models: tuple[tuple[str, float], ...]) -> Tensor:
+    return curvature(table, dict(models), 16)
+
+
+def measure(models: Sequence[str], steps: Sequence[int], budgets: Sequence[int], seeds: int) -> None:
+    """Rows of searches whose library has seen no model of the kind: RMSE over the best hand-made of all names, on fresh
+    noise."""
+    for name in models:
+        member = Member.of(name, FRESH_SAMPLES, 128, FRESH)
+
+        def squared(solver: Solver, start: int, stop: int, member: Member = member) -> Tensor:
+            part = {key: value[start:stop] for key, value in member.cond.items()}
+            try:
+                found = sample(member.target, member.noise[start:stop], solver, cond=part)
+            except FloatingPointError:
+                return torch.full((stop - start,), math.inf, dtype=torch.float64)
+            return squares(found, member.last[start:stop])
+
+        for n in steps:
+            best, errors = next(iter(contest(squared, member.target.schedule, n, FRESH_SAMPLES).best.items()))
+            hand = math.sqrt(float(errors.mean()))
+            with of_other_kinds(name):
+                for budget, seed in product(budgets, range(seeds)):
+                    found = search(member.target, n, budget=budget, seed=seed, progress=False)
+                    told = {"budget": budget, "seed": seed, "evaluations": found.evaluations}
+                    told |= {"start": found.starts[n].name, "ratio": member.error(found.solver) / hand}
+                    rows.append(RESULTS, kind="measure", model=name, num_steps=n, handmade=best.name, **told)
+
+
+def show() -> str:
+    """Geometric means over seeds, a row a model, a column an N and a budget; and over the models."""
+    found: dict[tuple[str, int, int], list[float]] = {}
+    for row in rows.read(RESULTS):
+        if row.get("kind") == "measure":
+            found.setdefault((row["model"], row["num_steps"], row["budget"]), []).append(row["ratio"])
+    columns = sorted({(n, budget) for _, n, budget in found})
+    lines = ["| model | " + " | ".join(f"N = {n}, {budget:,}" for n, budget in columns) + " |"]
+    lines.append("| --- " * (len(columns) + 1) + "|")
+    for model in dict.fromkeys(model for model, _, _ in found):
+        cells = [statistics.geometric_mean(found[model, *c]) if (model, *c) in found else None for c in columns]
+        lines.append(f"| {model} | " + " | ".join("" if cell is None else f"{cell:.2f}" for cell in cells) + " |")
+    means, above = [], []
+    for column in columns:
+        cells = [values for key, values in found.items() if key[1:] == column]
+        means.append(f"**{statistics.geometric_mean(map(statistics.geometric_mean, cells)):.2f}**")
+        every = [value for values in cells for value in values]
+        above.append(f"{sum(value > 1.005 for value in every)} of {len(every)}")
+    return "\n".join([*lines, f"| geometric mean | {' | '.join(means)} |", f"| above 1 | {' | '.join(above)} |"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("search", "ship"))
+    parser.add_argument("what", choices=("search", "ship", "measure", "show"))
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10])
     parser.add_argument("--leave", nargs="+", default=[], choices=sorted(set(KIND.values())), help="kinds of models")
     parser.add_argument("--models", nargs="+", default=list(KIND), choices=list(KIND))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budget", type=int, default=20_000, help="model evaluations of each round")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[500, 1000, 3000], help="of measured searches")
+    parser.add_argument("--seeds", type=int, default=3, help="of measured searches")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="replace the text between the marks in FILE")
     options = parser.parse_args()
     if options.what == "ship":
         return ship()
-    names = [name for name in options.models if KIND[name] not in options.leave]
+    if options.what == "measure":
+        return measure(options.models, options.steps, options.budgets, options.seeds)
+    if options.what == "show":
+        return rows.written(show(), options.write, "library")
+    chosen = [name for name in options.models if KIND[name] not in options.leave]
     for n in options.steps:
-        joint(names, n, options.rounds, options.budget, options.seed, leave=sorted(options.leave))
+        joint(chosen, n, options.rounds, options.budget, options.seed, leave=sorted(options.leave))
 
 
 if __name__ == "__main__":

@@ -19,3 +19,14 @@ def append(path: Path, **row: Any) -> dict[str, Any]:
         file.write(json.dumps(row) + "\n")
     print({k: v for k, v in row.items() if not isinstance(v, dict)}, flush=True)
     return row
+
+
+def written(text: str, path: Path | None, mark: str) -> None:
+    """Prints a table, or puts it between its marks in a file. Raises SystemExit where the file lacks them."""
+    if path is None:
+        return print(text)
+    before, begin, rest = path.read_text().partition(f"<!-- {mark} -->")
+    _, end, after = rest.partition(f"<!-- end of {mark} -->")
+    if not end:
+        raise SystemExit(f"{path} lacks the marks <!-- {mark} --> and <!-- end of {mark} -->")
+    path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")

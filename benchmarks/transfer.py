@@ -186,14 +186,7 @@ def main() -> None:
         settings = Settings(options.space, options.budget, options.seed, options.generality)
         measure = run if options.what == "run" else moved
         return measure(options.models, options.sources or options.models, options.steps, settings)
-    text = show(options.measure)
-    if options.write is None:
-        return print(text)
-    before, begin, rest = options.write.read_text().partition("<!-- transfer -->")
-    _, end, after = rest.partition("<!-- end of transfer -->")
-    if not end:
-        raise SystemExit(f"{options.write} lacks the marks <!-- transfer --> and <!-- end of transfer -->")
-    options.write.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
+    rows.written(show(options.measure), options.write, "transfer")
 
 
 if __name__ == "__main__":

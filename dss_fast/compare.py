@@ -17,6 +17,7 @@ from .denoiser import not_finite
 from .distance import ratio_of, three_digits
 from .draws import Draws
 from .files import shortened, write_json
+from .modes import on_host
 from .names import Name, find_solver, is_file, known, printable, published_steps
 from .plots import plot_errors, plot_samples
 from .progress import bar
@@ -232,40 +233,43 @@ def compare(
     Returns a :class:`Comparison`. A solver that diverges has infinite errors. Raises ValueError before any work when a
     solver does not fit the target's schedule, and FloatingPointError when the reference itself diverges.
     """
-    draws = Draws.of(Target.of(target, **fields), seed).alone  # each process of a group measures everything
-    for name, value in (("samples", samples), ("budget", budget), ("batch_size", batch_size)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}={value!r}: give a whole number from 1")
-    if real_features is not None:
-        _check_real(real_features)
-    num_steps = [num_steps] if isinstance(num_steps, int) else list(num_steps)
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in num_steps):
-        raise ValueError(f"num_steps={num_steps!r}: give a whole number from 1, or several")
-    named = _expand(solvers, draws.schedule, num_steps)
-    if not named:
-        raise ValueError("no solvers to compare")
-    judged = [title for title, solver in named.items() if not is_rival(solver)]
-    guided = draws.target.guided
-    steps = tuple(dict.fromkeys(_steps_of_rivals(named[title], guided) for title in judged))
-    rivals = (rivals,) if isinstance(rivals, str) else rivals
-    every, further = "all" in rivals, _expand([r for r in rivals if r != "all"], draws.schedule, steps, named)
-    if every and steps:
-        published = [table for n in steps for table in published_tables(draws.schedule, n)]
-        further = _expand(published, draws.schedule, (), {**named, **further}) | further
-    count, calls, left = _effort(draws.schedule, {**named, **further}, steps if every else (), samples, budget)
-    with bar(progress, leave=False, unit=" evaluations") as shown:
-        bench = Bench(draws, count, calls, batch_size, real_features, shown)
-        for title, solver in {**named, **further}.items():
-            bench.measure(title, solver, searched=title in judged)
-        contests = {
-            n: contest(bench.squares, draws.schedule, n, count, CONTEST * left * n / sum(steps)) for n in steps if every
-        }
-        share = left if left == math.inf else (1 - CONTEST) * left / max(1, len(judged))
-        ours = {title: _steps_of_rivals(named[title], guided) for title in judged}
-        verdicts = [_judged(bench, title, ours[title], contests.get(ours[title]), share) for title in judged]
-    rows, found = [run.row for run in bench.runs.values()], [verdict for verdict in verdicts if verdict is not None]
-    reach = bench.reference.reach if bench.reference.classes is None else None
-    return Comparison(rows, found, bench.evaluations, calls, reach, *_images(bench))
+    with on_host():
+        draws = Draws.of(Target.of(target, **fields), seed).alone  # each process of a group measures everything
+        for name, value in (("samples", samples), ("budget", budget), ("batch_size", batch_size)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r}: give a whole number from 1")
+        if real_features is not None:
+            _check_real(real_features)
+        num_steps = [num_steps] if isinstance(num_steps, int) else list(num_steps)
+        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in num_steps):
+            raise ValueError(f"num_steps={num_steps!r}: give a whole number from 1, or several")
+        named = _expand(solvers, draws.schedule, num_steps)
+        if not named:
+            raise ValueError("no solvers to compare")
+        judged = [title for title, solver in named.items() if not is_rival(solver)]
+        guided = draws.target.guided
+        steps = tuple(dict.fromkeys(_steps_of_rivals(named[title], guided) for title in judged))
+        rivals = (rivals,) if isinstance(rivals, str) else rivals
+        every, further = "all" in rivals, _expand([r for r in rivals if r != "all"], draws.schedule, steps, named)
+        if every and steps:
+            published = [table for n in steps for table in published_tables(draws.schedule, n)]
+            further = _expand(published, draws.schedule, (), {**named, **further}) | further
+        count, calls, left = _effort(draws.schedule, {**named, **further}, steps if every else (), samples, budget)
+        with bar(progress, leave=False, unit=" evaluations") as shown:
+            bench = Bench(draws, count, calls, batch_size, real_features, shown)
+            for title, solver in {**named, **further}.items():
+                bench.measure(title, solver, searched=title in judged)
+            contests = {
+                n: contest(bench.squares, draws.schedule, n, count, CONTEST * left * n / sum(steps))
+                for n in steps
+                if every
+            }
+            share = left if left == math.inf else (1 - CONTEST) * left / max(1, len(judged))
+            ours = {title: _steps_of_rivals(named[title], guided) for title in judged}
+            verdicts = [_judged(bench, title, ours[title], contests.get(ours[title]), share) for title in judged]
+        rows, found = [run.row for run in bench.runs.values()], [verdict for verdict in verdicts if verdict is not None]
+        reach = bench.reference.reach if bench.reference.classes is None else None
+        return Comparison(rows, found, bench.evaluations, calls, reach, *_images(bench))
 
 
 def _check_real(features: Any) -> None:

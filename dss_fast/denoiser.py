@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .modes import readable
+from .modes import as_given, readable
 
 CALLED = "model(x (B, *S), t (B,), **cond)"
 TIMES = ("t", "ts", "time", "times", "timestep", "timesteps", "sigma", "sigmas")
@@ -93,7 +93,8 @@ class Denoiser:
         held = {"x": given["x"], "t": given["t"], **held}
         before = {} if torch.compiler.is_compiling() else versions(held)
         try:
-            returned: Any = self.model(given["x"], given["t"], **cond)
+            with as_given():
+                returned: Any = self.model(given["x"], given["t"], **cond)
         except Exception as error:
             error.add_note(f"called as model({', '.join(_described(k, v) for k, v in given.items())})")
             raise

@@ -7,8 +7,10 @@ All these modes belong to a thread, so a new thread has none of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache, partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -44,6 +46,40 @@ def kept(size: int) -> Callable[[Callable[Arguments, Result]], Callable[Argument
         return made  # type: ignore[return-value]  # lru_cache forgets the arguments' types
 
     return decorate
+
+
+_default = threading.local()
+
+
+@contextmanager
+def on_host() -> Iterator[None]:
+    """Tensors are made on the CPU for a while where no device is named, whatever ``torch.set_default_device`` says:
+    what draws, plans and solves for tables is the host's. The model gets its default back, see :func:`as_given`."""
+    default = None if torch.compiler.is_dynamo_compiling() else torch.get_default_device()
+    if default is None or default.type == "cpu":
+        yield
+        return
+    before, _default.given = getattr(_default, "given", None), default
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        _default.given = before
+
+
+@contextmanager
+def as_given() -> Iterator[None]:
+    """The default device as it was before :func:`on_host`, for a call of the user's model."""
+    given = None if torch.compiler.is_dynamo_compiling() else getattr(_default, "given", None)
+    if given is None:
+        yield
+        return
+    _default.given = None
+    try:
+        with torch.device(given):
+            yield
+    finally:
+        _default.given = given
 
 
 def traced(*tensors: Tensor) -> bool:

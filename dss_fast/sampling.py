@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .denoiser import Denoiser, naming_step, not_finite
 from .graph import replay, signature
+from .modes import on_host
 from .names import find_solver
 from .schedule import Schedule
 from .solver import Solver
@@ -197,8 +198,8 @@ def _start(
         place = home or (generator.device if generator is not None else None)
         drawn = generator.device if generator is not None else place
         x = torch.randn(tuple(noise), generator=generator, device=drawn, dtype=dtype).to(place)
-    cond = target.cond(len(x), _on_cpu(generator)) if callable(target.cond) else target.cond or {}
-    return x, cond
+    with on_host():  # where its generator is
+        return x, target.cond(len(x), _on_cpu(generator)) if callable(target.cond) else target.cond or {}
 
 
 def _on_cpu(generator: torch.Generator | None) -> torch.Generator:
@@ -209,6 +210,7 @@ def _on_cpu(generator: torch.Generator | None) -> torch.Generator:
     return torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator, device=device)))
 
 
+@on_host()
 def _scale(target: Target, given: Guidance | None, rows: int, num_steps: int) -> float | tuple[float, ...] | Tensor:
     """The guidance scale as a step table takes it; 1 where every entry is. Raises ValueError without its branch."""
     if given is None and isinstance(target.guidance_scale, tuple):
@@ -226,6 +228,7 @@ def _scale(target: Target, given: Guidance | None, rows: int, num_steps: int) ->
     return scale
 
 
+@on_host()
 def _report(i: int, solver: Solver, schedule: Schedule, x: Tensor, history: Tensor) -> dict[str, Any]:
     """What a callback is told after step i: x0 = r x + s y, the clean sample that the newest prediction implies."""
     y, u = history[:, i].to(x.dtype), solver.timesteps[i + 1]

@@ -274,7 +274,8 @@ class DiscreteVP(Schedule):
 
         lambda_min: leave out the entries at the noisy end with log(alpha / sigma) below, as ``lambda_min_clipped`` of
         DPM-Solver does. With -5.1 (arXiv 2211.01095) a cosine table of 1,000 starts at n = 995: its last alpha is 5e-5,
-        and an error of epsilon there is one of x0 times 20,000.
+        and an error of epsilon there is one of x0 times 20,000; where data have a range, so has
+        :class:`dss_fast.clipping.Clipped`.
         """
         betas = torch.tensor(_floats("betas", betas), dtype=torch.float64)  # type: ignore[arg-type]  # of either kind
         table = torch.cumprod(1 - betas, 0)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .denoiser import Denoiser
 from .files import shortened
+from .modes import on_host
 from .schedule import Schedule
 
 Model = Callable[..., Any]
@@ -149,6 +150,7 @@ class Target:
         tensor = next(self.model.buffers(), None) if tensor is None else tensor
         return None if tensor is None or tensor.is_meta else tensor.device
 
+    @on_host()  # where the generator is
     def draw(self, count: int, generator: torch.Generator, rank: int = 0, world: int = 1) -> Samples:
         """``count`` samples to run, drawn on the CPU, the same anywhere; this process's rows of them.
 

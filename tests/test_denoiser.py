@@ -45,7 +45,7 @@ def detached(x, t):
 
 
 @pytest.mark.parametrize("model", [under_no_grad, under_inference_mode, detached, torch.no_grad()(Net())])
-@pytest.mark.parametrize("method", ["gauss_newton", "lion"])
+@pytest.mark.parametrize("method", [GaussNewton(gradients=True), "lion"])
 def test_a_search_of_a_model_without_gradients_is_refused_before_the_work(tmp_path, model, method):
     calls = []
 

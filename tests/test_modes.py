@@ -53,8 +53,8 @@ def watched(x, name):
 
 
 def by_default_on_meta(x, name):
-    with torch.device("meta"), pytest.raises(RuntimeError, match="meta"):
-        run(x, name)
+    with torch.device("meta"):
+        return run(x, name)
 
 
 def in_a_transform(transform):

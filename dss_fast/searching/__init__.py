@@ -14,6 +14,7 @@ import torch
 
 from ..denoiser import frozen
 from ..files import check_writable
+from ..modes import on_host
 from ..report import SearchRecord, write_report
 from ..solver import Solver
 from ..target import Model, Target
@@ -22,8 +23,8 @@ from .descent import descend
 from .description import doubt, look_evaluations
 from .job import Job, prepare
 from .lion import imitate
-from .plan import Plan, limits, plan, planned, with_room
-from .probe import CALLS, KEYLESS, OUTPUTS, Weights, clock, identity, probe
+from .plan import Plan, looked, plan, planned, with_room
+from .probe import CALLS, KEYLESS, OUTPUTS, Weights, clock, identity
 from .processes import agreed, from_first, is_first, joined
 from .recompute import recomputing
 from .result import Event, SearchResult
@@ -100,7 +101,7 @@ def search(
         check_writable(out)  # before any call of the model
     began = time.monotonic()
     asked: dict[str, Any] = {"calls": calls, "method": method, "initial": initial, "budget": budget, "seed": seed}
-    with joined() as own, torch.inference_mode(False), torch.enable_grad():
+    with on_host(), joined() as own, torch.inference_mode(False), torch.enable_grad():
         job = prepare(target, num_steps, group=own if group is None else group, **asked, **description)
         config = job.config()
         models = [one.model for one in job.draws.targets]
@@ -160,7 +161,7 @@ def begin(
         if checkpoint is None and not ledger.affords(looks):
             raise ValueError(f"budget={job.budget!r}: the look at the model alone takes {looks}")
         evaluations = job.budget if isinstance(job.budget, int) else None
-        cost = probe(draws, job.differentiated, *limits(job, evaluations))
+        job, cost = looked(job, evaluations)
         job = with_room(job, evaluations, cost)
         if cost.recomputed:
             until_the_end.enter_context(recomputing(draws.targets))

@@ -20,10 +20,11 @@ from ..distance import criterion
 from ..solver import Solver
 from .best import Best, better
 from .budget import Ledger
-from .calls import forecast, worth
+from .calls import SKETCHED, cost_of_worth, forecast, worth
+from .forward import basis_of
 from .gauss_newton import ROBUST, Charge, Quadratic, robust
 from .job import Job
-from .plan import GROWTH, LEAST, RACE, TRIED, Sizes, racers_of, start_cost
+from .plan import GROWTH, RACE, TRIED, Sizes, least_of, racers_of, start_cost
 from .prior import curvature
 from .result import Event
 from .rounds import ANNEAL, Candidate, Look, Rounds, Trial, enough
@@ -113,7 +114,7 @@ class Point:
         if self.theta is None:
             price = settings.generality * now
         charged = self._charges(price, now)
-        loss = loss if charged is None else loss.with_charge(charged, theta)
+        loss = loss if charged is None else loss.with_charge(charged, theta, self.candidate.basis)
         loss = loss.remembering(None if self.known is None else self.known.loss)
         point = replace(
             self, theta=theta, known=Known(loss, trial.values, trial.scale), price=price, charged=charged,
@@ -203,8 +204,12 @@ class Point:
     def _stepped(self) -> Point:
         """With the damped step from theta as the next candidate."""
         assert self.known is not None and self.theta is not None
-        theta = self.candidate.space.move(self.theta, self.known.loss.step(self.damping))
-        predicted = self.known.loss.gain(theta - self.theta)
+        basis, step = self.candidate.basis, self.known.loss.step(self.damping)
+        theta = self.candidate.space.move(self.theta, step if basis is None else basis @ step)
+        moved = theta - self.theta  # the step, where it is trusted
+        if basis is not None:
+            moved = torch.linalg.lstsq(basis, moved[:, None]).solution[:, 0]
+        predicted = self.known.loss.gain(moved)
         return replace(self, candidate=replace(self.candidate, theta=theta), predicted=predicted)
 
     def _losses(self, known: Known, trial: Trial) -> tuple[float, float]:
@@ -290,8 +295,8 @@ class Descent:
         scale = ROBUST * min(float(values.median()) for values in errors.values())
         self.chosen = min(errors, key=lambda n: robust(errors[n], scale))
         for n, points in self.racers.items():
-            if n != self.chosen:
-                self.racers[n] = [point.ended() for point in points]
+            rest = [replace(point, share=point.spent + self._left()) for point in points]
+            self.racers[n] = rest if n == self.chosen else [point.ended() for point in points]
 
     def start(self, n: int, ranked: Sequence[Start]) -> None:
         """The points that the search for N steps begins with, at the best tables on different spacings."""
@@ -306,15 +311,24 @@ class Descent:
 
     def _point(self, space: Space, start: Start, share: float) -> Point:
         """Where the search from a table begins."""
-        known = curvature(space, start.solver) if self.sizes.samples <= LEAST else None
+        known = curvature(space, start.solver) if self.sizes.samples <= least_of(self.job) else None
         prior = None if known is None else PRIOR / self.sizes.samples * known
-        return Point(start.solver, Candidate(space, space.theta(start.solver), start.units), share, prior)
+        basis = basis_of(space, start.solver, self.sizes.directions) if self.job.by_differences else None
+        return Point(start.solver, Candidate(space, space.theta(start.solver), start.units, basis), share, prior)
 
     def _left(self) -> int:
-        """Evaluations for the Ns to come, without those of their last looks."""
+        """Evaluations for the Ns to come, without those of their last looks; of candidates, without those of the choice
+        and of the chosen one's last look."""
         assert self.ledger.budget is not None
-        looks = sum(2 * n for n in self.job.steps if n not in self.racers)
-        return self.ledger.budget - self.ledger.evaluations - self.sizes.fresh * looks
+        left = self.ledger.budget - self.ledger.evaluations
+        if self.job.chooses:
+            if self.chosen is not None:
+                return left - 2 * self.chosen * self.sizes.fresh
+            samples = self.sizes.samples + self.sizes.held_out + 2 * self.sizes.fresh
+            to_come = sum(n for n in self.job.steps if n not in self.racers)
+            weighed = cost_of_worth(to_come, min(self.sizes.samples, SKETCHED))
+            return left - sum(self.job.steps) * samples - weighed
+        return left - self.sizes.fresh * sum(2 * n for n in self.job.steps if n not in self.racers)
 
     def event(self, stage: str, *, resumable: bool = True, **told: Any) -> Event:
         """What is told after a unit of work."""
@@ -438,7 +452,7 @@ def _planned(point: Point, rounds: Rounds, most: int) -> int:
     sizes, candidate = rounds.train.sizes, point.candidate
     growing = GROWTH[point.round] if point.round < len(GROWTH) else 1.0
     targets = len(candidate.units)  # which take turns: each has its part in every round
-    batches = enough(sizes, max(LEAST * targets, math.ceil(growing * sum(sizes))))
+    batches = enough(sizes, max(least_of(rounds.job) * targets, math.ceil(growing * sum(sizes))))
     batches = min(-(-batches // targets) * targets, len(sizes))
     looks = candidate.space.num_steps * sum(rounds.held_out.sizes)
 
@@ -478,6 +492,7 @@ def _saved(point: Point) -> dict[str, Any]:
     return {
         **{f.name: getattr(point, f.name) for f in fields(point) if f.name not in parts},
         "candidate": point.candidate.theta,
+        "basis": point.candidate.basis,
         "guided_steps": point.candidate.space.guided_steps,
         "units": list(point.candidate.units),
         "known": None if known is None else {**vars(known.loss), "values": known.values, "scale": known.scale},
@@ -492,7 +507,7 @@ def _loaded(saved: dict[str, Any], space: Space) -> Point:
     plain = dict(saved)
     steps = plain.pop("guided_steps", None)
     space = replace(space, guided_steps=None if steps is None else tuple(steps))
-    candidate = Candidate(space, plain.pop("candidate"), tuple(plain.pop("units")))
+    candidate = Candidate(space, plain.pop("candidate"), tuple(plain.pop("units")), plain.pop("basis", None))
     known, best, charged = (plain.pop(key) for key in ("known", "best", "charged"))
     if known is not None:
         known = Known(Quadratic(known["gradient"], known["matrix"], known["mass"]), known["values"], known["scale"])

@@ -48,10 +48,12 @@ class Quadratic:
         matrix = (kept * before.matrix).add_(self.mass * self.matrix).div_(kept + self.mass)
         return replace(self, matrix=matrix, mass=kept + self.mass)
 
-    def with_charge(self, charge: Charge, theta: Tensor) -> Quadratic:
-        """Plus the charge at theta + d, in this one and so in every one that remembers it."""
-        gradient = self.gradient + 2 * (charge.matrix @ theta - charge.pull)
-        return replace(self, gradient=gradient, matrix=self.matrix + 2 * charge.matrix)
+    def with_charge(self, charge: Charge, theta: Tensor, basis: Tensor | None = None) -> Quadratic:
+        """Plus the charge at theta + d, or at theta + basis d, in this one and so in every one that remembers it."""
+        pull, matrix = 2 * (charge.matrix @ theta - charge.pull), 2 * charge.matrix
+        if basis is not None:
+            pull, matrix = basis.mT @ pull, basis.mT @ matrix @ basis
+        return replace(self, gradient=self.gradient + pull, matrix=self.matrix + matrix)
 
     def step(self, damping: float) -> Tensor:
         """Levenberg-Marquardt's step, damping scaled by H's diagonal."""
@@ -87,6 +89,12 @@ class Sums:
             self.sketched += size
             self.beside += 2 * rows[1].mT @ (weights * rows[1])
 
+    def add_whole(self, gradients: Tensor, matrices: Tensor, weights: Tensor, size: int) -> None:
+        """J'e (B, P) and J'J (B, P, P) of samples, in the mean over elements, where all of J is known."""
+        self.size += size
+        self.gradient += 2 * (weights * gradients).sum(0)
+        self.along += 2 * (weights[..., None] * matrices).sum(0)
+
     def quadratic(self, all_reduce: Callable[..., None]) -> Quadratic:
         """The mean over the samples of all processes; the sums are used up."""
         found = self.gradient, self.along, self.beside
@@ -95,7 +103,9 @@ class Sums:
             raise FloatingPointError(NO_NUMBER)
         # In place: with 200 steps a matrix takes 3.3 GB.
         return Quadratic(
-            self.gradient / self.size, self.along.div_(self.size).add_(self.beside.div_(self.sketched)), self.size
+            self.gradient / self.size,
+            self.along.div_(self.size).add_(self.beside.div_(max(1, self.sketched))),
+            self.size,
         )
 
 

@@ -19,6 +19,7 @@ from ..target import Model, Target
 from ..version import __version__
 from .budget import Cost, evaluations_in
 from .calls import splits
+from .forward import check_known
 from .processes import from_first
 from .room import Room, host_room
 from .settings import GaussNewton, Lion, Method, described, settings_of
@@ -74,7 +75,18 @@ class Job:
     @property
     def differentiated(self) -> bool:
         """Whether the search goes back through the model."""
-        return not (isinstance(self.settings, GaussNewton) and self.settings.rounds == 0)
+        return not (isinstance(self.settings, GaussNewton) and (self.settings.rounds == 0 or self.by_differences))
+
+    @property
+    def by_differences(self) -> bool:
+        """Whether the search moves along the few directions of ``forward``, and calls the model alone."""
+        return isinstance(self.settings, GaussNewton) and self.settings.gradients is False
+
+    def without_gradient(self) -> Job:
+        """The same search by differences. Raises ValueError where the library knows no directions."""
+        assert isinstance(self.settings, GaussNewton)
+        check_known(self.steps, self.calls)
+        return replace(self, settings=replace(self.settings, gradients=False))
 
     def config(self) -> dict[str, Any]:
         """As JSON data: what a run folder says of a search, and what tables carry as their provenance."""
@@ -136,6 +148,8 @@ def prepare(
         raise ValueError("give num_steps, as in search(target, 10), or calls, as in search(target, calls=11)")
     steps = _steps(num_steps if num_steps is not None else tuple(guided or ()))
     settings = settings_of(method)
+    if isinstance(settings, GaussNewton) and settings.gradients is False and settings.rounds:
+        check_known(steps, calls)
     if isinstance(budget, str):
         evaluations_in(budget, Cost(1.0, 0))  # what is no duration is refused before any work
     elif budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):

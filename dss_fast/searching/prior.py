@@ -59,9 +59,15 @@ def curvatures() -> Mapping[str, Tensor]:
 
 
 def curvature(space: Space, start: Solver) -> Tensor | None:
-    """(P, P) around the start of a search, relative to its error; None where nothing is known."""
+    """(P, P) around the start of a search, relative to its error; None where nothing is known of where to stay: the
+    start is no table of the library."""
+    return curvature_at(space, start) if "moved" in start.provenance else None
+
+
+def curvature_at(space: Space, start: Solver) -> Tensor | None:
+    """(P, P) around any table; None for a number of steps of which the library has none."""
     known = curvatures().get(str(space.num_steps))
-    if known is None or "moved" not in start.provenance:
+    if known is None:
         return None
     rows = directions(space, space.theta(start))
     return rows.mT @ sizeless(known.double(), space.num_steps) @ rows

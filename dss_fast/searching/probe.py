@@ -39,6 +39,10 @@ DIFFERENCES, PARTIAL = (0.005, 0.05, 0.25), 0.2
 SAME_GRADIENT = 0.01  # by which that of a network that computes its activations again may differ
 
 
+class NoGraph(ValueError):
+    """The model's output has no graph."""
+
+
 def probe(draws: Draws, differentiated: bool, may: float = math.inf, most: float = math.inf, batch: int = 1) -> Cost:
     """What a model evaluation costs, by one sample at u = 0 and at u = 1/2, and back from there. Of several targets,
     the mean of the seconds and the largest graph.
@@ -48,8 +52,8 @@ def probe(draws: Draws, differentiated: bool, may: float = math.inf, most: float
     which the search then switches on, if the gradient stays the same.
 
     Raises ValueError for a model that returns nothing but zeros, and of one to go back through when its output has no
-    graph, when that cannot be gone through twice, when a part of the gradient is missing, and when the graph of one
-    sample takes more than may be used.
+    graph (NoGraph), when that cannot be gone through twice, when a part of the gradient is missing, and when the graph
+    of one sample takes more than may be used.
     """
     if draws.others:
         costs = [probe(one, differentiated, may, most, batch) for one in draws.each]
@@ -103,7 +107,7 @@ def _looked(draws: Draws, differentiated: bool, most: float = math.inf) -> tuple
         with torch.enable_grad(), watched.watching(x):
             output = denoise(leaves[0].clone(), leaves[1].clone())
         if not output.requires_grad:
-            raise ValueError(NO_GRAPH)
+            raise NoGraph(NO_GRAPH)
         watched.settle(output)
         return leaves, output, watched.total
 
@@ -144,7 +148,8 @@ def _looked(draws: Draws, differentiated: bool, most: float = math.inf) -> tuple
     raise ValueError(
         f"a part of the model's gradient is missing: along one direction it is {', '.join(f'{s:.2f}' for s in shares)} "
         f"of what differences of {', '.join(map(str, DIFFERENCES))} give. Something in its forward has no autograd, an "
-        "attention kernel, a quantised layer, .detach() or torch.no_grad(): choose another backend for it"
+        "attention kernel, a quantised layer, .detach() or torch.no_grad(): choose another backend for it, or "
+        "GaussNewton(gradients=False), which takes none"
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ..trajectory import Trajectory
 from ..unroll import Rollout
 from ..unroll.kept import budget_bytes
 from .budget import Ledger
+from .forward import DIFFERENCE
 from .gauss_newton import ROBUST, Quadratic, Sums, signs_beside
 from .job import Job
 from .residual import Residual, residual
@@ -35,11 +36,13 @@ SKETCHED = 2  # every so many batches a sketch
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A table to try. units: what each target's squares are counted in, 1 for a single target; batches take turns."""
+    """A table to try. units: what each target's squares are counted in, 1 for a single target; batches take turns.
+    basis: (P, q), along whose columns alone it moves, by differences; None: along all numbers, by the gradient."""
 
     space: Space
     theta: Tensor
     units: tuple[float, ...]
+    basis: Tensor | None = None
 
     def unit(self, batch: int) -> float:
         """What the squares of a batch are counted in: its target's."""
@@ -107,6 +110,9 @@ class Rounds:
         """Evaluations of a trial of so many batches and, once accepted, of its differentiation."""
         again = 2 * self.train.again(slice(0, batches))
         sizes, n = self.train.sizes[:batches], candidate.space.num_steps
+        if candidate.basis is not None:
+            kept = self._keeps(n, sum(sizes))
+            return n * sum(sizes) * (candidate.basis.shape[1] + (1 if kept else 2)) + again
         sketched = sum(size for k, size in enumerate(sizes) if _sketches(k, candidate, number, batches))
         return n * (sum(sizes) * (3 if self._keeps(n, sum(sizes)) else 4) + 2 * sketched) + again
 
@@ -117,7 +123,8 @@ class Rounds:
         targets, kept, room = candidate.space.targets(candidate.theta), self._keeps(n, sum(sizes)), self.job.room
         parts: list[list[Tried]] = []
         numbers: list[list[Tensor]] = [[], [], []]  # of each batch: squares before and now, errors at the end point
-        alive = sum(-(-size // (room.rows or size)) for size in sizes) if kept else 0
+        goes_back = kept and candidate.basis is None
+        alive = sum(-(-size // (room.rows or size)) for size in sizes) if goes_back else 0
         self.ledger.spend(self.train.again(slice(0, batches)))
         try:
             for k in range(batches):
@@ -147,6 +154,8 @@ class Rounds:
     def differentiate(self, trial: Trial) -> Quadratic:
         """Gradient and J'J at the candidate. Lets each rollout go as soon as it was pulled back."""
         candidate, draws, new = trial.candidate, self.job.draws, _weight(trial.number)
+        if candidate.basis is not None:
+            return self._by_differences(trial, candidate.basis)
         space, theta, n = candidate.space, candidate.theta, candidate.space.num_steps
         start, sums, back, targets = 0, Sums(len(theta)), space.back(theta), space.targets(theta)
         self.ledger.spend(self.train.again(slice(0, len(trial.parts))))
@@ -181,6 +190,48 @@ class Rounds:
             through, values = torch.cat(pulled, 1), trial.values[draws.mine(start, size), None]
             sums.add(through, values, trial.scale / (trial.scale + values), scale, size)
             self.ledger.spend(2 * n * size * len(through))
+            start += size
+        return sums.quadratic(draws.all_reduce)
+
+    @torch.no_grad()
+    def _by_differences(self, trial: Trial, basis: Tensor) -> Quadratic:
+        """Gradient and J'J along the basis, by a rollout a little along each of its columns."""
+        candidate, draws, new = trial.candidate, self.job.draws, _weight(trial.number)
+        beside = [replace(candidate, theta=candidate.theta + DIFFERENCE * column) for column in basis.mT]
+        tables = [(one, one.space.targets(one.theta)) for one in (candidate, *beside)]
+        start, sums, n = 0, Sums(len(beside)), candidate.space.num_steps
+
+        def values(k: int, number: int, batch: Samples, trajectory: Trajectory) -> Tensor:
+            table, targets = tables[number]
+            rollout = Rollout(**self._arguments(table, batch, 0))
+            return self._residual(table, k, new, rollout, trajectory, targets).values
+
+        self.ledger.spend(self.train.again(slice(0, len(trial.parts))))
+        for k, parts in enumerate(trial.parts):
+            size = self.train.sizes[k]
+            pulled: list[Tensor] = []
+            squared: list[Tensor] = []
+            self.ledger.spend(n * size * (len(beside) + (parts[0].residual is None)))
+            while parts:
+                tried = parts.pop(0)
+                for part in self.job.room.over(tried.rows):
+                    with part as rows:
+                        batch, trajectory = self.train.part(k, rows)
+                        known = tried.residual if rows == tried.rows else None
+                        here = values(k, 0, batch, trajectory) if known is None else known.values
+                        here = here.to(torch.promote_types(here.dtype, torch.float32))
+                        (count, width), q = here.shape, len(beside)
+                        jacobian = here.new_empty(count, q, width)
+                        for number in range(q):
+                            ahead = values(k, number + 1, batch, trajectory)
+                            torch.sub(ahead, here, out=jacobian[:, number]).div_(DIFFERENCE)
+                        # |r|^2 is averaged over its elements.
+                        pulled.append((jacobian @ here[..., None])[..., 0].double().cpu() / width)
+                        squared.append((jacobian @ jacobian.mT).double().cpu() / width)
+                        del batch, trajectory, known, here, jacobian
+                del tried
+            worth = trial.values[draws.mine(start, size), None]
+            sums.add_whole(torch.cat(pulled), torch.cat(squared), trial.scale / (trial.scale + worth), size)
             start += size
         return sums.quadratic(draws.all_reduce)
 

@@ -37,6 +37,11 @@ class GaussNewton:
     memory: bytes of the device that the search may use beside the model's weights; by default half of what is free.
     teacher_evaluations: model calls of each reference trajectory; by default 16 for fewer than 64 samples, or 24, and
         at least 2 N. rounds: of Gauss-Newton at most.
+    gradients: whether the search goes back through the model. False: it only calls it, as quantised kernels, compiled
+        engines and remote models ask for, and moves along the up to 3 N directions in which the errors of the
+        library's tables grow fastest, by differences of rollouts: an accepted round costs N (1 + 3 N) evaluations per
+        sample, less for budgets below 16 N (1 + 3 N). For N = 3 to 12, with both branches of guidance at all steps.
+        None: so, with a warning, where the model's output has no graph.
 
     A round costs N evaluations per sample for the candidate, which is also its acceptance test, and, once
     accepted, 2 N per backward. All N share the teacher; each starts from the best of the hand-made tables, those on
@@ -54,6 +59,7 @@ class GaussNewton:
     generality: float = 0.0
     select: str = "robust"
     memory: int | None = None
+    gradients: bool | None = None
     name: ClassVar[str] = "gauss_newton"
 
     def __post_init__(self) -> None:
@@ -63,6 +69,8 @@ class GaussNewton:
             raise ValueError(f"loss={self.loss!r}: 'end', 'trajectory' or a function of samples")
         if self.select not in ("robust", *CRITERIA):
             raise ValueError(f"select={self.select!r}: choose 'robust', {', '.join(map(repr, CRITERIA))}")
+        if self.gradients not in (None, True, False):
+            raise ValueError(f"gradients={self.gradients!r}: give True, False, or None for what the model has")
         _check_counts(self, "samples", "batch_size", "memory")
         _check_counts(self, "rounds", "held_out_samples", least=0)
         _check_counts(self, "teacher_evaluations", least=16)
@@ -138,6 +146,8 @@ def described(settings: Method) -> dict[str, Any]:
     """The settings as JSON data, for the run folder, but for what finds the same table; a function is named by its
     type."""
     values = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name != "memory"}
+    if values.get("gradients", True) is None:  # as before there was one
+        del values["gradients"]
     plain = (str, int, float, bool, list, tuple, type(None))
     return {name: value if isinstance(value, plain) else repr(type(value)) for name, value in values.items()}
 

@@ -7,6 +7,7 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 flux = pytest.importorskip("diffusers.modular_pipelines.flux.modular_blocks_flux")
 qwen = pytest.importorskip("diffusers.modular_pipelines.qwenimage.modular_blocks_qwenimage")
+wan = pytest.importorskip("diffusers.modular_pipelines.wan.modular_blocks_wan")
 
 from dss_fast.integrations.diffusers import DSSScheduler, from_pipeline  # noqa: E402
 from examples.tiny_pipelines import build  # noqa: E402
@@ -62,8 +63,60 @@ def test_a_guider_works_beside_the_scheduler(scale):
     torch.testing.assert_close(packed, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_a_search_needs_a_pipeline_and_says_so():
-    pipe, _ = build("flux")
-    made = blocks_of(flux.FluxAutoBlocks, pipe, pipe.scheduler)
-    with pytest.raises(ValueError, match="modular.*FluxPipeline"):
-        from_pipeline(made, ["a cat"])
+def given(names, arguments):
+    """Rows of three prompts, and the rest of the call."""
+    return {k: arguments[k] for k in names}, {k: v for k, v in arguments.items() if k in ("height", "width")}
+
+
+def equal(mine, theirs):
+    """Both call the network alike."""
+    rows, x = {k: v[:2] for k, v in mine.cond.conditions.items()}, torch.randn(2, *mine.shape)
+    assert mine.shape == theirs.shape and mine.schedule == theirs.schedule
+    assert mine.guidance_scale == theirs.guidance_scale and rows.keys() == theirs.cond.conditions.keys()
+    t = torch.tensor([700.0, 300.0])
+    torch.testing.assert_close(mine.model(x, t, **rows), theirs.model(x, t, **rows))
+
+
+def test_flux_by_blocks_is_the_target_that_flux_is(caplog, capfd):
+    pipe, arguments = build("flux", batch=3)
+    rows, rest = given(("prompt_embeds", "pooled_prompt_embeds"), arguments)
+    made, scheduler = blocks_of(flux.FluxAutoBlocks, pipe, pipe.scheduler), pipe.scheduler
+    mine = from_pipeline(made, rows, **rest)
+    equal(mine, from_pipeline(pipe, rows, **rest))
+    assert made.scheduler is scheduler and mine.request["pipeline"] == "FluxModularPipeline"
+    assert not caplog.records and "Error" not in "".join(capfd.readouterr())  # a recorded run is broken off
+
+
+def test_a_guider_is_read_as_the_guidance_of_a_pipeline():
+    pipe, arguments = build("wan", batch=3)
+    rows = {key: arguments[key] for key in ("prompt_embeds", "negative_prompt_embeds")}
+    rest = {key: arguments[key] for key in ("height", "width", "num_frames")}
+    made = blocks_of(wan.WanBlocks, pipe, pipe.scheduler)
+    guider = diffusers.ClassifierFreeGuidance(guidance_scale=4.0)
+    made.update_components(guider=guider)
+    mine = from_pipeline(made, rows, **rest)
+    equal(mine, from_pipeline(pipe, rows, **rest, guidance_scale=4.0))
+    assert mine.guidance_scale == 4.0 == mine.request["guidance_scale"]
+    assert made.guider is guider and guider._step is None  # a copy has counted the steps
+    made.update_components(guider=diffusers.ClassifierFreeGuidance(guidance_scale=4.0, start=0.6))
+    with pytest.raises(ValueError, match="begins late"):
+        from_pipeline(made, rows, **rest)
+
+
+def test_what_blocks_do_beside_a_linear_guidance_is_refused():
+    """Qwen-Image's blocks bring the guided output to the norm of the conditional one."""
+    pipe, arguments = build("qwen", batch=3)
+    rows, rest = given(("prompt_embeds", "prompt_embeds_mask"), arguments)
+    null = {"negative_prompt_embeds": torch.randn(1, 16, 16).repeat(3, 1, 1)}
+    null["negative_prompt_embeds_mask"] = torch.ones(3, 16).long()
+    made = blocks_of(qwen.QwenImageAutoBlocks, pipe, pipe.scheduler)
+    made.update_components(guider=diffusers.ClassifierFreeGuidance(guidance_scale=4.0))
+    with pytest.raises(ValueError, match="not a linear guidance"):
+        from_pipeline(made, {**rows, **null}, **rest)
+    with pytest.raises(ValueError, match="image: QwenImageModularPipeline would start from it"):
+        from_pipeline(made, rows, image=torch.zeros(1, 3, 16, 16), **rest)
+
+
+def test_blocks_without_a_network_are_refused():
+    with pytest.raises(ValueError, match="no network with a scheduler"):
+        from_pipeline(flux.FluxAutoBlocks().sub_blocks["decode"].init_pipeline(), ["a cat"])

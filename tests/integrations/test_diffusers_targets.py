@@ -8,12 +8,7 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from dss_fast import (  # noqa: E402
-    GaussNewton,  # noqa: E402
-    Solver,
-    handmade,
-    search,
-)
+from dss_fast import GaussNewton, Solver, handmade, plan, sample, search  # noqa: E402
 from dss_fast.__main__ import main  # noqa: E402
 from dss_fast.denoiser import compute_dtype  # noqa: E402
 from dss_fast.integrations.diffusers import DSSScheduler, check_request, from_pipeline  # noqa: E402
@@ -217,3 +212,43 @@ def test_layerwise_casting_is_read_as_diffusers_says():
     counts = [p.numel() for p in net.parameters() if p.dtype == torch.float8_e4m3fn]
     assert 2 * sum(counts) > sum(p.numel() for p in net.parameters()) and compute_dtype(net) == torch.bfloat16
     assert compute_dtype(torch.nn.Sequential(net)) == torch.bfloat16  # the outermost that says so
+
+
+@pytest.mark.parametrize("kind", ["DDPM", "DDIM"])
+def test_unconditional_pipelines_are_targets_and_run_their_tables(kind):
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8,), layers_per_block=1, norm_num_groups=2,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    pipe = getattr(diffusers, f"{kind}Pipeline")(unet, getattr(diffusers, f"{kind}Scheduler")())
+    unet.eval()
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="unconditional: leave prompts out"):
+        from_pipeline(pipe, ["a cat"])
+    target = from_pipeline(pipe)
+    assert target.shape == (3, 8, 8) and not target.guided and target.cond(5) == {}
+    assert plan(target, 2, method=SMALL).batch_size == 4
+    found = handmade("ab2", 2, schedule=target.schedule)
+    with pytest.warns(UserWarning, match="clip_sample=True"):
+        pipe.scheduler = DSSScheduler.from_config(pipe.scheduler.config, solver=found)
+    images = pipe(num_inference_steps=2, generator=torch.Generator().manual_seed(3), output_type="np").images
+    noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    ours = target.decode(sample(target, noise, found)).movedim(1, -1)
+    torch.testing.assert_close(torch.as_tensor(images), ours, rtol=1e-4, atol=1e-4)
+    if kind == "DDIM":
+        with pytest.raises(ValueError, match="eta=0.5"):
+            pipe(num_inference_steps=2, eta=0.5)
+
+
+def test_a_network_in_train_mode_is_read_in_eval_mode():
+    """A DiT that was built by hand drops labels at random there, so that no two of its calls agree."""
+    pipe, arguments = build("dit")
+    embedder = next(m for m in pipe.transformer.modules() if type(m).__name__ == "LabelEmbedding")
+    embedder.dropout_prob = 1.0
+    rows, wanted = {"class_labels": [1, 2, 3]}, torch.tensor([[1, 1000], [2, 1000], [3, 1000]])
+    pipe.transformer.train()
+    target = from_pipeline(pipe, rows, guidance_scale=4.0)
+    assert pipe.transformer.training and target.guidance_scale == 4.0
+    seen = torch.stack([target.cond.conditions["class_labels"], target.uncond["class_labels"].expand(3)], 1)
+    assert torch.equal(seen, wanted)

@@ -7,7 +7,6 @@ and with them, and the lines of Python that use them.
 from __future__ import annotations
 
 import ast
-import inspect
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from ...plots import plot_samples
 from ...searching import SearchResult
 from ...target import Target
 from .pipeline import from_pipeline
+from .request import call_of
 from .scheduler import DSSScheduler
 
 SLOW = 28  # steps of the pipeline's own scheduler in the picture, beside the N searched
@@ -121,7 +121,7 @@ def _lines(path: str | os.PathLike[str]) -> list[str]:
 
 def _arguments(pipe: Any, call: Sequence[str]) -> dict[str, Any]:
     """The arguments that ``name=value`` texts mean. Raises ValueError for a name that the pipeline's call lacks."""
-    accepted, arguments = inspect.signature(pipe.__call__).parameters, {}
+    accepted, arguments = call_of(pipe), {}
     for text in call:
         name, equals, value = text.partition("=")
         if not equals or name not in accepted:
@@ -135,7 +135,7 @@ def _arguments(pipe: Any, call: Sequence[str]) -> dict[str, Any]:
 
 def _rows(pipe: Any, lines: Sequence[str]) -> dict[str, list[Any]]:
     """The file's lines as rows of the pipeline's call."""
-    accepted = inspect.signature(pipe.__call__).parameters
+    accepted = call_of(pipe)
     if "prompt" in accepted:
         return {"prompt": list(lines)}
     if "class_labels" in accepted:

@@ -13,17 +13,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
 from ...target import Target
 from .config import adopt, model_schedule
-from .recording import Notes, Step, record, tensor_of
-from .request import request_of, scales_of
+from .recording import Notes, Step, evaluating, record, tensor_of
+from .request import call_of, is_modular, request_of, scales_of
 from .unasked import unasked
 
 TIMES = ("timestep", "timesteps", "t")
+PICTURES = ("image", "images", "video")
 PART_WAY = (
     "Img2Img",
     "Inpaint",
@@ -39,7 +39,7 @@ PART_WAY = (
 
 def from_pipeline(
     pipe: Any,
-    prompts: str | Sequence[str] | Mapping[str, Any],
+    prompts: str | Sequence[str] | Mapping[str, Any] | None = None,
     *,
     batch_size: int = 4,
     generator: torch.Generator | None = None,
@@ -50,10 +50,11 @@ def from_pipeline(
         target = from_pipeline(pipe, prompts, guidance_scale=3.5, height=1024, width=1024)
         solver = search(target, num_steps=8).solver
 
-    pipe: a text-to-image or text-to-video pipeline of diffusers, or one by class, with a transformer or a UNet.
+    pipe: a text-to-image or text-to-video pipeline of diffusers, one by class or an unconditional one, with a
+        transformer or a UNet; or a modular pipeline of such blocks, whose guider is read as it is set.
     prompts: n prompts, of which each search sample draws one; or arguments of the pipeline's call with n rows
         each, tensors or lists (``{"prompt_embeds": ..., "pooled_prompt_embeds": ...}``, ``{"class_labels": [...]}``);
-        an entry with one row serves all.
+        an entry with one row serves all. None: of an unconditional pipeline (DDPM, DDIM), which has none.
     batch_size: prompts encoded at a time; each costs one network call.
     arguments: everything else the pipeline's call takes: guidance_scale, true_cfg_scale, negative_prompt, height, ...
         num_inference_steps: how many steps are watched, 8 by default; give the run's own where something begins late.
@@ -67,9 +68,9 @@ def from_pipeline(
 
     Raises ValueError when the network's calls or its guidance are not understood, saying what was seen.
     """
-    _check_kind(pipe, arguments)
-    rows = _rows(prompts)
-    count = len(next(iter(rows.values())))
+    rows = _rows(pipe, prompts)
+    _check_kind(pipe, {**rows, **arguments})
+    count = len(next(iter(rows.values()))) if rows else 1
     first = [_take(rows, [0]), _take(rows, [0, 1 % count])]
     one, two = (record(pipe, chunk, None, generator, arguments) for chunk in first)
     layout = _Layout.read(one, two, _scales(pipe, arguments), _switches(pipe))
@@ -88,7 +89,7 @@ def from_pipeline(
         uncond=null if layout.guided else None,
         guidance_scale=layout.scale,
         decode=_decoder(pipe, shape, arguments),
-        request=request_of(pipe, arguments, shape, count, _passed(pipe, one, arguments)),
+        request=request_of(pipe, arguments, shape, count if rows else 0, _passed(pipe, one, arguments)),
     )
     model.requires_grad_(False)  # last: a call that raises changes nothing
     return target
@@ -311,14 +312,19 @@ class _Prompts:
 def _check_kind(pipe: Any, arguments: Mapping[str, Any]) -> None:
     """Raises ValueError for pipelines whose network sees more than latents, time and conditions, naming what."""
     kind = type(pipe).__name__
-    if hasattr(pipe, "blocks"):
-        plain = kind.replace("Modular", "")
-        there = f"search on its plain pipeline ({plain}); the table runs in the blocks too, as their scheduler"
-        none = "there is no plain pipeline of it, so build a dss_fast.Target around its network"
-        raise ValueError(
-            f"{kind} is a modular pipeline, whose call does not name its arguments: "
-            f"{there if hasattr(diffusers, plain) else none}"
-        )
+    if is_modular(pipe):
+        blocks, seen = pipe.blocks, [n for n in arguments if n.split("_")[-1] in PICTURES and "ip_adapter" not in n]
+        networks = [name for name in pipe.components if name.startswith(("transformer", "unet"))]
+        if "scheduler" not in pipe.components or not networks:
+            raise ValueError(
+                f"{kind} of {type(blocks).__name__} has no network with a scheduler (it has "
+                f"{', '.join(pipe.components) or 'nothing'}): give the pipeline whose blocks denoise"
+            )
+        if seen:
+            raise ValueError(
+                f"{seen[0]}: {kind} would start from it or see it at every step, and a search needs the network from "
+                "noise alone: leave it out; the table runs with it too"
+            )
     controls = [
         n for n, part in pipe.components.items() if n.startswith(("controlnet", "adapter")) and part is not None
     ]
@@ -332,10 +338,10 @@ def _check_kind(pipe: Any, arguments: Mapping[str, Any]) -> None:
             f"{kind} starts from an image or sees one at every step: a search needs the network from noise alone. "
             "Search on its text-to-image pipeline (AutoPipelineForText2Image.from_pipe); the table runs in this one too"
         )
-    scale = arguments.get("pag_scale", inspect.signature(pipe.__call__).parameters.get("pag_scale"))
-    if scale is not None and getattr(scale, "default", scale) > 0:
+    scale = arguments.get("pag_scale", call_of(pipe).get("pag_scale"))
+    if scale is not None and scale > 0:
         raise ValueError(
-            f"pag_scale={getattr(scale, 'default', scale)}: perturbed attention is a third branch, and a search knows "
+            f"pag_scale={scale}: perturbed attention is a third branch, and a search knows "
             f"two: give pag_scale=0, or search on the pipeline without it; the table runs in {kind} too"
         )
     steppers = [name for name, part in pipe.components.items() if hasattr(part, "set_timesteps")]
@@ -370,7 +376,7 @@ SWITCHES = {
 
 def _switches(pipe: Any) -> list[str]:
     """What a pipeline's own call can switch off, as ``name=value``."""
-    accepted = inspect.signature(pipe.__call__).parameters
+    accepted = call_of(pipe)
     return [f"{name}={value}" for name, value in SWITCHES.items() if name in accepted]
 
 
@@ -451,7 +457,7 @@ def _flatten(arguments: Mapping[str, Any], without: Sequence[str] = (), prefix: 
 def _check(notes: Notes, layout: _Layout, model: PipelineModel) -> None:
     """The model, called anew, must give what the pipeline gave to its scheduler."""
     n = notes.prompts
-    with torch.no_grad():
+    with torch.no_grad(), evaluating([model]):
         for step in notes.steps[1:]:
             x, t = step.sample[:n], torch.full((n,), step.t, device=step.sample.device)
             outputs = [model(x, t, **cond) for cond in layout.conditions(step, n)]
@@ -468,18 +474,21 @@ def _check(notes: Notes, layout: _Layout, model: PipelineModel) -> None:
 
 
 class PipelineDecoder(nn.Module):
-    """latents (B, *S) -> images (B, 3, H, W) in [0, 1], with a pipeline's KL autoencoder of images."""
+    """latents (B, *S) -> images (B, 3, H, W) in [0, 1], with a pipeline's KL autoencoder of images; of pixels as they
+    are where it has none."""
 
     def __init__(self, pipe: Any, arguments: Mapping[str, Any]) -> None:
         super().__init__()
-        self.vae: Any = pipe.vae
+        self.vae: Any = getattr(pipe, "vae", None)
         self._factor, self._side = getattr(pipe, "vae_scale_factor", 8), getattr(pipe, "default_sample_size", 128)
         self._size = arguments.get("height"), arguments.get("width")
         self._unpack = getattr(pipe, "_unpack_latents", None)
 
     @torch.no_grad()
     def forward(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] of latents (B, *S); packed ones are unpacked first."""
+        """Images (B, 3, H, W) in [0, 1] of latents (B, *S); packed ones are unpacked first, pixels are images."""
+        if self.vae is None:
+            return (latents.float() / 2 + 0.5).clamp(0, 1)
         if latents.ndim == 3 and self._unpack is not None:
             latents = self._unpack(latents, *(n or self._side * self._factor for n in self._size), self._factor)
         config = self.vae.config
@@ -489,7 +498,9 @@ class PipelineDecoder(nn.Module):
 
 
 def _decoder(pipe: Any, shape: tuple[int, ...], arguments: Mapping[str, Any]) -> PipelineDecoder | None:
-    """None where the pipeline has no KL autoencoder of images."""
+    """None where the pipeline has no KL autoencoder of images, and more than a network and a scheduler."""
+    if set(pipe.components) == {"unet", "scheduler"} and len(shape) == 3 and shape[0] in (1, 3):
+        return PipelineDecoder(pipe, arguments)
     known = type(getattr(pipe, "vae", None)).__name__ == "AutoencoderKL"
     return PipelineDecoder(pipe, arguments) if known and (len(shape) == 3 or hasattr(pipe, "_unpack_latents")) else None
 
@@ -497,7 +508,16 @@ def _decoder(pipe: Any, shape: tuple[int, ...], arguments: Mapping[str, Any]) ->
 # ---- rows
 
 
-def _rows(prompts: str | Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+def _rows(pipe: Any, prompts: str | Sequence[str] | Mapping[str, Any] | None) -> dict[str, Any]:
+    """The rows of the call's arguments, one with all rows first; none of an unconditional pipeline."""
+    accepted = call_of(pipe)
+    unconditional = "batch_size" in accepted and not any(n.startswith(("prompt", "class_labels")) for n in accepted)
+    if prompts is None or (unconditional and isinstance(prompts, Mapping) and not prompts):
+        if unconditional:
+            return {}
+        raise ValueError(f"{type(pipe).__name__} is conditional: give prompts, or rows of its call's arguments")
+    if unconditional:
+        raise ValueError(f"{type(pipe).__name__} is unconditional: leave prompts out, it draws nothing but noise")
     if isinstance(prompts, str):
         prompts = [prompts]
     rows = dict(prompts) if isinstance(prompts, Mapping) else {"prompt": list(prompts)}
@@ -518,7 +538,7 @@ def _take(rows: Mapping[str, Any], chosen: list[int]) -> dict[str, Any]:
         indices = chosen if len(value) > 1 else [0] * len(chosen)
         return value[indices] if isinstance(value, Tensor) else [value[i] for i in indices]
 
-    return {key: pick(value) for key, value in rows.items()}
+    return {key: pick(value) for key, value in rows.items()} or {"batch_size": len(chosen)}
 
 
 def _join(key: str, parts: list[Tensor]) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
+import sys
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from types import MethodType
@@ -15,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .request import call_of, is_modular
 from .scheduler import DSSScheduler
 
 ASKED = 8  # the steps that a recorded run is asked for: some guiders begin or end at a part of them
+LOGGER = logging.getLogger("diffusers.modular_pipelines.modular_pipeline")
 _alone = threading.RLock()  # pipelines share networks, and offloading moves these
 
 
@@ -115,7 +119,8 @@ def record(
         grids (a terminal shift, a line and a parabola) need two or three; None: all of them.
     """
     asked = int(arguments.get("num_inference_steps") or ASKED)
-    notes = Notes(len(next(iter(chunk.values()))), steps or asked)
+    first = next(iter(chunk.values()))
+    notes = Notes(first if isinstance(first, int) else len(first), steps or asked)  # a number: of an unconditional one
     taker = NoteTaker.from_config(pipe.scheduler.config, solver="euler", clip_sample=False)
     taker._notes = notes
     if "num_images_per_prompt" in arguments or "num_videos_per_prompt" in arguments:
@@ -123,13 +128,17 @@ def record(
     if generator is None:
         generator = torch.Generator().manual_seed(0)
     options = {"output_type": "latent", "num_inference_steps": asked, "generator": generator, **arguments}
-    accepted = inspect.signature(pipe.__call__).parameters
+    accepted = call_of(pipe)
     own = _twin(pipe)
     own.scheduler = taker
     own.set_progress_bar_config(disable=True)
     with _alone, ExitStack() as stack:
-        stack.callback(pipe.maybe_free_model_hooks)
+        LOGGER.addFilter(_unless_enough)
+        stack.callback(LOGGER.removeFilter, _unless_enough)
+        if hasattr(pipe, "maybe_free_model_hooks"):  # which a modular one leaves to its manager of components
+            stack.callback(pipe.maybe_free_model_hooks)
         networks = [m for name, m in pipe.components.items() if name.startswith(("transformer", "unet")) and m]
+        stack.enter_context(evaluating(networks))
         for network in networks:
             network = getattr(network, "_orig_mod", network)
             stack.callback(network.register_forward_hook(_noting(notes), with_kwargs=True).remove)
@@ -140,13 +149,44 @@ def record(
     raise ValueError(f"the pipeline took {len(notes.steps)} steps where {asked} were asked for")
 
 
+@contextmanager
+def evaluating(networks: Sequence[nn.Module]) -> Iterator[None]:
+    """In eval mode for a while: a DiT built by hand is in train mode, where it drops labels at random."""
+    training = [part for network in networks for part in network.modules() if part.training]
+    try:
+        for part in training:
+            part.training = False
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
 def _twin(pipe: Any) -> Any:
     """A pipeline of the same components, whose own attributes can be set while others run ``pipe``."""
     twin = copy.copy(pipe)
     for name, value in vars(pipe).items():
         if isinstance(value, MethodType) and value.__self__ is pipe:  # a method that the user has put in place
             vars(twin)[name] = MethodType(value.__func__, twin)
+    if is_modular(pipe):  # whose progress bar is its blocks', and whose guider counts the steps
+        twin._blocks = pipe.blocks
+        _quiet(twin._blocks)
+        if getattr(pipe, "guider", None) is not None:
+            twin.guider = copy.deepcopy(pipe.guider)
     return twin
+
+
+def _quiet(blocks: Any) -> None:
+    """No bars, of blocks inside blocks either."""
+    for block in (blocks.sub_blocks or {}).values():
+        if hasattr(block, "set_progress_bar_config"):
+            block.set_progress_bar_config(disable=True)
+        _quiet(block)
+
+
+def _unless_enough(said: logging.LogRecord) -> bool:
+    """Blocks log what ends them as an error, and that a recorded run ends is none."""
+    return not isinstance(sys.exception(), Enough)
 
 
 def _noting(notes: Notes) -> Callable[..., None]:

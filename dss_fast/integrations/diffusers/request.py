@@ -55,9 +55,24 @@ def check_request(pipe: Any, solver: Solver, **arguments: Any) -> list[str]:
 
 def scales_of(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, float]:
     """The guidance scales of a call by name, given or default."""
-    defaults = {k: p.default for k, p in inspect.signature(pipe.__call__).parameters.items()}
-    named = {k: v for k, v in {**defaults, **arguments}.items() if k.endswith(("guidance_scale", "cfg_scale"))}
+    own = call_of(pipe)
+    guider = getattr(pipe, "guider", None) if is_modular(pipe) else None  # which is a part of its own there
+    if (scale := getattr(guider, "guidance_scale", None)) is not None:
+        own["guidance_scale"] = scale
+    named = {k: v for k, v in {**own, **arguments}.items() if k.endswith(("guidance_scale", "cfg_scale"))}
     return {k: float(v) for k, v in named.items() if isinstance(v, int | float)}
+
+
+def is_modular(pipe: Any) -> bool:
+    """Whether a pipeline is one of blocks, diffusers' ModularPipeline."""
+    return hasattr(pipe, "blocks") and hasattr(pipe.blocks, "inputs")
+
+
+def call_of(pipe: Any) -> dict[str, Any]:
+    """The arguments that a pipeline's call takes, with their defaults: its blocks' inputs where it is modular."""
+    if is_modular(pipe):
+        return {one.name: one.default for one in pipe.blocks.inputs if one.name is not None}
+    return {name: one.default for name, one in inspect.signature(pipe.__call__).parameters.items()}
 
 
 def check_latents(solver: Solver, latents: Sequence[int]) -> None:

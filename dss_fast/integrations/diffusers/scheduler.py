@@ -357,6 +357,8 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | None = None,
         return_dict: bool = True,
         per_token_timesteps: Tensor | None = None,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
     ) -> SchedulerOutput | tuple[Tensor]:
         """x_{i+1} from the network's output at x_i, after the pipeline's own guidance.
 
@@ -366,12 +368,17 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             ignored, the step is deterministic.
         per_token_timesteps: (B, L) or (B, 1) of a (B, L, C) sample, as LTXCondition passes them: tokens of another time
             than this step's, such as a given frame's, keep their value. model_output is then x0 - epsilon, as there.
+        eta, use_clipped_model_output: of DDIM's step, which pipelines pass; nothing but 0, and not True, as a table
+            adds no noise and clips nothing.
 
         Returns (x_next,), or an object with ``prev_sample`` and ``pred_original_sample``; in the sample's dtype, sums
         in float32.
         """
         if self._table is None:
             raise ValueError("call set_timesteps before step")
+        if eta or use_clipped_model_output:
+            told = f"eta={eta!r}" if eta else f"use_clipped_model_output={use_clipped_model_output!r}"
+            raise ValueError(f"{told}: a table's step is deterministic and linear, it adds no noise and clips nothing")
         if not torch.compiler.is_compiling() and self._edited():
             self._take_edits()
         i = self._locate(timestep)
