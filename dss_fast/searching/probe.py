@@ -24,6 +24,7 @@ from ..target import Target
 from ..unroll.kept import FirstCall, TooMuch
 from .budget import Cost, gigabytes
 from .gauss_newton import NO_NUMBER
+from .processes import from_first
 from .recompute import recomputing
 from .room import PART, REMEDIES
 
@@ -162,9 +163,12 @@ def clock(draws: Draws, cost: Cost, differentiated: bool, seconds: float, most: 
     best, calls, rows, began = cost.seconds, cost.calls, 1, time.perf_counter()
     alone = replace(draws.alone, seed=0)
     room = CLOCK_SHARE * seconds
-    while rows <= most and time.perf_counter() - began + rows * EACH * best < room:
-        if differentiated and cost.saved * rows > PART:
-            break
+
+    def fits() -> bool:
+        graph = cost.saved * rows if differentiated else 0
+        return graph <= PART and time.perf_counter() - began + rows * EACH * best < room
+
+    while rows <= most and from_first(fits):  # processes that share a model call it alike
         batch = alone.batch("probe", 0, rows)
         start = time.perf_counter()
         with torch.enable_grad() if differentiated else torch.no_grad():

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+import dss_fast.report
 import dss_fast.searching
 from benchmarks import zoo
 from dss_fast import Target, search
@@ -50,8 +51,29 @@ def test_a_right_description_is_not_doubted(name):
             assert doubt(Draws.of(target), whole)[1] == ""
 
 
-def test_a_search_of_few_evaluations_is_doubted_and_its_report_answers_nothing(tmp_path):
+def test_a_network_that_refuses_other_times_is_no_less_searched():
+    """Of a table of alphas no time beyond is asked, which on a GPU would end the process."""
+    seen = []
+
+    def looks_up(x, n):
+        seen.append(float(n.max()))
+        return -RIGHT["linear"].model(x, n)
+
+    def refuses(x, n):
+        if len(seen) > 82 // 2 and float(n.max()) not in seen:  # after the look at what it is said to be
+            raise IndexError("no such time")
+        return looks_up(x, n).sin()
+
+    for model, words in ((looks_up, "other sign"), (refuses, "no description near it does better")):
+        seen.clear()
+        with pytest.warns(UserWarning, match=words):
+            doubt(Draws.of(replace(RIGHT["linear"], model=model)))
+        assert max(seen) <= 999
+
+
+def test_a_search_of_few_evaluations_is_doubted_and_its_report_answers_nothing(tmp_path, monkeypatch):
     """Also where the search is resumed, which does not look again."""
+    monkeypatch.setattr(dss_fast.report, "LEAST", 1_000)
     target = WRONG["x0 as velocity"][0]
     with pytest.warns(UserWarning, match="do not seem to belong together.*prediction_type='x0'") as caught:
         result = search(target, 3, budget=300, out=tmp_path, progress=False, report=False)
