@@ -150,7 +150,7 @@ class Memory:
     teacher: on the host, end points and, as far as there is room, states and slopes. states: those of a round's
     rollouts, with history and residuals, and what a part of them takes on the way there and back. algebra: the table's
     derivative and the matrices of Gauss-Newton. With factors fitted to what processes took: within .7 to 1.5 of it for
-    1 to 4 million elements and N up to 200 (tests/searching/test_memory.py).
+    1 to 4 million elements and N up to 100 (tests/searching/test_memory.py).
     """
 
     weights: int

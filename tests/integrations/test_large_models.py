@@ -17,7 +17,7 @@ from dss_fast.denoiser import compute_dtype  # noqa: E402
 from dss_fast.searching.plan import with_room  # noqa: E402
 from dss_fast.unroll.kept import FirstCall  # noqa: E402
 
-METHOD = GaussNewton(samples=4, held_out_samples=0, teacher_evaluations=16, rounds=1)
+METHOD = GaussNewton(samples=2, held_out_samples=0, teacher_evaluations=16, rounds=1)
 
 
 class Flux(torch.nn.Module):
@@ -29,7 +29,7 @@ class Flux(torch.nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.network = diffusers.FluxTransformer2DModel(
-            patch_size=1, in_channels=4, num_layers=2, num_single_layers=4, attention_head_dim=12,
+            patch_size=1, in_channels=4, num_layers=1, num_single_layers=4, attention_head_dim=12,
             num_attention_heads=2, joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 4),
         )  # fmt: skip
         torch.nn.init.normal_(self.network.proj_out.weight, std=0.02)
@@ -101,16 +101,23 @@ def target(net, model=None):
     return Target(model or net, net.shape, Flow(), key="net")
 
 
-@pytest.mark.parametrize("kind", [Flux, Wan])
-def test_what_graphs_hold_is_at_most_what_the_plan_says_whatever_the_memory(kind, monkeypatch):
+@pytest.mark.parametrize(
+    "kind, sizes",
+    [
+        (Flux, (12,)),
+        (Wan, (24,)),
+        *(pytest.param(kind, (80, 24, 12), marks=pytest.mark.slow) for kind in (Flux, Wan)),
+    ],
+)
+def test_what_graphs_hold_is_at_most_what_the_plan_says_whatever_the_memory(kind, sizes, monkeypatch):
     """80, 24 and 12 GB and what FLUX takes at one sample, scaled to what this one takes."""
-    whole, found = plan(target(kind().eval()), 3, method=METHOD, budget=2_000), []
+    whole, found = plan(target(kind().eval()), 3, method=METHOD, budget=500), []
     each = whole.cost.saved
-    for cards in (None, 80 / 21.6, 24 / 21.6, 12 / 21.6):
+    for cards in (None, *(size / 21.6 for size in sizes)):
         net = kind().eval()
         memory = None if cards is None else int(cards * each)
         monkeypatch.undo()
-        said = plan(target(net), 3, method=replace(METHOD, memory=memory), budget=2_000)
+        said = plan(target(net), 3, method=replace(METHOD, memory=memory), budget=500)
         assert memory is None or said.memory.graphs <= memory
         assert said.cost.recomputed == (cards is not None and cards < 2)
         held = Held(net)
@@ -140,7 +147,7 @@ def test_what_graphs_hold_is_at_most_what_the_plan_says_whatever_the_memory(kind
 
 
 def searched(target, memory):
-    return search(target, 3, initial="ab2", method=replace(METHOD, memory=memory), budget=2_000, progress=False)
+    return search(target, 3, initial="ab2", method=replace(METHOD, memory=memory), budget=500, progress=False)
 
 
 class _Around(torch.nn.Module):
@@ -157,8 +164,8 @@ def test_weights_in_float8_are_searched_in_parts():
     net = Flux().eval().to(torch.bfloat16)
     net.network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
     assert compute_dtype(net) == torch.bfloat16
-    each = plan(target(net), 3, method=METHOD, budget=2_000).cost.saved
-    said = plan(target(net), 3, method=replace(METHOD, memory=each), budget=2_000)
+    each = plan(target(net), 3, method=METHOD, budget=500).cost.saved
+    said = plan(target(net), 3, method=replace(METHOD, memory=each), budget=500)
     assert said.cost.recomputed and said.cost.saved < each / 2
     assert searched(target(net), memory=each).solver.num_steps == 3
 
@@ -169,4 +176,4 @@ def test_the_benchmark_counts_what_the_plan_measures():
     x, t = torch.randn(1, *net.shape).requires_grad_(), torch.full((1,), 0.5).requires_grad_()
     counted, block = saved(net, lambda: net(x, t))
     assert counted == pytest.approx(plan(target(net), 3, method=METHOD).cost.saved, rel=0.02)
-    assert counted / 10 < block < counted / 3  # of two double and four single blocks
+    assert counted / 10 < block < counted / 3  # of one double and four single blocks
