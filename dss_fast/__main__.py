@@ -47,6 +47,8 @@ from .target import Target
 if TYPE_CHECKING:
     from .integrations.diffusers.command import Prompted
 
+COUNT = re.compile(r"(\d{1,3}(?:[,_]\d{3})+|\d+(?:\.\d+)?(?:[eE]\+?\d{1,2})?)([kM]?)", re.ASCII)
+COUNTS, LARGEST_COUNT = {"": 1, "k": 1e3, "M": 1e6}, 1e15
 INTERRUPTED = 130  # the exit status of Ctrl-C, so that ``search && deploy`` does not deploy half a search
 
 
@@ -403,7 +405,16 @@ def _steps(text: str) -> list[int]:
 
 def _budget(text: str) -> int | str:
     """Evaluations, or a time, which the search reads."""
-    return _count(text) if text.isdecimal() else text
+    return _evaluations(text) if COUNT.fullmatch(text) else text
+
+
+def _evaluations(text: str) -> int:
+    """A number of evaluations as people write it: 10000, 10,000, 1e4, 10k, 1.5M."""
+    found = COUNT.fullmatch(text)
+    number = float(found[1].replace(",", "").replace("_", "")) * COUNTS[found[2]] if found else 0.0
+    if not 1 <= number <= LARGEST_COUNT or number != int(number):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 1, as in 10000, 10,000, 1e4 or 10k")
+    return int(number)
 
 
 def _count(text: str) -> int:
@@ -480,7 +491,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--generality", type=float, default=None, help=generality)
     samples = "samples to search on (default: what the budget allows)"
     sub.add_argument("--samples", type=_count, default=None, help=samples)
-    budget = "most model evaluations, or a time: 20min (default: 1000 (100 + 3 N) for each N)"
+    budget = "most model evaluations, 10k, or a time: 20min (default: 1000 (100 + 3 N) for each N)"
     sub.add_argument("--budget", type=_budget, default=None, help=budget)
     sub.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
     sub.add_argument("--prompts", help="of a pipeline: a file with one prompt a line")
@@ -509,7 +520,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("solvers", nargs="*", help="names or JSON files; by default the usual hand-made ones")
     sub.add_argument("--steps", type=_steps, default=[5, 10], help="for names without /N (default: 5,10)")
     sub.add_argument("--samples", type=_count, default=None, help="to measure on (default: 256, or by --budget)")
-    sub.add_argument("--budget", type=_count, default=None, help="most model evaluations, of the rivals too")
+    sub.add_argument("--budget", type=_evaluations, default=None, help="most model evaluations, of the rivals too")
     quiet(sub)
     overwrites(sub)
 

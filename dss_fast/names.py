@@ -75,6 +75,11 @@ def find_solver(
         if steps is None:
             raise ValueError(f"solver={str(solver)!r}: how many steps? Write for example '{name.name}/10'")
         return _handmade(name.name, steps, schedule, spacing=name.spacing or "uniform")
+    if steps is None:
+        raise ValueError(
+            f"solver={str(solver)!r}: of how many steps? There are {', '.join(map(str, published_steps(name.name)))}; "
+            f"write for example '{name.name}/{published_steps(name.name)[-1]}'"
+        )
     if steps not in published_steps(name.name):
         raise ValueError(f"no published solver is called {name.name}/{steps}; there are {known()}")
     table = _table(name.name, steps)
@@ -107,9 +112,10 @@ def published_steps(name: str) -> list[int]:
 
 
 def published(name: Name) -> list[Solver]:
-    """The tables that a published name means: one, or without ``/N`` all of them."""
+    """The tables that a published name means: one, or without ``/N`` all of them; moved where it says a shift."""
     steps = published_steps(name.name) if name.num_steps is None else [name.num_steps]
-    return [find_solver(name.name, None, n) for n in steps]
+    moved = "" if name.spacing is None else f"@{name.spacing}"
+    return [find_solver(f"{name.name}{moved}", None, n) for n in steps]
 
 
 def printable(text: object, keep: str = "") -> str:

@@ -11,7 +11,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ class SearchRecord:
 
     solvers: its tables by N. starts: the tables that it started from, or their names. evaluations: spent, of at most
     budget. seconds: from the first event to the last. loss, held_out: evaluations and values by N. call: Python that
-    searches again. settings: all of them, JSON data. others: the names of further targets of the same tables.
+    searches again. settings: all of them, JSON data. others: the names of further targets of the same tables. doubt:
+    why the target does not seem to be described rightly, "" where it is.
     """
 
     solvers: Mapping[int, Solver]
@@ -56,6 +57,7 @@ class SearchRecord:
     loss: Curves = field(default_factory=dict)
     held_out: Curves = field(default_factory=dict)
     others: Sequence[str] = ()
+    doubt: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,9 @@ def write_report(out: Path, target: Target, record: SearchRecord, *, progress: b
     budget = max(LEAST, record.evaluations)
     rivals = ("all", *record.starts)
     comparison = compare(target, list(record.solvers.values()), rivals=rivals, budget=budget, progress=progress)
+    if record.doubt:  # an error against where a wrong description leads says nothing
+        said = f"{record.doubt[0].upper()}{record.doubt[1:]}."
+        comparison = replace(comparison, verdicts=[replace(v, doubt=said) for v in comparison.verdicts])
     pairs = {pair[1].num_steps: pair for pair in (_pair(comparison, v) for v in comparison.verdicts)}
     images, missing = [], ""
     try:

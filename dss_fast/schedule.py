@@ -124,7 +124,8 @@ class Flow(Schedule):
         x0 - epsilon. ``"diffusers"`` (SD3, FLUX, Wan): time ``time_scale * sigma``, velocity
         epsilon - x0.
     prediction_type: one of ``PREDICTION_TYPES``.
-    time_scale: multiplies the network's time in the diffusers convention (1000; FLUX divides it back).
+    time_scale: multiplies the network's time in the diffusers convention (1000; FLUX divides it back). The paper's has
+        none, and another than the default is refused there.
     """
 
     shift: float = 1.0
@@ -137,10 +138,22 @@ class Flow(Schedule):
     def __post_init__(self) -> None:
         _check_interface(self)
         _check_positive(self, "shift", "time_scale")
+        if self.convention == "paper" and self.time_scale != Flow.time_scale:
+            raise ValueError(
+                f"time_scale={self.time_scale!r}: in the paper's convention the network's time is 1 - sigma as it is; "
+                "multiply it in the model, as in lambda x, t, **cond: model(x, 1000 * t, **cond), or give "
+                "convention='diffusers', whose time is time_scale * sigma and whose velocity is epsilon - x0"
+            )
         if not 1 / LARGEST_SHIFT <= self.shift <= LARGEST_SHIFT:
             raise ValueError(
                 f"shift={self.shift!r}: must be from {1 / LARGEST_SHIFT:g} to {LARGEST_SHIFT:g}; models have 1 to 20"
             )
+
+    def __repr__(self) -> str:
+        """The fields that say something: the paper's convention has no scale of time."""
+        scale = f", time_scale={self.time_scale!r}" if self.convention == "diffusers" else ""
+        start = f"{type(self).__name__}(shift={self.shift!r}, convention={self.convention!r}"
+        return f"{start}, prediction_type={self.prediction_type!r}{scale})"
 
     @classmethod
     def dynamic(
@@ -261,7 +274,8 @@ class DiscreteVP(Schedule):
 
         lambda_min: leave out the entries at the noisy end with log(alpha / sigma) below, as ``lambda_min_clipped`` of
         DPM-Solver does. With -5.1 (arXiv 2211.01095) a cosine table of 1,000 starts at n = 995: its last alpha is 5e-5,
-        and an error of epsilon there is one of x0 times 20,000.
+        and an error of epsilon there is one of x0 times 20,000; where data have a range, so has
+        :class:`dss_fast.clipping.Clipped`.
         """
         betas = torch.tensor(_floats("betas", betas), dtype=torch.float64)  # type: ignore[arg-type]  # of either kind
         table = torch.cumprod(1 - betas, 0)

@@ -337,6 +337,7 @@ def test_a_search_for_calls_alone_chooses_the_steps(tmp_path):
     target = replace(target_of(), model=failing, schedule=Flow(prediction_type="v_prediction"), key="one")
     whole = search(target, calls=6, **quick)
     assert len(whole.solvers) == 1 and whole.solver.guided_calls <= 6
+    assert whole.evaluations <= 4000  # with the looks of the choice and the last one, which were not kept back
     chosen = [event.num_steps for event in whole.history if event.stage == "choice"]
     assert chosen == [whole.solver.num_steps] and list(whole.starts) == chosen
     fails[0] = 3000

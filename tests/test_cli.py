@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dss_fast import SearchResult, Solver, compare, find_solver, progress, sample
-from dss_fast.__main__ import load_target, main
+from dss_fast.__main__ import _parser, load_target, main
 from dss_fast.files import read_tensors
 
 TARGET = """
@@ -367,6 +367,22 @@ def test_mistakes_are_told_in_the_words_of_the_command_line(folder, capsys, argu
     assert main(arguments.split()) == 2
     said = capsys.readouterr().err
     assert all(word in said for word in words) and no_words not in said, said
+
+
+@pytest.mark.parametrize(
+    "text, number", [("10000", 10_000), ("10,000", 10_000), ("1e4", 10_000), ("10k", 10_000), ("1.5M", 1_500_000)]
+)
+def test_evaluations_are_written_as_people_write_them(text, number):
+    for command in ("search a:b", "fit a:b", "compare a:b"):
+        assert _parser().parse_args([*command.split(), "--budget", text]).budget == number
+    assert _parser().parse_args(["search", "a:b", "--budget", "20m"]).budget == "20m"
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "1.5", "10,00", "1e99", "k"])
+def test_what_is_no_number_of_evaluations_is_refused(text, capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "a:b", "--budget", text])
+    assert "10,000, 1e4 or 10k" in capsys.readouterr().err or text == "-3"
 
 
 def test_a_folder_that_is_taken_is_gone_on_with_by_the_option(folder, capsys):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from dss_fast import VP, DiscreteVP, Flow, Solver, find_solver, sample
+from dss_fast.names import Name, published
 from dss_fast.searching.space import Space
 from dss_fast.searching.starts import candidates
 from dss_fast.x0form import X0Form
@@ -137,6 +138,8 @@ def test_names_of_moved_tables():
     assert Solver.from_dict(moved.to_dict()) == moved
     with pytest.raises(ValueError, match="shift' needs a number above 0"):
         find_solver("sit-xl-2-256/8@shiftx")
+    family = {table.num_steps: table for table in published(Name.parse("sit-xl-2-256@shift3"))}
+    assert len(family) == 6 and family[8] == moved
 
 
 @pytest.mark.parametrize("k", [0, -1.0, float("nan"), float("inf"), 1e7, True, "2"])

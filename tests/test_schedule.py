@@ -157,6 +157,7 @@ def test_transition_of_vp_is_ddim():
         (lambda: Flow(shift=1e9), ("shift=1000000000.0", "1e-06", "1e+06")),
         (lambda: Flow(shift=math.nan), ("shift=nan", "finite", "above 0")),
         (lambda: Flow(time_scale=1e308), ("time_scale=1e+308", "1e+30")),
+        (lambda: Flow(time_scale=1.0), ("time_scale=1.0", "convention='diffusers'", "1000 * t")),
         (lambda: VP(time_scale=math.inf), ("time_scale=inf", "1e+30")),
         (lambda: VP(t_start=50.0), ("t_start=50.0", "alpha", "1e-12", "0.999")),
         (lambda: VP(beta_max=2000.0), ("beta_max=2000.0", "alpha", "1e-12")),
@@ -197,3 +198,9 @@ def test_a_schedule_without_numbers_is_refused_wherever_it_is_used(where):
     ):
         with pytest.raises(ValueError, match=words):
             use()
+
+
+def test_a_flow_prints_a_scale_of_time_where_it_has_one():
+    assert repr(Flow()) == "Flow(shift=1.0, convention='paper', prediction_type='velocity')"
+    for flow in (Flow(shift=2.0), Flow(convention="diffusers", time_scale=1.0)):
+        assert eval(repr(flow)) == flow

@@ -166,7 +166,8 @@ def test_one_grammar_for_names():
         ("ab2/4@cosine", ("cosine", "karras", "shift<number>")),
         ("sit-xl-2-256/5@karras", ("own timesteps", "@karras")),
         ("sit-xl-2-256/11", ("sit-xl-2-256/11", "{5,6,7,8,9,10")),
-        ("sit-xl-2-256", ("sit-xl-2-256/None", "sit-xl-2-256/{5")),
+        ("sit-xl-2-256", ("of how many steps", "5, 6, 7, 8, 9, 10", "sit-xl-2-256/10")),
+        ("general@shift2", ("of how many steps", "general/12")),
     ):
         with pytest.raises(ValueError) as error:
             find_solver(text)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,12 +18,13 @@ from ..modes import on_host
 from ..report import SearchRecord, write_report
 from ..solver import Solver
 from ..target import Model, Target
-from .budget import Ledger, default_budget, evaluations_in
+from .budget import Ledger, clocked, default_budget, evaluations_in, seconds_in
 from .descent import descend
+from .description import doubt, look_evaluations
 from .job import Job, prepare
 from .lion import imitate
 from .plan import Plan, looked, plan, planned, with_room
-from .probe import CALLS, KEYLESS, OUTPUTS, PLAUSIBLE_CALLS, Weights, doubt, identity
+from .probe import CALLS, KEYLESS, OUTPUTS, Weights, clock, identity
 from .processes import agreed, from_first, is_first, joined
 from .recompute import recomputing
 from .result import Event, SearchResult
@@ -30,7 +33,8 @@ from .settings import METHODS, GaussNewton, Lion, Method
 
 __all__ = ["METHODS", "Event", "GaussNewton", "Lion", "Method", "Plan", "SearchResult", "fit", "plan", "search"]
 
-PLAUSIBLE_SHARE = 0.02  # at most this part of the budget goes into whether the schedule is plausible
+CLOCKED = 64  # samples of the largest batch that a time is measured on
+DOUBT_SHARE = 0.02  # at most this part of the budget goes into whether the target is described rightly
 METHOD: dict[str, Callable[[Job, Ledger, dict[str, Any] | None], Iterator[Event]]] = {
     GaussNewton.name: descend,
     Lion.name: imitate,
@@ -70,8 +74,8 @@ def search(
     initial: the table to start from, coefficients included: a Solver, or a name that fits every N (``"ab2"``).
         None: the best hand-made one; Euler for ``"lion"``.
     budget: the most model evaluations to spend (forward 1, backward 2; guidance counts once; the teacher,
-        checks and rejected steps count), or a time, ``"20min"``, which one forward and one backward of the model turn
-        into evaluations. None: the method's. :func:`plan` says what one takes.
+        checks and rejected steps count), or a time, ``"20min"``, which the speed of a few batches turns into
+        evaluations, and that of the search itself as it goes. None: the method's. :func:`plan` says what one takes.
     seed: settles all noise and conditions; a Generator gives one number. Global generators stay as they are.
     group: a torch.distributed process group whose processes share the samples, as the data-parallel one of a device
         mesh. None: torchrun's, where none is initialised. In one that is, each process takes all samples, as tensor or
@@ -80,6 +84,10 @@ def search(
         the bit-identical table.
     progress: print the plan and show a bar. report: write report.html, and report.md with its
         pictures, into ``out``; its evaluations are not part of the budget.
+
+    Whether the target is described rightly is looked at before: 82 evaluations forward, 46 where 82 are more than a
+    fiftieth of the budget, which then are not part of it. Where it is not, the search warns, names the description that
+    fits, and the report answers nothing.
 
     Batches that take more than the memory there is (``GaussNewton(memory=...)``) run in parts, down to one sample,
     with the network's own gradient checkpointing on where it has one (diffusers, ``Target(checkpointing=...)``), and
@@ -91,6 +99,7 @@ def search(
     """
     if out is not None:
         check_writable(out)  # before any call of the model
+    began = time.monotonic()
     asked: dict[str, Any] = {"calls": calls, "method": method, "initial": initial, "budget": budget, "seed": seed}
     with on_host(), joined() as own, torch.inference_mode(False), torch.enable_grad():
         job = prepare(target, num_steps, group=own if group is None else group, **asked, **description)
@@ -103,6 +112,8 @@ def search(
                 result = restored(checkpoint, folder)
             else:
                 events = METHOD[job.settings.name](job, ledger, checkpoint and checkpoint["state"])
+                if isinstance(budget, str) and checkpoint is None:
+                    events = clocked(events, ledger, budget, began)
                 result = run(events, ledger, config, folder=folder, checkpoint=checkpoint, progress=progress)
             if report and folder is not None and not result.interrupted and not (over and folder.has_report()):
                 finish(job, result, config, progress)
@@ -155,15 +166,24 @@ def begin(
         if cost.recomputed:
             until_the_end.enter_context(recomputing(draws.targets))
     if checkpoint is None:
+        if isinstance(job.budget, str):
+            clocks = [clock(one, cost, job.differentiated, seconds_in(job.budget), CLOCKED) for one in draws.each]
+            seconds, spent = sum(one.seconds for one in clocks), sum(one.calls - cost.calls for one in clocks)
+            cost = replace(cost, seconds=seconds / len(clocks), calls=cost.calls + spent)
         ledger.spend_once("probe", cost.calls or looks)
         limit, given = job.budget, ledger.budget  # what the first process says counts, also where others say no time
         ledger.budget = from_first(lambda: evaluations_in(limit, cost) if isinstance(limit, str) else given)
-        said = planned(job, ledger.budget, cost)  # which refuses what the host cannot hold
+        cost_said = planned(job, ledger.budget, cost)  # which refuses what the host cannot hold
         if progress and is_first():
-            print(said)
-        if ledger.affords(PLAUSIBLE_CALLS * len(draws.targets) / PLAUSIBLE_SHARE):
-            for one in draws.each:
-                ledger.spend(doubt(one))
+            print(cost_said)
+        whole = ledger.affords(sum(look_evaluations(target) for target in draws.targets) / DOUBT_SHARE)
+        found = [doubt(one, whole) for one in draws.each]
+        ledger.spend(sum(spent for spent, _ in found) if whole else 0)
+        said = from_first(lambda: [text for _, text in found])
+        if any(said):
+            config["doubt"] = next(filter(None, said))
+    elif "doubt" in checkpoint["config"]:
+        config["doubt"] = checkpoint["config"]["doubt"]
     # Another process or object may not have called its model yet: what moves is what moved when the search began.
     moved = from_first(lambda: [was.moved() for was in before])
     if checkpoint is not None and len(checkpoint["config"].get("targets", ())) == len(moved):
@@ -194,6 +214,7 @@ def finish(job: Job, result: SearchResult, config: Mapping[str, Any], progress: 
         budget=job.budget if isinstance(job.budget, int) else None,
         seconds=result.seconds,
         others=[other.name for other in others],
+        doubt=config.get("doubt", ""),
         **result.curves(),
     )
     without = f"the search is finished and saved in {result.out}, without its report"

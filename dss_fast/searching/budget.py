@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from .processes import from_first
+from .result import Event
 from .settings import GaussNewton, Method
 
-UNITS = {"s": 1, "sec": 1, "min": 60, "h": 3600}
+UNITS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
+LEARNT = 0.1  # of a time, after which the speed of the search itself counts
 PAPER_SHARE = 1 / 50  # default budget, of the paper's 50,000 samples x (100 + 3 N)
 
 
@@ -71,8 +75,8 @@ def default_budget(settings: Method, steps: tuple[int, ...]) -> int | None:
     return int(sum(50_000 * (100 + 3 * n) for n in steps) * PAPER_SHARE)
 
 
-def evaluations_in(limit: str, cost: Cost) -> int:
-    """How many evaluations fit a time like ``"20min"``. Raises ValueError for what is not a duration."""
+def seconds_in(limit: str) -> float:
+    """The seconds of a time like ``"20min"``. Raises ValueError for what is not a duration."""
     number = limit.rstrip("abcdefghijklmnopqrstuvwxyz ")
     unit = limit[len(number) :].strip()
     try:
@@ -81,4 +85,24 @@ def evaluations_in(limit: str, cost: Cost) -> int:
         seconds = 0.0
     if not (seconds > 0 and math.isfinite(seconds)):
         raise ValueError(f"budget={limit!r}: give evaluations, or a time such as '20min' ({', '.join(UNITS)})")
-    return max(1, int(seconds / cost.seconds))
+    return seconds
+
+
+def evaluations_in(limit: str, cost: Cost) -> int:
+    """How many evaluations fit a time like ``"20min"``. Raises ValueError for what is not a duration."""
+    return max(1, int(seconds_in(limit) / cost.seconds))
+
+
+def clocked(events: Iterable[Event], ledger: Ledger, limit: str, began: float) -> Iterator[Event]:
+    """The same events, between which what is left of a time becomes evaluations again, at the speed seen so far.
+
+    The first ``LEARNT`` of the time says too little: the first calls of a network are slow, and the teacher's, without
+    a way back, are fast. began: time.monotonic() when the search did.
+    """
+    seconds, before, start = seconds_in(limit), ledger.evaluations, time.monotonic()
+    for event in events:
+        yield event
+        now, done = time.monotonic(), ledger.evaluations - before
+        if done and now - began > LEARNT * seconds:
+            rest = max(0.0, seconds - (now - began)) * done / (now - start)
+            ledger.budget = from_first(lambda rest=rest: ledger.evaluations + int(rest))  # type: ignore[misc]

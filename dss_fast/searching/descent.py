@@ -20,7 +20,7 @@ from ..distance import criterion
 from ..solver import Solver
 from .best import Best, better
 from .budget import Ledger
-from .calls import forecast, worth
+from .calls import SKETCHED, cost_of_worth, forecast, worth
 from .forward import basis_of
 from .gauss_newton import ROBUST, Charge, Quadratic, robust
 from .job import Job
@@ -295,8 +295,8 @@ class Descent:
         scale = ROBUST * min(float(values.median()) for values in errors.values())
         self.chosen = min(errors, key=lambda n: robust(errors[n], scale))
         for n, points in self.racers.items():
-            if n != self.chosen:
-                self.racers[n] = [point.ended() for point in points]
+            rest = [replace(point, share=point.spent + self._left()) for point in points]
+            self.racers[n] = rest if n == self.chosen else [point.ended() for point in points]
 
     def start(self, n: int, ranked: Sequence[Start]) -> None:
         """The points that the search for N steps begins with, at the best tables on different spacings."""
@@ -317,10 +317,18 @@ class Descent:
         return Point(start.solver, Candidate(space, space.theta(start.solver), start.units, basis), share, prior)
 
     def _left(self) -> int:
-        """Evaluations for the Ns to come, without those of their last looks."""
+        """Evaluations for the Ns to come, without those of their last looks; of candidates, without those of the choice
+        and of the chosen one's last look."""
         assert self.ledger.budget is not None
-        looks = sum(2 * n for n in self.job.steps if n not in self.racers)
-        return self.ledger.budget - self.ledger.evaluations - self.sizes.fresh * looks
+        left = self.ledger.budget - self.ledger.evaluations
+        if self.job.chooses:
+            if self.chosen is not None:
+                return left - 2 * self.chosen * self.sizes.fresh
+            samples = self.sizes.samples + self.sizes.held_out + 2 * self.sizes.fresh
+            to_come = sum(n for n in self.job.steps if n not in self.racers)
+            weighed = cost_of_worth(to_come, min(self.sizes.samples, SKETCHED))
+            return left - sum(self.job.steps) * samples - weighed
+        return left - self.sizes.fresh * sum(2 * n for n in self.job.steps if n not in self.racers)
 
     def event(self, stage: str, *, resumable: bool = True, **told: Any) -> Event:
         """What is told after a unit of work."""

@@ -59,21 +59,15 @@ def curvatures() -> Mapping[str, Tensor]:
 
 
 def curvature(space: Space, start: Solver) -> Tensor | None:
-    """(P, P) around the start of a search, relative to its error, that along the size of the data left out; None where
-    nothing is known of where to stay: the start is no table of the library."""
-    known = curvatures().get(str(space.num_steps))
-    if known is None or "moved" not in start.provenance:
-        return None
-    return _around(space, start, sizeless(known.double(), space.num_steps))
+    """(P, P) around the start of a search, relative to its error; None where nothing is known of where to stay: the
+    start is no table of the library."""
+    return curvature_at(space, start) if "moved" in start.provenance else None
 
 
 def curvature_at(space: Space, start: Solver) -> Tensor | None:
-    """(P, P) around any table, all of it; None for a number of steps of which the library has none."""
+    """(P, P) around any table; None for a number of steps of which the library has none."""
     known = curvatures().get(str(space.num_steps))
-    return None if known is None else _around(space, start, known.double())
-
-
-def _around(space: Space, start: Solver, curvature: Tensor) -> Tensor:
-    """(P, P) in theta."""
+    if known is None:
+        return None
     rows = directions(space, space.theta(start))
-    return rows.mT @ curvature @ rows
+    return rows.mT @ sizeless(known.double(), space.num_steps) @ rows

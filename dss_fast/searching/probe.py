@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from enum import Enum
 from typing import Any
 
@@ -17,13 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..bench import SCALES
 from ..denoiser import NO_GRAPH, state_of, versions
 from ..draws import Draws
 from ..files import tensor_bytes
-from ..schedule import PREDICTION_TYPES, VP, Flow, Schedule
 from ..target import Target
-from ..trajectory import dense_grid, integrate
 from ..unroll.kept import FirstCall, TooMuch
 from .budget import Cost, gigabytes
 from .gauss_newton import NO_NUMBER
@@ -33,20 +30,13 @@ from .room import PART, REMEDIES
 SAMPLES = 2
 CALLS = 8  # :func:`probe` takes so many evaluations, a way there and twice back among them
 KEYLESS = 4  # :func:`identity` of a target without a key takes so many
+CLOCK_SHARE, EACH = 0.1, 3  # of a time to spend, and evaluations a sample, with the way back
 OUTPUTS = "outputs"  # what identity says of those
 DRAWN, ROWS = 8, 16  # so many times so many conditions are part of it
-FINE, COARSE = 24, 16  # the two trajectories that must agree take so many calls
-PLAUSIBLE_CALLS = SAMPLES * (FINE + COARSE + 1)
-# The two end states may differ by this part. On the MNIST models they do by 0.01; wrong units of time give 0.67, a
-# wrong prediction type 1.1.
-AGREEMENT = 0.1
 # Differences, in parts of the state, by which a gradient is checked, and the part of it that may be missing. In float32
 # on networks shipped it is 1.000 to 1.001 at the first; the others are for networks that compute in 8 or 16 bits.
 DIFFERENCES, PARTIAL = (0.005, 0.05, 0.25), 0.2
 SAME_GRADIENT = 0.01  # by which that of a network that computes its activations again may differ
-# At pure noise the output's slope in the noise may miss the one it should have, 1 for epsilon, -1 or 1 for a velocity,
-# 0 for x0, by this much.
-SLOPE = 0.5
 
 
 class NoGraph(ValueError):
@@ -161,6 +151,35 @@ def _looked(draws: Draws, differentiated: bool, most: float = math.inf) -> tuple
         "attention kernel, a quantised layer, .detach() or torch.no_grad(): choose another backend for it, or "
         "GaussNewton(gradients=False), which takes none"
     )
+
+
+def clock(draws: Draws, cost: Cost, differentiated: bool, seconds: float, most: int) -> Cost:
+    """The cost with the seconds of an evaluation as the search pays them, in batches: those of one sample alone are up
+    to ten times as many on a small network.
+
+    Batches grow to ``most`` samples while all of this takes no more than ``CLOCK_SHARE`` of the seconds to spend.
+    """
+    best, calls, rows, began = cost.seconds, cost.calls, 1, time.perf_counter()
+    alone = replace(draws.alone, seed=0)
+    room = CLOCK_SHARE * seconds
+    while rows <= most and time.perf_counter() - began + rows * EACH * best < room:
+        if differentiated and cost.saved * rows > PART:
+            break
+        batch = alone.batch("probe", 0, rows)
+        start = time.perf_counter()
+        with torch.enable_grad() if differentiated else torch.no_grad():
+            x = batch.noise.clone().requires_grad_(differentiated)
+            t = batch.schedule.time(torch.tensor([0.5], dtype=torch.float64))
+            t = t.to(x.device, torch.promote_types(x.dtype, torch.float32)).expand(rows)
+            output = batch.denoiser()(x.clone(), t.clone())
+            if differentiated:
+                # A rollout goes forward, forward again and back by two cotangents, and that counts as 1 + 2.
+                _pulled(output, [x], torch.ones_like(output))
+        float(output.detach().flatten()[0])  # which waits for the device
+        each = (time.perf_counter() - start) / rows
+        best, calls = min(best, each / (3 if differentiated else 1)), calls + rows * (3 if differentiated else 1)
+        rows *= 2 if rows > 1 else 4
+    return replace(cost, seconds=best, calls=calls)
 
 
 def _pulled(output: Tensor, leaves: list[Tensor], cotangent: Tensor) -> Tensor:
@@ -299,69 +318,3 @@ def _parts(value: Any) -> Iterator[bytes]:
         yield type(value).__name__.encode()
         if hasattr(value, "__dict__") and not callable(value):
             yield from _parts(vars(value))
-
-
-def doubt(draws: Draws) -> int:
-    """Warns when the trajectory that a search would imitate is not plausible, as it is with a wrong schedule.
-
-    Its end states must have the scale of data and agree at two resolutions, and the output at pure noise must change
-    with the noise as its prediction type says. The schedule near it with which all hold, and best, is named. Returns
-    the evaluations spent, the same on every process.
-    """
-    schedule = draws.schedule
-    scale, apart, slope = _measured(draws, schedule)
-    spent = PLAUSIBLE_CALLS
-    if _plausible(scale, apart, slope):
-        return spent
-    found = []
-    for other in _neighbours(schedule):
-        spent += PLAUSIBLE_CALLS
-        with suppress(FloatingPointError, ValueError):
-            measured = _measured(draws, other)
-            if _plausible(*measured):
-                found.append((measured[1], repr(other)))
-    cause = f"with {min(found)[1]} all would be in order" if found else "no schedule near it does better"
-    warnings.warn(
-        f"the model and its schedule do not seem to belong together: fine trajectories end at a root mean square of "
-        f"{scale:.3g} ({SCALES[0]} to {SCALES[1]} is usual), differ by {100 * apart:.0f} % between {FINE} and {COARSE} "
-        f"evaluations (1 % is usual), and the output at pure noise moves {slope:+.2g} times the noise more than it "
-        f"should. The schedule is {schedule!r}; {cause}",
-        stacklevel=3,
-    )
-    return spent
-
-
-def _plausible(scale: float, apart: float, slope: float) -> bool:
-    return SCALES[0] <= scale <= SCALES[1] and apart <= AGREEMENT and abs(slope) <= SLOPE
-
-
-def _measured(draws: Draws, schedule: Schedule) -> tuple[float, float, float]:
-    """Root mean square of a fine trajectory's end states, how far a coarser one's are, and the slope's excess.
-
-    slope = <m_1 - m_2, z_1 - z_2> / |z_1 - z_2|^2 of the outputs m for noises z at u = 0, where x0 says nothing of z.
-    """
-    alone = replace(draws.alone, seed=0, target=replace(draws.target, schedule=schedule))
-    batch = alone.batch("probe", 0, SAMPLES)
-    predict, start = batch.predictor(), torch.zeros(1, dtype=torch.float64)
-    with torch.no_grad():
-        fine = integrate(predict, batch.noise, dense_grid(schedule, FINE)).last.double()
-        coarse = integrate(predict, batch.noise, dense_grid(schedule, COARSE)).last.double()
-        (y, other), (z, second) = predict(batch.noise, start[0]).double(), batch.noise.double()
-    scale = float(fine.square().mean().sqrt())
-    apart = float((fine - coarse).square().mean().sqrt()) / max(scale, 1e-300)
-    moved = float(((y - other) * (z - second)).sum() / (z - second).square().sum())
-    expected = -1.0 if schedule.family == "flow" else 0.0  # y is x0 - epsilon, or x0
-    q = float(schedule.prediction(start)[1])
-    return scale, apart, (moved - expected) / q
-
-
-def _neighbours(schedule: Schedule) -> Iterator[Schedule]:
-    """What is mistaken for a schedule: another sign, prediction or unit of time, the other family's."""
-    known: set[str] = {f.name for f in fields(schedule)} if is_dataclass(schedule) else set()
-    changes: list[tuple[str, str | float]] = [("prediction_type", kind) for kind in PREDICTION_TYPES]
-    changes += [("convention", "paper"), ("convention", "diffusers"), ("time_scale", 1.0), ("time_scale", 1000.0)]
-    for name, value in changes:
-        if name in known and getattr(schedule, name) != value:
-            with suppress(ValueError):
-                yield replace(schedule, **{name: value})  # type: ignore[type-var]  # a dataclass, as just seen
-    yield from (Flow(), Flow(convention="diffusers"), VP())

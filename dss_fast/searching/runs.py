@@ -31,7 +31,8 @@ from .result import COUNTED, Event, SearchResult
 FORMAT = "dss_fast.run/6"
 CHECKPOINT_SECONDS = 1.0  # a checkpoint is tens of kilobytes and two syncs, about 5 ms
 EDITED = "not what this search wrote, and left as it is; delete it and resume to get the table that was found"
-FREE = {"name", "request", "budget", "versions", "date", "processes"}  # what may differ when a search is resumed
+# What may differ when a search is resumed.
+FREE = {"name", "request", "budget", "versions", "date", "processes", "doubt"}
 
 
 class RunFolder:

@@ -148,7 +148,7 @@ def test_one_search_a_folder(tmp_path):
 def rank_of_two(rank, out, how):
     """A search of which the second process has a bad day at its fiftieth model call."""
     running.CHECKPOINT_SECONDS = 0.0
-    import_module("dss_fast.searching").doubt = lambda draws: 0
+    import_module("dss_fast.searching").doubt = lambda *what: (0, "")
     calls = []
 
     def unwell(x, t):
@@ -184,7 +184,7 @@ def test_two_processes_of_which_one_fails(tmp_path, how):
 
 def another_model(rank, out, part):
     """A search of two processes of which the second has another model, other conditions or another schedule."""
-    import_module("dss_fast.searching").doubt = lambda draws: 0
+    import_module("dss_fast.searching").doubt = lambda *what: (0, "")
     other = rank == 1
     scale = 1.5 if other and part == "weights" else 1.0
 
@@ -265,7 +265,7 @@ def test_features_that_are_nan_choose_no_table():
 
 
 def only_one_has_a_folder(rank, out):
-    import_module("dss_fast.searching").doubt = lambda draws: 0
+    import_module("dss_fast.searching").doubt = lambda *what: (0, "")
     find(out if rank == 0 else None, method=TWO)
 
 
@@ -275,7 +275,7 @@ def test_a_folder_for_the_first_process_alone_leaves_none_waiting(tmp_path):
 
 
 def mixed_budgets(rank, out):
-    import_module("dss_fast.searching").doubt = lambda draws: 0
+    import_module("dss_fast.searching").doubt = lambda *what: (0, "")
     find(out, method=TWO, budget=9_000 if rank == 0 else "20s")
 
 

@@ -53,7 +53,7 @@ def run(request, tmp_path_factory):
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(running, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(
-        import_module("dss_fast.searching"), "doubt", lambda draws: 0
+        import_module("dss_fast.searching"), "doubt", lambda *what: (0, "")
     )  # this is set up before the fixture that does so
     expected = find(method=request.param)
     out = stopped(tmp_path_factory.mktemp(request.param) / "run", request.param, 40 if request.param == "lion" else 5)

@@ -280,7 +280,10 @@ SHARED = dict(method=GaussNewton(**SMALL), budget=20_000, seed=3, progress=False
 
 
 def shared(rank, folder):
-    import_module("dss_fast.searching").doubt = lambda draws: 0  # as conftest.py does here; it counts as evaluations
+    import_module("dss_fast.searching").doubt = lambda *what: (
+        0,
+        "",
+    )  # as conftest.py does here; it counts
     search(Target(FLOW, SHAPE, dtype=F64), 4, **SHARED).solver.save(folder / f"{rank}.json")
 
 

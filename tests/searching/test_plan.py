@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from dss_fast import GaussNewton, Lion, Target, plan, search
-from dss_fast.searching.budget import Cost, evaluations_in
+from dss_fast.draws import Draws
+from dss_fast.searching import budget as budgets
+from dss_fast.searching.budget import Cost, Ledger, clocked, evaluations_in
 from dss_fast.searching.plan import EXPECTED, expected, gigabytes
-from dss_fast.searching.probe import CALLS
+from dss_fast.searching.probe import CALLS, clock
 
 planning, rooms = (importlib.import_module(f"dss_fast.searching.{name}") for name in ("plan", "room"))
 F64 = torch.float64
@@ -73,7 +75,41 @@ def test_what_is_no_duration_is_refused_before_any_work(limit):
 
 def test_times_in_all_units():
     cost = Cost(0.5, 0)
-    assert [evaluations_in(t, cost) for t in ("30s", "1.5 min", "2h", "10 sec")] == [60, 180, 14_400, 20]
+    assert [evaluations_in(t, cost) for t in ("30s", "1.5 min", "2h", "10 sec", "20m")] == [60, 180, 14_400, 20, 2_400]
+
+
+def test_what_is_left_of_a_time_follows_the_speed_of_the_search(monkeypatch):
+    """A search that runs at twice the speed it was planned for gets twice the evaluations, and none after the time."""
+    now, ledger = [100.0], Ledger(1_000)
+    monkeypatch.setattr(budgets.time, "monotonic", lambda: now[0])
+
+    def events():
+        for _ in range(100):
+            if not ledger.affords(40):
+                return
+            ledger.spend(40)
+            now[0] += 2
+            yield None
+
+    seen = [ledger.budget for _ in clocked(events(), ledger, "100s", began=90.0)]
+    assert seen[:2] == [1_000, 1_800]  # an event is told before its time counts
+    assert ledger.evaluations == 1_800 and ledger.budget == 1_800  # 20 a second in the 90 s from the first event on
+    assert now[0] == 190
+
+
+def test_the_clock_of_a_time_is_read_in_batches():
+    """A call of one sample alone took up to ten times as long a sample, and 2min were 20 s."""
+    rows = []
+
+    def counted(x, t):
+        rows.append(len(x))
+        return TARGET.model(x, t)
+
+    draws = Draws.of(replace(TARGET, model=counted))
+    cost = clock(draws, Cost(1e-6, 0, calls=8), True, 1e9, 64)
+    assert rows == [1, 4, 8, 16, 32, 64] and cost.calls == 8 + 3 * sum(rows) and cost.seconds <= 1e-6
+    assert clock(draws, Cost(1e-6, 0, calls=8), False, 1e9, 4).calls == 8 + 5
+    assert clock(draws, Cost(100.0, 0, calls=8), True, 120, 64).calls == 8  # nothing of what it would take is left
 
 
 def test_the_error_to_expect_is_the_table_and_falls():
