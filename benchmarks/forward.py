@@ -86,7 +86,7 @@ def show() -> None:
 
     print("| model | N |", " | ".join(f"{b:,}" for b in budgets), "|")
     print("| --- | --- |", " | ".join("---" for _ in budgets), "|")
-    for name in MODELS:
+    for name in dict.fromkeys(row["model"] for row in measured):
         for n in sorted({row["num_steps"] for row in measured}):
             cells = [" / ".join(mean(way, model=name, num_steps=n, budget=b) for way in WAYS) for b in budgets]
             print(f"| `{name}` | {n} |", " | ".join(cells), "|")

@@ -23,8 +23,8 @@ from .space import Space
 # and four samples 1.06, 3 N and four samples 1.02.
 LEAST = 4
 # Directions are 3 N: at N = 8 on the mixture of width .5 24 leave .63 of the best hand-made error, 16 leave .75. They
-# are fewer where a round of LEAST samples would take more than this part of the budget: at 1,000 evaluations 6 to 10 leave
-# .55 in the mean, a choice without rounds .58. FEWEST is the least.
+# are fewer where a round of LEAST samples would take more than this part of the budget: at 1,000 evaluations 3 N leave
+# .58 in the mean, which is a choice without rounds, and so many .53. FEWEST is the least.
 PER_STEP, SHARE, FEWEST = 3, 1 / 4, 4
 FLAT = 1e-6  # of the largest curvature: what is less is no direction
 DIFFERENCE = 0.1  # of z; 1 adds once the error of the start
