@@ -176,7 +176,9 @@ def begin(
         cost_said = planned(job, ledger.budget, cost)  # which refuses what the host cannot hold
         if progress and is_first():
             print(cost_said)
-        whole = ledger.affords(sum(look_evaluations(target) for target in draws.targets) / DOUBT_SHARE)
+        whole = from_first(
+            lambda: ledger.affords(sum(look_evaluations(target) for target in draws.targets) / DOUBT_SHARE)
+        )
         found = [doubt(one, whole) for one in draws.each]
         ledger.spend(sum(spent for spent, _ in found) if whole else 0)
         said = from_first(lambda: [text for _, text in found])

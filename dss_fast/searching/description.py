@@ -66,18 +66,20 @@ def doubt(draws: Draws, whole: bool = True) -> tuple[int, str]:
     """
     target = replace(draws.target, guidance_scale=1.0)  # a guided model is no denoiser, its branch is one
     mine = replace(draws.alone, seed=0, target=target)
-    if (not whole and _miss(mine, QUICK) <= TRUE) or (miss := _miss(mine, WHOLE)) <= TRUE:
-        return look_evaluations(target), ""
+    for look in (WHOLE,) if whole else (QUICK, WHOLE):
+        off = _miss(mine, look)
+        miss = from_first(lambda off=off: off)  # type: ignore[misc]
+        if miss <= TRUE:
+            return look_evaluations(target), ""
     named = fallen = ""
     for words, other in _others(target):
-        with suppress(Exception):  # a network may refuse times that are not its own
-            if _miss(as_other := replace(mine, target=other), QUICK) <= TRUE:
-                # What returns next to nothing, far from its own times, is a denoiser of Gaussian noise: no news.
-                if not _linear(as_other):
-                    named = words
-                    break
-                fallen = fallen or words
-    if not named and _straight(mine):
+        fits, linear = _fits(replace(mine, target=other))
+        if fits and not linear:
+            named = words
+            break
+        fallen = fallen or (words if fits else "")
+    straight = not named and _straight(mine)
+    if from_first(lambda: straight):
         return look_evaluations(target), ""
     cause = f"with {named or fallen} all would be in order" if named or fallen else "no description near it does better"
     text = (
@@ -100,8 +102,21 @@ def samples_of(target: Target) -> int:
     return min(max(SAMPLES, math.ceil(NUMBERS / math.prod(target.shape))), MOST)
 
 
+def _fits(draws: Draws) -> tuple[bool, bool]:
+    """Whether a model is one of another description, and whether its end states are its noise in another scale: what
+    returns next to nothing, far from its own times, is a denoiser of Gaussian noise, and no news.
+
+    A network may refuse times that are not its own. The first process's answer counts.
+    """
+    fits = linear = False
+    with suppress(Exception):
+        fits = _miss(draws, QUICK) <= TRUE
+        linear = fits and _linear(draws)
+    return from_first(lambda: (fits, linear))
+
+
 def _miss(draws: Draws, look: tuple[int, int]) -> float:
-    """The root mean square of both correlations; Inf where the model diverges. The first process's counts."""
+    """The root mean square of both correlations; Inf where the model diverges."""
     with suppress(FloatingPointError):
         batch, ends = _ends(draws, look[0])
         parts = []
@@ -114,8 +129,8 @@ def _miss(draws: Draws, look: tuple[int, int]) -> float:
                 found += torch.stack([(a.double() * b).sum().cpu() for a, b in pairs])
             parts += [min(abs(float(found[i] / found[i + 1])), WORST) for i in (0, 2)]
         value = math.sqrt(sum(part * part for part in parts) / len(parts)) if len(parts) > len(LEVELS) else math.inf
-        return from_first(lambda: value if math.isfinite(value) else math.inf)
-    return from_first(lambda: math.inf)
+        return value if math.isfinite(value) else math.inf
+    return math.inf
 
 
 def _straight(draws: Draws) -> bool:
@@ -128,15 +143,15 @@ def _straight(draws: Draws) -> bool:
             x0, epsilon = _estimates(batch, alpha * ends.double() + sigma * batch.noise.double(), u, alpha, sigma)
             for estimate, truth in ((x0, ends.double()), (epsilon, batch.noise.double())):
                 errors.append(float((estimate - truth).square().mean() / truth.square().mean()))
-        return from_first(lambda: bool(errors) and math.sqrt(sum(errors) / len(errors)) <= STRAIGHT)
-    return from_first(lambda: False)
+        return bool(errors) and math.sqrt(sum(errors) / len(errors)) <= STRAIGHT
+    return False
 
 
 def _linear(draws: Draws) -> bool:
     """Whether end states are the noise in another scale."""
     batch, ends = _ends(draws, QUICK[0])
     x, z = ends.double().flatten(), batch.noise.double().flatten()
-    return from_first(lambda: float(x @ z / (x.norm() * z.norm())) > LINEAR)
+    return float(x @ z / (x.norm() * z.norm())) > LINEAR
 
 
 def _ends(draws: Draws, calls: int) -> tuple[Samples, Tensor]:
