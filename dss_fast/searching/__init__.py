@@ -166,8 +166,9 @@ def begin(
         if cost.recomputed:
             until_the_end.enter_context(recomputing(draws.targets))
     if checkpoint is None:
-        if isinstance(job.budget, str):
-            clocks = [clock(one, cost, job.differentiated, seconds_in(job.budget), CLOCKED) for one in draws.each]
+        time = from_first(lambda: seconds_in(job.budget) if isinstance(job.budget, str) else None)
+        if time is not None:
+            clocks = [clock(one, cost, job.differentiated, time, CLOCKED) for one in draws.each]
             seconds, spent = sum(one.seconds for one in clocks), sum(one.calls - cost.calls for one in clocks)
             cost = replace(cost, seconds=seconds / len(clocks), calls=cost.calls + spent)
         ledger.spend_once("probe", cost.calls or looks)

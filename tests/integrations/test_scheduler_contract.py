@@ -153,7 +153,9 @@ def names_what_step_takes(a):
     """Kandinsky's pipelines pass it by name, 91 look for eta and generator, InvokeAI for the rest."""
     parameters = list(inspect.signature(a.ours.step).parameters)
     assert parameters[:5] == ["model_output", "timestep", "sample", "generator", "return_dict"]
-    assert inspect.signature(a.ours.step).parameters["eta"].default == 0  # pipelines that look for it pass it; what is no 0 is refused
+    assert (
+        inspect.signature(a.ours.step).parameters["eta"].default == 0
+    )  # pipelines that look for it pass it; what is no 0 is refused
     a.ours.set_timesteps(N)
     t, x = a.ours.timesteps[0], noise()
     scaled = a.ours.scale_model_input(x, t)
