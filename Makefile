@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY ?= passive
 # Where there is a compiler, code that does not compile stops make here: the tests would pass on the reference alone.
 export DSS_FAST_REQUIRE_EXTENSION ?= $(shell command -v c++ 2>/dev/null)
 
-.PHONY: demo test test-slow test-fast bench lint docs venv clean
+.PHONY: demo test test-slow test-huge test-fast bench lint docs venv clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.mnist.demo --out out
@@ -27,7 +27,10 @@ test: $(VENV)/.test
 	$(PYTEST)
 
 test-slow: $(VENV)/.test
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not huge"
+
+test-huge: $(VENV)/.test
+	$(PYTEST) -m huge -n 0
 
 test-fast: $(VENV)/.test
 	$(PYTEST) -m "fast and not slow"
