@@ -67,7 +67,7 @@ class Stale(Space):
         for k in range(self.num_steps):
             taken[k, max(j for j in self.guided_steps or (0,) if j <= k)] = 1
         steps = self.guided_steps
-        return {**found, "guided_steps": steps, "guidance_coeffs": None if steps is None else found["coeffs"] @ taken}
+        return replace(found, guided_steps=steps, guidance_coeffs=None if steps is None else found.coeffs @ taken)
 
 
 def replace_steps(space):

@@ -437,6 +437,12 @@ def from_dict(data: Mapping[str, Any]) -> Schedule:
         raise ValueError(f"schedule.{error}") from None
 
 
+def check_schedule(schedule: Any) -> None:
+    """Raises ValueError for what is no schedule, or the class of one."""
+    if isinstance(schedule, type) or not hasattr(schedule, "alpha_sigma"):
+        raise ValueError(f"schedule={schedule!r}: give a schedule, as in Flow() or VP()")
+
+
 def default_schedule(family: str) -> Schedule:
     """The schedule of the published tables of a family: ``Flow()`` or ``VP()``."""
     return Flow() if family == "flow" else VP()

@@ -13,17 +13,19 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import hub
 from . import schedule as schedules
 from .files import read_json, shortened, write_json
-from .schedule import LARGEST_SHIFT, DiscreteVP, Flow, Schedule, default_schedule, path_difference
+from .schedule import LARGEST_SHIFT, DiscreteVP, Flow, Schedule, check_schedule, default_schedule, path_difference
+from .tensors import SolverTensors
 from .x0form import X0Form
 
 FORMAT = "dss_fast.solver"
@@ -79,8 +81,7 @@ class Solver:
         for key in ("name", "source"):
             if not isinstance(getattr(self, key), str):
                 raise ValueError(f"{key}: must be a string, got {getattr(self, key)!r}")
-        if isinstance(self.schedule, type) or not hasattr(self.schedule, "alpha_sigma"):
-            raise ValueError(f"schedule={self.schedule!r}: give a schedule, as in Flow() or VP()")
+        check_schedule(self.schedule)
         if not isinstance(self.free_rows, bool):
             raise ValueError(f"free_rows={self.free_rows!r}: must be true or false")
         if not isinstance(self.provenance, Mapping):
@@ -170,12 +171,20 @@ class Solver:
         """The N differences of ``timesteps``."""
         return tuple(b - a for a, b in pairwise(self.timesteps))
 
-    def tensors(self) -> dict[str, Any]:
-        """What ``StepTable.build`` takes: float64 tensors, guided_steps as they are, None where there are none."""
-        keys = ("timesteps", "coeffs", "noise_coeffs", "network_timesteps", "guidance_coeffs")
-        values = {key: getattr(self, key) for key in keys}
-        tensors = {k: None if v is None else torch.tensor(v, dtype=torch.float64) for k, v in values.items()}
-        return {**tensors, "guided_steps": self.guided_steps}
+    def tensors(self) -> SolverTensors:
+        """Its numbers as float64 tensors."""
+
+        def tensor(value: Any) -> Tensor | None:
+            return None if value is None else torch.tensor(value, dtype=torch.float64)
+
+        return SolverTensors(
+            torch.tensor(self.timesteps, dtype=torch.float64),
+            torch.tensor(self.coeffs, dtype=torch.float64),
+            tensor(self.noise_coeffs),
+            tensor(self.network_timesteps),
+            self.guided_steps,
+            tensor(self.guidance_coeffs),
+        )
 
     def on(self, schedule: Schedule | None, *, strict: bool = True) -> Schedule:
         """The schedule to run on for a model with this one (None: the solver's own).
@@ -185,6 +194,7 @@ class Solver:
         """
         if schedule is None or schedule is self.schedule:
             return self.schedule
+        check_schedule(schedule)
         if schedule.family != self.family:
             raise ValueError(
                 f"{self.label} is for {self.family} models, the schedule is {schedule.family}; "
@@ -216,36 +226,26 @@ class Solver:
         if isinstance(k, bool) or not isinstance(k, int | float) or not 1 / LARGEST_SHIFT <= k <= LARGEST_SHIFT:
             raise ValueError(f"k={k!r}: give a number from {1 / LARGEST_SHIFT:g} to {LARGEST_SHIFT:g}, 1 for no change")
         schedule = self.schedule if schedule is None else schedule
+        check_schedule(schedule)
         if k == 1 and schedule == self.schedule:
             return self
-        form = X0Form.of(self.schedule, **self.tensors()).moved(k)
-        found = (form if schedule.family == self.family else form.told_its_own()).numbers(schedule)
-        if not bool((found["timesteps"].diff() > 0).all()):
+        form = X0Form.of(self.schedule, self.tensors()).moved(k)
+        found = (form if schedule.family == self.family else form.told_its_own()).tensors(schedule)
+        if not bool((found.timesteps.diff() > 0).all()):
             raise ValueError(
                 f"{self.label} for data {k:g} times as large: some of its noise levels lie beyond those of "
                 f"{schedule!r}, which has room for fewer steps; choose a smaller k, or a table of fewer steps"
             )
-        coeffs = found["coeffs"]
-        short = coeffs.sum(1) - 1
-        shares = found["guidance_coeffs"]  # a velocity's constant difference is none of the clean prediction
-        free = bool((short.abs() > ROUNDING).any()) or shares is not None
-        coeffs = coeffs if free else coeffs - torch.diag(short)
-        numbers: dict[str, Any] = {
-            key: None if value is None else value.tolist() for key, value in (found | {"coeffs": coeffs}).items()
-        }
+        short = found.coeffs.sum(1) - 1
+        # A velocity's constant difference is none of the clean prediction.
+        free = bool((short.abs() > ROUNDING).any()) or found.guidance_coeffs is not None
+        found = found if free else replace(found, coeffs=found.coeffs - torch.diag(short))
         base, at, before = self.name.partition("@shift")
         factor = k * float(before) if at and re.fullmatch(r"[0-9.]+", before) else k
         name = f"{base}@shift{factor:g}" if base and k != 1 else self.name
         provenance = {**self.provenance, "moved": k * self.provenance.get("moved", 1.0)}
-        return Solver(
-            schedule=schedule,
-            name=name,
-            source=self.source,
-            provenance=provenance,
-            free_rows=free,
-            guided_steps=self.guided_steps,
-            **numbers,
-        )
+        about: dict[str, Any] = {"name": name, "source": self.source, "provenance": provenance, "free_rows": free}
+        return Solver(schedule=schedule, **about, **found.fields())
 
     def following(self, schedule: Schedule | None) -> Solver:
         """The table for a model with this schedule (None: its own): itself on its own path, moved along where the two

@@ -25,6 +25,7 @@ from torch import Tensor
 from .modes import kept, traced
 from .schedule import Schedule
 from .solver import Solver
+from .tensors import SolverTensors
 
 A, P, Q, GUIDANCE, HISTORY = range(5)  # the columns of a row; from HISTORY on they weigh the history
 CACHED = 128  # tables kept, a few kilobytes each
@@ -48,40 +49,27 @@ class StepTable:
     both: tuple[bool, ...] | None = None
 
     @classmethod
-    def build(
-        cls,
-        schedule: Schedule,
-        timesteps: Tensor,
-        coeffs: Tensor,
-        *,
-        noise_coeffs: Tensor | None = None,
-        network_timesteps: Tensor | None = None,
-        guided_steps: Sequence[int] | None = None,
-        guidance_coeffs: Tensor | None = None,
-        guidance: Guidance | None = 1.0,
-    ) -> StepTable:
+    def build(cls, schedule: Schedule, numbers: SolverTensors, guidance: Guidance | None = 1.0) -> StepTable:
         """The table of any numbers, float64, differentiable in timesteps (its two ends are fixed) and coefficients.
 
-        timesteps: (N + 1,) u from 0 to 1. coeffs: (N, N), lower triangular. noise_coeffs: (N,) weights on the initial
-        noise, scaled by b like the rest. network_timesteps: (N,) u to call the network at, if not the solver's own.
-        guided_steps, guidance_coeffs: which steps call both branches, and V (N, N), lower triangular. None: all, and c.
         guidance: see :meth:`guided`. At the number 1 there is no difference to weigh, and V is left out. None: the
             scale is filled in later.
         """
+        timesteps, coeffs, noise = numbers.timesteps, numbers.coeffs, numbers.noise_coeffs
         alone = isinstance(guidance, int | float) and guidance == 1
         u = torch.cat([timesteps[:1].detach(), timesteps[1:-1], timesteps[-1:].detach()]).double()
         a, b = schedule.transition(u)
         p, q = schedule.prediction(u[:-1])
         columns = [torch.stack([a, p, q, torch.ones_like(a)], 1), b[:, None] * torch.tril(coeffs.double())]
-        if noise_coeffs is not None:
-            columns.append((b * noise_coeffs.double())[:, None])
-        both = None
-        if guided_steps is not None and guidance_coeffs is not None and not alone:
-            both = tuple(i in guided_steps for i in range(len(b)))
+        if noise is not None:
+            columns.append((b * noise.double())[:, None])
+        both, steps, shares = None, numbers.guided_steps, numbers.guidance_coeffs
+        if steps is not None and shares is not None and not alone:
+            both = tuple(i in steps for i in range(len(b)))
             called = torch.tensor(both, dtype=torch.float64, device=b.device)
-            columns += [torch.zeros_like(b)[:, None]] if noise_coeffs is None else []
-            columns.append(b[:, None] * torch.tril(guidance_coeffs.double() - coeffs.double() * called))
-        times = schedule.time(u[:-1] if network_timesteps is None else network_timesteps)
+            columns += [torch.zeros_like(b)[:, None]] if noise is None else []
+            columns.append(b[:, None] * torch.tril(shares.double() - coeffs.double() * called))
+        times = schedule.time(u[:-1] if numbers.network_timesteps is None else numbers.network_timesteps)
         table = cls(torch.cat(columns, 1)[None], times, both)
         return table if alone or guidance is None else table.guided(guidance)
 
@@ -281,7 +269,7 @@ def _made(
 ) -> StepTable:
     """The same on the CPU."""
     solver = solver.following(schedule) if strict else solver
-    table = StepTable.build(solver.on(schedule, strict=False), **solver.tensors(), guidance=guidance)
+    table = StepTable.build(solver.on(schedule, strict=False), solver.tensors(), guidance)
     table = table.to("cpu", real)
     sound = table.weights.isfinite().flatten(2).all(2)[0] & table.times.isfinite()
     if not bool(sound.all()):

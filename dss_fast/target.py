@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .denoiser import Denoiser
 from .files import shortened
 from .modes import on_host
-from .schedule import Schedule
+from .schedule import Schedule, check_schedule
 
 Model = Callable[..., Any]
 
@@ -76,8 +76,8 @@ class Target:
             if not shape or not all(isinstance(size, int) and size > 0 for size in shape):
                 raise ValueError(f"shape={self.shape!r}: give the sizes of one sample, as in (3, 32, 32)")
             set_("shape", shape)
-        if self.schedule is not None and (isinstance(self.schedule, type) or not hasattr(self.schedule, "alpha_sigma")):
-            raise ValueError(f"schedule={self.schedule!r}: give a schedule, as in Flow() or VP()")
+        if self.schedule is not None:
+            check_schedule(self.schedule)
         if self.noise is not None and not callable(self.noise):
             raise ValueError(f"noise={type(self.noise).__name__}: give a function noise(n, generator) -> (n, *shape)")
         if self.checkpointing is not None and not callable(self.checkpointing):

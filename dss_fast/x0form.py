@@ -10,14 +10,13 @@ This is the resolution shift of SD3 and FLUX (arXiv 2403.03206, section 5.3.2) w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .schedule import Schedule, inverse
+from .tensors import SolverTensors
 
 ZERO = 1e-12  # what float64 leaves of a weight of 0 comes to less
 
@@ -31,46 +30,39 @@ class X0Form:
     and to first order what is predicted from noise is the mean and the covariance times alpha/sigma^2.
     weights: (N, N) lower triangle, row i holds A of x_{i+1} over alpha where it is seen; a row sums to 1 where a
     constant prediction is met. excess: (N,) by how much the noise in x_{i+1} exceeds sigma there, over alpha.
-    shares: (N, N) like weights, of B, for a table that weighs the differences of the branches by a second triangle.
+    guided_steps: as the solver's. shares: (N, N) like weights, of B, for a table that weighs the differences of the
+    branches by a second triangle.
     """
 
     own: Tensor
     told: Tensor
     weights: Tensor
     excess: Tensor
+    guided_steps: tuple[int, ...] | None = None
     shares: Tensor | None = None
 
     @classmethod
-    def of(
-        cls,
-        schedule: Schedule,
-        timesteps: Tensor,
-        coeffs: Tensor,
-        noise_coeffs: Tensor | None = None,
-        network_timesteps: Tensor | None = None,
-        guided_steps: Sequence[int] | None = None,
-        guidance_coeffs: Tensor | None = None,
-    ) -> X0Form:
-        """The form of a table, the numbers that ``StepTable.build`` takes."""
-        n, u = len(coeffs), timesteps
-        told = u[:-1] if network_timesteps is None else network_timesteps
+    def of(cls, schedule: Schedule, numbers: SolverTensors) -> X0Form:
+        """The form of a table on its path."""
+        n, u, told = len(numbers.coeffs), numbers.timesteps, numbers.told
         a, b = schedule.transition(u)
         r, s = _clean(schedule, u[:-1], told)
-        weights = b[:, None] * torch.tril(coeffs)
+        weights = b[:, None] * torch.tril(numbers.coeffs)
         # x_{i+1} - a_i x_i - sum_j w_ij (-r_j / s_j) x_j = sum_j w_ij / s_j D_j + n_i eps
         left, right = torch.eye(n + 1, dtype=u.dtype), torch.zeros(n + 1, n + 1, dtype=u.dtype)
         left[1:, :-1] = left[1:, :-1] + weights * (r / s) - torch.diag(a)
         right[0, 0] = 1
         right[1:, 1:] = weights / s
-        if noise_coeffs is not None:
-            right[1:, 0] = b * noise_coeffs
+        if numbers.noise_coeffs is not None:
+            right[1:, 0] = b * numbers.noise_coeffs
         states = torch.linalg.solve_triangular(left, right, upper=False, unitriangular=True)[1:]
         alpha, sigma = schedule.alpha_sigma(_seen(u, told))
         levels = torch.cat([_levels(schedule, told[:1], 2), _levels(schedule, told[1:])])
-        form = cls(_levels(schedule, u), levels, states[:, 1:] / alpha[:, None], (states[:, 0] - sigma) / alpha)
-        if guidance_coeffs is None:
+        own, weights = _levels(schedule, u), states[:, 1:] / alpha[:, None]
+        form = cls(own, levels, weights, (states[:, 0] - sigma) / alpha, numbers.guided_steps)
+        if numbers.guidance_coeffs is None:
             return form
-        added = torch.cat([right.new_zeros(1, n), b[:, None] * torch.tril(guidance_coeffs) / s])
+        added = torch.cat([right.new_zeros(1, n), b[:, None] * torch.tril(numbers.guidance_coeffs) / s])
         parts = torch.linalg.solve_triangular(left, added, upper=False, unitriangular=True)[1:]
         return replace(form, shares=parts / alpha[:, None])
 
@@ -82,8 +74,8 @@ class X0Form:
         """With the first call told the time of its state, wherever the path begins."""
         return replace(self, told=torch.cat([self.told.new_full((1,), torch.inf), self.told[1:]]))
 
-    def numbers(self, schedule: Schedule) -> dict[str, Any]:
-        """timesteps, coeffs, noise_coeffs, network_timesteps on a path; levels beyond its ends are brought back."""
+    def tensors(self, schedule: Schedule) -> SolverTensors:
+        """The table's numbers on a path; levels beyond its ends are brought back."""
         n = len(self.told)
         u, first, told = _at(schedule, self.own), _at(schedule, self.told[:1], 2), _at(schedule, self.told[1:])
         told = torch.cat([first, told])
@@ -105,13 +97,14 @@ class X0Form:
             parts = torch.cat([u.new_zeros(1, n), alpha[:, None] * self.shares])
             left_over = (parts[1:] - a[:, None] * parts[:-1]) / b[:, None] + coeffs @ ((r / s)[:, None] * parts[:-1])
             shared = torch.tril(left_over * s)
-        return {
-            "timesteps": u,
-            "coeffs": coeffs,
-            "noise_coeffs": noise if bool((noise.abs() > ZERO).any()) else None,
-            "network_timesteps": told if bool(((told - u[:-1]).abs() > ZERO).any()) else None,
-            "guidance_coeffs": shared,
-        }
+        return SolverTensors(
+            u,
+            coeffs,
+            noise if bool((noise.abs() > ZERO).any()) else None,
+            told if bool(((told - u[:-1]).abs() > ZERO).any()) else None,
+            self.guided_steps,
+            shared,
+        )
 
 
 def _seen(u: Tensor, told: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def inputs(rows=3, dtype=torch.float32):
 def by_hand(solver, x, y, scale):
     """y^c and d as histories of their own, as the mathematics is written."""
     numbers, schedule = solver.tensors(), solver.schedule
-    u, first = numbers["timesteps"], x
+    u, first = numbers.timesteps, x
     (a, b), (p, q), times = schedule.transition(u), schedule.prediction(u[:-1]), schedule.time(u[:-1])
     predictions, differences = [], {}
     for i in range(solver.num_steps):
@@ -70,8 +70,8 @@ def by_hand(solver, x, y, scale):
         if i in solver.guided_steps:
             differences[i] = q[i] * (scale - 1) * (cond - model(x, t, 0 * y))
         predictions.append(p[i] * x + q[i] * cond)
-        row = sum(numbers["coeffs"][i, j] * predictions[j] for j in range(i + 1)) + numbers["noise_coeffs"][i] * first
-        row = row + sum(numbers["guidance_coeffs"][i, j] * d for j, d in differences.items())
+        row = sum(numbers.coeffs[i, j] * predictions[j] for j in range(i + 1)) + numbers.noise_coeffs[i] * first
+        row = row + sum(numbers.guidance_coeffs[i, j] * d for j, d in differences.items())
         x = a[i] * x + b[i] * row
     return x
 
@@ -287,9 +287,9 @@ def test_theta_holds_the_second_triangle():
     space = Space("noise", solver.schedule, 5, guided_steps=STEPS)
     assert space.sizes() == [5, 10, 5, len(free_places(5, STEPS)[0]), 0]
     back = space.solver(space.theta(solver))
-    torch.testing.assert_close(back.tensors()["guidance_coeffs"], solver.tensors()["guidance_coeffs"])
+    torch.testing.assert_close(back.tensors().guidance_coeffs, solver.tensors().guidance_coeffs)
     assert back.guided_steps == STEPS
-    with pytest.raises(ValueError, match="give calls=8"):
+    with pytest.raises(ValueError, match="as many calls: calls=8"):
         Space("noise", solver.schedule, 5).theta(solver)
 
 
@@ -468,4 +468,4 @@ def test_what_the_form_finds_is_in_the_space():
         assert solver.guided_calls == 8
         steps = replace(space, guided_steps=solver.guided_steps)
         again = steps.solver(steps.theta(solver))
-        torch.testing.assert_close(again.tensors()["guidance_coeffs"], solver.tensors()["guidance_coeffs"])
+        torch.testing.assert_close(again.tensors().guidance_coeffs, solver.tensors().guidance_coeffs)

@@ -88,11 +88,11 @@ def test_a_searched_table_stays_in_its_space(k):
     space = Space("noise+start", Flow(), 5)
     moved = solver.moved(k)
     back = space.solver(space.theta(moved))
-    for key, value in moved.tensors().items():
-        torch.testing.assert_close(back.tensors()[key], value, rtol=1e-9, atol=1e-9)
+    for key, value in vars(moved.tensors()).items():
+        torch.testing.assert_close(getattr(back.tensors(), key), value, rtol=1e-9, atol=1e-9)
     returned = moved.moved(1 / k)
-    for key, value in solver.tensors().items():
-        torch.testing.assert_close(returned.tensors()[key], value, rtol=1e-9, atol=1e-9)
+    for key, value in vars(solver.tensors()).items():
+        torch.testing.assert_close(getattr(returned.tensors(), key), value, rtol=1e-9, atol=1e-9)
     assert returned.provenance["moved"] == pytest.approx(1)
 
 
@@ -100,7 +100,7 @@ def test_the_first_call_of_a_searched_table_says_a_constant_exactly():
     """Rows of the space sum to one in x0 predictions, where those of the velocities do not."""
     solver = away(find_solver("ab2/5", Flow()))
     assert solver.free_rows and solver.network_timesteps[0] > 0
-    form = X0Form.of(Flow(), **solver.tensors())
+    form = X0Form.of(Flow(), solver.tensors())
     torch.testing.assert_close(form.weights.sum(1), torch.ones(5, dtype=F64), rtol=1e-12, atol=1e-12)
 
 
@@ -123,7 +123,7 @@ def test_a_table_follows_the_shift_of_its_model():
     solver, model, noise = find_solver("sit-xl-2-256/8"), mixture(), torch.randn(4, 6, dtype=F64)
     followed = solver.following(Flow(shift=3.0))
     assert followed.schedule == Flow(shift=3.0)
-    torch.testing.assert_close(followed.tensors()["timesteps"], solver.tensors()["timesteps"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(followed.tensors().timesteps, solver.tensors().timesteps, rtol=0, atol=1e-12)
     found = sample(Larger(model, 3.0), noise, solver, schedule=Flow(shift=3.0))
     assert apart(found, 3 * sample(model, noise, solver)) < 1e-12
     assert solver.following(Flow()) is solver.following(None) is solver

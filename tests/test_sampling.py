@@ -27,7 +27,7 @@ def model(x, t, y=None, strength=1.0):
 
 def by_hand(solver, schedule, x, network, guidance=1.0):
     """The definition, written out."""
-    table = StepTable.build(schedule, **solver.tensors(), guidance=guidance)
+    table = StepTable.build(schedule, solver.tensors(), guidance)
     weights, times = table.weights, table.times
     first, history = x, []
     for i in range(solver.num_steps):

@@ -9,6 +9,7 @@ import torch
 from dss_fast import VP, DiscreteVP, Flow, Target, compare, handmade, sample, search
 from dss_fast.schedule import PREDICTION_TYPES, Grid
 from dss_fast.table import StepTable
+from dss_fast.tensors import SolverTensors
 
 pytestmark = pytest.mark.fast
 U = torch.linspace(0, 1, 11, dtype=torch.float64)
@@ -105,7 +106,7 @@ def test_weights_are_differentiable_and_finite(schedule):
     u = torch.tensor([0, 0.2, 0.55, 1.0], dtype=torch.float64, requires_grad=True)
     c = torch.tril(torch.randn(3, 3, dtype=torch.float64)).requires_grad_()
     noise = torch.randn(3, dtype=torch.float64, requires_grad=True)
-    table = StepTable.build(schedule, u, c, noise_coeffs=noise)
+    table = StepTable.build(schedule, SolverTensors(u, c, noise))
     weights, times = table.weights, table.times
     assert weights.shape == (1, 3, 8) and times.shape == (3,)
     for gradient in torch.autograd.grad(weights.square().sum() + times.sum(), (u, c, noise)):
@@ -116,7 +117,7 @@ def test_weights_are_differentiable_and_finite(schedule):
     rows = c.detach().requires_grad_()
 
     def flat(i, c):
-        table = StepTable.build(schedule, torch.cat([ends[:1], i, ends[1:]]), c)
+        table = StepTable.build(schedule, SolverTensors(torch.cat([ends[:1], i, ends[1:]]), c))
         return table.weights, table.times
 
     assert torch.autograd.gradcheck(flat, (inner, rows))
@@ -130,7 +131,7 @@ def test_guidance_shapes():
         (torch.ones(4, 1), 4),
         (torch.ones(4, 2), 4),
     ):
-        weights = StepTable.build(Flow(), u, c, guidance=scale).weights
+        weights = StepTable.build(Flow(), SolverTensors(u, c), scale).weights
         assert weights.shape == (rows, 2, 6)
         assert torch.equal(weights[0, :, 3], torch.as_tensor(scale).double().expand(rows, 2)[0])
 

@@ -143,6 +143,10 @@ def prepare(
     **description: Any,
 ) -> Job:
     """The arguments of ``search`` as a Job. Raises ValueError naming what does not fit."""
+    targets = targets_of(target, **description)
+    for one in targets if calls is not None else ():
+        if not one.guided:
+            raise ValueError(f"calls={calls!r}: {one.name} has no guidance, so its calls are its steps: num_steps")
     guided = None if calls is None else splits(_calls(calls), None if num_steps is None else _steps(num_steps))
     if num_steps is None and guided is None:
         raise ValueError("give num_steps, as in search(target, 10), or calls, as in search(target, calls=11)")
@@ -154,7 +158,6 @@ def prepare(
         evaluations_in(budget, Cost(1.0, 0))  # what is no duration is refused before any work
     elif budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
         raise ValueError(f"budget={budget!r}: give a whole number from 1, or a time such as '20min'")
-    targets = targets_of(target, **description)
     if any(one.shape is None for one in targets):
         raise ValueError("the shape of one sample is not known: give it, as in search(Target(model, (4, 32, 32)), 10)")
     if isinstance(settings, GaussNewton):
@@ -162,12 +165,8 @@ def prepare(
             raise ValueError("select='features' needs features, samples -> (B, F), of each target: give all of them")
     elif len(targets) > 1:
         raise ValueError(f"method={settings.name!r} takes one target, not {len(targets)}; use 'gauss_newton'")
-    if guided is not None:
-        for one in targets:
-            if not one.guided:
-                raise ValueError(f"calls={calls!r}: {one.name} has no guidance, so its calls are its steps: num_steps")
-        if not isinstance(settings, GaussNewton):
-            raise ValueError(f"calls={calls!r}: method={settings.name!r} calls both branches at all steps")
+    if guided is not None and not isinstance(settings, GaussNewton):
+        raise ValueError(f"calls={calls!r}: method={settings.name!r} calls both branches at all steps")
     if isinstance(seed, torch.Generator):
         seed = int(torch.randint(2**62, (1,), generator=seed, device=seed.device))
     if isinstance(seed, bool) or not isinstance(seed, int):

@@ -104,7 +104,7 @@ class Recipe:
         table = point.space.table(point.theta, batch.guidance).to(batch.noise.device, batch.noise.dtype)
         states = unroll(batch.denoiser(None), batch.noise, table.weights, table.times, memory_budget=self.room.graphs)
         last = trajectory.shape[1] - 1
-        timesteps = point.space.numbers(point.theta.detach())["timesteps"]
+        timesteps = point.space.numbers(point.theta.detach()).timesteps
         nearest = (timesteps[1:] * last).round().long().clamp(0, last).to(trajectory.device)
         real = torch.promote_types(states.dtype, torch.float32)
         difference = (states - sent(trajectory[:, nearest], states.device)).to(real)

@@ -36,7 +36,7 @@ def directions(space: Space, theta: Tensor) -> Tensor:
     """d phi / d theta, (2 N + N (N + 1) / 2, P)."""
 
     def phi(theta: Tensor) -> Tensor:
-        return coordinates(X0Form.of(space.schedule, **space.numbers(theta)))
+        return coordinates(X0Form.of(space.schedule, space.numbers(theta)))
 
     raws, triangle, noise, shares, times = theta.split(space.sizes())
     beside = torch.cat([raws, triangle, noise, shares, times.clamp_min(LEAST)])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..schedule import Schedule
-from ..solver import Solver
+from ..solver import ROW_SUM_TOLERANCE, Solver
 from ..table import Guidance, StepTable
+from ..tensors import SolverTensors
 
 SPACES = {
     "plain": (),
@@ -71,16 +71,14 @@ class Space:
         table, n = solver.tensors(), self.num_steps
         _, _, noise, _, times = self.sizes()
         if solver.guided_steps != self.guided_steps:
+            its, ours = ("all" if steps is None else steps for steps in (solver.guided_steps, self.guided_steps))
             raise ValueError(
-                f"{solver.label} calls the unconditional branch at steps {solver.guided_steps}, this search at "
-                f"{self.guided_steps}, where None means all of them; give calls={solver.guided_calls}"
+                f"{solver.label} calls the unconditional branch at steps {its}, this search at {ours}; start from "
+                f"another table, or search with as many calls: calls={solver.guided_calls}"
             )
         zero = torch.zeros(n, dtype=torch.float64)
-        timesteps, coeffs = table["timesteps"], table["coeffs"]
-        assert timesteps is not None and coeffs is not None
-        own = timesteps[:-1]
-        called = own if table["network_timesteps"] is None else table["network_timesteps"]
-        steps, shares = self.guided_steps, table["guidance_coeffs"]
+        timesteps, coeffs, own, called = table.timesteps, table.coeffs, table.timesteps[:-1], table.told
+        steps, shares = self.guided_steps, table.guidance_coeffs
         if times:
             gain = self._gain(called)
             coeffs = torch.cat([coeffs[:, :1] / gain, coeffs[:, 1:]], 1)
@@ -102,7 +100,7 @@ class Space:
             raise ValueError(
                 f"{solver.label} weighs differences by rows that do not sum to 1, as moved tables do; start elsewhere"
             )
-        weights = zero if table["noise_coeffs"] is None else table["noise_coeffs"]
+        weights = zero if table.noise_coeffs is None else table.noise_coeffs
         parts = [
             (timesteps.diff() * n).log(),
             coeffs[self._places()],
@@ -120,9 +118,8 @@ class Space:
             return False
         return True
 
-    def numbers(self, theta: Tensor) -> dict[str, Any]:
-        """timesteps, coeffs, noise_coeffs, network_timesteps, guided_steps, guidance_coeffs: what ``StepTable.build``
-        takes, differentiable."""
+    def numbers(self, theta: Tensor) -> SolverTensors:
+        """The table's numbers, differentiable."""
         n = self.num_steps
         raws, triangle, noise, shares, times = theta.split(self.sizes())
         u = _timesteps(raws)
@@ -134,14 +131,7 @@ class Space:
             gain = self._gain(called)
             coeffs = torch.cat([coeffs[:, :1] * gain, coeffs[:, 1:]], 1)
             shared = None if shared is None else torch.cat([shared[:, :1] * gain, shared[:, 1:]], 1)
-        return {
-            "timesteps": u,
-            "coeffs": coeffs,
-            "noise_coeffs": noise if len(noise) else None,
-            "network_timesteps": called,
-            "guided_steps": self.guided_steps,
-            "guidance_coeffs": shared,
-        }
+        return SolverTensors(u, coeffs, noise if len(noise) else None, called, self.guided_steps, shared)
 
     def noise(self, theta: Tensor) -> Tensor:
         """The weights on the noise, a view of theta; empty where the space has none."""
@@ -150,20 +140,17 @@ class Space:
 
     def table(self, theta: Tensor, guidance: Guidance | None = 1.0) -> StepTable:
         """The table that steps read, float64, differentiable; None: with a scale to be filled in."""
-        return StepTable.build(self.schedule, **self.numbers(theta), guidance=guidance)
+        return StepTable.build(self.schedule, self.numbers(theta), guidance)
 
     def solver(self, theta: Tensor) -> Solver:
         """The table as a Solver."""
-        found = self.numbers(theta).items()
-        numbers: dict[str, Any] = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in found}
-        return Solver(schedule=self.schedule, free_rows=True, **numbers)
+        numbers = self.numbers(theta)
+        free = bool(((numbers.coeffs.sum(1) - 1).abs() > ROW_SUM_TOLERANCE).any())
+        return Solver(schedule=self.schedule, free_rows=free, **numbers.fields())
 
     def targets(self, theta: Tensor) -> Tensor:
         """(N,) the u whose teacher state x_1..x_N should meet: where the network sees it, and 1."""
-        numbers = self.numbers(theta)
-        seen = numbers["network_timesteps"]
-        seen = numbers["timesteps"][:-1] if seen is None else seen
-        return torch.cat([seen[1:], theta.new_ones(1)])
+        return torch.cat([self.numbers(theta).told[1:], theta.new_ones(1)])
 
     def jacobian(self, theta: Tensor) -> Tensor:
         """(N (4 + K) + N + N, P): d(weights, times, targets)/d theta, each flattened."""

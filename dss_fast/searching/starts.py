@@ -22,8 +22,10 @@ from ..rivals import handmade_tables
 from ..schedule import Schedule
 from ..solver import Solver
 from ..table import StepTable
+from ..target import Samples
 from ..unroll import Rollout
 from .budget import Ledger
+from .room import Room
 from .teacher import Teacher
 
 LOST = 1e30  # the error of a table that diverges to NaN or Inf
@@ -126,20 +128,7 @@ def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solv
             for number, rows, places in _parts(sizes[t], slice(count, wanted), draws):
                 batch, trajectory = teacher[t + targets * number]
                 for k, solver in enumerate(left):
-                    parts: list[Tensor] = []
-                    for part in teacher.room.over(rows):
-                        with part as some:
-                            samples = batch.rows(some)
-                            noise, guidance = samples.noise, samples.guidance
-                            table = StepTable.of(solver, guidance=guidance, dtype=noise.dtype, device=noise.device)
-                            weights, times, both = table.weights, table.times, table.both
-                            try:
-                                run = Rollout(samples.denoiser(), noise, weights, times, both=both, wrt=())
-                                error = squares(run.states[:, -1], trajectory.last[some])
-                            except FloatingPointError:
-                                error = torch.full((len(samples),), LOST, dtype=torch.float64)
-                            parts.append(error.nan_to_num(nan=LOST, posinf=LOST).clamp_max(LOST))
-                    found[k, t, places] = torch.cat(parts)
+                    found[k, t, places] = _errors(solver, batch.rows(rows), trajectory.last[rows], teacher.room)
         draws.all_reduce(found)
         ledger.spend(cost)
         limit -= cost
@@ -153,6 +142,23 @@ def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solv
     if targets == 1:
         return [Start(solver, (1.0,), _choice(solver, left, errors, len(errors))) for solver in left]
     return [Start(solver, tuple(errors[solver].median(1).values.clamp_min(1e-300).tolist())) for solver in left]
+
+
+def _errors(solver: Solver, samples: Samples, wanted: Tensor, room: Room) -> Tensor:
+    """(B,) float64 mean squares of the samples' end points; ``LOST`` where they diverge."""
+    found: list[Tensor] = []
+    for part in room.over(slice(0, len(samples))):
+        with part as rows:
+            some = samples.rows(rows)
+            noise = some.noise
+            table = StepTable.of(solver, guidance=some.guidance, dtype=noise.dtype, device=noise.device)
+            try:
+                run = Rollout(some.denoiser(), noise, table.weights, table.times, both=table.both, wrt=())
+                error = squares(run.states[:, -1], wanted[rows])
+            except FloatingPointError:
+                error = torch.full((len(some),), LOST, dtype=torch.float64)
+            found.append(error.nan_to_num(nan=LOST, posinf=LOST).clamp_max(LOST))
+    return torch.cat(found)
 
 
 def _cut(ranking: list[Solver], count: int) -> list[Solver]:
@@ -191,8 +197,8 @@ def of_different_spacings(starts: Sequence[Start]) -> list[Start]:
     other sizes is one."""
     known: dict[object, Start] = {}
     for start in starts:
-        name, moved, _ = start.solver.name.partition("@")
-        spacing = name if moved and "moved" in start.solver.provenance else start.solver.timesteps
+        name = start.solver.name.partition("@")[0]
+        spacing = name if "moved" in start.solver.provenance else start.solver.timesteps
         known.setdefault((spacing, start.solver.guided_steps), start)
     return list(known.values())
 

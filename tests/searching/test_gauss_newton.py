@@ -292,8 +292,8 @@ def test_two_processes_find_the_table_of_one(tmp_path):
     alone = search(Target(FLOW, SHAPE, dtype=F64), 4, **SHARED).solver
     for rank in range(2):
         found = Solver.load(tmp_path / f"{rank}.json")
-        for key, value in alone.tensors().items():
-            torch.testing.assert_close(found.tensors()[key], value, rtol=1e-6, atol=1e-6)
+        for key, value in vars(alone.tensors()).items():
+            torch.testing.assert_close(getattr(found.tensors(), key), value, rtol=1e-6, atol=1e-6)
 
 
 def doubled(solver):
@@ -389,8 +389,8 @@ def test_a_table_far_worse_than_its_start_on_fresh_samples_is_not_returned(monke
 
     monkeypatch.setattr(Rounds, "look", ruined)
     again = search(target, 5, **options)
-    torch.testing.assert_close(again.solver.tensors()["coeffs"], plain.starts[5].tensors()["coeffs"])
-    torch.testing.assert_close(again.solver.tensors()["timesteps"], plain.starts[5].tensors()["timesteps"])
+    torch.testing.assert_close(again.solver.tensors().coeffs, plain.starts[5].tensors().coeffs)
+    torch.testing.assert_close(again.solver.tensors().timesteps, plain.starts[5].tensors().timesteps)
     assert again.evaluations == plain.evaluations
 
 

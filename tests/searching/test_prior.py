@@ -23,7 +23,7 @@ def table(kind="noise+start", n=5):
 
 def test_the_size_of_the_data_moves_the_noise_levels_alone():
     space, theta = table()
-    form = X0Form.of(Flow(), **space.solver(theta).tensors())
+    form = X0Form.of(Flow(), space.solver(theta).tensors())
     here, there = coordinates(form), coordinates(form.moved(3.0))
     levels = slice(1, 5)
     torch.testing.assert_close(there[levels] - here[levels], torch.full((4,), 3.0, dtype=F64).log())
@@ -36,7 +36,7 @@ def test_directions_are_difference_quotients(kind):
     found, h = directions(space, theta), 1e-6
 
     def phi(theta):
-        return coordinates(X0Form.of(Flow(), **space.numbers(theta)))
+        return coordinates(X0Form.of(Flow(), space.numbers(theta)))
 
     for k in range(len(theta)):
         step = torch.zeros_like(theta)

@@ -110,7 +110,7 @@ def test_resumed_it_ends_with_the_same_bits(tmp_path):
             *_, last = descent.descend(job, again, unflatten(json.loads(data), tensors))
             assert last.solvers[3] == final
     folder = search([WIDE, NARROW], 3, out=tmp_path / "run", report=False, **options)
-    assert folder.solver.tensors()["coeffs"].equal(whole.solver.tensors()["coeffs"])
+    assert folder.solver.tensors().coeffs.equal(whole.solver.tensors().coeffs)
     again = search([WIDE, NARROW], 3, out=tmp_path / "run", resume=True, report=False, **options)
     assert again.solver == folder.solver
     with pytest.raises(ValueError, match="cannot be resumed: it is a search for"):

@@ -23,9 +23,9 @@ def test_a_hand_made_table_is_in_every_space(kind, family):
     theta = space.theta(solver)
     assert len(theta) == sum(space.sizes())
     back = space.solver(theta)
-    for name, value in solver.tensors().items():
+    for name, value in vars(solver.tensors()).items():
         if value is not None:
-            torch.testing.assert_close(back.tensors()[name], value, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(getattr(back.tensors(), name), value, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("family", SCHEDULES)
@@ -52,7 +52,7 @@ def test_plain_rows_sum_to_one_wherever_theta_goes():
     space, solver = space_of("plain", "flow", 6)
     theta = space.theta(solver) + torch.randn(sum(space.sizes()), dtype=F64)
     solver = space.solver(theta)
-    torch.testing.assert_close(solver.tensors()["coeffs"].sum(1), torch.ones(6, dtype=F64))
+    torch.testing.assert_close(solver.tensors().coeffs.sum(1), torch.ones(6, dtype=F64))
     assert solver.noise_coeffs is None and solver.network_timesteps is None
 
 

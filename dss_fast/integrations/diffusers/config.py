@@ -226,7 +226,7 @@ def model_schedule(config: Config, mu: float | None = None) -> Schedule:
         shift = config.get("flow_shift") if config.get("use_flow_sigmas") else config.get("shift")
         if config.get("use_dynamic_shifting") and mu is not None:
             shift = mu if config.get("time_shift_type") == "linear" else float(np.exp(mu))
-        return Flow(float(shift or 1.0), "diffusers", kind, float(steps))
+        return Flow(1.0 if shift is None else float(shift), "diffusers", kind, float(steps))
     table = alphas_cumprod(config)
     if _same_noise(VP(), table):
         return VP(prediction_type=kind, time_scale=float(steps))

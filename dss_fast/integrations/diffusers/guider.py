@@ -36,7 +36,7 @@ def scheduler_solver(solver: Solver) -> Solver:
 def folded(solver: Solver) -> Tensor:
     """M = c^-1 V times q_j / q_i, (N, N) float64. Raises ValueError where c cannot be solved for it."""
     numbers, u = solver.tensors(), torch.tensor(solver.timesteps[:-1], dtype=torch.float64)
-    coeffs, shares = numbers["coeffs"], numbers["guidance_coeffs"]
+    coeffs, shares = numbers.coeffs, numbers.guidance_coeffs
     if shares is None:
         raise ValueError(f"{solver.label} calls both branches at all steps: use ClassifierFreeGuidance")
     _, q = solver.schedule.prediction(u)
