@@ -27,7 +27,8 @@ from torch import Tensor
 
 from dss_fast import GaussNewton, handmade, sample, search
 from dss_fast.integrations.diffusers import DSSScheduler, from_pipeline
-from dss_fast.integrations.diffusers.config import adopt, alphas_cumprod, model_schedule, stock_class
+from dss_fast.integrations.diffusers.config import adopt, alphas_cumprod, model_schedule
+from dss_fast.integrations.diffusers.grids import stock_class
 
 from .tiny_pipelines import ALL, build
 

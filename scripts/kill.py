@@ -27,7 +27,7 @@ import torch
 
 from dss_fast import GaussNewton, Lion, Target, search
 from dss_fast.searching import runs as running
-from dss_fast.searching.runs import RunFolder
+from dss_fast.searching.folder import RunFolder
 
 METHODS = {
     "lion": Lion(samples=96, batch_size=16, unique_samples=48, check_samples=16, check_every=2, teacher_steps=10),

@@ -24,7 +24,7 @@ import torch
 
 from dss_fast import VP, DiscreteVP, Flow, GaussNewton, Solver, Target, handmade, search
 from dss_fast.searching import runs as running
-from dss_fast.searching.runs import RunFolder
+from dss_fast.searching.folder import RunFolder
 
 KINDS = ("solver", "edited", "checkpoint", "log")
 SLOW = 5.0  # seconds of CPU time for one file: a hang

@@ -21,6 +21,7 @@ from ..target import Model, Target
 from .budget import Ledger, clocked, default_budget, evaluations_in, seconds_in
 from .descent import descend
 from .description import doubt, look_evaluations
+from .folder import RunFolder, opened
 from .job import Job, prepare
 from .lion import imitate
 from .plan import Plan, looked, plan, planned, with_room
@@ -28,7 +29,7 @@ from .probe import CALLS, KEYLESS, OUTPUTS, Weights, clock, identity
 from .processes import agreed, from_first, is_first, joined
 from .recompute import recomputing
 from .result import Event, SearchResult
-from .runs import RunFolder, is_finished, opened, restored, run
+from .runs import is_finished, restored, run
 from .settings import METHODS, GaussNewton, Lion, Method
 
 __all__ = ["METHODS", "Event", "GaussNewton", "Lion", "Method", "Plan", "SearchResult", "fit", "plan", "search"]

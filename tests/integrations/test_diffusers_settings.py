@@ -15,7 +15,8 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 
 from dss_fast.integrations.diffusers import DSSScheduler  # noqa: E402
-from dss_fast.integrations.diffusers.config import adopt, stock_class  # noqa: E402
+from dss_fast.integrations.diffusers.config import adopt  # noqa: E402
+from dss_fast.integrations.diffusers.grids import stock_class  # noqa: E402
 from helpers.diffusers_classes import config_of, every_class, settings  # noqa: E402
 from helpers.diffusers_runs import network, noise  # noqa: E402
 

@@ -14,10 +14,10 @@ from dss_fast.draws import Draws
 from dss_fast.searching.best import better
 from dss_fast.searching.budget import Ledger, default_budget
 from dss_fast.searching.descent import Point, descend
+from dss_fast.searching.folder import flatten, unflatten
 from dss_fast.searching.gauss_newton import Charge
 from dss_fast.searching.job import Job
 from dss_fast.searching.rounds import Candidate, Look, Rounds
-from dss_fast.searching.runs import flatten, unflatten
 from dss_fast.searching.space import Space
 from dss_fast.searching.teacher import Teacher
 from dss_fast.trajectory import dense_grid, integrate

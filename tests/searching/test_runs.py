@@ -16,9 +16,10 @@ import torch
 from dss_fast import Flow, GaussNewton, Lion, Solver, Target, search
 from dss_fast.searching import runs as running
 from dss_fast.searching.budget import Ledger
+from dss_fast.searching.folder import RunFolder, flatten, unflatten
 from dss_fast.searching.job import prepare
 from dss_fast.searching.result import Event
-from dss_fast.searching.runs import RunFolder, flatten, run, unflatten
+from dss_fast.searching.runs import run
 from helpers import processes
 
 F64 = torch.float64

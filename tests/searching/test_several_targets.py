@@ -10,9 +10,9 @@ import torch
 from dss_fast import VP, Flow, GaussNewton, Lion, Target, handmade, plan, sample, search
 from dss_fast.draws import Draws
 from dss_fast.searching.budget import Ledger
+from dss_fast.searching.folder import flatten, unflatten
 from dss_fast.searching.job import Job
 from dss_fast.searching.residual import residual
-from dss_fast.searching.runs import flatten, unflatten
 from dss_fast.searching.starts import candidates, ranked
 from dss_fast.searching.teacher import Teacher
 from dss_fast.trajectory import dense_grid, integrate

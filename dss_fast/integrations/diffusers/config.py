@@ -1,18 +1,12 @@
-"""What the config of a diffusers scheduler says: flow or VP, its schedule, and the grid its stock scheduler walks.
-
-The stock schedulers are asked for their own grids, so that every spacing they know (Karras, exponential, trailing,
-dynamic shift, a terminal shift) comes out to the bit and follows the installed version.
-"""
+"""What the config of a diffusers scheduler says: flow or VP, the model's schedule, where a learned table runs on it."""
 
 from __future__ import annotations
 
 import inspect
-import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -22,11 +16,8 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from ...methods import handmade
-from ...names import Name, is_file, published
 from ...schedule import FLOOR, VP, DiscreteVP, Flow, Grid, Schedule
 from ...solver import Solver
-from .unasked import even
 
 Config = Mapping[str, Any]
 
@@ -67,7 +58,6 @@ OTHER = {
     "MiniMaxH3Scheduler": "its times are 1 - sigma and its network points to the data",
     "PiflowScheduler": "its network returns a policy for several steps",
 }
-STILL = 1e-9  # a grid must fall: a last step that does not move in the stock scheduler falls by this part
 
 
 def adopt(config: Config) -> dict[str, Any]:
@@ -182,7 +172,8 @@ def keywords(stock: Any) -> dict[str, inspect.Parameter]:
     return {key: value for key, value in inspect.signature(stock.__init__).parameters.items() if key != "self"}
 
 
-def _knows(name: str, key: str) -> bool:
+def knows(name: str, key: str) -> bool:
+    """Whether a scheduler of diffusers, by its name, takes a keyword."""
     return key in keywords(getattr(diffusers, name, object))
 
 
@@ -201,7 +192,7 @@ def training_scheduler(config: Config) -> Any:
     own = str(config.get("stock_class"))
     if own.startswith("KDPM2"):  # whose betas are Euler's, and which takes .2 s to make
         return stock_scheduler("EulerDiscreteScheduler", {**config, "stock_defaults": ()})
-    if _knows(own, "beta_schedule") and config.get("trained_betas") is None:
+    if knows(own, "beta_schedule") and config.get("trained_betas") is None:
         return stock_scheduler(own, config)
     config = {**config, "stock_defaults": ()}  # the noise is the model's, whichever class runs it
     if config.get("snr_shift_scale") is not None:
@@ -269,219 +260,6 @@ def followed(solver: Solver, schedule: Schedule, config: Config, mu: float | Non
     return solver.moved(wanted.shift / schedule.shift, there), there
 
 
-def handmade_table(
-    name: Name,
-    config: Config,
-    num_steps: int,
-    *,
-    sigmas: Sequence[float] | None = None,
-    timesteps: Sequence[float] | None = None,
-    mu: float | None = None,
-) -> Solver:
-    """``"dpmpp_2m"`` on the grid of its stock scheduler, or ``"dpmpp_2m@karras"`` on a spacing of ours."""
-    if name.spacing:
-        if sigmas is not None or timesteps is not None:
-            raise ValueError(
-                f"solver '{name.name}@{name.spacing}' brings its own spacing; leave out sigmas and timesteps"
-            )
-        schedule = model_schedule({**config, "shift": 1.0, "flow_shift": 1.0, "use_dynamic_shifting": False})
-        return handmade(
-            name.name,
-            num_steps,
-            schedule,
-            spacing=name.spacing,
-            lower_order_final=config.get("lower_order_final") is not False,
-        )
-    if config.get("euler_at_final") and config.get("final_sigmas_type") == "sigma_min" and num_steps >= 15:
-        warnings.warn(
-            "euler_at_final=True is not applied: from 15 steps on the last keeps its order unless sigma ends at 0",
-            stacklevel=3,
-        )
-    kept = config.get("disable_corrector")
-    if kept and stock_class(name.name, config) == MULTISTEP["unip"] and not set(range(num_steps)) <= set(kept):
-        warnings.warn(
-            f"disable_corrector={kept} leaves steps with UniPC's corrector, which is not applied: {name.name} is its "
-            "predictor alone",
-            stacklevel=3,
-        )
-    if family_of(config) == "flow":
-        grid = _flow_grid(name.name, config, num_steps, sigmas, timesteps, mu)
-    else:
-        grid = _vp_grid(name.name, config, num_steps, sigmas, timesteps)
-    return table_on(name.name, config, grid)
-
-
-def table_on(method: str, config: Config, grid: Grid) -> Solver:
-    """A hand-made method on the points of a grid."""
-    told: dict[str, Any] = {
-        "timesteps": grid.timesteps,
-        "lower_order_final": config.get("lower_order_final") is not False,
-    }
-    try:
-        return handmade(method, None, grid, **told)
-    except ValueError:
-        if not grid.sigmas[-1] > 0.999 * grid.sigmas[-2] > 0:
-            raise
-        # A last step that stands still moves nothing, whatever its row, of which floats hold none from order 3 on.
-        moving = replace(grid, sigmas=(*grid.sigmas[:-1], grid.sigmas[-2] / 2))
-        return replace(handmade(method, None, moving, **told), schedule=grid)
-
-
-def edited_table(method: str, config: Config, times: Sequence[float], sigmas: Sequence[float] | None) -> Solver:
-    """A hand-made method along a program's own times, and its own sigmas (N + 1,) unless these are None.
-
-    Raises ValueError for numbers of them that do not belong together.
-    """
-    if sigmas is None and family_of(config) == "vp" and lands(method, config):
-        return table_on(method, config, _vp_grid(method, config, len(times), None, times))
-    if sigmas is None or len(sigmas) != len(times) + 1:
-        held = "those of another run" if sigmas is None else f"{len(sigmas)} numbers"
-        raise ValueError(
-            f"scheduler.sigmas holds {held} and scheduler.timesteps {len(times)}: a run of N steps has N timesteps and "
-            "N + 1 sigmas, the last of them where it ends"
-        )
-    levels, kind = torch.tensor(sigmas, dtype=torch.float64), prediction_of(config)
-    if family_of(config) == "vp":
-        return table_on(method, config, ratio_grid(levels, times, kind, method, config))
-    if config.get("invert_sigmas"):
-        levels, times = 1 - levels, [config["num_train_timesteps"] - t for t in times]
-    return table_on(method, config, flow_grid(levels, times, kind))
-
-
-def lands(method: str, config: Config) -> bool:
-    """Whether a VP method walks DDIM's grid, of times rather than sigmas."""
-    return stock_class(method, config).endswith("DDIMScheduler")
-
-
-def stock_class(method: str, config: Config) -> str:
-    """The scheduler of diffusers whose grid a hand-made method walks on a pipeline with this config."""
-    own, kind = str(config.get("stock_class")), method.split("_")[0].rstrip("0123456789")
-    if family_of(config) == "flow":
-        if not config.get("use_flow_sigmas"):
-            return "FlowMatchEulerDiscreteScheduler"
-        if kind in ("dpmpp", "unip", "deis"):
-            return MULTISTEP[kind]
-        return own if _knows(own, "use_flow_sigmas") else MULTISTEP["dpmpp"]
-    if kind != "euler":
-        return MULTISTEP.get(kind, MULTISTEP["dpmpp"])
-    if own in SIGMA_SPACE:
-        return "EulerDiscreteScheduler"
-    return "DDIMScheduler" if config.get("snr_shift_scale") is None else "CogVideoXDDIMScheduler"
-
-
-def initial_scale(method: str, config: Config, schedule: Schedule) -> float:
-    """What a pipeline multiplies its noise by: 1, or the first sigma where the stock Euler starts at just that."""
-    if family_of(config) == "vp" and stock_class(method, config) == "EulerDiscreteScheduler":
-        if stock_scheduler("EulerDiscreteScheduler", config).config.timestep_spacing != "leading":
-            return float(schedule.alpha_sigma(torch.zeros(1, dtype=torch.float64))[1])
-    return 1.0
-
-
-def _flow_grid(
-    method: str,
-    config: Config,
-    n: int,
-    sigmas: Sequence[float] | None,
-    timesteps: Sequence[float] | None,
-    mu: float | None,
-) -> Grid:
-    steps, kind, name = config.get("num_train_timesteps", 1000), prediction_of(config), stock_class(method, config)
-    if not config.get("use_flow_sigmas"):
-        if config.get("use_dynamic_shifting") and mu is None:
-            raise ValueError(
-                "use_dynamic_shifting=True needs mu, the log of this resolution's shift, and the pipeline passes none "
-                "(Bria's and EasyAnimate's pass it to FlowMatchEulerDiscreteScheduler alone): give from_config "
-                "use_dynamic_shifting=False and shift=e^mu (EasyAnimate's mu is 1), or take a learned table"
-            )
-        given = None if sigmas is None else list(sigmas), None if timesteps is None else list(timesteps)
-        stock = stock_scheduler(name, config)
-        ends = {key: config[key] for key in ("sigma_min", "sigma_max") if config.get(key) is not None}
-        stock.register_to_config(**ends)  # Cosmos' pipelines write these noise levels into a config that had none
-        with np.errstate(invalid="ignore"):
-            stock.set_timesteps(n, sigmas=given[0], mu=mu, timesteps=given[1])
-    else:
-        takes = name == MULTISTEP["unip"] and sigmas is not None and timesteps is None  # UniPC alone has sigmas=
-        custom = takes or not even(sigmas, timesteps, steps)
-        if custom and timesteps is not None:
-            levels = [float(t) / steps for t in timesteps] if sigmas is None else list(sigmas)
-            return Grid.flow([*levels, 0.0], timesteps, prediction_type=kind)
-        name = MULTISTEP["unip"] if custom else name
-        stock = stock_scheduler(name, {**config, "prediction_type": "flow_prediction"})
-        options: dict[str, Any] = {"mu": mu} if config.get("use_dynamic_shifting") else {}
-        if custom:
-            options["sigmas"] = np.asarray(sigmas, dtype=np.float64)
-        stock.set_timesteps(n, **options)
-    levels, times = stock.sigmas.double(), stock.timesteps.double()
-    while len(times) > 1 and levels[-2] == levels[-1] == 0:  # the caller's list had a final 0 of its own
-        levels, times = levels[:-1], times[:-1]
-    if bool(levels.isnan().any()):
-        raise ValueError(f"{n} step under shift_terminal={config.get('shift_terminal')} is 0/0; take 2 steps or more")
-    if config.get("invert_sigmas") and not config.get("use_flow_sigmas"):  # Mochi's; DSSScheduler turns it round again
-        levels, times = 1 - levels, steps - times
-    return flow_grid(levels, times.tolist(), kind)
-
-
-def flow_grid(levels: Tensor, times: Sequence[float], kind: str) -> Grid:
-    """A flow's grid on falling sigmas (N + 1,); above 1 they are those of x = x0 + sigma * epsilon, as Cosmos has them,
-    whose pipelines hand over (x - x0) / sigma."""
-    if float(levels.max()) > 1:
-        return Grid((1.0,) * len(levels), tuple(_falling(levels)), tuple(times), "vp", "epsilon")
-    return Grid.flow(_falling(levels), times, prediction_type=kind)
-
-
-def _vp_grid(
-    method: str, config: Config, n: int, sigmas: Sequence[float] | None, timesteps: Sequence[float] | None
-) -> Grid:
-    kind, name = prediction_of(config), stock_class(method, config)
-    landing = lands(method, config)
-    # A zero terminal SNR has no log. For DDIM next to nothing stands in its place, for the others their own choice.
-    table = alphas_cumprod(config).clamp_min(1e-30 if landing else FLOOR).numpy()
-    if sigmas is not None:
-        if timesteps is not None:
-            raise ValueError("give sigmas or timesteps to a VP scheduler, not both")
-        # EulerDiscrete's lists end with the level that is reached, be it 0 or not.
-        closed = len(sigmas) > 1 and (sigmas[-1] == 0 or name == "EulerDiscreteScheduler")
-        ratio = np.append(np.asarray(sigmas, dtype=np.float64), [] if closed else 0.0)
-        log_ratio = 0.5 * np.log(1 / table - 1)
-        times = np.interp(np.log(ratio[:-1]), log_ratio, np.arange(len(table))).tolist()
-        return ratio_grid(ratio, times, kind, method, config)
-    stock = stock_scheduler(name, config)
-    if config.get("snr_shift_scale") is None:  # one with that setting keeps the model's own noise
-        there = stock.alphas_cumprod.double().clamp_min(1e-30).numpy()
-        if there.shape != table.shape or np.abs(there - table).max() > 1e-3:
-            warnings.warn(
-                f"as in diffusers, the betas of {config.get('stock_class')} are its defaults and are not handed to "
-                f"{name}, whose own are used; give beta_start, beta_end and beta_schedule to from_config to keep them",
-                stacklevel=4,
-            )
-        table = there
-    own = (
-        timesteps is not None and name == "EulerDiscreteScheduler"
-    )  # which takes a sigma, not log alpha, between times
-    if timesteps is None or own:
-        stock.set_timesteps(
-            **{"timesteps": list(timesteps)} if own and timesteps is not None else {"num_inference_steps": n}
-        )
-        if not landing and config.get("snr_shift_scale") is None:
-            walked = stock.timesteps.tolist()  # under interpolation_type="log_linear" there is a sigma too many
-            return ratio_grid(_falling(stock.sigmas.double()[: len(walked) + 1]), walked, kind, method, config)
-    times = np.asarray(stock.timesteps.tolist() if timesteps is None else timesteps, dtype=np.float64)
-    if landing:
-        last = float(stock.final_alpha_cumprod)
-        if timesteps is None and len(times) > 1 and np.any(np.diff(times) != -(len(table) // len(times))):
-            warnings.warn(
-                f"{name} steps {len(table) // len(times)} training steps at a time whatever its own {n} times are, "
-                f"and under timestep_spacing={stock.config.get('timestep_spacing')!r} they are further apart; "
-                "DSSScheduler steps from time to time",
-                stacklevel=4,
-            )
-    else:
-        last = float(table[0]) if stock.config.get("final_sigmas_type") == "sigma_min" else 1.0
-    log_alpha = np.append(np.interp(times, np.arange(len(table)), np.log(table)), np.log(last))
-    log_alpha[-1] = max(log_alpha[-1], log_alpha[-2] - STILL * np.expm1(log_alpha[-2]))
-    return Grid(tuple(np.exp(0.5 * log_alpha)), tuple(np.sqrt(-np.expm1(log_alpha))), tuple(times), "vp", kind)
-
-
 def check_start(config: Config, schedule: Schedule, label: str) -> None:
     """Raises ValueError for a network that predicts epsilon where the first state is noise alone, and for the table of
     a flow where states are those of noise levels above 1."""
@@ -500,21 +278,6 @@ def check_start(config: Config, schedule: Schedule, label: str) -> None:
                 "which epsilon tells nothing about the data; set prediction_type to what the network was trained for "
                 "('v_prediction' or 'sample'), or timestep_spacing='leading', which begins below"
             )
-
-
-def _falling(levels: Tensor) -> list[float]:
-    """Sigmas whose last step may stand still, as in stock schedulers, made to fall by less than float32 resolves."""
-    values: list[float] = levels.tolist()
-    return [*values[:-1], min(values[-1], values[-2] * (1 - STILL))]
-
-
-def ratio_grid(ratio: Any, times: Sequence[float], kind: str, method: str, config: Config) -> Grid:
-    """A VP grid on falling ratios sigma / alpha, (N + 1,). Stock Euler's last state is x0 + sigma * epsilon."""
-    ratio = np.asarray(ratio, dtype=np.float64)
-    alphas = 1 / np.sqrt(1 + ratio**2)
-    if stock_class(method, config) == "EulerDiscreteScheduler":
-        alphas[-1] = 1
-    return Grid(tuple(alphas), tuple(ratio * alphas), tuple(times), "vp", kind)
 
 
 def _discrete(table: Tensor, config: Config, final: str | None = None) -> DiscreteVP:
@@ -538,47 +301,3 @@ def _same_noise(schedule: VP, table: Tensor) -> bool:
     discrete = log_alpha - 0.5 * torch.log(-torch.expm1(2 * log_alpha))
     alpha, sigma = schedule.alpha_sigma(schedule.t_start - t)
     return bool(((alpha / sigma).log() - discrete).abs().max() < 0.05)
-
-
-def _is_name(entry: str | os.PathLike[str]) -> bool:
-    """Whether a text is a solver's name, which goes before a folder that happens to be called so."""
-    try:
-        return isinstance(entry, str) and bool(Name.parse(entry))
-    except ValueError:
-        return False
-
-
-def read_solvers(solver: Any) -> tuple[dict[int, Solver], list[Name], list[str], list[dict[str, Any]]]:
-    """What ``solver`` names: learned tables by N, hand-made methods, the names to write in a config, and the tables to
-    embed in it. Raises ValueError naming what exists.
-    """
-    tables: dict[int, Solver] = {}
-    methods, names, embedded = list[Name](), list[str](), list[dict[str, Any]]()
-    for entry in solver if isinstance(solver, list | tuple) else [solver]:
-        if isinstance(entry, Mapping):
-            entry = Solver.from_dict(entry)
-        found: list[Solver] = []
-        if isinstance(entry, Solver):
-            found = [entry]
-            embedded.append(entry.to_dict())
-        elif not isinstance(entry, str | os.PathLike):
-            raise ValueError(f"solver={entry!r}: give a Solver, a name, the path of a JSON file or folder, or a list")
-        elif is_file(entry) or (Path(entry).is_dir() and not _is_name(entry)):
-            files = sorted(Path(entry).glob("*.json")) if Path(entry).is_dir() else [entry]
-            found = [Solver.load(file) for file in files]
-            embedded += [table.to_dict() for table in found]
-        else:
-            name = Name.parse(os.fspath(entry))
-            names.append(os.fspath(entry))
-            if name.handmade:
-                methods.append(name)
-            else:
-                found = published(name)
-        for table in found:
-            if table.num_steps in tables:
-                raise ValueError(
-                    f"two tables for {table.num_steps} steps: {tables[table.num_steps].name or '(unnamed)'} and "
-                    f"{table.name or '(unnamed)'}; give one per number of steps"
-                )
-            tables[table.num_steps] = table
-    return tables, methods, names, embedded

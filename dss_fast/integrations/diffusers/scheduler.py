@@ -25,23 +25,19 @@ from .config import (
     adopt,
     alphas_cumprod,
     check_start,
-    edited_table,
     every_setting,
     family_of,
     followed,
-    handmade_table,
-    initial_scale,
-    lands,
     prediction_of,
-    read_solvers,
     settings,
-    stock_class,
     stock_scheduler,
     table_schedule,
     training_scheduler,
 )
+from .grids import edited_table, handmade_table, initial_scale, lands, stock_class
 from .request import check_latents, passed_beside
 from .settings import unapplied
+from .tables import read_solvers
 from .unasked import unasked
 
 __all__ = [

@@ -8,7 +8,8 @@ from typing import Any
 
 import diffusers
 
-from .config import Config, keywords, stock_class
+from .config import Config, keywords
+from .grids import stock_class
 
 # With these values a scheduler's own step is the linear one of its method here.
 LINEAR: dict[str, tuple[Any, ...]] = {
