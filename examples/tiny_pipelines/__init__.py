@@ -13,7 +13,8 @@ import warnings
 import diffusers
 import torch
 
-from . import flow, more, vp
+from . import flow, newer, vp
+from .kin import KIN
 from .parts import Built
 
 FLOW = ("sd3", "flux", "wan", "qwen", "sana")
@@ -44,8 +45,9 @@ def build(name: str, dtype: torch.dtype = torch.float32, batch: int = 1, seed: i
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module = more if name in NEWER else flow if name in FLOW + MORE_FLOW else vp
-        pipe, arguments = getattr(module, name)(batch, lambda *shape: torch.randn(shape).to(dtype))
+        module = newer if name in NEWER else flow if name in FLOW + MORE_FLOW else vp
+        make = KIN[name] if name in KIN else getattr(module, name)
+        pipe, arguments = make(batch, lambda *shape: torch.randn(shape).to(dtype))
     torch.set_rng_state(state)
     verbosity = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity_error()  # `to` warns of modules better kept in float32

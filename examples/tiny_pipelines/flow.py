@@ -7,8 +7,7 @@ from typing import Any
 import diffusers
 import torch
 
-from .parts import Built, Randn, masks, pair, same, vae
-from .vp import _with_image
+from .parts import WAN, Built, Randn, masks, pair, same, vae, wan_vae
 
 
 def _shifted(**options: Any) -> Any:
@@ -69,25 +68,9 @@ def flux(batch: int, randn: Randn, guidance_embeds: bool = True) -> Built:
 
 
 def wan(batch: int, randn: Randn) -> Built:
-    transformer = diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=16,
-        out_channels=16,
-        text_dim=32,
-        freq_dim=256,
-        ffn_dim=32,
-        num_layers=2,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        rope_max_seq_len=32,
-    )
-    vae = diffusers.AutoencoderKLWan(
-        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
-    )
+    transformer = diffusers.WanTransformer3DModel(**WAN)
     pipe = diffusers.WanPipeline(
-        transformer=transformer, vae=vae, scheduler=_shifted(), text_encoder=None, tokenizer=None
+        transformer=transformer, vae=wan_vae(), scheduler=_shifted(), text_encoder=None, tokenizer=None
     )
     embeds = {
         "prompt_embeds": randn(batch, 16, 32),
@@ -411,11 +394,3 @@ def cogview4(batch: int, randn: Randn) -> Built:
     )
     pipe = diffusers.CogView4Pipeline(None, None, vae(4), transformer, scheduler)
     return pipe, {**pair(randn, batch, prompt_embeds=(16, 32)), "height": 32, "width": 32}
-
-
-def flux_img2img(batch: int, randn: Randn) -> Built:
-    return _with_image("Flux", flux(batch, randn), 16, False)
-
-
-def flux_inpaint(batch: int, randn: Randn) -> Built:
-    return _with_image("Flux", flux(batch, randn), 16, True)

@@ -13,8 +13,45 @@ Randn = Callable[..., Tensor]
 Built = tuple[Any, dict[str, Any]]
 
 
-def vae(channels: int, **options: Any) -> Any:
-    return diffusers.AutoencoderKL(
+# Of Wan's transformer, and of SkyReels', which is made as it is.
+WAN: dict[str, Any] = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 32,
+    "freq_dim": 256,
+    "ffn_dim": 32,
+    "num_layers": 2,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 32,
+}
+
+
+def wan_vae() -> Any:
+    return diffusers.AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+
+
+def video_vae(kind: str, down: tuple[str, ...], up: tuple[str, ...], **options: Any) -> Any:
+    return getattr(diffusers, f"AutoencoderKL{kind}")(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=down,
+        up_block_types=up,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        **options,
+    )
+
+
+def vae(channels: int, kind: str = "", **options: Any) -> Any:
+    return getattr(diffusers, f"AutoencoderKL{kind}")(
         sample_size=32,
         block_out_channels=(4,),
         layers_per_block=1,

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import torch
 
-from .parts import Built, Randn, masks, pair, same, vae
+from .parts import Built, Randn, masks, pair, same, vae, video_vae
 
 
 def _ddim(**options: Any) -> Any:
@@ -272,17 +272,8 @@ def cogvideox(batch: int, randn: Randn) -> Built:
         temporal_compression_ratio=4,
         max_text_seq_length=16,
     )
-    autoencoder = diffusers.AutoencoderKLCogVideoX(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("CogVideoXDownBlock3D",) * 4,
-        up_block_types=("CogVideoXUpBlock3D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=2,
-        temporal_compression_ratio=4,
-    )
+    down, up = ("CogVideoXDownBlock3D",) * 4, ("CogVideoXUpBlock3D",) * 4
+    autoencoder = video_vae("CogVideoX", down, up, temporal_compression_ratio=4)
     scheduler = diffusers.CogVideoXDDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -348,41 +339,3 @@ def controlnet(batch: int, randn: Randn) -> Built:
     made = diffusers.StableDiffusionControlNetPipeline(**parts)
     made.vae_scale_factor = 2
     return made, {**arguments, **sizes, "image": image}
-
-
-def _with_image(kind: str, built: Built, side: int, mask: bool) -> Built:
-    pipe, arguments = built
-    parts = dict(pipe.components)
-    if "safety_checker" in parts:
-        parts["requires_safety_checker"] = False
-    if "text_encoder_2" in parts and "unet" in parts:
-        parts["add_watermarker"] = False
-    made = getattr(diffusers, f"{kind}{'Inpaint' if mask else 'Img2Img'}Pipeline")(**parts)
-    arguments = {
-        **arguments,
-        "image": torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(3)),
-        "strength": 0.6,
-    }
-    if mask:
-        hole = torch.zeros(1, 1, side, side)
-        hole[..., : side // 2] = 1
-        return made, {**arguments, "mask_image": hole, "height": side, "width": side}
-    if "transformer" not in parts:
-        arguments = {k: v for k, v in arguments.items() if k not in ("height", "width")}
-    return made, arguments
-
-
-def sd_img2img(batch: int, randn: Randn) -> Built:
-    return _with_image("StableDiffusion", sd(batch, randn), 16, False)
-
-
-def sd_inpaint(batch: int, randn: Randn) -> Built:
-    return _with_image("StableDiffusion", sd(batch, randn), 16, True)
-
-
-def sdxl_img2img(batch: int, randn: Randn) -> Built:
-    return _with_image("StableDiffusionXL", sdxl(batch, randn), 16, False)
-
-
-def sdxl_inpaint(batch: int, randn: Randn) -> Built:
-    return _with_image("StableDiffusionXL", sdxl(batch, randn), 16, True)

@@ -1,4 +1,4 @@
-"""Tiny pipelines of 2025 and 2026, and relatives of those of the other two modules."""
+"""Tiny pipelines of the models that came last, flows and VP."""
 
 from __future__ import annotations
 
@@ -7,15 +7,9 @@ from typing import Any
 import diffusers
 import torch
 
-from .flow import _shifted, chroma, qwen, sana, sd3, wan, z_image
-from .parts import Built, Randn, masks, pair, vae
-from .vp import _ddim, _with_image, pixart, sd, sdxl
-
-WAN_VAE = {"base_dim": 3, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
-
-
-def _wan_vae() -> Any:
-    return diffusers.AutoencoderKLWan(**WAN_VAE, temperal_downsample=[False, True, True])
+from .flow import _shifted, qwen
+from .parts import WAN, Built, Randn, masks, pair, vae, video_vae, wan_vae
+from .vp import _ddim
 
 
 def _flux2(guidance_embeds: bool) -> dict[str, Any]:
@@ -30,17 +24,8 @@ def _flux2(guidance_embeds: bool) -> dict[str, Any]:
         axes_dims_rope=[4, 4, 4, 4],
         guidance_embeds=guidance_embeds,
     )
-    autoencoder = diffusers.AutoencoderKLFlux2(
-        sample_size=32,
-        down_block_types=("DownEncoderBlock2D",),
-        up_block_types=("UpDecoderBlock2D",),
-        block_out_channels=(4,),
-        layers_per_block=1,
-        latent_channels=1,
-        norm_num_groups=1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    autoencoder = vae(1, kind="Flux2", **blocks)
     parts = {"transformer": transformer, "vae": autoencoder, "scheduler": _shifted(use_dynamic_shifting=True)}
     return {**parts, "text_encoder": None, "tokenizer": None}
 
@@ -85,38 +70,17 @@ def easyanimate(batch: int, randn: Randn) -> Built:
         sample_height=16,
         patch_size=2,
     )
-    autoencoder = diffusers.AutoencoderKLMagvit(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("SpatialDownBlock3D", *["SpatialTemporalDownBlock3D"] * 3),
-        up_block_types=("SpatialUpBlock3D", *["SpatialTemporalUpBlock3D"] * 3),
-        block_out_channels=(8, 8, 8, 8),
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=2,
-        spatial_group_norm=False,
-    )
+    down = ("SpatialDownBlock3D", *["SpatialTemporalDownBlock3D"] * 3)
+    up = ("SpatialUpBlock3D", *["SpatialTemporalUpBlock3D"] * 3)
+    autoencoder = video_vae("Magvit", down, up, spatial_group_norm=False)
     pipe = diffusers.EasyAnimatePipeline(autoencoder, None, None, transformer, _shifted())
     arguments = pair(randn, batch, prompt_embeds=(7, 16)) | masks(batch, 7, "prompt_attention_mask", dtype=torch.long)
     return pipe, {**arguments, "height": 16, "width": 16, "num_frames": 5}
 
 
 def _skyreels() -> dict[str, Any]:
-    transformer = diffusers.SkyReelsV2Transformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=16,
-        out_channels=16,
-        text_dim=32,
-        freq_dim=256,
-        ffn_dim=32,
-        num_layers=2,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        rope_max_seq_len=32,
-    )
-    parts = {"transformer": transformer, "vae": _wan_vae(), "scheduler": _shifted()}
+    transformer = diffusers.SkyReelsV2Transformer3DModel(**WAN)
+    parts = {"transformer": transformer, "vae": wan_vae(), "scheduler": _shifted()}
     return {**parts, "text_encoder": None, "tokenizer": None}
 
 
@@ -275,7 +239,7 @@ def sana_video(batch: int, randn: Randn) -> Built:
     )
     told = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 8.0}
     scheduler = diffusers.DPMSolverMultistepScheduler(**told)
-    pipe = diffusers.SanaVideoPipeline(None, None, _wan_vae(), transformer, scheduler)
+    pipe = diffusers.SanaVideoPipeline(None, None, wan_vae(), transformer, scheduler)
     arguments = {"prompt": None, "negative_prompt": None, **pair(randn, batch, prompt_embeds=(5, 8))}
     kept = masks(batch, 5, "prompt_attention_mask")
     return pipe, {**arguments, **kept, "height": 32, "width": 32, "frames": 9, "use_resolution_binning": False}
@@ -297,17 +261,8 @@ def allegro(batch: int, randn: Randn) -> Built:
         sample_frames=8,
         caption_channels=24,
     )
-    autoencoder = diffusers.AutoencoderKLAllegro(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("AllegroDownBlock3D",) * 4,
-        up_block_types=("AllegroUpBlock3D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=2,
-        temporal_compression_ratio=4,
-    )
+    down, up = ("AllegroDownBlock3D",) * 4, ("AllegroUpBlock3D",) * 4
+    autoencoder = video_vae("Allegro", down, up, temporal_compression_ratio=4)
     pipe = diffusers.AllegroPipeline(None, None, autoencoder, transformer, _ddim())
     arguments = {"negative_prompt": None, **pair(randn, batch, prompt_embeds=(7, 24))}
     kept = masks(batch, 7, "prompt_attention_mask")
@@ -415,65 +370,3 @@ def if_stage1(batch: int, randn: Randn) -> Built:
     scheduler = diffusers.DDPMScheduler(**told)
     pipe = diffusers.IFPipeline(None, None, unet, scheduler, None, None, None, requires_safety_checker=False)
     return pipe, {**pair(randn, batch, prompt_embeds=(7, 32)), "height": 32, "width": 32, "output_type": "pt"}
-
-
-def pixart_alpha(batch: int, randn: Randn) -> Built:
-    pipe, arguments = pixart(batch, randn)
-    return diffusers.PixArtAlphaPipeline(**pipe.components), arguments
-
-
-# ---- relatives, of the parts of others
-
-
-def _kin(kind: str, built: Built, **told: Any) -> Built:
-    pipe, arguments = built
-    return getattr(diffusers, f"{kind}Pipeline")(**pipe.components, **told), arguments
-
-
-def sd_pag(batch: int, randn: Randn) -> Built:
-    return _kin("StableDiffusionPAG", sd(batch, randn), requires_safety_checker=False, pag_applied_layers="mid")
-
-
-def sdxl_pag(batch: int, randn: Randn) -> Built:
-    return _kin("StableDiffusionXLPAG", sdxl(batch, randn), add_watermarker=False, pag_applied_layers="mid")
-
-
-def sana_pag(batch: int, randn: Randn) -> Built:
-    pipe, arguments = _kin("SanaPAG", sana(batch, randn), pag_applied_layers="blocks.0")
-    return pipe, {**arguments, "pag_scale": 1.0}
-
-
-def pixart_pag(batch: int, randn: Randn) -> Built:
-    return _kin("PixArtSigmaPAG", pixart(batch, randn), pag_applied_layers="blocks.1")
-
-
-def wan_v2v(batch: int, randn: Randn) -> Built:
-    pipe, arguments = wan(batch, randn)
-    parts = {k: v for k, v in pipe.components.items() if k != "transformer_2"}
-    frames = torch.rand(1, 9, 3, 16, 16, generator=torch.Generator().manual_seed(3)).expand(batch, -1, -1, -1, -1)
-    del arguments["num_frames"]
-    return diffusers.WanVideoToVideoPipeline(**parts), {**arguments, "video": frames, "strength": 0.6}
-
-
-def sd3_img2img(batch: int, randn: Randn) -> Built:
-    return _with_image("StableDiffusion3", sd3(batch, randn), 8, False)
-
-
-def z_image_inpaint(batch: int, randn: Randn) -> Built:
-    return _with_image("ZImage", z_image(batch, randn), 32, True)
-
-
-def qwen_img2img(batch: int, randn: Randn) -> Built:
-    return _with_image("QwenImage", qwen(batch, randn), 16, False)
-
-
-def qwen_inpaint(batch: int, randn: Randn) -> Built:
-    return _with_image("QwenImage", qwen(batch, randn), 16, True)
-
-
-def chroma_img2img(batch: int, randn: Randn) -> Built:
-    return _with_image("Chroma", chroma(batch, randn), 16, False)
-
-
-def z_image_img2img(batch: int, randn: Randn) -> Built:
-    return _with_image("ZImage", z_image(batch, randn), 32, False)
