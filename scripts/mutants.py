@@ -24,7 +24,7 @@ import torch
 
 from dss_fast import VP, DiscreteVP, Flow, GaussNewton, Solver, Target, handmade, search
 from dss_fast.searching import runs as running
-from dss_fast.searching.folder import RunFolder
+from dss_fast.searching.folder import RunFolder, flatten
 
 KINDS = ("solver", "edited", "checkpoint", "log")
 SLOW = 5.0  # seconds of CPU time for one file: a hang
@@ -137,7 +137,7 @@ class Bench:
     @staticmethod
     def flat(folder: RunFolder) -> str:
         tensors: dict = {}
-        data = running.flatten(folder.checkpoint, tensors)
+        data = flatten(folder.checkpoint, tensors)
         values = {name: value.tolist() for name, value in tensors.items()}
         return json.dumps([data, values], default=str, sort_keys=True)
 

@@ -17,6 +17,7 @@ import torch
 
 from dss_fast import Flow, GaussNewton, Lion, Solver, Target, compare, search
 from dss_fast.files import write_tensors
+from dss_fast.searching import folder
 from dss_fast.searching import runs as running
 from helpers import processes
 
@@ -59,17 +60,17 @@ def test_what_safetensors_raises_for_a_full_disk_is_an_oserror(tmp_path):
 
 def test_a_disk_that_fills_up_ends_the_search_with_its_best(monkeypatch, tmp_path):
     calls = []
-    write = running.write_tensors
+    write = folder.write_tensors
 
     def fills(*arguments, **options):
         calls.append(1)
         return full() if len(calls) > 3 else write(*arguments, **options)
 
-    monkeypatch.setattr(running, "write_tensors", fills)
+    monkeypatch.setattr(folder, "write_tensors", fills)
     with pytest.raises(OSError, match="No space left") as caught:
         find(tmp_path)
     assert caught.value.result.solver.num_steps == 3 and "error.result" in caught.value.__notes__[-1]
-    monkeypatch.setattr(running, "write_tensors", write)
+    monkeypatch.setattr(folder, "write_tensors", write)
     assert find(tmp_path, resume=True).solver == find().solver  # when there is space again
 
 
