@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache, partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -67,19 +67,23 @@ def on_host() -> Iterator[None]:
         _default.given = before
 
 
-@contextmanager
-def as_given() -> Iterator[None]:
+def as_given() -> AbstractContextManager[None]:
     """The default device as it was before :func:`on_host`, for a call of the user's model."""
     given = None if torch.compiler.is_dynamo_compiling() else getattr(_default, "given", None)
-    if given is None:
-        yield
-        return
+    return _NOTHING if given is None else _back_on(given)
+
+
+@contextmanager
+def _back_on(given: torch.device) -> Iterator[None]:
     _default.given = None
     try:
         with torch.device(given):
             yield
     finally:
         _default.given = given
+
+
+_NOTHING = nullcontext()
 
 
 def traced(*tensors: Tensor) -> bool:
