@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dss_fast import VP, Flow, GaussNewton, Solver, Target, compare, plan, sample, search
+from dss_fast import VP, Flow, GaussNewton, Solver, Target, compare, find_solver, plan, sample, search
 from dss_fast.__main__ import main
 from dss_fast.denoiser import Denoiser
 from dss_fast.methods import handmade
@@ -280,6 +280,20 @@ def test_forecasts_continue_what_is_linear():
     torch.testing.assert_close(rows @ (2 + 3 * u), torch.tensor(solver.coeffs, dtype=F64) @ (2 + 3 * u))
     torch.testing.assert_close(rows.sum(1), torch.ones(6, dtype=F64))
     assert not rows[:, [2, 4, 5]].any()
+
+
+@pytest.mark.parametrize("schedule", [Flow(), VP(), VP(prediction_type="v_prediction")], ids=repr)
+@pytest.mark.parametrize("k", [0.25, 0.7, 1.0, 2.0])
+@pytest.mark.parametrize("name", ["general/8", "sit-xl-2-256/8", "sit-xl-2-256/10"])
+def test_tables_of_the_library_start_a_search_with_fewer_calls(name, k, schedule):
+    base = find_solver(name).moved(k, schedule)
+    steps = (0, 2, 3, 6)
+    rows = forecast(base, steps)
+    solver = replace(base, guided_steps=steps, guidance_coeffs=tuple(map(tuple, rows.tolist())), free_rows=True)
+    space = Space("noise+start", schedule, base.num_steps, guided_steps=steps)
+    assert Space("noise+start", schedule, base.num_steps).holds(base)
+    back = space.solver(space.theta(solver))
+    torch.testing.assert_close(back.tensors().guidance_coeffs[1:], rows[1:])
 
 
 def test_theta_holds_the_second_triangle():

@@ -22,7 +22,7 @@ from ..solver import Solver
 from ..table import HISTORY, StepTable
 from ..unroll import Rollout
 from .budget import Ledger
-from .space import free_places
+from .space import free_places, gain_of
 from .teacher import Teacher
 
 SKETCHES = 2  # random signs a sample
@@ -155,4 +155,6 @@ def forecast(solver: Solver, steps: Sequence[int]) -> Tensor:
 
 def _factor(solver: Solver) -> Tensor:
     """(N,) what c's columns are multiplied by over rows that sum to one: other than 1 for the first alone."""
-    return torch.tensor([solver.coeffs[0][0], *[1.0] * (solver.num_steps - 1)], dtype=torch.float64)
+    factor = torch.ones(solver.num_steps, dtype=torch.float64)
+    factor[:1] = gain_of(solver.schedule, solver.tensors().told)
+    return factor

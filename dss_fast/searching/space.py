@@ -80,7 +80,7 @@ class Space:
         timesteps, coeffs, own, called = table.timesteps, table.coeffs, table.timesteps[:-1], table.told
         steps, shares = self.guided_steps, table.guidance_coeffs
         if times:
-            gain = self._gain(called)
+            gain = gain_of(self.schedule, called)
             coeffs = torch.cat([coeffs[:, :1] / gain, coeffs[:, 1:]], 1)
             shares = None if shares is None else torch.cat([shares[:, :1] / gain, shares[:, 1:]], 1)
         held = torch.tril(coeffs, -1).index_put(self._places(), zero[:1])
@@ -91,12 +91,11 @@ class Space:
         ):
             if missing:
                 raise ValueError(f"{solver.label} has {word}, which this search does not move; set {remedy}")
-        begun = (
-            float(self.schedule.alpha_sigma(zero[:1])[0]) > 0
-        )  # then the first row of what was moved there is longer
-        if bool(((coeffs.sum(1) - 1).abs()[int(begun) :] > ROWS).any()):
+        # Where a path begins with data in its noise, the first row of what was moved there is longer.
+        kept = slice(int(float(self.schedule.alpha_sigma(zero[:1])[0]) > 0), None)
+        if bool(((coeffs.sum(1) - 1).abs()[kept] > ROWS).any()):
             raise ValueError(f"{solver.label} has rows that do not sum to 1, which no search moves; start from another")
-        if shares is not None and bool(((shares.sum(1) - 1).abs() > ROWS).any()):
+        if shares is not None and bool(((shares.sum(1) - 1).abs()[kept] > ROWS).any()):
             raise ValueError(
                 f"{solver.label} weighs differences by rows that do not sum to 1, as moved tables do; start elsewhere"
             )
@@ -128,7 +127,7 @@ class Space:
         called = _called(u[:-1], times) if len(times) else None
         shared = None if self.guided_steps is None else self._shared(shares, self.guided_steps)
         if called is not None:
-            gain = self._gain(called)
+            gain = gain_of(self.schedule, called)
             coeffs = torch.cat([coeffs[:, :1] * gain, coeffs[:, 1:]], 1)
             shared = None if shared is None else torch.cat([shared[:, :1] * gain, shared[:, 1:]], 1)
         return SolverTensors(u, coeffs, noise if len(noise) else None, called, self.guided_steps, shared)
@@ -209,17 +208,18 @@ class Space:
         last[range(n), [max(j for j in steps if j <= i) for i in range(n)]] = 1
         return rows + last * (1 - rows.sum(1))[:, None]
 
-    def _gain(self, called: Tensor) -> Tensor:
-        """(1,) what the first prediction is multiplied by, where the network is told another time than u = 0: as a
-        velocity from u = 0 it is sigma of that time."""
-        _, s = self.schedule.x0(torch.cat([called.new_zeros(1), called[:1]]))
-        return s[1:] / s[:1]
-
     def _places(self) -> tuple[Tensor, Tensor]:
         """The rows and columns of the triangle's numbers."""
         rows, columns = torch.tril_indices(self.num_steps, self.num_steps, -1)
         free = (rows < self.num_steps - 2) | (columns == rows - 1) | (not self.short_tail)
         return rows[free], columns[free]
+
+
+def gain_of(schedule: Schedule, told: Tensor) -> Tensor:
+    """(1,) what the first prediction is multiplied by, where the network is told another time than u = 0: as a
+    velocity from u = 0 it is sigma of that time."""
+    _, s = schedule.x0(torch.cat([told.new_zeros(1), told[:1]]))
+    return s[1:] / s[:1]
 
 
 def _timesteps(raws: Tensor) -> Tensor:
