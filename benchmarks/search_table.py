@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import rows  # noqa: E402
+from benchmarks import rows, zoo  # noqa: E402
 from dss_fast import GaussNewton, Lion, Solver, Target, find_solver, sample, search  # noqa: E402
 from dss_fast.distance import squares  # noqa: E402
 from dss_fast.draws import Draws  # noqa: E402
@@ -40,7 +40,9 @@ COUNTS = {"mixture": 8192, "mixture0.2": 2048, "mixture0.5": 2048}
 
 
 def target(name: str) -> Target:
-    """The target of a model's short name: one of examples.mnist, "mixture", or "mixture0.2" of another bandwidth."""
+    """The target of a model's short name: of examples.mnist, the zoo, "mixture", "mixture0.2" of another bandwidth."""
+    if name in zoo.NAMES:
+        return zoo.target(name)
     if name.startswith("mixture"):
         from examples.mixture import BANDWIDTH, digits
 

@@ -20,7 +20,7 @@ from ..distance import criterion
 from ..solver import Solver
 from .best import Best, better
 from .budget import Ledger
-from .calls import SKETCHED, cost_of_worth, forecast, worth
+from .calls import CHOICES, JUDGES, cost_of_worth, forecast, worth
 from .forward import basis_of
 from .gauss_newton import ROBUST, Charge, Quadratic, robust
 from .job import Job
@@ -30,7 +30,7 @@ from .result import Event
 from .rounds import ANNEAL, Candidate, Look, Rounds, Trial, enough
 from .settings import GaussNewton
 from .space import Space
-from .starts import Start, candidates, of_different_spacings, ranked
+from .starts import Start, best_of, candidates, of_different_spacings, ranked
 from .teacher import Teacher
 
 DAMPING = 0.1  # of Levenberg-Marquardt at the start, relative to J'J's diagonal
@@ -260,18 +260,18 @@ class Descent:
         return [table for table in candidates(self.job.draws.schedule, n, done) if space.holds(table)], int(limit)
 
     def split(self, n: int, ranked: Sequence[Start], train: Teacher) -> list[Start]:
-        """The starts with both branches at as many steps as the calls allow: of the first spacing the two best choices,
-        of the second the best of them."""
+        """The starts with both branches at as many steps as the calls allow, at the same ones on each spacing."""
         guided = n if self.job.guided is None else self.job.guided[n]
         if guided == n or ranked[0].solver.guided_steps is not None:
             return list(ranked)
         several = racers_of(self.sizes.samples) > 1
         first, *others = of_different_spacings(ranked)
-        best = worth(first.solver, self.ledger, train, self.job.draws.seed).best(guided, 1 + several)
-        found = [replace(first, solver=table) for table in best]
-        steps = best[0].guided_steps
+        choices = worth(first.solver, self.ledger, train, self.job.draws.seed).best(guided, CHOICES)
+        best = best_of(self.job.draws, self.ledger, train, choices, JUDGES)
+        steps = best.guided_steps
         assert steps is not None
-        for start in others[: 1 if several else 0]:
+        found = [replace(first, solver=best)]
+        for start in others if several else ():
             rows = tuple(map(tuple, forecast(start.solver, steps).tolist()))
             found.append(replace(start, solver=replace(start.solver, guided_steps=steps, guidance_coeffs=rows)))
         return found
@@ -326,7 +326,7 @@ class Descent:
                 return left - 2 * self.chosen * self.sizes.fresh
             samples = self.sizes.samples + self.sizes.held_out + 2 * self.sizes.fresh
             to_come = sum(n for n in self.job.steps if n not in self.racers)
-            weighed = cost_of_worth(to_come, min(self.sizes.samples, SKETCHED))
+            weighed = cost_of_worth(to_come, self.sizes.samples, len(self.job.draws.targets))
             return left - sum(self.job.steps) * samples - weighed
         return left - self.sizes.fresh * sum(2 * n for n in self.job.steps if n not in self.racers)
 

@@ -15,7 +15,7 @@ from ..modes import on_host
 from ..target import Model, Target
 from ..unroll.kept import budget_bytes, free_bytes
 from .budget import Cost, default_budget, gigabytes
-from .calls import SKETCHED, cost_of_worth
+from .calls import cost_of_worth
 from .forward import LEAST as FORWARD_LEAST
 from .forward import afforded, directions_of
 from .job import Job, prepare
@@ -95,7 +95,7 @@ class Sizes:
                 others = GROWTH[:TRIED] + (racers - 1) * GROWTH[:RACE]
                 each += (work(job.steps) - work(steps)) * SLACK * sum(others) + sum(job.steps)
             if job.guided is not None:
-                each += cost_of_worth(sum(job.steps), min(samples, SKETCHED)) / samples
+                each += cost_of_worth(sum(job.steps), samples, len(job.draws.targets)) / samples
             if job.follows:  # inner states that are not kept are made again, for the trial and for the way back
                 kept = world * job.room.host / (2 * calls(samples) * state_bytes(job) * samples)
                 each += calls(samples) * max(0.0, 1 - kept) * 2 * rounds * len(steps)
