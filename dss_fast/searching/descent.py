@@ -20,7 +20,7 @@ from ..distance import criterion
 from ..solver import Solver
 from .best import Best, better
 from .budget import Ledger
-from .calls import CHOICES, JUDGES, cost_of_worth, forecast, worth
+from .calls import CHOICES, cost_of_worth, forecast, judges, worth
 from .forward import basis_of
 from .gauss_newton import ROBUST, Charge, Quadratic, robust
 from .job import Job
@@ -267,7 +267,8 @@ class Descent:
         several = racers_of(self.sizes.samples) > 1
         first, *others = of_different_spacings(ranked)
         choices = worth(first.solver, self.ledger, train, self.job.draws.seed).best(guided, CHOICES)
-        best = best_of(self.job.draws, self.ledger, train, choices, JUDGES)
+        most = min(sum(train.sizes[t :: len(first.units)]) for t in range(len(first.units)))
+        best = best_of(self.job.draws, self.ledger, train, choices, judges(most))
         steps = best.guided_steps
         assert steps is not None
         found = [replace(first, solver=best)]

@@ -141,14 +141,9 @@ def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solv
 @torch.no_grad()
 def best_of(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solver], samples: int) -> Solver:
     """The best of a few tables that are near each other, by that score, each on so many samples of each target; the
-    first where there are fewer, or the budget does not allow it."""
-    n, targets = tables[0].num_steps, len(draws.targets)
-    cost = n * samples * targets * len(tables)
-    if (
-        len(tables) == 1
-        or samples > min(sum(teacher.sizes[t::targets]) for t in range(targets))
-        or not ledger.affords(cost)
-    ):
+    first for no samples, or where the budget does not allow it."""
+    cost = tables[0].num_steps * samples * len(draws.targets) * len(tables)
+    if not cost or len(tables) == 1 or not ledger.affords(cost):
         return tables[0]
     errors = _measured(tables, draws, teacher, slice(0, samples))
     ledger.spend(cost)
