@@ -86,7 +86,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
     invert_sigmas: of Mochi, whose times and sigmas rise and whose network returns x0 - epsilon.
     num_train_timesteps, beta_*, trained_betas, rescale_betas_zero_snr, snr_shift_scale, prediction_type: the model's.
     stock_class, stock_defaults: filled in by ``from_config``: the class the config comes from, and what it left unset.
-    kwargs: other settings of stock schedulers, which a server that calls the class with a whole config passes here.
+    others: further settings of stock schedulers, which a server that calls the class with a whole config passes here.
     thresholding: refused, unless not strict: clipping x0 is not linear. clip_sample: warned about by ``from_config``.
 
     A run that starts part-way in, as in img2img and inpainting, has no predictions before its first step k. The
@@ -103,7 +103,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers] + ["FlowMatchEulerDiscreteScheduler"]
     order = 1
-    ignore_for_config = ["kwargs"]
+    ignore_for_config = ["others"]  # not named kwargs: in diffusers such a parameter is of deprecated settings alone
 
     # These belong to one run: set_timesteps makes the first, the first step the rest.
     num_inference_steps: int | None
@@ -147,13 +147,13 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         strict: bool = True,
         stock_class: str | None = None,
         stock_defaults: Sequence[str] | None = None,
-        **kwargs: Any,
+        **others: Any,
     ) -> None:
-        strange = sorted(kwargs.keys() - every_setting())
+        strange = sorted(others.keys() - every_setting())
         if strange:
-            raise TypeError(f"{strange[0]}={kwargs[strange[0]]!r}: no scheduler of diffusers has that setting")
-        if kwargs:
-            self.register_to_config(**kwargs)
+            raise TypeError(f"{strange[0]}={others[strange[0]]!r}: no scheduler of diffusers has that setting")
+        if others:
+            self.register_to_config(**others)
         written = self.config.get("_solvers")  # tables beside the names, where a server calls the class with a config
         if written:
             solver = [*([solver] if isinstance(solver, str) else solver), *written]  # type: ignore[misc]
