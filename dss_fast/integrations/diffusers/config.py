@@ -206,13 +206,18 @@ def alphas_cumprod(config: Config) -> Tensor:
     return table.double()
 
 
+def mu_of(config: Config, mu: float | None) -> float | None:
+    """The mu of a run under ``use_dynamic_shifting``: what the pipeline passes, or else the config's own."""
+    return config.get("mu") if mu is None else mu
+
+
 def model_schedule(config: Config, mu: float | None = None) -> Schedule:
     """The schedule a search on a pipeline with this config should use.
 
     A flow keeps the pipeline's shift, e^mu where it depends on the resolution. The linear betas of DDPM and DiT are
     the continuous VP of the paper, so that published tables and searched ones share one schedule.
     """
-    kind, steps = prediction_of(config), config.get("num_train_timesteps", 1000)
+    kind, steps, mu = prediction_of(config), config.get("num_train_timesteps", 1000), mu_of(config, mu)
     if family_of(config) == "flow":
         shift = config.get("flow_shift") if config.get("use_flow_sigmas") else config.get("shift")
         if config.get("use_dynamic_shifting") and mu is not None:
@@ -250,7 +255,7 @@ def followed(solver: Solver, schedule: Schedule, config: Config, mu: float | Non
 
     mu: of a resolution-dependent shift; without it there, and on a config that says no shift, the table stays.
     """
-    said = config.get("flow_shift") if config.get("use_flow_sigmas") else config.get("shift")
+    said, mu = config.get("flow_shift") if config.get("use_flow_sigmas") else config.get("shift"), mu_of(config, mu)
     if not isinstance(schedule, Flow) or (mu is None if config.get("use_dynamic_shifting") else said is None):
         return solver, schedule
     wanted = model_schedule(config, mu)

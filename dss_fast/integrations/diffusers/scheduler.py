@@ -5,6 +5,7 @@ pipe.scheduler = DSSScheduler.from_config(pipe.scheduler.config, solver="dit-xl-
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from torch import Tensor
 
 from ...names import Name
-from ...schedule import Schedule
+from ...schedule import Flow, Schedule
 from ...solver import Solver
 from ...step import multistep_step
 from ...table import StepTable
@@ -34,7 +35,7 @@ from .config import (
     table_schedule,
     training_scheduler,
 )
-from .grids import edited_table, handmade_table, initial_scale, lands, stock_class
+from .grids import edited_table, handmade_table, initial_scale, lands, no_mu, stock_class
 from .request import check_latents, passed_beside
 from .settings import unapplied
 from .tables import read_solvers
@@ -83,6 +84,8 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
     shift, use_dynamic_shifting, flow_shift, use_flow_sigmas: the pipeline's flow grid. They shape hand-made grids, and
         a learned flow table follows them from the shift that it was searched at, 1 for the published ones
         (``Solver.moved``).
+    mu: under ``use_dynamic_shifting``, for pipelines that pass none to this class (Bria's, EasyAnimate's): the log of
+        the resolution's shift, or the shift itself where ``time_shift_type`` is "linear". A pipeline's own goes first.
     invert_sigmas: of Mochi, whose times and sigmas rise and whose network returns x0 - epsilon.
     num_train_timesteps, beta_*, trained_betas, rescale_betas_zero_snr, snr_shift_scale, prediction_type: the model's.
     stock_class, stock_defaults: filled in by ``from_config``: the class the config comes from, and what it left unset.
@@ -147,6 +150,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         strict: bool = True,
         stock_class: str | None = None,
         stock_defaults: Sequence[str] | None = None,
+        mu: float | None = None,
         **others: Any,
     ) -> None:
         strange = sorted(others.keys() - every_setting())
@@ -172,6 +176,11 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             self.register_to_config(_use_default_values=unset)
         if thresholding and strict:
             raise ValueError("thresholding=True clips x0 at every step, which no linear solver does; pass strict=False")
+        if mu is not None and not use_dynamic_shifting:
+            raise ValueError(
+                f"mu={mu!r} with use_dynamic_shifting=False, where the shift is shift={shift!r} at every resolution: "
+                "give shift=e^mu instead, or use_dynamic_shifting=True"
+            )
         prediction_of(self.config)
         self._learned = {n: (table, table_schedule(table, self.config, strict)) for n, table in tables.items()}
 
@@ -262,11 +271,15 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         return "flow_shift" if self.config.get("use_flow_sigmas") else "shift"
 
     def set_shift(self, shift: float) -> None:
-        """Another shift for the grids of the runs to come, hand-made or learned."""
+        """Another shift for the grids of the runs to come, hand-made or learned; where it depends on the resolution, for
+        those whose pipeline passes no mu."""
         if not shift > 0:
             raise ValueError(f"shift={shift!r}: must be above 0")
         unset = [key for key in self.config.get("stock_defaults") or () if key != self._shift_key]
-        self.register_to_config(**{self._shift_key: float(shift), "stock_defaults": unset})
+        told = {self._shift_key: float(shift), "stock_defaults": unset}
+        if self.config.get("use_dynamic_shifting"):
+            told["mu"] = float(shift) if self.config.get("time_shift_type") == "linear" else math.log(shift)
+        self.register_to_config(**told)
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The sample itself: flows and VP models take it unscaled."""
@@ -290,7 +303,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
 
         sigmas, timesteps: of a hand-made solver, shifted as its stock scheduler shifts them; refused by a learned
             table, whose coefficients belong to its own times. What pipelines pass unasked counts as none.
-        mu: the log of a resolution-dependent shift, on a config with ``use_dynamic_shifting``.
+        mu: the log of a resolution-dependent shift, on a config with ``use_dynamic_shifting``; None: the config's.
         shift: as :meth:`set_shift`.
 
         Raises ValueError naming the numbers of steps there are tables for.
@@ -311,6 +324,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         n = int(num_inference_steps)
         if n < 1:
             raise ValueError(f"{n} steps: give at least 1")
+        self._check_mu(mu, n)
         name = None
         if n in self._learned:
             solver, schedule = followed(*self._learned[n], self.config, mu)
@@ -492,6 +506,25 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             f"no table for {n} steps; this scheduler has tables for {', '.join(map(str, known))}. Choose one of those, "
             "or add a hand-made solver for the rest, as in solver=['sit-xl-2-256', 'dpmpp_2m']"
         )
+
+    def _check_mu(self, mu: float | None, n: int) -> None:
+        """Warns of a mu that was told for nothing, and of a learned table that follows no shift for want of one."""
+        own = self.config.get("mu")
+        if not self.config.get("use_dynamic_shifting"):
+            return
+        if mu is not None and own is not None and abs(mu - own) > 1e-6:
+            warnings.warn(
+                f"mu={mu:.6g}, which this pipeline passes, goes before the mu={own:.6g} of this scheduler", stacklevel=3
+            )
+        table, schedule = self._learned.get(n, (None, None))
+        if table is None or "request" in table.provenance or not isinstance(schedule, Flow):
+            return
+        if mu is None and own is None:
+            warnings.warn(
+                f"use_dynamic_shifting=True, and no mu: {table.label} stays at shift {schedule.shift:g}, whatever this "
+                f"resolution's is. {no_mu(self.config)}",
+                stacklevel=3,
+            )
 
     def _check_custom(
         self,
