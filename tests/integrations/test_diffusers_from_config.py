@@ -10,6 +10,7 @@ diffusers = pytest.importorskip("diffusers")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 from dss_fast.integrations.diffusers import DSSScheduler  # noqa: E402
+from dss_fast.integrations.diffusers.config import OTHER, REFUSED  # noqa: E402
 from helpers.diffusers_classes import every_class  # noqa: E402
 from helpers.diffusers_runs import noise, run  # noqa: E402
 
@@ -47,14 +48,7 @@ def ours(config, solver, **options):
         return DSSScheduler.from_config(config, solver=solver, strict=False, **options)
 
 
-# What these describe is no VP model at discrete times and no flow between 1 and 0: refused, with the name.
-NEITHER = {
-    "BlockRefinementScheduler", "CMStochasticIterativeScheduler", "CosineDPMSolverMultistepScheduler",
-    "DDPMWuerstchenScheduler", "DiscreteDDIMScheduler", "EDMDPMSolverMultistepScheduler", "EDMEulerScheduler",
-    "EntropyBoundScheduler", "FlowMapEulerDiscreteScheduler", "HeliosDMDScheduler", "HeliosScheduler",
-    "IPNDMScheduler", "KarrasVeScheduler", "LTXEulerAncestralRFScheduler", "MiniMaxH3Scheduler", "PiflowScheduler",
-    "SCMScheduler", "ScoreSdeVeScheduler",
-}  # fmt: skip
+NEITHER = {*REFUSED, *OTHER}  # no VP model at discrete times, and no flow between 1 and 0
 
 
 @pytest.mark.parametrize("options", [{}, SD, {"timestep_spacing": "trailing"}], ids=["defaults", "sd", "trailing"])
@@ -192,7 +186,7 @@ def test_euler_of_sigma_space_is_the_stock_euler(spacing):
 def test_defaults_that_diffusers_drops_are_named():
     """LCM's betas are the defaults of its class, and stock's from_config gives another class its own."""
     stock = diffusers.LCMScheduler()
-    mine = DSSScheduler.from_config({**stock.config, "_class_name": "LCMScheduler"}, solver="dpmpp_2m")
+    mine = ours({**stock.config, "_class_name": "LCMScheduler"}, "dpmpp_2m")
     with pytest.warns(UserWarning, match="betas of LCMScheduler are its defaults"):
         mine.set_timesteps(8)
     with pytest.warns(UserWarning, match="steps from time to time"):

@@ -23,9 +23,12 @@ from ...step import multistep_step
 from ...table import StepTable
 from ..k_diffusion import sigmas_at
 from .config import (
+    ANOTHER_TASK,
     adopt,
     alphas_cumprod,
     check_start,
+    check_task,
+    config_of,
     every_setting,
     family_of,
     followed,
@@ -80,7 +83,8 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         solver's JSON file or a folder of them; a :class:`~dss_fast.Solver`; or a list of these.
     family: ``"flow"`` or ``"vp"``. ``from_config`` reads it off the pipeline; None: that of the learned tables, then
         flow when a shift is given, then VP.
-    strict: refuse a table searched for another noise schedule. False: run it on the pipeline's own.
+    strict: refuse a table searched for another noise schedule, and the config of a scheduler for another task (LCM,
+        TCD, RePaint, inversion). False: run the table on the pipeline's noise, and that config as an ordinary one.
     shift, use_dynamic_shifting, flow_shift, use_flow_sigmas: the pipeline's flow grid. They shape hand-made grids, and
         a learned flow table follows them from the shift that it was searched at, 1 for the published ones
         (``Solver.moved``).
@@ -181,6 +185,8 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
                 f"mu={mu!r} with use_dynamic_shifting=False, where the shift is shift={shift!r} at every resolution: "
                 "give shift=e^mu instead, or use_dynamic_shifting=True"
             )
+        if strict:
+            check_task(self.config)
         prediction_of(self.config)
         self._learned = {n: (table, table_schedule(table, self.config, strict)) for n, table in tables.items()}
 
@@ -210,7 +216,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         scheduler's step and not a table's are warned about by name.
         """
         if isinstance(config, SchedulerMixin):
-            config = {**config.config, "_class_name": type(config).__name__}
+            config = config_of(config)
         if isinstance(config, Mapping):
             config = dict(config) if "solver" in config else adopt(config)
             embedded = config.pop("_solvers", None)
@@ -236,6 +242,9 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
                 )
         made = super().from_config(config, return_unused_kwargs, **kwargs)
         scheduler = made[0] if isinstance(made, tuple) else made
+        task = ANOTHER_TASK.get(str(scheduler.config.get("stock_class")))
+        if task is not None:
+            warnings.warn(f"strict=False takes the config of {scheduler.config.stock_class}, and {task}", stacklevel=2)
         dropped = list(unapplied(scheduler.config, [name.name for name in scheduler._methods if not name.spacing]))
         if dropped:
             warnings.warn(
@@ -271,8 +280,8 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         return "flow_shift" if self.config.get("use_flow_sigmas") else "shift"
 
     def set_shift(self, shift: float) -> None:
-        """Another shift for the grids of the runs to come, hand-made or learned; where it depends on the resolution, for
-        those whose pipeline passes no mu."""
+        """Another shift for the grids of the runs to come, hand-made or learned. Where it depends on the resolution, of
+        runs whose pipeline passes no mu."""
         if not shift > 0:
             raise ValueError(f"shift={shift!r}: must be above 0")
         unset = [key for key in self.config.get("stock_defaults") or () if key != self._shift_key]
@@ -369,6 +378,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         per_token_timesteps: Tensor | None = None,
         eta: float = 0.0,
         use_clipped_model_output: bool | None = None,
+        prev_timestep: float | Tensor | None = None,
     ) -> SchedulerOutput | tuple[Tensor]:
         """x_{i+1} from the network's output at x_i, after the pipeline's own guidance.
 
@@ -380,6 +390,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             than this step's, such as a given frame's, keep their value. model_output is then x0 - epsilon, as there.
         eta, use_clipped_model_output: of DDIM's step, which pipelines pass; nothing but 0, and not True, as a table
             adds no noise and clips nothing.
+        prev_timestep: of UnCLIP's step, whose pipelines pass the time of the next step; no other is taken.
 
         Returns (x_next,), or an object with ``prev_sample`` and ``pred_original_sample``; in the sample's dtype, sums
         in float32.
@@ -392,6 +403,8 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         if not torch.compiler.is_compiling() and self._edited():
             self._take_edits()
         i = self._locate(timestep)
+        if prev_timestep is not None and self._element(prev_timestep, self.index_for_timestep) != i + 1:
+            raise ValueError(f"prev_timestep={prev_timestep}: step {i} goes to the next of scheduler.timesteps")
         if i != self._next or self._history is None or self._others(sample):
             self._begin(i, sample)
         if model_output.shape != sample.shape:
@@ -557,20 +570,28 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         counted = self._begin_index if self._next is None else self._next if self._next < len(own) else None
         if torch.compiler.is_compiling():
             return self.index_for_timestep(timestep) if counted is None else counted
+        declared = self._begin_index is not None and counted is not None  # the steps are said to come in their order
+
+        def place(timestep: float | Tensor) -> int:
+            if declared and not on_host(timestep):
+                return int(counted)  # type: ignore[arg-type]
+            try:
+                return self.index_for_timestep(timestep)
+            except ValueError:
+                if not declared:
+                    raise
+                return int(counted)  # type: ignore[arg-type]
+
+        return self._element(timestep, place)
+
+    def _element(self, timestep: float | Tensor, otherwise: Callable[[float | Tensor], int]) -> int:
+        """Which element of ``timesteps`` a time is: a view, whose address says so."""
+        own = self.timesteps
         if isinstance(timestep, Tensor) and timestep.dtype == own.dtype and timestep.device == own.device:
-            # An element of `timesteps` is a view, whose address says which one it is.
             i, odd = divmod(timestep.data_ptr() - own.data_ptr(), own.element_size())
             if not odd and 0 <= i < len(own):
                 return i
-        declared = self._begin_index is not None and counted is not None  # the steps are said to come in their order
-        if declared and not on_host(timestep):
-            return int(counted)  # type: ignore[arg-type]
-        try:
-            return self.index_for_timestep(timestep)
-        except ValueError:
-            if not declared:
-                raise
-            return int(counted)  # type: ignore[arg-type]
+        return otherwise(timestep)
 
     def _edited(self) -> bool:
         """Whether a program has put times or sigmas of its own in place, or edited one. Waits for no device."""
