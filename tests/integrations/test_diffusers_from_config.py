@@ -298,3 +298,34 @@ def test_a_flow_that_is_told():
     for nothing in ({"num_inference_steps": 0}, {"sigmas": []}):
         with pytest.raises(ValueError, match="at least 1"):
             mine.set_timesteps(**nothing)
+
+
+def test_a_shift_under_the_other_name_is_refused():
+    flows = UNIPC(**FLOW_SIGMAS)
+    with pytest.raises(ValueError, match=r"shift=7.0: the grid .*use_flow_sigmas=True.* give flow_shift=7.0"):
+        DSSScheduler.from_config(flows, solver="unip2", shift=7.0)
+    with pytest.raises(ValueError, match=r"flow_shift=7.0: the grid .*use_flow_sigmas=False.* give shift=7.0"):
+        DSSScheduler.from_config(FLOW(shift=3.0), solver="dpmpp_2m", flow_shift=7.0)
+    with pytest.raises(ValueError, match="shift=7.0: this config is that of a VP model"):
+        DSSScheduler.from_config(DPM(**SD), solver="dpmpp_2m", shift=7.0)
+    assert DSSScheduler.from_config(flows, solver="unip2", flow_shift=7.0).shift == 7.0
+
+
+def test_settings_that_are_told_for_nothing_are_named():
+    with pytest.warns(UserWarning, match="solver_order=3 not applied: the order is the method's, 2 of dpmpp_2m"):
+        DSSScheduler.from_config(DPM(**SD), solver="dpmpp_2m", solver_order=3)
+    with pytest.warns(UserWarning, match="use_karras_sigmas=True not applied: a learned table"):
+        DSSScheduler.from_config(FLOW(shift=3.0), solver="sit-xl-2-256", use_karras_sigmas=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        DSSScheduler.from_config(DPM(**SD), solver="dpmpp_2m", solver_order=2)
+        DSSScheduler.from_config(FLOW(shift=3.0), solver=["sit-xl-2-256", "euler"], use_karras_sigmas=True)
+        DSSScheduler.from_config(DPM(**SD, use_karras_sigmas=True), solver="dpmpp_2m")
+
+
+def test_a_learned_table_follows_what_a_program_writes_into_the_config():
+    """Stock schedulers read their config at each step."""
+    late = DSSScheduler.from_config(DDIM(clip_sample=False), solver="dit-xl-2-256")
+    late.register_to_config(prediction_type="v_prediction")
+    early = DSSScheduler.from_config(DDIM(clip_sample=False, prediction_type="v_prediction"), solver="dit-xl-2-256")
+    assert torch.equal(run(late, 6), run(early, 6))

@@ -40,7 +40,7 @@ from .config import (
 )
 from .grids import edited_table, handmade_table, initial_scale, lands, no_mu, stock_class
 from .request import check_latents, passed_beside
-from .settings import unapplied
+from .settings import check_shift, told_for_nothing, unapplied
 from .tables import read_solvers
 from .unasked import unasked
 
@@ -53,6 +53,15 @@ __all__ = [
 def on_host(value: float | Tensor) -> bool:
     """Whether a value can be read without waiting for a device."""
     return not isinstance(value, Tensor) or value.device.type == "cpu"
+
+
+def _rounded_to(timestep: float | Tensor, t: float, times: Sequence[float]) -> list[int]:
+    """Which times a given one, of value ``t``, may mean by the precision that it has."""
+    if isinstance(timestep, Tensor) and timestep.dtype in (torch.float16, torch.bfloat16):
+        rounded = torch.tensor(times).to(timestep.dtype).tolist()
+        return [i for i, time in enumerate(rounded) if time == t]
+    whole = isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point())
+    return [i for i, time in enumerate(times) if (abs(time - t) < 1 if whole else time == t)]
 
 
 @dataclass
@@ -188,7 +197,8 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         if strict:
             check_task(self.config)
         prediction_of(self.config)
-        self._learned = {n: (table, table_schedule(table, self.config, strict)) for n, table in tables.items()}
+        self._tables = tables
+        self._settle()
 
         self.init_noise_sigma = 1.0
         self._upwards = invert_sigmas
@@ -215,6 +225,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         config: of a scheduler, or the scheduler itself, whose class is then known. Settings of it that change a stock
         scheduler's step and not a table's are warned about by name.
         """
+        given = dict(kwargs)
         if isinstance(config, SchedulerMixin):
             config = config_of(config)
         if isinstance(config, Mapping):
@@ -235,6 +246,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             if given_back:
                 config["stock_defaults"] = [key for key in given_back if key not in kwargs and key not in told]
             config |= told
+            check_shift({**config, **kwargs}, {**told, **kwargs})
             unknown = [key for key in kwargs if key not in cls._get_init_keys(cls)]
             if unknown and not return_unused_kwargs:
                 raise ValueError(
@@ -245,7 +257,10 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         task = ANOTHER_TASK.get(str(scheduler.config.get("stock_class")))
         if task is not None:
             warnings.warn(f"strict=False takes the config of {scheduler.config.stock_class}, and {task}", stacklevel=2)
-        dropped = list(unapplied(scheduler.config, [name.name for name in scheduler._methods if not name.spacing]))
+        walking = [name.name for name in scheduler._methods if not name.spacing]
+        for setting in told_for_nothing(given, walking):
+            warnings.warn(setting, stacklevel=2)
+        dropped = list(unapplied(scheduler.config, walking))
         if dropped:
             warnings.warn(
                 f"{', '.join(dropped)} not applied: DSSScheduler's steps are linear and draw no noise, and its methods "
@@ -267,7 +282,12 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Says at which step the run starts, as img2img pipelines do before their first step."""
+        """Says at which step the run starts, as img2img pipelines do before their first step.
+
+        Raises ValueError for a place outside the run.
+        """
+        if self._table is not None and not 0 <= begin_index <= len(self.timesteps):
+            raise ValueError(f"begin_index={begin_index}: this run has steps 0 to {len(self.timesteps) - 1}")
         self._begin_index = begin_index
 
     @property
@@ -282,8 +302,8 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
     def set_shift(self, shift: float) -> None:
         """Another shift for the grids of the runs to come, hand-made or learned. Where it depends on the resolution, of
         runs whose pipeline passes no mu."""
-        if not shift > 0:
-            raise ValueError(f"shift={shift!r}: must be above 0")
+        if not 0 < shift < math.inf:
+            raise ValueError(f"shift={shift!r}: must be above 0, and finite")
         unset = [key for key in self.config.get("stock_defaults") or () if key != self._shift_key]
         told = {self._shift_key: float(shift), "stock_defaults": unset}
         if self.config.get("use_dynamic_shifting"):
@@ -330,9 +350,16 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             num_inference_steps = len(given)
         if num_inference_steps is None:
             raise ValueError("give num_inference_steps, or custom sigmas or timesteps for hand-made solvers")
+        if isinstance(num_inference_steps, bool | str) or num_inference_steps != int(num_inference_steps):
+            raise ValueError(f"num_inference_steps={num_inference_steps!r}: give a whole number")
         n = int(num_inference_steps)
         if n < 1:
             raise ValueError(f"{n} steps: give at least 1")
+        last = self.config["num_train_timesteps"]
+        strange = [t for t in (() if timesteps is None else timesteps) if not 0 <= t <= last]
+        if strange:
+            raise ValueError(f"timesteps hold {strange[0]:g}: the model's times go from 0 to {last}")
+        self._settle()
         self._check_mu(mu, n)
         name = None
         if n in self._learned:
@@ -432,23 +459,25 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         return self._x0(self._next, sample, self._history[:, self._next - 1].to(sample.dtype))
 
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
-        """The step of a time in ``timesteps``; of equal ones the next to come, else the first.
+        """The step of a time in ``timesteps``; of those that it may mean the next to come, else the nearest.
 
-        timestep: a number, or a tensor of equal ones. Raises ValueError for a time further than one training step from
-        all, and for times that differ.
+        timestep: a number, or a tensor of equal ones. A whole number may be a time cut off or rounded, and one of half
+        precision means whatever is rounded to it, which on dense grids are several. Raises ValueError for a time
+        further than one training step from all, and for times that differ.
         """
         times = self._host[0] if schedule_timesteps is None else schedule_timesteps.tolist()
         values = set(timestep.flatten().tolist()) if isinstance(timestep, Tensor) else {float(timestep)}
         if len(values) != 1:
             raise ValueError(f"timesteps {sorted(values)} in one step: all samples of a step have one time")
-        t = values.pop()
+        t = float(values.pop())
         away = [abs(time - t) for time in times]
-        nearest = away.index(min(away))
-        if away[nearest] > 1:
+        meant = _rounded_to(timestep, t, times)
+        if self._next in meant:
+            return int(self._next)
+        nearest = min(range(len(times)), key=away.__getitem__)
+        if nearest not in meant and not away[nearest] <= 1:
             known = ", ".join(f"{value:g}" for value in times[:20])
             raise ValueError(f"timestep {t:g} is none of this run's: {known}; pass the elements of scheduler.timesteps")
-        if self._next is not None and self._next < len(away) and away[self._next] == away[nearest]:
-            return self._next
         return nearest
 
     # ---- noise for img2img, inpainting and training
@@ -496,6 +525,9 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             return None if self._begin_index is None or reached is None or len(set(values)) > 1 else [reached]
 
     def _training_levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        last = self.config["num_train_timesteps"]
+        if not bool(((t >= 0) & (t <= last)).all()):
+            raise ValueError(f"timesteps {t.tolist()[:8]}: the model's times go from 0 to {last}")
         if family_of(self.config) == "flow":
             sigma = t / self.config["num_train_timesteps"]
             return 1 - sigma, sigma
@@ -509,6 +541,15 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         self._history = self._rows = self._next = self._step_index = self._begin_index = None
         self._index, self._started = (), 0
         self._noise_slot_empty = False
+
+    def _settle(self) -> None:
+        """Each learned table with its schedule on this config, which a program may change (register_to_config)."""
+        if getattr(self, "_settled", None) is not self.config:
+            strict = self.config["strict"]
+            self._learned = {
+                n: (table, table_schedule(table, self.config, strict)) for n, table in self._tables.items()
+            }
+            self._settled = self.config
 
     def _method(self, n: int) -> Name:
         for name in self._methods:
@@ -567,6 +608,10 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
     def _locate(self, timestep: float | Tensor) -> int:
         """The step a time belongs to, without asking the device for its value where that can be."""
         own = self.timesteps
+        if self._step_index is not None and self._step_index != self._next:  # a program has put its own there
+            if not 0 <= self._step_index < len(own):
+                raise ValueError(f"scheduler._step_index = {self._step_index}: this run has steps 0 to {len(own) - 1}")
+            return int(self._step_index)
         counted = self._begin_index if self._next is None else self._next if self._next < len(own) else None
         if torch.compiler.is_compiling():
             return self.index_for_timestep(timestep) if counted is None else counted
