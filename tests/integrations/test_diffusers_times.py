@@ -356,3 +356,18 @@ def test_times_and_numbers_of_steps_that_cannot_be():
         with pytest.raises(ValueError, match="must be above 0, and finite"):
             flow.set_shift(shift)
     vp.set_timesteps(timesteps=torch.tensor([901, 333, 4]).numpy())
+
+
+def test_noise_of_a_training_time_beside_one_of_the_run_is_its_own():
+    """A run's time that is one training step away is another level."""
+    stock = DDIM(clip_sample=False, **SD)
+    mine, x = ours(stock), noise(1)
+    for scheduler in (stock, mine):
+        scheduler.set_timesteps(5)
+    for t in (stock.timesteps[2:3] + 1, stock.timesteps[2:3], torch.tensor([333])):
+        torch.testing.assert_close(mine.add_noise(x, 2 * x, t), stock.add_noise(x, 2 * x, t), rtol=1e-6, atol=1e-7)
+
+
+def test_a_scheduler_that_was_made_without_the_pipelines_config_says_so_in_a_flow_pipeline():
+    with pytest.raises(ValueError, match="flow pipeline's, and this scheduler is of a VP model.*from_config"):
+        DSSScheduler(solver="euler").set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])

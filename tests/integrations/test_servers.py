@@ -85,6 +85,9 @@ def test_vllm_omnis_native_pipelines_load_what_the_folder_names(folder, plugin, 
     FLOW(shift=2.0).save_pretrained(tmp_path / "stock")
     stock = FLOW.from_pretrained(tmp_path / "stock")
     assert type(stock) is FLOW and stock.config.shift == 2.0
+    for kind, where in ((DSSScheduler, folder / "scheduler"), (FLOW, tmp_path / "stock")):
+        loaded, unused = FLOW.from_pretrained(where, return_unused_kwargs=True, foo=3)
+        assert type(loaded) is kind and unused["foo"] == 3
 
 
 @pytest.mark.skipif(

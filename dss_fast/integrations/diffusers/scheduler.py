@@ -42,7 +42,7 @@ from .grids import edited_table, handmade_table, initial_scale, lands, no_mu, st
 from .request import check_latents, passed_beside
 from .settings import check_shift, told_for_nothing, unapplied
 from .tables import read_solvers
-from .unasked import unasked
+from .unasked import even, unasked
 
 __all__ = [
     "DSSScheduler",
@@ -361,6 +361,11 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"timesteps hold {strange[0]:g}: the model's times go from 0 to {last}")
         self._settle()
         self._check_mu(mu, n)
+        if sigmas is not None and family_of(self.config) == "vp" and even(sigmas, None, last):
+            raise ValueError(
+                "sigmas that go in a line from 1 are a flow pipeline's, and this scheduler is of a VP model: make it "
+                "of the pipeline's own, DSSScheduler.from_config(pipe.scheduler, solver=...)"
+            )
         name = None
         if n in self._learned:
             solver, schedule = followed(*self._learned[n], self.config, mu)
@@ -518,11 +523,10 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         reached = self._begin_index if self._step_index is None else self._step_index
         if self._begin_index is not None and reached is not None and timesteps.numel() == 1 and not on_host(timesteps):
             return [reached]
-        values = timesteps.flatten().tolist()
-        try:
-            return [self.index_for_timestep(t) for t in values]
-        except ValueError:
-            return None if self._begin_index is None or reached is None or len(set(values)) > 1 else [reached]
+        meant = [_rounded_to(t, float(t), self._host[0]) for t in timesteps.flatten().cpu()]
+        if all(meant):
+            return [self._next if self._next in places else places[0] for places in meant]
+        return None if self._begin_index is None or reached is None or len(timesteps.unique()) > 1 else [reached]
 
     def _training_levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         last = self.config["num_train_timesteps"]
