@@ -310,7 +310,8 @@ def _nodes(io: Any, samplers: Any, folder: Path) -> list[Any]:
     class DSSSampler(Node):
         @classmethod
         def define_schema(cls) -> Any:
-            scales = io.String.Input("cfg", default="", tooltip="of each step, as in 5,5,5,1,1: at 1 one branch is run")
+            about = "of each step, as in 5,5,5,1,1: at 1 one branch is run"
+            scales = io.String.Input("cfg", default="", optional=True, tooltip=about)  # prompts of before have none
             return io.Schema(
                 node_id="DSSSampler",
                 display_name="DSS Sampler",

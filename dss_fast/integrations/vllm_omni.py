@@ -27,7 +27,8 @@ def register() -> None:
     @wraps(loading)
     def from_pretrained(cls: Any, folder: Any = None, subfolder: str | None = None, *args: Any, **kwargs: Any) -> Any:
         if not issubclass(cls, DSSScheduler):
-            named = cls.load_config(folder, subfolder=subfolder, **kwargs).get("_class_name")
+            asked = {key: value for key, value in kwargs.items() if not key.startswith("return_")}  # the config alone
+            named = cls.load_config(folder, subfolder=subfolder, **asked).get("_class_name")
             cls = DSSScheduler if named == DSSScheduler.__name__ else cls
         return loading(cls, folder, subfolder, *args, **kwargs)
 

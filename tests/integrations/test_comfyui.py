@@ -111,6 +111,12 @@ def test_the_node_pair(comfy, noise, solver, steps, denoise):
         sampler(guided, torch.randn(2, 4), torch.linspace(float(sigmas[0]), 0, 9), disable=True)
 
 
+def test_a_prompt_of_before_the_cfg_of_each_step_is_still_valid(comfy):
+    """ComfyUI's server answers 400 to a prompt that lacks an input which is not optional, whatever its default."""
+    inputs = {port.args[0]: port.kwargs for port in comfy.nodes[0].define_schema().inputs}
+    assert {name for name, told in inputs.items() if not told.get("optional")} == {"solver", "steps", "file", "strict"}
+
+
 def test_denoise(comfy):
     sampler_node, sigmas_node = comfy.nodes
     model = wrapped(FlowNoise())[1]

@@ -75,6 +75,7 @@ def test_public_surface():
     assert list(inspect.signature(scheduler.set_timesteps).parameters) == [
         "num_inference_steps", "device", "sigmas", "mu", "timesteps", "shift"
     ]  # fmt: skip
+    assert "kwargs" not in inspect.signature(DSSScheduler.__init__).parameters  # of deprecated settings, in diffusers
     assert list(inspect.signature(scheduler.step).parameters)[:3] == ["model_output", "timestep", "sample"]
     trained = DSSScheduler(trained_betas=[0.1, 0.3])
     torch.testing.assert_close(trained.betas, torch.tensor([0.1, 0.3]))

@@ -10,6 +10,7 @@ diffusers = pytest.importorskip("diffusers")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 from dss_fast.integrations.diffusers import DSSScheduler  # noqa: E402
+from dss_fast.integrations.diffusers.config import OTHER, REFUSED  # noqa: E402
 from helpers.diffusers_classes import every_class  # noqa: E402
 from helpers.diffusers_runs import noise, run  # noqa: E402
 
@@ -47,14 +48,7 @@ def ours(config, solver, **options):
         return DSSScheduler.from_config(config, solver=solver, strict=False, **options)
 
 
-# What these describe is no VP model at discrete times and no flow between 1 and 0: refused, with the name.
-NEITHER = {
-    "BlockRefinementScheduler", "CMStochasticIterativeScheduler", "CosineDPMSolverMultistepScheduler",
-    "DDPMWuerstchenScheduler", "DiscreteDDIMScheduler", "EDMDPMSolverMultistepScheduler", "EDMEulerScheduler",
-    "EntropyBoundScheduler", "FlowMapEulerDiscreteScheduler", "HeliosDMDScheduler", "HeliosScheduler",
-    "IPNDMScheduler", "KarrasVeScheduler", "LTXEulerAncestralRFScheduler", "MiniMaxH3Scheduler", "PiflowScheduler",
-    "SCMScheduler", "ScoreSdeVeScheduler",
-}  # fmt: skip
+NEITHER = {*REFUSED, *OTHER}  # no VP model at discrete times, and no flow between 1 and 0
 
 
 @pytest.mark.parametrize("options", [{}, SD, {"timestep_spacing": "trailing"}], ids=["defaults", "sd", "trailing"])
@@ -192,7 +186,7 @@ def test_euler_of_sigma_space_is_the_stock_euler(spacing):
 def test_defaults_that_diffusers_drops_are_named():
     """LCM's betas are the defaults of its class, and stock's from_config gives another class its own."""
     stock = diffusers.LCMScheduler()
-    mine = DSSScheduler.from_config({**stock.config, "_class_name": "LCMScheduler"}, solver="dpmpp_2m")
+    mine = ours({**stock.config, "_class_name": "LCMScheduler"}, "dpmpp_2m")
     with pytest.warns(UserWarning, match="betas of LCMScheduler are its defaults"):
         mine.set_timesteps(8)
     with pytest.warns(UserWarning, match="steps from time to time"):
@@ -304,3 +298,34 @@ def test_a_flow_that_is_told():
     for nothing in ({"num_inference_steps": 0}, {"sigmas": []}):
         with pytest.raises(ValueError, match="at least 1"):
             mine.set_timesteps(**nothing)
+
+
+def test_a_shift_under_the_other_name_is_refused():
+    flows = UNIPC(**FLOW_SIGMAS)
+    with pytest.raises(ValueError, match=r"shift=7.0: the grid .*use_flow_sigmas=True.* give flow_shift=7.0"):
+        DSSScheduler.from_config(flows, solver="unip2", shift=7.0)
+    with pytest.raises(ValueError, match=r"flow_shift=7.0: the grid .*use_flow_sigmas=False.* give shift=7.0"):
+        DSSScheduler.from_config(FLOW(shift=3.0), solver="dpmpp_2m", flow_shift=7.0)
+    with pytest.raises(ValueError, match="shift=7.0: this config is that of a VP model"):
+        DSSScheduler.from_config(DPM(**SD), solver="dpmpp_2m", shift=7.0)
+    assert DSSScheduler.from_config(flows, solver="unip2", flow_shift=7.0).shift == 7.0
+
+
+def test_settings_that_are_told_for_nothing_are_named():
+    with pytest.warns(UserWarning, match="solver_order=3 not applied: the order is the method's, 2 of dpmpp_2m"):
+        DSSScheduler.from_config(DPM(**SD), solver="dpmpp_2m", solver_order=3)
+    with pytest.warns(UserWarning, match="use_karras_sigmas=True not applied: a learned table"):
+        DSSScheduler.from_config(FLOW(shift=3.0), solver="sit-xl-2-256", use_karras_sigmas=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        DSSScheduler.from_config(DPM(**SD), solver="dpmpp_2m", solver_order=2)
+        DSSScheduler.from_config(FLOW(shift=3.0), solver=["sit-xl-2-256", "euler"], use_karras_sigmas=True)
+        DSSScheduler.from_config(DPM(**SD, use_karras_sigmas=True), solver="dpmpp_2m")
+
+
+def test_a_learned_table_follows_what_a_program_writes_into_the_config():
+    """Stock schedulers read their config at each step."""
+    late = DSSScheduler.from_config(DDIM(clip_sample=False), solver="dit-xl-2-256")
+    late.register_to_config(prediction_type="v_prediction")
+    early = DSSScheduler.from_config(DDIM(clip_sample=False, prediction_type="v_prediction"), solver="dit-xl-2-256")
+    assert torch.equal(run(late, 6), run(early, 6))

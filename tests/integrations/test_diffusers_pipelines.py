@@ -269,3 +269,81 @@ def test_a_target_moves_as_one(name):
     x = sample(target, 2, handmade("euler", 2, target.schedule))
     assert x.device.type == "meta" and x.shape == (2, *target.shape)
     assert target.decode is None or target.decode(x).device.type == "meta"
+
+
+def dynamic(name):
+    """Bria's or EasyAnimate's pipeline as published, with a shift that depends on the resolution, and its mu."""
+    pipe, arguments = build(name)
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    told = {}
+    watched = pipe.scheduler.set_timesteps
+
+    def set_timesteps(num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
+        told["mu"] = mu
+        return watched(num_inference_steps, device, sigmas, mu, timesteps)
+
+    pipe.scheduler.set_timesteps = set_timesteps
+    stock = latents(pipe, arguments)
+    return pipe, arguments, stock, float(told["mu"])
+
+
+@pytest.mark.parametrize("name", ["bria", "easyanimate"])
+@pytest.mark.parametrize("way", ["mu", "set_shift", "saved"])
+def test_pipelines_that_pass_mu_to_flow_match_euler_alone(name, way, tmp_path):
+    pipe, arguments, stock, mu = dynamic(name)
+    own = pipe.scheduler.config
+    with pytest.raises(ValueError, match=r"from_config as mu=\.\.\. \(EasyAnimate's is 1.*from 0.5 at 256 to 1.15 at"):
+        pipe.scheduler = DSSScheduler.from_config(own, solver="euler")
+        latents(pipe, arguments)
+    if way == "set_shift":
+        pipe.scheduler.set_shift(torch.e**mu)
+    else:
+        pipe.scheduler = DSSScheduler.from_config(own, solver="euler", mu=mu)
+    if way == "saved":
+        pipe.scheduler.save_pretrained(tmp_path)
+        pipe.scheduler = DSSScheduler.from_pretrained(tmp_path)
+    assert (latents(pipe, arguments) - stock).abs().max() <= 1e-5 * stock.abs().max()
+    walked = pipe.scheduler.sigmas
+    # Other methods on the same grid: those of a shift that does not change, along the same sigmas.
+    pipe.scheduler = DSSScheduler.from_config(own, solver="dpmpp_2m", mu=mu)
+    ours = latents(pipe, arguments)
+    assert torch.allclose(pipe.scheduler.sigmas, walked, rtol=1e-6)
+    stands = DSSScheduler.from_config(own, solver="dpmpp_2m", use_dynamic_shifting=False, shift=1.0)
+    before = stands.set_timesteps
+    stands.set_timesteps = lambda n=None, device=None, sigmas=None, timesteps=None: before(
+        device=device, sigmas=walked[:-1].tolist()
+    )
+    pipe.scheduler = stands
+    assert (latents(pipe, arguments) - ours).abs().max() <= 1e-5 * ours.abs().max()
+
+
+def test_learned_tables_follow_a_mu_that_is_told_and_say_when_there_is_none():
+    pipe, arguments, _, mu = dynamic("bria")
+    own = pipe.scheduler.config
+    pipe.scheduler = DSSScheduler.from_config(own, solver="sit-xl-2-256", mu=mu)
+    ours = latents(pipe, arguments)
+    static = diffusers.FlowMatchEulerDiscreteScheduler(shift=torch.e**mu)
+    pipe.scheduler = DSSScheduler.from_config(static.config, solver="sit-xl-2-256")
+    assert torch.allclose(latents(pipe, arguments), ours, rtol=1e-5)
+    pipe.scheduler = DSSScheduler.from_config(own, solver="sit-xl-2-256")
+    with pytest.warns(UserWarning, match="no mu: solver sit-xl-2-256/5 stays at shift 1, .*from_config as mu="):
+        assert not torch.allclose(latents(pipe, arguments), ours, rtol=1e-3)
+
+
+def test_a_mu_that_is_told_for_nothing_is_named():
+    flow = diffusers.FlowMatchEulerDiscreteScheduler
+    with pytest.raises(ValueError, match="mu=0.8 with use_dynamic_shifting=False.*shift=e.mu"):
+        DSSScheduler.from_config(flow(shift=3.0).config, solver="euler", mu=0.8)
+    scheduler = DSSScheduler.from_config(flow(use_dynamic_shifting=True).config, solver="euler", mu=0.8)
+    with pytest.warns(UserWarning, match="mu=0.5, which this pipeline passes, goes before the mu=0.8"):
+        scheduler.set_timesteps(5, mu=0.5)
+    stock = flow(use_dynamic_shifting=True)
+    stock.set_timesteps(5, mu=0.5)
+    assert torch.equal(scheduler.sigmas, stock.sigmas)
+    for kind, shift in (("exponential", 2.0), ("linear", 3.0)):
+        stock = flow(use_dynamic_shifting=True, time_shift_type=kind)
+        scheduler = DSSScheduler.from_config(stock.config, solver="euler")
+        scheduler.set_shift(shift)
+        scheduler.set_timesteps(5)
+        stock.set_timesteps(5, mu=shift if kind == "linear" else float(torch.tensor(shift).log()))
+        assert torch.allclose(scheduler.sigmas, stock.sigmas, rtol=1e-6)

@@ -57,7 +57,7 @@ OWN = {
     "DEISMultistepScheduler": ("euler", "deis", "deis3"),
 }
 EULERS = ("DDIMScheduler", "CogVideoXDDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler")
-REFUSED = "neither a flow|one path"
+REFUSED = "neither a flow|one path|strict=False takes"
 
 
 def literals(annotation):

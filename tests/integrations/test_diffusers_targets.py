@@ -252,3 +252,28 @@ def test_a_network_in_train_mode_is_read_in_eval_mode():
     assert pipe.transformer.training and target.guidance_scale == 4.0
     seen = torch.stack([target.cond.conditions["class_labels"], target.uncond["class_labels"].expand(3)], 1)
     assert torch.equal(seen, wanted)
+
+
+@pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler"])
+def test_a_consistency_model_is_no_target(name):
+    pipe, arguments = build("sd")
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    rows = {key: arguments.pop(key) for key in list(arguments) if key.endswith("prompt_embeds")}
+    calls = []
+    pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match=f"{name}: its network is a consistency model's"):
+        from_pipeline(pipe, rows, **arguments)
+    assert not calls
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    from_pipeline(pipe, rows, **{key: v for key, v in arguments.items() if key != "output_type"})
+
+
+@pytest.mark.parametrize("name", ["bria", "easyanimate"])
+def test_a_target_sees_the_mu_that_is_passed_to_flow_match_euler_alone(name):
+    pipe, arguments = build(name, batch=2)
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    rows = {k: arguments.pop(k) for k in list(arguments) if "prompt" in k}
+    arguments.pop("output_type")
+    target = from_pipeline(pipe, rows, **arguments)
+    wanted = torch.e if name == "easyanimate" else 1.6  # e^mu, mu = 0.5 at 256 tokens and less below
+    assert target.schedule.shift == pytest.approx(wanted, abs=0.1)

@@ -295,3 +295,79 @@ def test_a_folder_that_is_called_like_a_method(tmp_path, monkeypatch):
     scheduler = ours(FLOW())
     scheduler.set_timesteps(4)
     assert scheduler.solver.name == "euler/4"
+
+
+@pytest.mark.parametrize("given", [lambda t: t.to(torch.bfloat16), lambda t: t.half(), int, lambda t: t.long()])
+@pytest.mark.parametrize("n", [50, 200, 500])
+def test_a_time_of_less_precision_means_the_next_of_those_it_may_be(n, given):
+    """bfloat16 holds every fourth number from 512 on, and times of 500 steps under a shift lie .7 apart."""
+    scheduler = ours(FLOW(shift=3.0))
+    wanted = run(scheduler, n)
+    scheduler.set_timesteps(n)
+    x, net = noise(), network()
+    for t in scheduler.timesteps:
+        x = scheduler.step(net(x, t), given(t), x).prev_sample
+    assert torch.equal(x, wanted)
+
+
+def test_an_index_that_a_program_assigns_goes_before_the_time():
+    """As in stock schedulers, whose step reads _step_index."""
+    stock, net = FLOW(shift=3.0), network()
+    outs = []
+    for scheduler in (stock, ours(stock)):
+        scheduler.set_timesteps(6)
+        x = noise()
+        t = scheduler.timesteps[0]
+        x = scheduler.step(net(x, t), t, x).prev_sample
+        scheduler._step_index = 4
+        outs.append(scheduler.step(net(x, t), t, x).prev_sample)
+    close(*outs)
+    scheduler._step_index = 9
+    with pytest.raises(ValueError, match="_step_index = 9: this run has steps 0 to 5"):
+        scheduler.step(x, t, x)
+
+
+@pytest.mark.parametrize("index", [-1, 6, 9])
+def test_a_begin_outside_the_run_is_refused(index):
+    scheduler = ours(FLOW(shift=3.0))
+    scheduler.set_timesteps(5)
+    with pytest.raises(ValueError, match=f"begin_index={index}: this run has steps 0 to 4"):
+        scheduler.set_begin_index(index)
+    scheduler.set_begin_index(5)  # of a strength that leaves no step, which the pipelines then say
+
+
+def test_times_and_numbers_of_steps_that_cannot_be():
+    flow, vp = ours(FLOW(shift=3.0)), DSSScheduler.from_config(DPM(**SD).config, solver="dpmpp_2m")
+    for scheduler in (flow, vp):
+        for times, told in (([1500.0, 800.0, 100.0], "1500"), ([900.0, 400.0, -20.0], "-20")):
+            with pytest.raises(ValueError, match=f"timesteps hold {told}: the model's times go from 0 to 1000"):
+                scheduler.set_timesteps(timesteps=times)
+        for n in (5.7, True, "5"):
+            with pytest.raises(ValueError, match="num_inference_steps=.*whole number"):
+                scheduler.set_timesteps(n)
+        x = noise(1)
+        for t in (1200, -1):
+            with pytest.raises(ValueError, match="model's times go from 0 to 1000"):
+                scheduler.add_noise(x, x, torch.tensor([t]))
+        scheduler.set_timesteps(5)
+        with pytest.raises(ValueError, match="timestep nan is none of this run's"):
+            scheduler.step(x, float("nan"), x)
+    for shift in (float("inf"), float("nan"), -1.0):
+        with pytest.raises(ValueError, match="must be above 0, and finite"):
+            flow.set_shift(shift)
+    vp.set_timesteps(timesteps=torch.tensor([901, 333, 4]).numpy())
+
+
+def test_noise_of_a_training_time_beside_one_of_the_run_is_its_own():
+    """A run's time that is one training step away is another level."""
+    stock = DDIM(clip_sample=False, **SD)
+    mine, x = ours(stock), noise(1)
+    for scheduler in (stock, mine):
+        scheduler.set_timesteps(5)
+    for t in (stock.timesteps[2:3] + 1, stock.timesteps[2:3], torch.tensor([333])):
+        torch.testing.assert_close(mine.add_noise(x, 2 * x, t), stock.add_noise(x, 2 * x, t), rtol=1e-6, atol=1e-7)
+
+
+def test_a_scheduler_that_was_made_without_the_pipelines_config_says_so_in_a_flow_pipeline():
+    with pytest.raises(ValueError, match="flow pipeline's, and this scheduler is of a VP model.*from_config"):
+        DSSScheduler(solver="euler").set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])

@@ -1,7 +1,8 @@
 """SGLang and vLLM-Omni: what their loaders and registries do with a folder of ours.
 
 Set SGLANG_TREE to a folder that holds sglang/multimodal_gen (its wheel, unpacked) to drive SGLang's own registry and
-scheduler loader; the modules around these, which want a GPU, are stood in for.
+scheduler loader, and VLLM_OMNI_TREE to one that holds vllm_omni for its plug-in loader and scheduler class; the modules
+around these, which want a GPU, are stood in for.
 """
 
 import importlib.metadata
@@ -25,6 +26,7 @@ from helpers.diffusers_runs import run  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 ROOT = Path(__file__).parents[2]
 SGLANG = Path(os.environ.get("SGLANG_TREE", "")) / "sglang" / "multimodal_gen" / "runtime"
+OMNI = Path(os.environ.get("VLLM_OMNI_TREE", "")) / "vllm_omni"
 FLOW, UNIPC = diffusers.FlowMatchEulerDiscreteScheduler, diffusers.UniPCMultistepScheduler
 CONFIGS = {
     "shift_terminal": FLOW(shift=3.0, shift_terminal=0.02, use_dynamic_shifting=True),
@@ -83,6 +85,32 @@ def test_vllm_omnis_native_pipelines_load_what_the_folder_names(folder, plugin, 
     FLOW(shift=2.0).save_pretrained(tmp_path / "stock")
     stock = FLOW.from_pretrained(tmp_path / "stock")
     assert type(stock) is FLOW and stock.config.shift == 2.0
+    for kind, where in ((DSSScheduler, folder / "scheduler"), (FLOW, tmp_path / "stock")):
+        loaded, unused = FLOW.from_pretrained(where, return_unused_kwargs=True, foo=3)
+        assert type(loaded) is kind and unused["foo"] == 3
+
+
+@pytest.mark.skipif(
+    not (OMNI / "plugins" / "__init__.py").is_file(), reason="set VLLM_OMNI_TREE to a folder that holds vllm_omni"
+)
+def test_vllm_omnis_own_plugin_loader_and_scheduler_class(monkeypatch, folder, plugin):
+    vllm = {"vllm": {}, "vllm.envs": {"VLLM_PLUGINS": None}, "vllm.plugins": {"load_general_plugins": lambda: None}}
+    for name, attributes in vllm.items():
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        sys.modules[name].__dict__.update(attributes)
+    sys.modules["vllm"].envs = sys.modules["vllm.envs"]
+    at = OMNI / "diffusion" / "models" / "schedulers" / "scheduling_flow_match_euler_discrete.py"
+    theirs = loaded_from(monkeypatch, "omni_flow_match", at).FlowMatchEulerDiscreteScheduler
+    plugins = loaded_from(monkeypatch, "omni_plugins", OMNI / "plugins" / "__init__.py")
+    group = plugins.OMNI_DEFAULT_PLUGINS_GROUP
+    points = [importlib.metadata.EntryPoint("dss", f"{plugin.__module__}:register", group)]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points if group == points[0].group else [])
+    plugins.load_omni_general_plugins()
+    for kind in (theirs, FLOW):
+        loaded = kind.from_pretrained(str(folder), subfolder="scheduler", local_files_only=True)
+        same(loaded, DSSScheduler.from_pretrained(folder / "scheduler"))
+    theirs(shift=2.0).save_pretrained(folder / "stock")
+    assert type(theirs.from_pretrained(folder / "stock")) is theirs
 
 
 class Registry:
@@ -123,6 +151,10 @@ def loaded_from_sglang(monkeypatch, name, path, **around):
             if ".".join(parts[:i]) not in sys.modules:
                 monkeypatch.setitem(sys.modules, ".".join(parts[:i]), types.ModuleType(".".join(parts[:i])))
         monkeypatch.setitem(sys.modules, module.__name__, module)
+    return loaded_from(monkeypatch, name, path)
+
+
+def loaded_from(monkeypatch, name, path):
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)

@@ -18,7 +18,7 @@ import torch
 
 diffusers = pytest.importorskip("diffusers")
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:use_dynamic_shifting")
 from dss_fast import find_solver  # noqa: E402
 from dss_fast.integrations.diffusers import DSSScheduler  # noqa: E402
 from helpers.diffusers_runs import network, noise, run  # noqa: E402

@@ -50,6 +50,35 @@ STOCK = (
     "FlowMatchEulerDiscreteScheduler",
     "CogVideoXDDIMScheduler",
 )
+# These sample a model in other ways than one of the above, which may stand in for them.
+ORDINARY = (
+    *SIGMA_SPACE,
+    *STOCK,
+    "CogVideoXDPMScheduler",
+    "DDIMParallelScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "UnCLIPScheduler",
+)
+_JUMPS = (
+    "its network is a consistency model's, distilled to jump to the data from any time, with fresh noise between the "
+    "jumps; it is no derivative that a solver could follow from step to step"
+)
+_BACKWARDS = "it runs from data to noise, and a solver here from noise to data"
+# Their configs are those of a VP model or a flow, and yet a run is another task. Only strict=False takes them.
+ANOTHER_TASK = {
+    "DDIMInverseScheduler": _BACKWARDS,
+    "DPMSolverMultistepInverseScheduler": _BACKWARDS,
+    "FlowMatchLCMScheduler": _JUMPS,
+    "LCMScheduler": _JUMPS,
+    "RePaintScheduler": "its steps put a given image back in and jump back in time",
+    "TCDScheduler": _JUMPS,
+}
 # These have a shift or betas as others do, and yet do not step one state along one path.
 OTHER = {
     "FlowMapEulerDiscreteScheduler": "its network jumps between two times that it is told",
@@ -58,6 +87,25 @@ OTHER = {
     "MiniMaxH3Scheduler": "its times are 1 - sigma and its network points to the data",
     "PiflowScheduler": "its network returns a policy for several steps",
 }
+# What their configs say is neither a flow nor a VP model at discrete times, and is refused as that.
+REFUSED = (
+    "AmusedScheduler",
+    "BlockRefinementScheduler",
+    "CMStochasticIterativeScheduler",
+    "CosineDPMSolverMultistepScheduler",
+    "DDPMWuerstchenScheduler",
+    "DiscreteDDIMScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "EDMEulerScheduler",
+    "EntropyBoundScheduler",
+    "IPNDMScheduler",
+    "KarrasVeScheduler",
+    "LTXEulerAncestralRFScheduler",
+    "RFD4ProteinaScheduler",
+    "SCMScheduler",
+    "ScoreSdeVeScheduler",
+    "VQDiffusionScheduler",
+)
 
 
 def adopt(config: Config) -> dict[str, Any]:
@@ -94,7 +142,7 @@ def _class_of(config: Config) -> Any:
                 "with the same names, whose signs and times may differ",
                 stacklevel=4,
             )
-        return getattr(diffusers, name, None)
+        return _told_of(name)
     keys = tuple(key for key in config if not key.startswith("_"))
     fitting = [names for own, names in _by_keys() if own == keys[: len(own)]]
     names = fitting[0] if fitting else []
@@ -107,7 +155,47 @@ def _class_of(config: Config) -> Any:
             "say of which: give the scheduler itself, as in DSSScheduler.from_config(pipe.scheduler, solver=...)"
         )
     names = [name for name in names if name not in others] or names
-    return getattr(diffusers, names[0]) if names else None
+    return _told_of(names[0]) if names else None
+
+
+def _told_of(name: str) -> Any:
+    """A class of diffusers by its name, None where there is none; one that is new since this was written is told of."""
+    kind = getattr(diffusers, name, None)
+    if kind is not None and name not in (*ORDINARY, *ANOTHER_TASK, *OTHER, *REFUSED):
+        warnings.warn(
+            f"{name} is unknown to this version of dss_fast: its settings are read as those of other classes with the "
+            "same names, and its network may answer another question than theirs; compare a run with its own",
+            stacklevel=5,
+        )
+    return kind
+
+
+def check_task(config: Config) -> None:
+    """Raises ValueError for the config of a class whose networks or runs are not a solver's (``ANOTHER_TASK``)."""
+    name = str(config.get("stock_class"))
+    if name in ANOTHER_TASK:
+        raise ValueError(
+            f"{name}: {ANOTHER_TASK[name]}. For an ordinary network give the config of a scheduler that samples it, "
+            "such as DDIMScheduler.from_config(...).config; strict=False takes the config as it is"
+        )
+
+
+def config_of(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's config with the name of its class, which a live one's does not hold; ours is as it is.
+
+    A class that is derived from one of diffusers counts as that one, with a warning.
+    """
+    if "solver" in scheduler.config:
+        return dict(scheduler.config)
+    own, *bases = [kind.__name__ for kind in type(scheduler).__mro__]
+    name = next((name for name in (own, *bases) if name.endswith("Scheduler") and hasattr(diffusers, name)), own)
+    if name != own:
+        warnings.warn(
+            f"{own} is no scheduler of the installed diffusers: its settings are read as those of {name}, from which "
+            "it is derived; what its own steps do otherwise is not",
+            stacklevel=4,
+        )
+    return {**scheduler.config, "_class_name": name}
 
 
 @cache
@@ -206,13 +294,18 @@ def alphas_cumprod(config: Config) -> Tensor:
     return table.double()
 
 
+def mu_of(config: Config, mu: float | None) -> float | None:
+    """The mu of a run under ``use_dynamic_shifting``: what the pipeline passes, or else the config's own."""
+    return config.get("mu") if mu is None else mu
+
+
 def model_schedule(config: Config, mu: float | None = None) -> Schedule:
     """The schedule a search on a pipeline with this config should use.
 
     A flow keeps the pipeline's shift, e^mu where it depends on the resolution. The linear betas of DDPM and DiT are
     the continuous VP of the paper, so that published tables and searched ones share one schedule.
     """
-    kind, steps = prediction_of(config), config.get("num_train_timesteps", 1000)
+    kind, steps, mu = prediction_of(config), config.get("num_train_timesteps", 1000), mu_of(config, mu)
     if family_of(config) == "flow":
         shift = config.get("flow_shift") if config.get("use_flow_sigmas") else config.get("shift")
         if config.get("use_dynamic_shifting") and mu is not None:
@@ -250,7 +343,7 @@ def followed(solver: Solver, schedule: Schedule, config: Config, mu: float | Non
 
     mu: of a resolution-dependent shift; without it there, and on a config that says no shift, the table stays.
     """
-    said = config.get("flow_shift") if config.get("use_flow_sigmas") else config.get("shift")
+    said, mu = config.get("flow_shift") if config.get("use_flow_sigmas") else config.get("shift"), mu_of(config, mu)
     if not isinstance(schedule, Flow) or (mu is None if config.get("use_dynamic_shifting") else said is None):
         return solver, schedule
     wanted = model_schedule(config, mu)

@@ -27,10 +27,11 @@ from .config import (
     family_of,
     knows,
     model_schedule,
+    mu_of,
     prediction_of,
     stock_scheduler,
 )
-from .unasked import even
+from .unasked import are_training_sigmas, even
 
 STILL = 1e-9  # a grid must fall: a last step that does not move in the stock scheduler falls by this part
 
@@ -154,11 +155,13 @@ def _flow_grid(
     steps, kind, name = config.get("num_train_timesteps", 1000), prediction_of(config), stock_class(method, config)
     if not config.get("use_flow_sigmas"):
         if config.get("use_dynamic_shifting") and mu is None:
-            raise ValueError(
-                "use_dynamic_shifting=True needs mu, the log of this resolution's shift, and the pipeline passes none "
-                "(Bria's and EasyAnimate's pass it to FlowMatchEulerDiscreteScheduler alone): give from_config "
-                "use_dynamic_shifting=False and shift=e^mu (EasyAnimate's mu is 1), or take a learned table"
-            )
+            mu = config.get("mu")
+            if mu is None:
+                raise ValueError(f"use_dynamic_shifting=True, and no mu: {no_mu(config)}")
+            if sigmas is not None and are_training_sigmas(sigmas, steps):
+                sigmas = np.linspace(
+                    1.0, 1 / n, n
+                ).tolist()  # what Bria's pipeline passes to the class that gets its mu
         given = None if sigmas is None else list(sigmas), None if timesteps is None else list(timesteps)
         stock = stock_scheduler(name, config)
         ends = {key: config[key] for key in ("sigma_min", "sigma_max") if config.get(key) is not None}
@@ -173,7 +176,7 @@ def _flow_grid(
             return Grid.flow([*levels, 0.0], timesteps, prediction_type=kind)
         name = MULTISTEP["unip"] if custom else name
         stock = stock_scheduler(name, {**config, "prediction_type": "flow_prediction"})
-        options: dict[str, Any] = {"mu": mu} if config.get("use_dynamic_shifting") else {}
+        options: dict[str, Any] = {"mu": mu_of(config, mu)} if config.get("use_dynamic_shifting") else {}
         if custom:
             options["sigmas"] = np.asarray(sigmas, dtype=np.float64)
         stock.set_timesteps(n, **options)
@@ -185,6 +188,17 @@ def _flow_grid(
     if config.get("invert_sigmas") and not config.get("use_flow_sigmas"):  # Mochi's; DSSScheduler turns it round again
         levels, times = 1 - levels, steps - times
     return flow_grid(levels, times.tolist(), kind)
+
+
+def no_mu(config: Config) -> str:
+    """What to do where a pipeline passes no mu under ``use_dynamic_shifting``, with the numbers of this config."""
+    ends = [config.get(key) for key in ("base_shift", "base_image_seq_len", "max_shift", "max_image_seq_len")]
+    line = "" if None in ends else " from {} at {} to {} at {}".format(*ends)
+    return (
+        "Bria's and EasyAnimate's pipelines pass it to FlowMatchEulerDiscreteScheduler's own class alone. Give it to "
+        f"from_config as mu=... (EasyAnimate's is 1; Bria's goes in a line with the number of image tokens{line}), or "
+        "call scheduler.set_shift(e^mu)"
+    )
 
 
 def flow_grid(levels: Tensor, times: Sequence[float], kind: str) -> Grid:

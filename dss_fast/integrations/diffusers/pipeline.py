@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...target import Target
-from .config import adopt, model_schedule
+from .config import adopt, check_task, config_of, model_schedule
 from .recording import Notes, Step, evaluating, record, tensor_of
 from .request import call_of, is_modular, request_of, scales_of
 from .unasked import unasked
@@ -84,7 +84,7 @@ def from_pipeline(
     target = Target(
         model,
         shape,
-        model_schedule(adopt(pipe.scheduler.config), one.mu),
+        model_schedule(adopt(config_of(pipe.scheduler)), one.mu),
         cond=_Prompts(conditions),
         uncond=null if layout.guided else None,
         guidance_scale=layout.scale,
@@ -310,8 +310,11 @@ class _Prompts:
 
 
 def _check_kind(pipe: Any, arguments: Mapping[str, Any]) -> None:
-    """Raises ValueError for pipelines whose network sees more than latents, time and conditions, naming what."""
+    """Raises ValueError for pipelines whose network sees more than latents, time and conditions, naming what, and for
+    those whose scheduler says that its network is no derivative (LCM)."""
     kind = type(pipe).__name__
+    if getattr(pipe, "scheduler", None) is not None and pipe.scheduler.config.get("strict", True):
+        check_task(adopt(config_of(pipe.scheduler)))
     if is_modular(pipe):
         blocks, seen = pipe.blocks, [n for n in arguments if n.split("_")[-1] in PICTURES and "ip_adapter" not in n]
         networks = [name for name in pipe.components if name.startswith(("transformer", "unet"))]

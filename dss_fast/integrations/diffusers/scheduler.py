@@ -5,6 +5,7 @@ pipe.scheduler = DSSScheduler.from_config(pipe.scheduler.config, solver="dit-xl-
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,15 +17,18 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from torch import Tensor
 
 from ...names import Name
-from ...schedule import Schedule
+from ...schedule import Flow, Schedule
 from ...solver import Solver
 from ...step import multistep_step
 from ...table import StepTable
 from ..k_diffusion import sigmas_at
 from .config import (
+    ANOTHER_TASK,
     adopt,
     alphas_cumprod,
     check_start,
+    check_task,
+    config_of,
     every_setting,
     family_of,
     followed,
@@ -34,11 +38,11 @@ from .config import (
     table_schedule,
     training_scheduler,
 )
-from .grids import edited_table, handmade_table, initial_scale, lands, stock_class
+from .grids import edited_table, handmade_table, initial_scale, lands, no_mu, stock_class
 from .request import check_latents, passed_beside
-from .settings import unapplied
+from .settings import check_shift, told_for_nothing, unapplied
 from .tables import read_solvers
-from .unasked import unasked
+from .unasked import even, unasked
 
 __all__ = [
     "DSSScheduler",
@@ -49,6 +53,15 @@ __all__ = [
 def on_host(value: float | Tensor) -> bool:
     """Whether a value can be read without waiting for a device."""
     return not isinstance(value, Tensor) or value.device.type == "cpu"
+
+
+def _rounded_to(timestep: float | Tensor, t: float, times: Sequence[float]) -> list[int]:
+    """Which times a given one, of value ``t``, may mean by the precision that it has."""
+    if isinstance(timestep, Tensor) and timestep.dtype in (torch.float16, torch.bfloat16):
+        rounded = torch.tensor(times).to(timestep.dtype).tolist()
+        return [i for i, time in enumerate(rounded) if time == t]
+    whole = isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point())
+    return [i for i, time in enumerate(times) if (abs(time - t) < 1 if whole else time == t)]
 
 
 @dataclass
@@ -79,14 +92,17 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         solver's JSON file or a folder of them; a :class:`~dss_fast.Solver`; or a list of these.
     family: ``"flow"`` or ``"vp"``. ``from_config`` reads it off the pipeline; None: that of the learned tables, then
         flow when a shift is given, then VP.
-    strict: refuse a table searched for another noise schedule. False: run it on the pipeline's own.
+    strict: refuse a table searched for another noise schedule, and the config of a scheduler for another task (LCM,
+        TCD, RePaint, inversion). False: run the table on the pipeline's noise, and that config as an ordinary one.
     shift, use_dynamic_shifting, flow_shift, use_flow_sigmas: the pipeline's flow grid. They shape hand-made grids, and
         a learned flow table follows them from the shift that it was searched at, 1 for the published ones
         (``Solver.moved``).
+    mu: under ``use_dynamic_shifting``, for pipelines that pass none to this class (Bria's, EasyAnimate's): the log of
+        the resolution's shift, or the shift itself where ``time_shift_type`` is "linear". A pipeline's own goes first.
     invert_sigmas: of Mochi, whose times and sigmas rise and whose network returns x0 - epsilon.
     num_train_timesteps, beta_*, trained_betas, rescale_betas_zero_snr, snr_shift_scale, prediction_type: the model's.
     stock_class, stock_defaults: filled in by ``from_config``: the class the config comes from, and what it left unset.
-    kwargs: other settings of stock schedulers, which a server that calls the class with a whole config passes here.
+    others: further settings of stock schedulers, which a server that calls the class with a whole config passes here.
     thresholding: refused, unless not strict: clipping x0 is not linear. clip_sample: warned about by ``from_config``.
 
     A run that starts part-way in, as in img2img and inpainting, has no predictions before its first step k. The
@@ -103,7 +119,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers] + ["FlowMatchEulerDiscreteScheduler"]
     order = 1
-    ignore_for_config = ["kwargs"]
+    ignore_for_config = ["others"]  # not named kwargs: in diffusers such a parameter is of deprecated settings alone
 
     # These belong to one run: set_timesteps makes the first, the first step the rest.
     num_inference_steps: int | None
@@ -147,13 +163,14 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         strict: bool = True,
         stock_class: str | None = None,
         stock_defaults: Sequence[str] | None = None,
-        **kwargs: Any,
+        mu: float | None = None,
+        **others: Any,
     ) -> None:
-        strange = sorted(kwargs.keys() - every_setting())
+        strange = sorted(others.keys() - every_setting())
         if strange:
-            raise TypeError(f"{strange[0]}={kwargs[strange[0]]!r}: no scheduler of diffusers has that setting")
-        if kwargs:
-            self.register_to_config(**kwargs)
+            raise TypeError(f"{strange[0]}={others[strange[0]]!r}: no scheduler of diffusers has that setting")
+        if others:
+            self.register_to_config(**others)
         written = self.config.get("_solvers")  # tables beside the names, where a server calls the class with a config
         if written:
             solver = [*([solver] if isinstance(solver, str) else solver), *written]  # type: ignore[misc]
@@ -172,8 +189,16 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             self.register_to_config(_use_default_values=unset)
         if thresholding and strict:
             raise ValueError("thresholding=True clips x0 at every step, which no linear solver does; pass strict=False")
+        if mu is not None and not use_dynamic_shifting:
+            raise ValueError(
+                f"mu={mu!r} with use_dynamic_shifting=False, where the shift is shift={shift!r} at every resolution: "
+                "give shift=e^mu instead, or use_dynamic_shifting=True"
+            )
+        if strict:
+            check_task(self.config)
         prediction_of(self.config)
-        self._learned = {n: (table, table_schedule(table, self.config, strict)) for n, table in tables.items()}
+        self._tables = tables
+        self._settle()
 
         self.init_noise_sigma = 1.0
         self._upwards = invert_sigmas
@@ -200,8 +225,9 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         config: of a scheduler, or the scheduler itself, whose class is then known. Settings of it that change a stock
         scheduler's step and not a table's are warned about by name.
         """
+        given = dict(kwargs)
         if isinstance(config, SchedulerMixin):
-            config = {**config.config, "_class_name": type(config).__name__}
+            config = config_of(config)
         if isinstance(config, Mapping):
             config = dict(config) if "solver" in config else adopt(config)
             embedded = config.pop("_solvers", None)
@@ -220,6 +246,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             if given_back:
                 config["stock_defaults"] = [key for key in given_back if key not in kwargs and key not in told]
             config |= told
+            check_shift({**config, **kwargs}, {**told, **kwargs})
             unknown = [key for key in kwargs if key not in cls._get_init_keys(cls)]
             if unknown and not return_unused_kwargs:
                 raise ValueError(
@@ -227,7 +254,13 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
                 )
         made = super().from_config(config, return_unused_kwargs, **kwargs)
         scheduler = made[0] if isinstance(made, tuple) else made
-        dropped = list(unapplied(scheduler.config, [name.name for name in scheduler._methods if not name.spacing]))
+        task = ANOTHER_TASK.get(str(scheduler.config.get("stock_class")))
+        if task is not None:
+            warnings.warn(f"strict=False takes the config of {scheduler.config.stock_class}, and {task}", stacklevel=2)
+        walking = [name.name for name in scheduler._methods if not name.spacing]
+        for setting in told_for_nothing(given, walking):
+            warnings.warn(setting, stacklevel=2)
+        dropped = list(unapplied(scheduler.config, walking))
         if dropped:
             warnings.warn(
                 f"{', '.join(dropped)} not applied: DSSScheduler's steps are linear and draw no noise, and its methods "
@@ -249,7 +282,12 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Says at which step the run starts, as img2img pipelines do before their first step."""
+        """Says at which step the run starts, as img2img pipelines do before their first step.
+
+        Raises ValueError for a place outside the run.
+        """
+        if self._table is not None and not 0 <= begin_index <= len(self.timesteps):
+            raise ValueError(f"begin_index={begin_index}: this run has steps 0 to {len(self.timesteps) - 1}")
         self._begin_index = begin_index
 
     @property
@@ -262,11 +300,15 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         return "flow_shift" if self.config.get("use_flow_sigmas") else "shift"
 
     def set_shift(self, shift: float) -> None:
-        """Another shift for the grids of the runs to come, hand-made or learned."""
-        if not shift > 0:
-            raise ValueError(f"shift={shift!r}: must be above 0")
+        """Another shift for the grids of the runs to come, hand-made or learned. Where it depends on the resolution, of
+        runs whose pipeline passes no mu."""
+        if not 0 < shift < math.inf:
+            raise ValueError(f"shift={shift!r}: must be above 0, and finite")
         unset = [key for key in self.config.get("stock_defaults") or () if key != self._shift_key]
-        self.register_to_config(**{self._shift_key: float(shift), "stock_defaults": unset})
+        told = {self._shift_key: float(shift), "stock_defaults": unset}
+        if self.config.get("use_dynamic_shifting"):
+            told["mu"] = float(shift) if self.config.get("time_shift_type") == "linear" else math.log(shift)
+        self.register_to_config(**told)
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The sample itself: flows and VP models take it unscaled."""
@@ -290,7 +332,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
 
         sigmas, timesteps: of a hand-made solver, shifted as its stock scheduler shifts them; refused by a learned
             table, whose coefficients belong to its own times. What pipelines pass unasked counts as none.
-        mu: the log of a resolution-dependent shift, on a config with ``use_dynamic_shifting``.
+        mu: the log of a resolution-dependent shift, on a config with ``use_dynamic_shifting``; None: the config's.
         shift: as :meth:`set_shift`.
 
         Raises ValueError naming the numbers of steps there are tables for.
@@ -308,9 +350,22 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             num_inference_steps = len(given)
         if num_inference_steps is None:
             raise ValueError("give num_inference_steps, or custom sigmas or timesteps for hand-made solvers")
+        if isinstance(num_inference_steps, bool | str) or num_inference_steps != int(num_inference_steps):
+            raise ValueError(f"num_inference_steps={num_inference_steps!r}: give a whole number")
         n = int(num_inference_steps)
         if n < 1:
             raise ValueError(f"{n} steps: give at least 1")
+        last = self.config["num_train_timesteps"]
+        strange = [t for t in (() if timesteps is None else timesteps) if not 0 <= t <= last]
+        if strange:
+            raise ValueError(f"timesteps hold {strange[0]:g}: the model's times go from 0 to {last}")
+        self._settle()
+        self._check_mu(mu, n)
+        if sigmas is not None and family_of(self.config) == "vp" and even(sigmas, None, last):
+            raise ValueError(
+                "sigmas that go in a line from 1 are a flow pipeline's, and this scheduler is of a VP model: make it "
+                "of the pipeline's own, DSSScheduler.from_config(pipe.scheduler, solver=...)"
+            )
         name = None
         if n in self._learned:
             solver, schedule = followed(*self._learned[n], self.config, mu)
@@ -355,6 +410,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         per_token_timesteps: Tensor | None = None,
         eta: float = 0.0,
         use_clipped_model_output: bool | None = None,
+        prev_timestep: float | Tensor | None = None,
     ) -> SchedulerOutput | tuple[Tensor]:
         """x_{i+1} from the network's output at x_i, after the pipeline's own guidance.
 
@@ -366,6 +422,7 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             than this step's, such as a given frame's, keep their value. model_output is then x0 - epsilon, as there.
         eta, use_clipped_model_output: of DDIM's step, which pipelines pass; nothing but 0, and not True, as a table
             adds no noise and clips nothing.
+        prev_timestep: of UnCLIP's step, whose pipelines pass the time of the next step; no other is taken.
 
         Returns (x_next,), or an object with ``prev_sample`` and ``pred_original_sample``; in the sample's dtype, sums
         in float32.
@@ -378,6 +435,8 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         if not torch.compiler.is_compiling() and self._edited():
             self._take_edits()
         i = self._locate(timestep)
+        if prev_timestep is not None and self._element(prev_timestep, self.index_for_timestep) != i + 1:
+            raise ValueError(f"prev_timestep={prev_timestep}: step {i} goes to the next of scheduler.timesteps")
         if i != self._next or self._history is None or self._others(sample):
             self._begin(i, sample)
         if model_output.shape != sample.shape:
@@ -405,23 +464,25 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         return self._x0(self._next, sample, self._history[:, self._next - 1].to(sample.dtype))
 
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
-        """The step of a time in ``timesteps``; of equal ones the next to come, else the first.
+        """The step of a time in ``timesteps``; of those that it may mean the next to come, else the nearest.
 
-        timestep: a number, or a tensor of equal ones. Raises ValueError for a time further than one training step from
-        all, and for times that differ.
+        timestep: a number, or a tensor of equal ones. A whole number may be a time cut off or rounded, and one of half
+        precision means whatever is rounded to it, which on dense grids are several. Raises ValueError for a time
+        further than one training step from all, and for times that differ.
         """
         times = self._host[0] if schedule_timesteps is None else schedule_timesteps.tolist()
         values = set(timestep.flatten().tolist()) if isinstance(timestep, Tensor) else {float(timestep)}
         if len(values) != 1:
             raise ValueError(f"timesteps {sorted(values)} in one step: all samples of a step have one time")
-        t = values.pop()
+        t = float(values.pop())
         away = [abs(time - t) for time in times]
-        nearest = away.index(min(away))
-        if away[nearest] > 1:
+        meant = _rounded_to(timestep, t, times)
+        if self._next in meant:
+            return int(self._next)
+        nearest = min(range(len(times)), key=away.__getitem__)
+        if nearest not in meant and not away[nearest] <= 1:
             known = ", ".join(f"{value:g}" for value in times[:20])
             raise ValueError(f"timestep {t:g} is none of this run's: {known}; pass the elements of scheduler.timesteps")
-        if self._next is not None and self._next < len(away) and away[self._next] == away[nearest]:
-            return self._next
         return nearest
 
     # ---- noise for img2img, inpainting and training
@@ -462,13 +523,15 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         reached = self._begin_index if self._step_index is None else self._step_index
         if self._begin_index is not None and reached is not None and timesteps.numel() == 1 and not on_host(timesteps):
             return [reached]
-        values = timesteps.flatten().tolist()
-        try:
-            return [self.index_for_timestep(t) for t in values]
-        except ValueError:
-            return None if self._begin_index is None or reached is None or len(set(values)) > 1 else [reached]
+        meant = [_rounded_to(t, float(t), self._host[0]) for t in timesteps.flatten().cpu()]
+        if all(meant):
+            return [self._next if self._next in places else places[0] for places in meant]
+        return None if self._begin_index is None or reached is None or len(timesteps.unique()) > 1 else [reached]
 
     def _training_levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        last = self.config["num_train_timesteps"]
+        if not bool(((t >= 0) & (t <= last)).all()):
+            raise ValueError(f"timesteps {t.tolist()[:8]}: the model's times go from 0 to {last}")
         if family_of(self.config) == "flow":
             sigma = t / self.config["num_train_timesteps"]
             return 1 - sigma, sigma
@@ -483,6 +546,15 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
         self._index, self._started = (), 0
         self._noise_slot_empty = False
 
+    def _settle(self) -> None:
+        """Each learned table with its schedule on this config, which a program may change (register_to_config)."""
+        if getattr(self, "_settled", None) is not self.config:
+            strict = self.config["strict"]
+            self._learned = {
+                n: (table, table_schedule(table, self.config, strict)) for n, table in self._tables.items()
+            }
+            self._settled = self.config
+
     def _method(self, n: int) -> Name:
         for name in self._methods:
             if name.num_steps in (None, n):
@@ -492,6 +564,25 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
             f"no table for {n} steps; this scheduler has tables for {', '.join(map(str, known))}. Choose one of those, "
             "or add a hand-made solver for the rest, as in solver=['sit-xl-2-256', 'dpmpp_2m']"
         )
+
+    def _check_mu(self, mu: float | None, n: int) -> None:
+        """Warns of a mu that was told for nothing, and of a learned table that follows no shift for want of one."""
+        own = self.config.get("mu")
+        if not self.config.get("use_dynamic_shifting"):
+            return
+        if mu is not None and own is not None and abs(mu - own) > 1e-6:
+            warnings.warn(
+                f"mu={mu:.6g}, which this pipeline passes, goes before the mu={own:.6g} of this scheduler", stacklevel=3
+            )
+        table, schedule = self._learned.get(n, (None, None))
+        if table is None or "request" in table.provenance or not isinstance(schedule, Flow):
+            return
+        if mu is None and own is None:
+            warnings.warn(
+                f"use_dynamic_shifting=True, and no mu: {table.label} stays at shift {schedule.shift:g}, whatever this "
+                f"resolution's is. {no_mu(self.config)}",
+                stacklevel=3,
+            )
 
     def _check_custom(
         self,
@@ -521,23 +612,35 @@ class DSSScheduler(SchedulerMixin, ConfigMixin):
     def _locate(self, timestep: float | Tensor) -> int:
         """The step a time belongs to, without asking the device for its value where that can be."""
         own = self.timesteps
+        if self._step_index is not None and self._step_index != self._next:  # a program has put its own there
+            if not 0 <= self._step_index < len(own):
+                raise ValueError(f"scheduler._step_index = {self._step_index}: this run has steps 0 to {len(own) - 1}")
+            return int(self._step_index)
         counted = self._begin_index if self._next is None else self._next if self._next < len(own) else None
         if torch.compiler.is_compiling():
             return self.index_for_timestep(timestep) if counted is None else counted
+        declared = self._begin_index is not None and counted is not None  # the steps are said to come in their order
+
+        def place(timestep: float | Tensor) -> int:
+            if declared and not on_host(timestep):
+                return int(counted)  # type: ignore[arg-type]
+            try:
+                return self.index_for_timestep(timestep)
+            except ValueError:
+                if not declared:
+                    raise
+                return int(counted)  # type: ignore[arg-type]
+
+        return self._element(timestep, place)
+
+    def _element(self, timestep: float | Tensor, otherwise: Callable[[float | Tensor], int]) -> int:
+        """Which element of ``timesteps`` a time is: a view, whose address says so."""
+        own = self.timesteps
         if isinstance(timestep, Tensor) and timestep.dtype == own.dtype and timestep.device == own.device:
-            # An element of `timesteps` is a view, whose address says which one it is.
             i, odd = divmod(timestep.data_ptr() - own.data_ptr(), own.element_size())
             if not odd and 0 <= i < len(own):
                 return i
-        declared = self._begin_index is not None and counted is not None  # the steps are said to come in their order
-        if declared and not on_host(timestep):
-            return int(counted)  # type: ignore[arg-type]
-        try:
-            return self.index_for_timestep(timestep)
-        except ValueError:
-            if not declared:
-                raise
-            return int(counted)  # type: ignore[arg-type]
+        return otherwise(timestep)
 
     def _edited(self) -> bool:
         """Whether a program has put times or sigmas of its own in place, or edited one. Waits for no device."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import diffusers
 
-from .config import Config, keywords
+from ...methods import METHODS
+from .config import Config, family_of, keywords
 from .grids import stock_class
 
 # With these values a scheduler's own step is the linear one of its method here.
@@ -38,6 +39,38 @@ OTHERS = {
     "predictor_order", "sample_max_value", "scale_factors", "sigma_data", "skip_prk_steps", "solver_order",
     "tau_func", "timestep_scaling", "upscale_mode", "variance_type",
 }  # fmt: skip
+# Of a grid alone, which a learned table brings itself.
+GRID = {
+    "euler_at_final", "final_sigmas_type", "interpolation_type", "lambda_min_clipped", "lower_order_final",
+    "shift_terminal", "steps_offset", "timestep_spacing", "use_beta_sigmas", "use_exponential_sigmas",
+    "use_karras_sigmas", "use_lu_lambdas",
+}  # fmt: skip
+ORDERS = {"corrector_order", "predictor_order", "solver_order"}
+
+
+def check_shift(config: Config, told: Config) -> None:
+    """Raises ValueError for a shift that the caller gives under the name by which this config's grid does not go."""
+    counts = "flow_shift" if config.get("use_flow_sigmas") else "shift"
+    given = {key: told[key] for key in ("shift", "flow_shift") if told.get(key) is not None}
+    if not given or counts in given and family_of(config) == "flow":
+        return
+    key, value = next(iter(given.items()))
+    if family_of(config) != "flow":
+        raise ValueError(f"{key}={value!r}: this config is that of a VP model, whose grid has no shift; leave it out")
+    raise ValueError(
+        f"{key}={value!r}: the grid of this config (use_flow_sigmas={bool(config.get('use_flow_sigmas'))}) goes by "
+        f"{counts}; give {counts}={value!r}"
+    )
+
+
+def told_for_nothing(told: Config, methods: Sequence[str]) -> Iterator[str]:
+    """What is wrong with settings that the caller of ``from_config`` gave, beside hand-made methods or none."""
+    for key, value in told.items():
+        if key in GRID and not methods and value not in (None, False):
+            yield f"{key}={value!r} not applied: a learned table, or a method on a spacing of its own, brings its times"
+        elif key in ORDERS and any(value != METHODS[method][1] for method in methods):
+            own = ", ".join(f"{METHODS[method][1]} of {method}" for method in methods)
+            yield f"{key}={value!r} not applied: the order is the method's, {own}"
 
 
 def unapplied(config: Config, methods: Sequence[str]) -> Iterator[str]:

@@ -36,6 +36,16 @@ def even(sigmas: Sequence[float] | None, timesteps: Sequence[float] | None, num_
     return all(any(np.allclose(v, g, atol=CLOSE) for g in _grids(len(v), num_train_timesteps)) for v in given)
 
 
+def are_training_sigmas(sigmas: Sequence[float], num_train_timesteps: int) -> bool:
+    """Whether sigmas are n of the T training ones, as Bria's pipeline passes them to classes other than its own."""
+    own = _training_sigmas(len(sigmas), num_train_timesteps)
+    return bool(np.allclose(np.asarray(sigmas, dtype=np.float64), own, atol=CLOSE))
+
+
+def _training_sigmas(n: int, steps: int) -> Any:
+    return (steps - np.linspace(0, steps - 1, n).astype(np.int64)) / steps
+
+
 def _levels(sigmas: Sequence[float] | None, timesteps: Sequence[float] | None, steps: int) -> list[Any]:
     levels = ((sigmas, 1), (timesteps, steps))
     return [np.asarray(values, dtype=np.float64) / scale for values, scale in levels if values is not None]
@@ -44,7 +54,7 @@ def _levels(sigmas: Sequence[float] | None, timesteps: Sequence[float] | None, s
 def _grids(n: int, steps: int) -> Iterator[Any]:
     yield 1 - np.arange(n) / n
     yield np.linspace(steps, 1, n).astype(np.int64) / steps
-    yield (steps - np.linspace(0, steps - 1, n).astype(np.int64)) / steps
+    yield _training_sigmas(n, steps)
     if n > 1:
         line, i = n // 2, np.arange(n)
         rest, rise = n - line, line - 0.025 * n
