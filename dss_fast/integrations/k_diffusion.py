@@ -166,6 +166,10 @@ def _table(
             raise ValueError(f"solver {solver!r} is for {name.num_steps} steps and {n} are given; write {name.name!r}")
         if name.spacing is not None:
             raise ValueError(f"solver {solver!r} brings a spacing, and sigmas are given; write {name.name!r}")
+        if name.name == "heun":
+            raise ValueError(
+                "solver 'heun' takes two calls a step, and here a step has one: take the program's own sample_heun"
+            )
         grid = _grid(family or "vp", sigmas)
         # Towards a sigma of 0 every method falls back to order 1 by itself; k-diffusion lowers it nowhere else.
         return handmade(name.name, None, grid, timesteps=grid.timesteps, lower_order_final=False), 0
