@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ from .schedule import Schedule
 
 NAME = "rk45"
 # Relative and absolute, loose to tight: the next one takes about a half more calls where the fifth order shows.
-TOLERANCES = tuple(10.0 ** (-k / 3) for k in range(25))
+TOLERANCES = tuple(math.pow(10, -k / 3) for k in range(25))
 MOST_CALLS = 2_000  # a run that takes more does not arrive
 
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -68,7 +69,7 @@ def solve(predict: Predict, x: Tensor, schedule: Schedule, end: float, tolerance
 
 def nearest(calls: Callable[[float], int], wanted: int) -> float:
     """The tolerance, loosest first, whose calls come nearest to those wanted."""
-    best, least = TOLERANCES[0], math.inf
+    best, least = TOLERANCES[0], sys.maxsize
     for tolerance in TOLERANCES:
         taken = calls(tolerance)
         if abs(taken - wanted) < least:
@@ -85,6 +86,7 @@ def _slope(schedule: Schedule, u: float) -> tuple[float, float]:
         alpha, sigma = schedule.alpha_sigma(at)
         (rise,) = torch.autograd.grad(alpha, at, retain_graph=True)
         (fall,) = torch.autograd.grad(sigma, at)
+    alpha, sigma = alpha.detach(), sigma.detach()
     r, s = schedule.x0(at.detach())
     first, second = rise * r + fall * (1 - alpha * r) / sigma, rise * s - fall * alpha * s / sigma
     return float(first), float(second)

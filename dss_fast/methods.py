@@ -208,7 +208,10 @@ class _Line:
         self.of_state, self.of_y = schedule.x0(u)
         self.basis = torch.eye(len(u), dtype=torch.float64)
         self.states = [self.basis[0]]
-        self.corrected, self.orders = [self.basis[0]], list[int]()  # UniPC's states, and the orders that it stepped with
+        self.corrected, self.orders = (
+            [self.basis[0]],
+            list[int](),
+        )  # UniPC's states, and the orders that it stepped with
 
     def y(self, j: int) -> Tensor:
         """The prediction of call j: a velocity for flows, x0 for VP."""
@@ -315,7 +318,7 @@ def _weighed(h: Tensor, ratios: Tensor, slopes: Sequence[Tensor]) -> Tensor:
         phi = phi / -h - 1 / factorial
     powers = torch.stack([ratios**k for k in range(len(ratios))])
     weights = torch.linalg.solve(powers, torch.stack(moments))
-    total: Tensor = sum(w * slope for w, slope in zip(weights, slopes, strict=True))  # type: ignore[assignment]
+    total: Tensor = sum(w * slope for w, slope in zip(weights, slopes, strict=True))
     return total
 
 

@@ -25,7 +25,8 @@ LIKELY = {
 # A quarter of the samples, and at least so many, ranks all names; the last so many run on all. Errors have heavy tails:
 # where two to sixteen samples ranked them, the best so found erred up to 76 % more than the best of all.
 FIRST, FINALISTS = 24, 12
-STARTS = tuple(method for method in METHODS if method not in ("unipc", "unipc3", "heun"))  # those a search may begin from
+# A search begins from tables of these; the others, rivals alone, came after the figures of the searches.
+STARTS = tuple(method for method in METHODS if method not in ("unipc", "unipc3", "heun"))
 FEWEST = 4  # are tried, whatever the limit
 
 Errors = Callable[[Solver, int, int], Tensor]  # (table, start, stop) -> (stop - start,) float64, inf where it diverges

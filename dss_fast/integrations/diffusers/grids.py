@@ -89,8 +89,8 @@ def table_on(method: str, config: Config, grid: Grid) -> Solver:
     """A hand-made method on the points of a grid. Raises ValueError for one whose steps take two calls."""
     if method == "heun":
         raise ValueError(
-            "solver 'heun' takes two calls a step, and a pipeline's grid has one: give a spacing, as in 'heun@uniform', "
-            "and as num_inference_steps its calls, an odd number; or take diffusers' own Heun schedulers"
+            "solver 'heun' takes two calls a step, and a pipeline's grid has one: give a spacing, as in "
+            "'heun@uniform', and as num_inference_steps its calls, an odd number; or take a Heun scheduler of diffusers"
         )
     told: dict[str, Any] = {
         "timesteps": grid.timesteps,
