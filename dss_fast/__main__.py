@@ -237,7 +237,8 @@ def _compare(options: argparse.Namespace) -> None:
         "compare.json": result.save,
         "compare.png": result.plot,
     }
-    for n in sorted({row.num_steps for row in result.rows}) if target.decode is not None and not result.unseen else ():
+    seen = (target.decode is not None or result.points) and not result.unseen
+    for n in sorted({row.num_steps for row in result.rows}) if seen else ():
         best = [row.solver for row in (result.best(n), result.best(n, searched=True)) if row is not None]
         files[f"compare-samples-{n}.png"] = partial(result.plot_samples, solvers=best)
     for name, write in files.items():

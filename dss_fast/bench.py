@@ -26,6 +26,7 @@ CHECKED, COARSER = 8, 0.75  # on so many samples a reference of so many times th
 SCALES = 0.05, 3.0  # of the samples' root mean square; the MNIST flow has 0.96, with the wrong schedule 1.5 to 700
 AGREEMENT = 0.1  # two references may differ by this part of the samples' scale, and by half of the error they measure
 PICTURES, WORST = 16, 4  # of each solver the first samples are kept, and those that err most
+PLANE = 2  # numbers of a sample that is a point to draw, of which all are kept
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class Bench:
         real, width = self.reference.real, self.reference.features.shape[1]
         if real is not None and real.shape[1] != width:
             raise ValueError(f"real_features has {real.shape[1]} columns; the features of a sample here are {width}")
+        self.kept = samples if last[0].numel() == PLANE and self.target.decode is None else PICTURES
         self.scale = math.sqrt(float(last.double().square().mean()))
         self.floor = self.reference.distances()
 
@@ -208,7 +210,7 @@ class Bench:
         if not bool(x.isfinite().all()):
             return Run(row, solver, torch.full((self.samples,), math.inf, dtype=torch.float64))
         row = replace(row, **self.reference.measure(x), ms_per_sample=sorted(times)[len(times) // 2])
-        return Run(row, solver, squares(x, self.reference.samples), x[:PICTURES], self.reference.worst(x, WORST))
+        return Run(row, solver, squares(x, self.reference.samples), x[: self.kept], self.reference.worst(x, WORST))
 
     def measure_adaptive(self, num_steps: Sequence[int]) -> None:
         """Runs the adaptive solver on all noises, at the tolerances whose calls on the first batch are nearest to each
@@ -292,7 +294,7 @@ class Bench:
         firsts = {title: self._decoded(run.first) for title, run in self.runs.items() if run.first is not None}
         pairs = {title: run.worst for title, run in self.runs.items() if run.worst is not None}
         worst = {title: torch.cat([self._decoded(part) for part in pair], -1) for title, pair in pairs.items()}
-        return {**firsts, "reference": self._decoded(self.reference.samples[:PICTURES])}, worst
+        return {**firsts, "reference": self._decoded(self.reference.samples[: self.kept])}, worst
 
     def _decoded(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) on the CPU; the samples themselves without a decode."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import adaptive
-from .bench import CHECKED, COARSER, Bench, Row
+from .bench import CHECKED, COARSER, PLANE, Bench, Row
 from .denoiser import not_finite
 from .distance import ratio_of, three_digits
 from .draws import Draws
@@ -22,7 +22,7 @@ from .files import shortened, write_json
 from .methods import calls_within
 from .modes import on_host
 from .names import Name, find_solver, is_file, known, printable, published_steps
-from .plots import plot_errors, plot_samples
+from .plots import plot_errors, plot_points, plot_samples
 from .progress import bar
 from .rivals import Contest, calls_like, contest, contest_cost, handmade_tables, is_rival, published_tables, ranked_on
 from .schedule import Schedule
@@ -109,8 +109,8 @@ class Comparison:
     rows: one per solver. verdicts: one per table that is neither hand-made nor published, where it has rivals.
     evaluations: of the model, spent on all this. reference: calls of the fine reference. reach: how far from it a
     sample counts as another one, None where a classifier says it. unseen: why there are no images. images: title -> its
-    first samples (B, C, H, W), "reference" among them. worst: title -> its samples that err most, each with the
-    reference from the same noise on its right, (B, C, H, 2 W).
+    first samples (B, C, H, W), "reference" among them; of two numbers and without a decode all, (B, 2). worst: title ->
+    its samples that err most, each with the reference from the same noise on its right, (B, C, H, 2 W).
     """
 
     rows: list[Row]
@@ -153,6 +153,12 @@ class Comparison:
         return "\n".join([text[0], "-" * len(text[0]), *text[1:], "", *said, self.cost])
 
     @property
+    def points(self) -> bool:
+        """Whether the samples are points of a plane, which :meth:`plot_samples` draws as such."""
+        reference = self.images.get("reference")
+        return reference is not None and reference.ndim < 4 and reference[0].numel() == PLANE
+
+    @property
     def cost(self) -> str:
         """What it took, in words."""
         about = f"{self.rows[0].samples} samples, a reference of {self.reference} calls"
@@ -177,10 +183,13 @@ class Comparison:
         self, path: str | os.PathLike[str], solvers: Sequence[str] | None = None, *, count: int = 8
     ) -> Path:
         """Samples above each other from the same noise, the reference last; at the end of each row the solver's own
-        worst, beside the reference from the same noise. Needs matplotlib; raises ValueError where there are none."""
+        worst, beside the reference from the same noise. Samples of two numbers are dots, a panel for each solver. Needs
+        matplotlib; raises ValueError where there are none."""
         if self.unseen:
             raise ValueError(self.unseen)
         titles = list(self.images) if solvers is None else [*solvers, "reference"]
+        if self.points:
+            return plot_points({t: self.images[t] for t in titles if t in self.images}, path)
         worst = {t: self.worst[t] for t in titles if t in self.worst}
         return plot_samples({t: self.images[t] for t in titles if t in self.images}, path, count=count, worst=worst)
 
