@@ -189,7 +189,7 @@ def clock(draws: Draws, cost: Cost, differentiated: bool, seconds: float, most: 
 
 
 def _loaded() -> None:
-    """Takes a gradient along a given direction, of nothing: the first of a process loads 0.3 s of symbolic shapes, which
+    """Takes a gradient along a given direction, of nothing: the first of a process loads symbolic shapes, 0.3 s that
     would be counted as the model's."""
     with torch.enable_grad():
         leaf = torch.zeros(1, requires_grad=True)
