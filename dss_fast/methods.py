@@ -82,7 +82,9 @@ def handmade(
     # whatever its row, and its prediction is that of the next step.
     rows = torch.eye(n, dtype=torch.float64)
     falling = torch.cat([u[steps], u[-1:]])
-    rows[steps[:, None], steps] = _rows(method, schedule, falling, lower_order_final)
+    again = torch.tensor([method == "heun" and i % 2 == 1 for i in range(n)])[steps]
+    again[-1:] = False  # the last step in which the noise falls is Euler's, also where calls follow that change nothing
+    rows[steps[:, None], steps] = _rows(method, schedule, falling, again, lower_order_final)
     sound = (rows.sum(1) - 1).abs() <= ROW_SUM_TOLERANCE * rows.abs().amax(1).clamp(1)
     sound &= rows.isfinite().all(1)
     if not bool(sound.all()):
@@ -106,11 +108,12 @@ def _paired(u: Tensor) -> Tensor:
     return torch.cat([u[:1], torch.stack([early, u[1:-1]], 1).flatten(), u[-1:]])
 
 
-def _rows(method: str, schedule: Schedule, u: Tensor, lower_order_final: bool) -> Tensor:
-    """(N, N) coefficients on points (N + 1,) between which the noise falls; NaN where there are none."""
+def _rows(method: str, schedule: Schedule, u: Tensor, again: Tensor, lower_order_final: bool) -> Tensor:
+    """(N, N) coefficients on points (N + 1,) between which the noise falls; NaN where there are none. again: (N,) which
+    steps do the one before once more, as the second half of Heun's."""
     rule, order = METHODS[method]
     n = len(u) - 1
-    line = _Line(schedule, u)
+    line = _Line(schedule, u, again)
     rows = torch.zeros(n, n, dtype=torch.float64)
     for i in range(n):
         usable = min(order, i + 1)
@@ -199,8 +202,8 @@ def _log_snr(schedule: Schedule, u: Tensor) -> Tensor:
 class _Line:
     """A sampling run written over the basis (x_init, y_0, ..., y_{N-1}): states and predictions as vectors."""
 
-    def __init__(self, schedule: Schedule, u: Tensor):
-        self.u, self.flow = u, schedule.family == "flow"
+    def __init__(self, schedule: Schedule, u: Tensor, again: Tensor):
+        self.again, self.flow = again, schedule.family == "flow"
         self.alpha, self.sigma = schedule.alpha_sigma(u)
         self.log_snr = self.alpha.log() - self.sigma.log()
         _, self.clock = schedule.clock(u)
@@ -328,7 +331,7 @@ def _heun(line: _Line, i: int, order: int) -> Tensor:
     The second half begins where Euler's step ended and is ``SHORT`` of it, so that timesteps rise and a state belongs
     to each. The slope is the velocity over sigma of a flow, epsilon over sigma / alpha otherwise.
     """
-    if not (i and line.u[i + 1] - line.u[i] < 10 * SHORT * (line.u[i] - line.u[i - 1])):
+    if not line.again[i]:
         return line.ddim(i)
     if line.flow:
         slope = (line.y(i - 1) + line.y(i)) / 2
