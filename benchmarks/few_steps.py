@@ -6,7 +6,7 @@
 
 RMSE, median sample, share that switches, Frechet and energy distance: those of ``dss_fast.compare``, on noise that no
 search draws. Frechet's bias is its floor, the distance of the reference to itself, which is taken off. The hand-made
-solver is that of least RMSE over all 91 names, found as ``compare`` finds it (search_table.py).
+solver is that of least RMSE over all names, 91 when rows were made, found as ``compare`` does (search_table.py).
 """
 
 from __future__ import annotations

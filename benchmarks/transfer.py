@@ -10,8 +10,9 @@
     python -m benchmarks.transfer moved                          # the same tables, each moved to the column's model
 
 A row's table is searched on its model, or on several, and run on each column's, all of one family. Figures: its RMSE
-over that of the best hand-made solver on the column's model (all 91 names, found as ``compare`` does), on noise
-that no search draws; below 1 it wins. What is in the rows already is not run again: delete the file to start over.
+over that of the best hand-made solver on the column's model (all names, 91 when the rows were made, found as
+``compare`` does), on noise that no search draws; below 1 it wins. What is in the rows already is not run again: delete
+the file to start over.
 """
 
 from __future__ import annotations

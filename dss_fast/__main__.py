@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import __version__, hub
+from . import __version__, adaptive, hub
 from .compare import compare
 from .files import check_free, check_writable, sealing, write_tensors, write_text
 from .integrations.k_diffusion import sigmas_of
@@ -224,7 +224,7 @@ def _compare(options: argparse.Namespace) -> None:
             check_free(path, "compare", options.overwrite)
     result = compare(
         target,
-        options.solvers or DEFAULT_SOLVERS,
+        options.solvers or (*DEFAULT_SOLVERS, *[adaptive.NAME] * (options.budget is None)),
         num_steps=options.steps,
         samples=options.samples,
         budget=options.budget,
@@ -237,7 +237,8 @@ def _compare(options: argparse.Namespace) -> None:
         "compare.json": result.save,
         "compare.png": result.plot,
     }
-    for n in sorted({row.num_steps for row in result.rows}) if target.decode is not None and not result.unseen else ():
+    seen = (target.decode is not None or result.points) and not result.unseen
+    for n in sorted({row.num_steps for row in result.rows}) if seen else ():
         best = [row.solver for row in (result.best(n), result.best(n, searched=True)) if row is not None]
         files[f"compare-samples-{n}.png"] = partial(result.plot_samples, solvers=best)
     for name, write in files.items():
@@ -315,7 +316,10 @@ def _say(text: object) -> None:
 
 
 # These are what a user would otherwise run, each on the spacings it is used with.
-DEFAULT_SOLVERS = ("euler", "ab2", "ab2@shift3", "ab4", "dpmpp_2m", "dpmpp_2m@lambda", "unip3", "unip3@lambda", "deis")
+DEFAULT_SOLVERS = (
+    *("euler", "ab2", "ab2@shift3", "ab4", "dpmpp_2m", "dpmpp_2m@lambda", "unip3", "unip3@lambda", "deis"),
+    *("unipc", "unipc@lambda", "heun"),
+)
 
 
 def _steps(text: str) -> list[int]:
@@ -441,8 +445,9 @@ def _parser() -> argparse.ArgumentParser:
 
     overwrites(sub)
 
+    solvers = "names or JSON files, and rk45, by the calls it takes; by default the usual hand-made ones and rk45"
     sub = command("compare", _compare, "solvers side by side on a model", "out")
-    sub.add_argument("solvers", nargs="*", help="names or JSON files; by default the usual hand-made ones")
+    sub.add_argument("solvers", nargs="*", help=solvers)
     sub.add_argument("--steps", type=_steps, default=[5, 10], help="for names without /N (default: 5,10)")
     sub.add_argument("--samples", type=_count, default=None, help="to measure on (default: 256, or by --budget)")
     sub.add_argument("--budget", type=_evaluations, default=None, help="most model evaluations, of the rivals too")

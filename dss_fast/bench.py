@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import adaptive
 from .distance import Reference, squares, three_digits
 from .draws import Draws
 from .files import shortened
@@ -25,6 +26,7 @@ CHECKED, COARSER = 8, 0.75  # on so many samples a reference of so many times th
 SCALES = 0.05, 3.0  # of the samples' root mean square; the MNIST flow has 0.96, with the wrong schedule 1.5 to 700
 AGREEMENT = 0.1  # two references may differ by this part of the samples' scale, and by half of the error they measure
 PICTURES, WORST = 16, 4  # of each solver the first samples are kept, and those that err most
+PLANE = 2  # numbers of a sample that is a point to draw, of which all are kept
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Row:
     """A solver's figures, see :meth:`dss_fast.distance.Reference.measure`; None where one cannot be told.
 
     method: the name without its steps. searched: neither hand-made nor published. nfe: calls, ``"10x2"`` with guidance,
-        ``"7+4"`` where 4 of 7 steps call the unconditional branch.
+        ``"7+4"`` where 4 of 7 steps call the unconditional branch. num_steps: of an adaptive solver the calls it took,
+        the mean over batches.
     rmse: infinite where the solver diverges to NaN or Inf. timesteps: u, N + 1 of them. stages: RMSE of the state after
     each step, to the fine trajectory at the same u, over the first ``PICTURES`` samples. ms_per_sample: the median over
     batches.
@@ -63,10 +66,13 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A solver run on all noises: its row, (S,) mean squares, first samples, and the worst beside the reference's."""
+    """A solver run on all noises: its row, (S,) mean squares, first samples, and the worst beside the reference's.
+
+    solver: None of one that is no table.
+    """
 
     row: Row
-    solver: Solver
+    solver: Solver | None
     errors: Tensor
     first: Tensor | None = None
     worst: tuple[Tensor, Tensor] | None = None
@@ -99,6 +105,7 @@ class Bench:
         real, width = self.reference.real, self.reference.features.shape[1]
         if real is not None and real.shape[1] != width:
             raise ValueError(f"real_features has {real.shape[1]} columns; the features of a sample here are {width}")
+        self.kept = samples if last[0].numel() == PLANE and self.target.decode is None else PICTURES
         self.scale = math.sqrt(float(last.double().square().mean()))
         self.floor = self.reference.distances()
 
@@ -194,13 +201,64 @@ class Bench:
                 ends.append(x)
         except FloatingPointError:
             return run
-        x = torch.cat(ends)
-        if bool(x.isfinite().all()):
-            milliseconds = sorted(times)[len(times) // 2]
-            row = replace(row, **self.reference.measure(x), stages=stages, ms_per_sample=milliseconds)
-            errors, worst = squares(x, self.reference.samples), self.reference.worst(x, WORST)
-            self.runs[title] = run = Run(row, solver, errors, x[:PICTURES], worst)
+        self.runs[title] = run = self._run(replace(row, stages=stages), solver, ends, times)
         return run
+
+    def _run(self, row: Row, solver: Solver | None, ends: list[Tensor], times: list[float]) -> Run:
+        """The run that ended at these samples, batch by batch, after so many milliseconds a sample."""
+        x = torch.cat(ends)
+        if not bool(x.isfinite().all()):
+            return Run(row, solver, torch.full((self.samples,), math.inf, dtype=torch.float64))
+        row = replace(row, **self.reference.measure(x), ms_per_sample=sorted(times)[len(times) // 2])
+        return Run(row, solver, squares(x, self.reference.samples), x[: self.kept], self.reference.worst(x, WORST))
+
+    def measure_adaptive(self, num_steps: Sequence[int]) -> None:
+        """Runs the adaptive solver on all noises, at the tolerances whose calls on the first batch are nearest to each
+        of num_steps, and to two and four times the most of them, because it seldom arrives with so few; a row each."""
+        taken: dict[float, int] = {}
+
+        def calls(tolerance: float) -> int:
+            if tolerance not in taken:
+                taken[tolerance] = self._adaptive(self.batches[0], tolerance)[1]
+            return taken[tolerance]
+
+        try:
+            wanted = sorted({*num_steps, 2 * max(num_steps), 4 * max(num_steps)})
+            tolerances = {adaptive.nearest(calls, n): None for n in wanted}
+        except FloatingPointError as error:
+            warnings.warn(f"{adaptive.NAME} has no row: {shortened(error)}", stacklevel=3)
+            return
+        for tolerance in tolerances:
+            ends, times, counts = [], [], []
+            try:
+                for batch in self.batches:
+                    start = time.perf_counter()
+                    x, count = self._adaptive(batch, tolerance)
+                    times.append(1000 * (time.perf_counter() - start) / len(batch))
+                    ends.append(x)
+                    counts.append(count * len(batch))
+            except FloatingPointError as error:
+                warnings.warn(f"{adaptive.NAME} has no row at {tolerance:.1g}: {shortened(error)}", stacklevel=3)
+                continue
+            mean = sum(counts) / self.samples
+            title = f"{adaptive.NAME}/{round(mean)}, tolerance {tolerance:.1g}"
+            row = Row(
+                solver=title,
+                method=adaptive.NAME,
+                searched=False,
+                num_steps=round(mean),
+                nfe=f"{mean:.3g}" + "x2" * self.target.guided,
+                samples=self.samples,
+                frechet_floor=self.floor["frechet"],
+                energy_floor=self.floor["energy"],
+            )
+            self.runs[title] = self._run(row, None, ends, times)
+
+    def _adaptive(self, batch: Samples, tolerance: float) -> tuple[Tensor, int]:
+        """The samples of a batch, and the calls that the adaptive solver took for it."""
+        x, calls = adaptive.solve(batch.predictor(), batch.noise, self.schedule, self.fine.grid.end, tolerance)
+        self._spend(calls * len(batch), adaptive.NAME)
+        return x, calls
 
     def _calls(self, solver: Solver) -> str:
         if not self.target.guided:
@@ -236,7 +294,7 @@ class Bench:
         firsts = {title: self._decoded(run.first) for title, run in self.runs.items() if run.first is not None}
         pairs = {title: run.worst for title, run in self.runs.items() if run.worst is not None}
         worst = {title: torch.cat([self._decoded(part) for part in pair], -1) for title, pair in pairs.items()}
-        return {**firsts, "reference": self._decoded(self.reference.samples[:PICTURES])}, worst
+        return {**firsts, "reference": self._decoded(self.reference.samples[: self.kept])}, worst
 
     def _decoded(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) on the CPU; the samples themselves without a decode."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bench import CHECKED, COARSER, Bench, Row
+from . import adaptive
+from .bench import CHECKED, COARSER, PLANE, Bench, Row
 from .denoiser import not_finite
 from .distance import ratio_of, three_digits
 from .draws import Draws
 from .files import shortened, write_json
+from .methods import calls_within
 from .modes import on_host
 from .names import Name, find_solver, is_file, known, printable, published_steps
-from .plots import plot_errors, plot_samples
+from .plots import plot_errors, plot_points, plot_samples
 from .progress import bar
 from .rivals import Contest, calls_like, contest, contest_cost, handmade_tables, is_rival, published_tables, ranked_on
 from .schedule import Schedule
@@ -106,8 +109,8 @@ class Comparison:
     rows: one per solver. verdicts: one per table that is neither hand-made nor published, where it has rivals.
     evaluations: of the model, spent on all this. reference: calls of the fine reference. reach: how far from it a
     sample counts as another one, None where a classifier says it. unseen: why there are no images. images: title -> its
-    first samples (B, C, H, W), "reference" among them. worst: title -> its samples that err most, each with the
-    reference from the same noise on its right, (B, C, H, 2 W).
+    first samples (B, C, H, W), "reference" among them; of two numbers and without a decode all, (B, 2). worst: title ->
+    its samples that err most, each with the reference from the same noise on its right, (B, C, H, 2 W).
     """
 
     rows: list[Row]
@@ -150,6 +153,12 @@ class Comparison:
         return "\n".join([text[0], "-" * len(text[0]), *text[1:], "", *said, self.cost])
 
     @property
+    def points(self) -> bool:
+        """Whether the samples are points of a plane, which :meth:`plot_samples` draws as such."""
+        reference = self.images.get("reference")
+        return reference is not None and reference.ndim < 4 and reference[0].numel() == PLANE
+
+    @property
     def cost(self) -> str:
         """What it took, in words."""
         about = f"{self.rows[0].samples} samples, a reference of {self.reference} calls"
@@ -174,10 +183,13 @@ class Comparison:
         self, path: str | os.PathLike[str], solvers: Sequence[str] | None = None, *, count: int = 8
     ) -> Path:
         """Samples above each other from the same noise, the reference last; at the end of each row the solver's own
-        worst, beside the reference from the same noise. Needs matplotlib; raises ValueError where there are none."""
+        worst, beside the reference from the same noise. Samples of two numbers are dots, a panel for each solver. Needs
+        matplotlib; raises ValueError where there are none."""
         if self.unseen:
             raise ValueError(self.unseen)
         titles = list(self.images) if solvers is None else [*solvers, "reference"]
+        if self.points:
+            return plot_points({t: self.images[t] for t in titles if t in self.images}, path)
         worst = {t: self.worst[t] for t in titles if t in self.worst}
         return plot_samples({t: self.images[t] for t in titles if t in self.images}, path, count=count, worst=worst)
 
@@ -221,7 +233,9 @@ def compare(
         the target does, each at a guidance of its own where the target has a range.
     real_features: (R, F) to compare the features of all samples with, instead of the reference's from other noises.
     solvers: Solvers, names or paths; a name without ``/N`` is run at each of num_steps, a published one at those of
-        them that it exists for.
+        them that it exists for, ``"heun"``, whose calls are odd, with one less where they are even. ``"rk45"``: scipy's
+        adaptive Runge-Kutta solver, at the tolerances whose calls come nearest to num_steps and to two and four times
+        the most of them; no rival, as no tolerance gives a number of calls.
     rivals: what a table that is neither hand-made nor published has to beat at its N, beside such solvers named above.
         ``"all"``: every hand-made name on seven spacings, by successive halving, and the published tables of the path;
         Solvers, names and paths beside or instead of it. The best of them gets a row.
@@ -241,10 +255,11 @@ def compare(
         if real_features is not None:
             _check_real(real_features)
         num_steps = [num_steps] if isinstance(num_steps, int) else list(num_steps)
+        solvers, adapts = _without_adaptive(solvers, budget)
         if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in num_steps):
             raise ValueError(f"num_steps={num_steps!r}: give a whole number from 1, or several")
         named = _expand(solvers, draws.schedule, num_steps)
-        if not named:
+        if not named and not adapts:
             raise ValueError("no solvers to compare")
         judged = [title for title, solver in named.items() if not is_rival(solver)]
         guided = draws.target.guided
@@ -259,6 +274,8 @@ def compare(
             bench = Bench(draws, count, calls, batch_size, real_features, shown)
             for title, solver in {**named, **further}.items():
                 bench.measure(title, solver, searched=title in judged)
+            if adapts:
+                bench.measure_adaptive(num_steps)
             contests = {
                 n: contest(bench.squares, draws.schedule, n, count, CONTEST * left * n / sum(steps))
                 for n in steps
@@ -270,6 +287,21 @@ def compare(
         rows, found = [run.row for run in bench.runs.values()], [verdict for verdict in verdicts if verdict is not None]
         reach = bench.reference.reach if bench.reference.classes is None else None
         return Comparison(rows, found, bench.evaluations, calls, reach, *_images(bench))
+
+
+def _without_adaptive(solvers: Sequence[Given], budget: int | None) -> tuple[list[Given], bool]:
+    """The solvers that are tables, and whether the adaptive one, which is none, is named and can run."""
+    tables = [solver for solver in solvers if solver != adaptive.NAME]
+    if len(tables) == len(solvers):
+        return tables, False
+    if budget is not None:
+        raise ValueError(
+            f"budget={budget!r}: {adaptive.NAME} takes as many calls as its tolerance needs, which no budget bounds; "
+            f"give samples instead, or leave {adaptive.NAME} out"
+        )
+    if missing := adaptive.missing():
+        warnings.warn(missing, stacklevel=4)
+    return tables, not missing
 
 
 def _check_real(features: Any) -> None:
@@ -312,20 +344,21 @@ def _steps_of_rivals(solver: Solver, guided: bool) -> int:
 def _judged(bench: Bench, title: str, n: int, contest: Contest | None, limit: float) -> Verdict | None:
     """Whether a table beats its rivals of n steps; None where it has none. limit: evaluations for the calls it is
     worth."""
-    solver, mine = bench.runs[title].solver, bench.runs[title].errors
-    guided = bench.target.guided
-    like = [run for run in bench.runs.values() if _steps_of_rivals(run.solver, guided) == n]
-    named = {run.solver: run for run in like if not run.row.searched}
+    run, guided = bench.runs[title], bench.target.guided
+    solver, mine = run.solver, run.errors
+    assert solver is not None
+    handmade = handmade_tables(bench.schedule, n) if contest else {}
+    tables = {run.solver: run for run in bench.runs.values() if run.solver is not None and not run.row.searched}
+    named = {table: run for table, run in tables.items() if _steps_of_rivals(table, guided) == n or table in handmade}
     rivals = {**(contest.best if contest else {}), **{solver: run.errors for solver, run in named.items()}}
     if not rivals:
         return None
     best = min(rivals, key=lambda solver: float(rivals[solver].mean()))
     if best not in named:
-        titles = {title: run.solver for title, run in bench.runs.items()}
+        titles = {title: run.solver for title, run in bench.runs.items() if run.solver is not None}
         named[best] = bench.measure(_free(best, titles), best, searched=False)
     theirs = rivals[best]
     ratio, low, high = ratio_of(mine, torch.stack([e for e in rivals.values() if bool(e.isfinite().all())] or [theirs]))
-    handmade = handmade_tables(bench.schedule, n) if contest else {}
     found = Verdict(
         solver=title,
         num_steps=n,
@@ -380,7 +413,7 @@ def _open_steps(item: Given, num_steps: Sequence[int]) -> Sequence[int | None]:
     if name.num_steps is not None:
         return [None]
     if name.handmade:
-        return num_steps
+        return list(dict.fromkeys(calls_within(name.name, n) for n in num_steps))
     steps = [n for n in num_steps if n in published_steps(name.name)]
     if not steps:
         raise ValueError(f"{item!r} exists for none of num_steps={tuple(num_steps)}; there are {known()}")

@@ -34,7 +34,7 @@ def push(path: str | os.PathLike[str], repo: str, name: str | None = None, *, pr
     """Uploads a file to a repository of models, which is made where there is none; returns its address.
 
     name: its path there, by default the file's own. Raises ValueError for a repo that is no ``owner/repo`` and a name
-    that does not end in .json, ImportError without huggingface_hub.
+    that does not end in .json, ImportError without huggingface_hub, and OSError where the hub cannot be reached.
     """
     name = Path(path).name if name is None else name
     if not REPO.fullmatch(repo):
@@ -42,10 +42,16 @@ def push(path: str | os.PathLike[str], repo: str, name: str | None = None, *, pr
     if not name.endswith(".json"):
         raise ValueError(f"name={name!r}: a solver's file ends in .json")
     api = _hub().HfApi()
-    api.create_repo(repo_id=repo, private=private, exist_ok=True)
-    api.upload_file(
-        path_or_fileobj=os.fspath(path), path_in_repo=name, repo_id=repo, commit_message=f"{name} of dss_fast"
-    )
+    try:
+        api.create_repo(repo_id=repo, private=private, exist_ok=True)
+        api.upload_file(
+            path_or_fileobj=os.fspath(path), path_in_repo=name, repo_id=repo, commit_message=f"{name} of dss_fast"
+        )
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of a client for HTTP, which one depends on the release
+        what = f"{type(error).__name__}: {error}"
+        raise OSError(f"{repo}: the hub does not answer ({what}); see that this machine reaches it") from error
     return f"hf://{repo}/{name}"
 
 

@@ -25,6 +25,7 @@ SPACINGS = ("uniform", "lambda", "karras")
 SOURCE = "hand-made"
 RESTING = 1e-10  # noise that falls by a smaller part rests: float64 leaves its coefficients six digits
 MOST_STEPS = 5_000
+SHORT = 1e-7  # of Heun's step, its second half: where it is called again is the same place to float32
 LAST_U = 1e-3  # where log-SNR is infinite at an end, spacings stop this far before it, as a table of 1000 steps does
 
 
@@ -41,13 +42,14 @@ def handmade(
 
     method: ``euler`` (DDIM for VP); ``ab2`` ``ab3`` ``ab4`` Adams-Bashforth with variable-step rows and
         ``ab2_uniform`` ... with the textbook's; ``dpmpp_2m`` ``dpmpp_3m`` (DPM-Solver++, arXiv 2211.01095); ``unip2``
-        ``unip3`` (UniPC's predictor with B(h) = e^h - 1, arXiv 2302.04867); ``deis`` ``deis3`` (log-rho, order 2 and 3,
-        arXiv 2204.13902).
+        ``unip3`` (UniPC's predictor with B(h) = e^h - 1, arXiv 2302.04867); ``unipc`` ``unipc3`` (with its corrector,
+        order 2 and 3); ``deis`` ``deis3`` (log-rho, order 2 and 3, arXiv 2204.13902); ``heun`` (EDM's, arXiv
+        2206.00364), of two calls a step and one in the last: n steps are a table of N = 2 n - 1.
     schedule: the noise schedule the rows belong to; ``Flow()`` by default.
     spacing: ``uniform`` in u, ``lambda`` uniform in log-SNR, ``karras`` (rho = 7, arXiv 2206.00364), or
         ``shift3`` for sigma moved as SD3 does with shift 3, any number.
-    timesteps: (N + 1,) u from 0 to 1, instead of num_steps and spacing.
-    lower_order_final: take the last steps at order 2, 1 as diffusers does: UniP always, DPM-Solver++
+    timesteps: (N + 1,) u from 0 to 1, instead of num_steps and spacing; of heun (n + 1,), where its steps begin.
+    lower_order_final: take the last steps at order 2, 1 as diffusers does: UniP and UniPC always, DPM-Solver++
         and DEIS below 15 steps, Adams-Bashforth never.
 
     Raises ValueError naming what exists when a name is unknown.
@@ -61,8 +63,15 @@ def handmade(
             raise ValueError("give num_steps, or the timesteps themselves")
         if num_steps > MOST_STEPS:
             raise ValueError(f"num_steps={num_steps!r}: at most {MOST_STEPS:,}, whose table takes 200 MB")
-        timesteps = _rising(grid(num_steps, schedule, spacing), spacing, schedule)
+        if calls_within(method, num_steps) != num_steps:
+            raise ValueError(
+                f"num_steps={num_steps!r}: {method} takes an odd number of calls, two a step and one in the last; take "
+                f"{num_steps - 1} or {num_steps + 1}"
+            )
+        points = (num_steps + 1) // 2 if method == "heun" else num_steps
+        timesteps = _rising(grid(points, schedule, spacing), spacing, schedule)
     u = torch.as_tensor(timesteps, dtype=torch.float64)
+    u = _paired(u) if method == "heun" else u
     n = len(u) - 1
     label = f"{method}/{n}" + (f"@{spacing}" if spacing != "uniform" else "")
     alpha, sigma = schedule.alpha_sigma(u)
@@ -73,7 +82,9 @@ def handmade(
     # whatever its row, and its prediction is that of the next step.
     rows = torch.eye(n, dtype=torch.float64)
     falling = torch.cat([u[steps], u[-1:]])
-    rows[steps[:, None], steps] = _rows(method, schedule, falling, lower_order_final)
+    again = torch.tensor([method == "heun" and i % 2 == 1 for i in range(n)])[steps]
+    again[-1:] = False  # the last step in which the noise falls is Euler's, also where calls follow that change nothing
+    rows[steps[:, None], steps] = _rows(method, schedule, falling, again, lower_order_final)
     sound = (rows.sum(1) - 1).abs() <= ROW_SUM_TOLERANCE * rows.abs().amax(1).clamp(1)
     sound &= rows.isfinite().all(1)
     if not bool(sound.all()):
@@ -86,15 +97,27 @@ def handmade(
     return Solver(tuple(u.tolist()), tuple(map(tuple, torch.tril(rows).tolist())), schedule, name=label, source=SOURCE)
 
 
-def _rows(method: str, schedule: Schedule, u: Tensor, lower_order_final: bool) -> Tensor:
-    """(N, N) coefficients on points (N + 1,) between which the noise falls; NaN where there are none."""
+def calls_within(method: str, num_steps: int) -> int:
+    """The most calls, and num_steps at most, that a table of a method takes: any number but of Heun's, which is odd."""
+    return num_steps - 1 if method == "heun" and num_steps % 2 == 0 else num_steps
+
+
+def _paired(u: Tensor) -> Tensor:
+    """Where Heun's n steps (n + 1,) call: once at u = 0, and at each point twice, just before it and there."""
+    early = u[1:-1] - SHORT * u[:-1].diff()
+    return torch.cat([u[:1], torch.stack([early, u[1:-1]], 1).flatten(), u[-1:]])
+
+
+def _rows(method: str, schedule: Schedule, u: Tensor, again: Tensor, lower_order_final: bool) -> Tensor:
+    """(N, N) coefficients on points (N + 1,) between which the noise falls; NaN where there are none. again: (N,) which
+    steps do the one before once more, as the second half of Heun's."""
     rule, order = METHODS[method]
     n = len(u) - 1
-    line = _Line(schedule, u)
+    line = _Line(schedule, u, again)
     rows = torch.zeros(n, n, dtype=torch.float64)
     for i in range(n):
         usable = min(order, i + 1)
-        if lower_order_final and (rule is _unip or (rule in (_dpmpp, _deis) and n < 15)):
+        if lower_order_final and (rule in (_unip, _unipc) or (rule in (_dpmpp, _deis) and n < 15)):
             usable = min(usable, n - i)
         try:
             state = rule(line, i, usable)
@@ -179,7 +202,8 @@ def _log_snr(schedule: Schedule, u: Tensor) -> Tensor:
 class _Line:
     """A sampling run written over the basis (x_init, y_0, ..., y_{N-1}): states and predictions as vectors."""
 
-    def __init__(self, schedule: Schedule, u: Tensor):
+    def __init__(self, schedule: Schedule, u: Tensor, again: Tensor):
+        self.again, self.flow = again, schedule.family == "flow"
         self.alpha, self.sigma = schedule.alpha_sigma(u)
         self.log_snr = self.alpha.log() - self.sigma.log()
         _, self.clock = schedule.clock(u)
@@ -187,6 +211,10 @@ class _Line:
         self.of_state, self.of_y = schedule.x0(u)
         self.basis = torch.eye(len(u), dtype=torch.float64)
         self.states = [self.basis[0]]
+        self.corrected, self.orders = (
+            [self.basis[0]],
+            list[int](),
+        )  # UniPC's states, and the orders that it stepped with
 
     def y(self, j: int) -> Tensor:
         """The prediction of call j: a velocity for flows, x0 for VP."""
@@ -253,20 +281,63 @@ def _unip(line: _Line, i: int, order: int) -> Tensor:
     order, base = min(order, _finite_order(line, i)), line.ddim(i)
     if order == 1 or not h.isfinite():
         return base
-    decay = torch.expm1(-h)
     ratios = torch.stack([(line.log_snr[i - k] - line.log_snr[i]) / h for k in range(1, order)])
     slopes = [(line.x0(i - k) - line.x0(i)) / ratios[k - 1] for k in range(1, order)]
-    if order == 2:
-        weights = [0.5]  # the authors' code takes this; the 1x1 system would give phi_2 / B
-    else:
-        phi, factorial, moments = decay / -h - 1, 1, []
-        for k in range(1, order):
-            moments.append(phi * factorial / decay)
-            factorial *= k + 1
-            phi = phi / -h - 1 / factorial
-        powers = torch.stack([ratios**k for k in range(order - 1)])
-        weights = torch.linalg.solve(powers, torch.stack(moments))
-    return base - line.alpha[i + 1] * decay * sum(w * d for w, d in zip(weights, slopes, strict=True))
+    return base - line.alpha[i + 1] * torch.expm1(-h) * _weighed(h, ratios, slopes)
+
+
+def _unipc(line: _Line, i: int, order: int) -> Tensor:
+    """UniPC: its predictor, from the newest state as UniC corrects it, without a call, by what the network said there.
+
+    What is stored belongs to the state that the network saw, so the rows go from one of those to the next.
+    """
+    if i:
+        line.corrected.append(_unic(line, i))
+    line.orders.append(min(order, _finite_order(line, i)))
+    return _unip(line, i, order) + line.sigma[i + 1] / line.sigma[i] * (line.corrected[i] - line.states[i])
+
+
+def _unic(line: _Line, i: int) -> Tensor:
+    """UniPC's corrector: the step to state i once more, of the order that it had, with the prediction made there."""
+    before, order, h = i - 1, line.orders[i - 1], line.log_snr[i] - line.log_snr[i - 1]
+    decay = torch.expm1(-h)
+    earlier = [(line.log_snr[before - k] - line.log_snr[before]) / h for k in range(1, order)]
+    ratios = torch.stack([*earlier, torch.ones_like(h)])
+    slopes = [(line.x0(before - k) - line.x0(before)) / ratios[k - 1] for k in range(1, order)]
+    slopes.append(line.x0(i) - line.x0(before))
+    base = line.sigma[i] / line.sigma[before] * line.corrected[before] - line.alpha[i] * decay * line.x0(before)
+    return base - line.alpha[i] * decay * _weighed(h, ratios, slopes)
+
+
+def _weighed(h: Tensor, ratios: Tensor, slopes: Sequence[Tensor]) -> Tensor:
+    """The sum of UniPC's differences, which stand at these parts of the step h, with B(h) = e^h - 1."""
+    if len(ratios) == 1:
+        return 0.5 * slopes[0]  # the authors' code takes this; the 1x1 system would give phi_2 / B
+    decay = torch.expm1(-h)
+    phi, factorial, moments = decay / -h - 1, 1, []
+    for k in range(1, len(ratios) + 1):
+        moments.append(phi * factorial / decay)
+        factorial *= k + 1
+        phi = phi / -h - 1 / factorial
+    powers = torch.stack([ratios**k for k in range(len(ratios))])
+    weights = torch.linalg.solve(powers, torch.stack(moments))
+    total: Tensor = sum(w * slope for w, slope in zip(weights, slopes, strict=True))
+    return total
+
+
+def _heun(line: _Line, i: int, order: int) -> Tensor:
+    """Heun: Euler's step, and the same step once more by the mean of the slopes at both of its ends (arXiv 2206.00364).
+
+    The second half begins where Euler's step ended and is ``SHORT`` of it, so that timesteps rise and a state belongs
+    to each. The slope is the velocity over sigma of a flow, epsilon over sigma / alpha otherwise.
+    """
+    if not line.again[i]:
+        return line.ddim(i)
+    if line.flow:
+        slope = (line.y(i - 1) + line.y(i)) / 2
+        return line.states[i - 1] + (line.clock[i + 1] - line.clock[i - 1]) * slope
+    rho, slope = line.sigma / line.alpha, (line.epsilon(i - 1) + line.epsilon(i)) / 2
+    return line.alpha[i + 1] * (line.states[i - 1] / line.alpha[i - 1] + (rho[i + 1] - rho[i - 1]) * slope)
 
 
 def _deis(line: _Line, i: int, order: int) -> Tensor:
@@ -316,4 +387,7 @@ METHODS: dict[str, tuple[Callable[[_Line, int, int], Tensor], int]] = {
     "unip3": (_unip, 3),
     "deis": (_deis, 2),
     "deis3": (_deis, 3),
+    "unipc": (_unipc, 2),
+    "unipc3": (_unipc, 3),
+    "heun": (_heun, 2),
 }

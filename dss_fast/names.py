@@ -126,7 +126,8 @@ def printable(text: object, keep: str = "") -> str:
 
 
 OTHER_NAMES = {  # of methods that exist here, letters and digits alone
-    "unipc": "unip2, unip3 (its predictor)",
+    "unipcmultistep": "unipc, unipc3",
+    "unipc2": "unipc",
     "dpmsolver": "dpmpp_2m",
     "dpmsolverpp": "dpmpp_2m, dpmpp_3m",
     "dpm": "dpmpp_2m",
@@ -135,7 +136,9 @@ OTHER_NAMES = {  # of methods that exist here, letters and digits alone
     "pndm": "ab4_uniform",
     "ipndm": "ab4_uniform",
     "lms": "ab4",
-    "heun": "ab2, of one call a step",
+    "edm": "heun",
+    "dopri5": "rk45, in compare alone",
+    "rk45": "'rk45', in compare alone and without /N",
 }
 
 

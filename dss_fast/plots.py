@@ -225,6 +225,38 @@ def plot_samples(
     return write_figure(figure, path)
 
 
+def plot_points(rows: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Path:
+    """Samples of two numbers as dots, a panel for each solver: where it ends, tied to where the reference does.
+
+    rows: title -> (B, 2), ``"reference"`` among them, from the same noises; what is not finite is left out.
+    """
+    dots = {title: points.detach().cpu().float().flatten(1).numpy() for title, points in rows.items()}
+    fine = dots.pop("reference")
+    columns = min(3, max(1, len(dots)))
+    lines = max(1, -(-len(dots) // columns))
+    wide, high = (max(float(part), 1e-3) for part in fine.max(0) - fine.min(0))
+    figure, grid = pyplot().subplots(
+        lines,
+        columns,
+        figsize=(4.1 * columns, (0.8 + min(4.0, max(1.6, 3.6 * high / wide))) * lines),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, (title, ends) in zip(grid.flat, dots.items(), strict=False):
+        axes.plot([fine[:, 0], ends[:, 0]], [fine[:, 1], ends[:, 1]], color="0.6", lw=0.7, zorder=1)
+        axes.scatter(*fine.T, s=14, color="0.45", lw=0, label="reference", zorder=2)
+        axes.scatter(*ends.T, s=9, color=SEARCHED, lw=0, label="ends at", zorder=3)
+        axes.set_title(written(title), fontsize=10)
+        axes.set_aspect("equal")
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid.flat[len(dots) :]:
+        axes.axis("off")
+    grid[0][0].legend(frameon=False, fontsize=8)
+    return write_figure(figure, path)
+
+
 def _pixels(title: str, images: Tensor) -> Tensor:
     """The same images in float32 in [0, 1], on the CPU."""
     images = images.detach().cpu()

@@ -199,7 +199,8 @@ def _pictures(
 ) -> list[Picture]:
     """Samples of both solvers and the reference for each N, the errors by stage, and the tables."""
     found = []
-    for n, pair in pairs.items() if target.decode is not None and not comparison.unseen else ():
+    seen = (target.decode is not None or comparison.points) and not comparison.unseen
+    for n, pair in pairs.items() if seen else ():
         path = comparison.plot_samples(out / f"samples-{n}.png", [row.solver for row in pair])
         found.append(Picture("samples", path, f"samples at N = {n}"))
     if pairs and all(row.stages for pair in pairs.values() for row in pair):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from .methods import METHODS, grid
+from .methods import METHODS, calls_within, grid
 from .names import Name, families, find_solver, library, published_steps
 from .schedule import Schedule
 from .solver import Solver
@@ -35,21 +35,28 @@ LIKELY = {
 # A quarter of the samples, and at least so many, ranks all names; the last so many run on all. Errors have heavy tails:
 # where two to sixteen samples ranked them, the best so found erred up to 76 % more than the best of all.
 FIRST, FINALISTS = 24, 12
+# A search begins from tables of these; the others, rivals alone, came after the figures of the searches.
+STARTS = tuple(method for method in METHODS if method not in ("unipc", "unipc3", "heun"))
 FEWEST = 4  # are tried, whatever the limit
 
 Errors = Callable[[Solver, int, int], Tensor]  # (table, start, stop) -> (stop - start,) float64, inf where it diverges
 
 
-@lru_cache(32)  # half a second for N = 10: 91 tables are more than ``find_solver`` keeps
-def handmade_tables(schedule: Schedule, num_steps: int) -> Mapping[Solver, int]:
-    """Every hand-made table of N steps, likely ones first, and by how many of the names method@spacing it goes."""
+@lru_cache(32)  # half a second for N = 10: 112 tables are more than ``find_solver`` keeps
+def handmade_tables(
+    schedule: Schedule, num_steps: int, methods: tuple[str, ...] = tuple(METHODS)
+) -> Mapping[Solver, int]:
+    """Every hand-made table of N calls, likely ones first, and by how many of the names method@spacing it goes.
+
+    methods: those of all names. Heun's, whose calls are odd, is of one call less where N is even.
+    """
     names = [name if "@" in name else f"{name}@uniform" for name in LIKELY[schedule.family]]
     for spacing in SPACINGS:
         if bool((grid(num_steps, schedule, spacing).diff() > 0).all()):
-            names += [f"{method}@{spacing}" for method in METHODS]
+            names += [f"{method}@{spacing}" for method in methods]
     found: dict[Solver, int] = {}
     for name in dict.fromkeys(names):
-        table = find_solver(name, schedule, num_steps)
+        table = find_solver(name, schedule, calls_within(name.partition("@")[0], num_steps))
         found[table] = found.get(table, 0) + 1
     return MappingProxyType(found)
 
@@ -148,12 +155,16 @@ def calls_like(
     tried with the same names on all samples, as far as ``limit`` evaluations go. Returns the first at which one errs no
     more, and its name; or the most calls that were tried, at which all still err more, and None.
     """
-    names, n = list(dict.fromkeys(Name.parse(table.name) for table in best)), next(iter(best)).num_steps
+    names = list(dict.fromkeys(replace(Name.parse(table.name), num_steps=None) for table in best))
+    n = max(table.num_steps for table in best)
     for calls in range(n + 1, 2 * n + 3):
         limit -= calls * len(names) * len(mine)
         if limit < 0:
             return calls - 1, None
-        tables = [find_solver(f"{name.name}@{name.spacing or 'uniform'}", schedule, calls) for name in names]
+        tables = [
+            find_solver(f"{name.name}@{name.spacing or 'uniform'}", schedule, calls_within(name.name, calls))
+            for name in names
+        ]
         least, name = min((float(errors(table, 0, len(mine)).mean()), table.name) for table in tables)
         if least <= float(mine.mean()):
             return calls, name

@@ -92,3 +92,17 @@ def test_the_real_one_has_these_calls(monkeypatch):
     inspect.signature(real.HfApi.upload_file).bind(
         None, path_or_fileobj="c.json", path_in_repo="c.json", repo_id="a/b", commit_message="c"
     )
+
+
+def test_a_hub_that_is_out_of_reach_is_said_in_a_line(hub, tmp_path, monkeypatch, capsys):
+    """The client's own errors are of no class that Python has, as httpx.ConnectError."""
+
+    def unreachable(self, repo_id, **options):
+        raise type("ConnectError", (Exception,), {})("Name or service not known")
+
+    monkeypatch.setattr(sys.modules["huggingface_hub"].HfApi, "create_repo", unreachable)
+    find_solver("ab2/3").save(tmp_path / "mine.json")
+    assert main("push mine.json owner/tables".split()) == 2
+    said = capsys.readouterr().err
+    assert "owner/tables: the hub does not answer (ConnectError: Name or service not known)" in said
+    assert "Traceback" not in said

@@ -1,6 +1,7 @@
 """Hand-made tables against independent truths: diffusers' schedulers, and measured order on closed-form problems."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -54,6 +55,8 @@ def relative(a, b):
         ("dpmpp_3m", "DPMSolverMultistepScheduler", {"solver_order": 3, "final_sigmas_type": "zero"}),
         ("unip2", "UniPCMultistepScheduler", {"solver_order": 2, "disable_corrector": list(range(99))}),
         ("unip3", "UniPCMultistepScheduler", {"solver_order": 3, "disable_corrector": list(range(99))}),
+        ("unipc", "UniPCMultistepScheduler", {"solver_order": 2}),
+        ("unipc3", "UniPCMultistepScheduler", {"solver_order": 3}),
         ("deis", "DEISMultistepScheduler", {"solver_order": 2}),
         ("deis3", "DEISMultistepScheduler", {"solver_order": 3}),
     ],
@@ -89,6 +92,67 @@ def test_euler_equals_flow_match_euler(shift):
     assert relative(sample(field, x, "euler/8", schedule=schedule), theirs) < 1e-5
 
 
+def edm(denoised, levels, z):
+    """Algorithm 1 of EDM without churn, z = x0 + sigma eps, as its authors wrote it: Euler's step to sigma = 0."""
+    for now, later in itertools.pairwise(levels):
+        slope = (z - denoised(z, now)) / now
+        there = z + (later - now) * slope
+        if later > 0:
+            there = z + (later - now) * (slope + (there - denoised(there, later)) / later) / 2
+        z = there
+    return z
+
+
+def test_heun_is_a_table_of_two_calls_a_step():
+    """On EDM's own variables; six steps are eleven calls, the second of a pair a ten millionth of the step away."""
+    levels, asked = [14.0, 6.0, 2.5, 0.8, 0.2, 0.05, 0.0], []
+
+    def denoised(z, sigma):
+        asked.append(round(sigma, 4))
+        return torch.tanh(z @ MIX / (1 + sigma))
+
+    x = 14 * torch.randn(4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    theirs, wanted = edm(denoised, levels, x), list(asked)
+    asked.clear()
+    grid = Grid.ve(levels)
+    solver = handmade("heun", schedule=grid, timesteps=grid.timesteps)
+    ours = sample(lambda z, t: denoised(z, float(t[0])), x, solver, schedule=grid)
+    assert asked == wanted and (solver.num_steps, solver.name) == (11, "heun/11")
+    assert relative(ours, theirs) < 5e-6
+    assert solver.noise_coeffs is solver.network_timesteps is None and not solver.free_rows
+    assert handmade("heun", 1).coeffs == handmade("euler", 1).coeffs
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-6), (torch.float32, 1e-6)])
+def test_heun_of_a_flow(dtype, bound):
+    """Five steps of x' = v(x, t) by hand, the last of them Euler's."""
+
+    def velocity(x, t):
+        return torch.tanh(2 * x @ MIX.to(x) + t)
+
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    theirs = x
+    for k in range(5):
+        slope = velocity(theirs, k / 5)
+        there = theirs + slope / 5
+        theirs = theirs + (slope + velocity(there, (k + 1) / 5)) / 10 if k < 4 else there
+    ours = sample(lambda x, t: velocity(x, t[:, None]), x.to(dtype), "heun/9")
+    assert relative(ours.double(), theirs) < bound
+
+
+def test_heun_equals_flow_match_heun():
+    diffusers = pytest.importorskip("diffusers", reason="a test dependency, in requirements.txt")
+    scheduler = diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(5)
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    theirs = x
+    for t in scheduler.timesteps:
+        theirs = scheduler.step(field(theirs, t.double().expand(len(x))), t, theirs, return_dict=False)[0]
+    sigmas = [1.0, *scheduler.sigmas.double()[1::2].tolist()]
+    grid = Grid.flow(sigmas, [1000 * s for s in sigmas[:-1]])
+    assert relative(sample(field, x, handmade("heun", schedule=grid, timesteps=grid.timesteps)), theirs) < 1e-6
+
+
 def power_law(schedule, k=0.5):
     """A network whose trajectories are known, and the map from u = 0 to u = 1.
 
@@ -120,7 +184,10 @@ SMOOTH_VP = VP(beta_min=0.5, beta_max=8.0, t_start=1.1, t_end=0.05)
     "method, order, schedule",
     [
         *[(m, o, s) for m, o in ADAMS.items() for s in (Flow(), SMOOTH_VP)],
-        *[(m, 2, SMOOTH_VP) for m in ("dpmpp_2m", "unip2", "deis")],
+        *[(m, 2, SMOOTH_VP) for m in ("dpmpp_2m", "unip2", "deis", "heun")],
+        ("heun", 2, Flow()),
+        # The corrector adds one; 2.85 and 3.78 here, 2.92 and 3.88 with twice the steps.
+        *[(m, o, SMOOTH_VP) for m, o in (("unipc", 3), ("unipc3", 4))],
         # dpmpp_3m, as published and as everybody runs it, puts a divided difference, half of the second
         # derivative, where its expansion has the second derivative: it converges with order 2.
         ("dpmpp_3m", 2, SMOOTH_VP),
@@ -134,7 +201,7 @@ def test_order_of_convergence(method, order, schedule):
     for n in (60, 120):
         solver = handmade(method, schedule=schedule, timesteps=graded(n), lower_order_final=False)
         errors.append(float((sample(network, x, solver, schedule=schedule) - flow_map(x)).norm()))
-    assert abs(math.log2(errors[0] / errors[1]) - order) < 0.15
+    assert abs(math.log2(errors[0] / errors[1]) - order) < (0.25 if method.startswith("unipc") else 0.15)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -165,7 +232,8 @@ def test_rows_on_a_uniform_grid_are_the_textbooks():
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: handmade("heun", 5), ("heun", "euler", "dpmpp_2m")),
+        (lambda: handmade("rk4", 5), ("rk4", "euler", "dpmpp_2m")),
+        (lambda: handmade("heun", 10), ("num_steps=10", "odd", "9 or 11")),
         (lambda: handmade("ab2", 5, spacing="cubic"), ("cubic", "uniform", "karras")),
         (lambda: handmade("ab2", 5, spacing="shift-1"), ("shift-1", "shift3")),
         (lambda: handmade("ab2", 0), ("num_steps=0",)),
@@ -196,7 +264,7 @@ RESTING = {
 def test_every_method_has_numbers_where_the_noise_rests(schedule, spacing):
     """Made by Solver, which takes finite numbers and rows that sum to one only."""
     for method in METHODS:
-        for n in (2, 7):
+        for n in (1 if method == "heun" else 2, 7):
             table = StepTable.of(handmade(method, n, schedule, spacing=spacing))
             assert table.weights.isfinite().all() and table.times.isfinite().all(), (method, n)
 
@@ -223,7 +291,8 @@ def test_steps_without_noise_change_nothing(method, rests):
     x = 14 * torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     wanted = sample(net, x, handmade(method, schedule=falling, timesteps=falling.timesteps))
     found = sample(net, x, handmade(method, schedule=resting, timesteps=resting.timesteps))
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    bound = 1e-6 if method == "heun" else 1e-9  # its calls are a ten millionth of a step early, on two grids of u
+    torch.testing.assert_close(found, wanted, rtol=bound, atol=bound)
 
 
 def test_data_that_are_clean_before_the_end_stay_what_they_are():

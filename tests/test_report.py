@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dss_fast import GaussNewton, Solver, Target, compare, handmade, plots, report, search
-from dss_fast.plots import cells_height, draw_coefficients, plot_overview
+from dss_fast.plots import cells_height, draw_coefficients, plot_overview, plot_points
 from dss_fast.report import SearchRecord, write_report
 
 plt = pytest.importorskip("matplotlib.pyplot", reason="the plots extra, in requirements.txt")
@@ -338,3 +338,20 @@ def test_whole_numbers_of_another_range_are_refused(tmp_path, dtype, low, high):
         with pytest.raises(ValueError, match=rf"images of mine are {dtype} from {low} to {high}.*0 to 255"):
             plots.plot_samples(rows, tmp_path / "s.png", worst=worst)
     assert not list(tmp_path.iterdir())
+
+
+def test_samples_of_two_numbers_are_dots_in_a_plane(tmp_path, monkeypatch):
+    """All of them, where solver and reference end from the same noise; a decode's pictures go before."""
+    pytest.importorskip("matplotlib", reason="the plots extra, in requirements.txt")
+    drawn = {}
+    module = import_module("dss_fast.compare")
+    monkeypatch.setattr(module, "plot_points", lambda rows, path: drawn.update(rows) or plot_points(rows, path))
+    plane = Target(lambda x, t: torch.sin(3 * t[:, None]) - 0.7 * x, (2,))
+    text = written(tmp_path, plane, handmade("ab4", 3))
+    (count,) = re.findall(r"All (\d+) samples, of two numbers each", text)
+    assert "(samples-3.png)" in text and (tmp_path / "samples-3.png").stat().st_size > 5_000
+    assert len(drawn) == 3 and all(points.shape == (int(count), 2) for points in drawn.values()) and int(count) > 16
+    found = compare(plane, ["euler/3", "ab3/9"], samples=24, progress=False)
+    error = (found.images["euler/3"] - found.images["reference"]).double().square().mean().sqrt()
+    assert found.points and float(error) == pytest.approx(found.rows[0].rmse, rel=1e-4)
+    assert not compare(replace(plane, shape=(3,)), ["euler/3"], samples=8, progress=False).points

@@ -161,7 +161,7 @@ def test_one_grammar_for_names():
     assert Name.parse("sit-xl-2-256/10") == Name("sit-xl-2-256", 10)
     assert Name.parse("dpmpp_2m@karras") == Name("dpmpp_2m", None, "karras") and Name.parse("ab2/3").handmade
     for text, words in (
-        ("heun/4", ("heun/4", "dit-xl-2-256/{5,6,7,8,9,10}", "dpmpp_2m/N", ".json")),
+        ("rk4/4", ("rk4/4", "dit-xl-2-256/{5,6,7,8,9,10}", "dpmpp_2m/N", ".json")),
         ("ab2/x", ("'x' is no number", "ab2/10")),
         ("ab2/0", ("'0' is no number",)),
         ("ab2/4@cosine", ("cosine", "karras", "shift<number>")),

@@ -41,7 +41,8 @@ SAME_SHIFT = 1e-3  # of the noise at half the time; ComfyUI's table of sigmas ha
 def solver_names(folder: Path | None = None) -> list[str]:
     """What the nodes offer: the solvers of a folder, the published families and the hand-made methods."""
     files = sorted(path.stem for path in folder.glob("*.json") if path.is_file()) if folder is not None else []
-    return list(dict.fromkeys([*files, *families(), *(m for m in METHODS if not m.startswith("deis")), *OURS]))
+    methods = [method for method in METHODS if not method.startswith(("deis", "heun"))]
+    return list(dict.fromkeys([*files, *families(), *methods, *OURS]))
 
 
 def read_solver(solver: str, file: str = "", folder: Path | None = None) -> dict[int, Solver] | str:

@@ -27,6 +27,8 @@ from ..solver import Solver
 from ..step import multistep_step
 from ..table import GUIDANCE, Guidance, StepTable, guidance_table
 
+RESOLVED = 0.01  # of a step; the steps of all published tables are right to 2e-5
+
 
 @torch.no_grad()
 def sample_dss(
@@ -166,12 +168,17 @@ def _table(
             raise ValueError(f"solver {solver!r} is for {name.num_steps} steps and {n} are given; write {name.name!r}")
         if name.spacing is not None:
             raise ValueError(f"solver {solver!r} brings a spacing, and sigmas are given; write {name.name!r}")
+        if name.name == "heun":
+            raise ValueError(
+                "solver 'heun' takes two calls a step, and here a step has one: take the program's own sample_heun"
+            )
         grid = _grid(family or "vp", sigmas)
         # Towards a sigma of 0 every method falls back to order 1 by itself; k-diffusion lowers it nowhere else.
         return handmade(name.name, None, grid, timesteps=grid.timesteps, lower_order_final=False), 0
     table = find_solver(solver, None, n)
     if family not in (None, table.family):
         raise ValueError(f"{table.label} is for {table.family} models, this one is {family}")
+    _check_resolved(table)
     first = place_of(table, sigmas)
     if first is not None:
         if first and table.noise_coeffs is not None:
@@ -188,6 +195,20 @@ def _table(
         raise ValueError(message)
     warnings.warn(message, stacklevel=3)
     return table, 0
+
+
+def _check_resolved(table: Solver) -> None:
+    """Raises ValueError for a table with steps so short that sigmas in float32 have not their length."""
+    own = _own_sigmas(table)
+    exact = own.diff()
+    wrong = (own.float().double().diff() - exact).abs() > RESOLVED * exact.abs()
+    if bool(wrong.any()):
+        i = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{table.label}: its step {i} goes from sigma {own[i]:.6g} to {own[i + 1]:.6g}, too short for sigmas in "
+            "float32, as the second half of each of Heun's steps is; take the program's own sample_heun, or "
+            "dss_fast.sample"
+        )
 
 
 def place_of(table: Solver, sigmas: Tensor) -> int | None:

@@ -98,6 +98,8 @@ def _looked(draws: Draws, differentiated: bool, most: float = math.inf) -> tuple
             f"noise({SAMPLES}, generator) of the target {draws.target.name!r} returned the same for both: all "
             "samples would begin at one point"
         )
+    if differentiated:
+        _loaded()
     x, denoise = batch.noise[:1], batch.rows(slice(0, 1)).denoiser()
     times = batch.schedule.time(torch.tensor([0.0, 0.5], dtype=torch.float64))
     times = times.to(x.device, torch.promote_types(x.dtype, torch.float32))
@@ -184,6 +186,14 @@ def clock(draws: Draws, cost: Cost, differentiated: bool, seconds: float, most: 
         best, calls = min(best, each / (3 if differentiated else 1)), calls + rows * (3 if differentiated else 1)
         rows *= 2 if rows > 1 else 4
     return replace(cost, seconds=best, calls=calls)
+
+
+def _loaded() -> None:
+    """Takes a gradient along a given direction, of nothing: the first of a process loads symbolic shapes, 0.3 s that
+    would be counted as the model's."""
+    with torch.enable_grad():
+        leaf = torch.zeros(1, requires_grad=True)
+        torch.autograd.grad(leaf * leaf, leaf, torch.ones(1))
 
 
 def _pulled(output: Tensor, leaves: list[Tensor], cotangent: Tensor) -> Tensor:

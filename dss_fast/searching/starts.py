@@ -18,7 +18,7 @@ from ..distance import ratio_of, squares
 from ..draws import Draws
 from ..methods import handmade
 from ..names import families, find_solver, library, published_steps
-from ..rivals import handmade_tables
+from ..rivals import STARTS, handmade_tables
 from ..schedule import Schedule
 from ..solver import Solver
 from ..table import StepTable
@@ -42,7 +42,7 @@ def candidates(schedule: Schedule, num_steps: int, done: dict[int, Solver]) -> l
     Hand-made rows on the timesteps that were found for the nearest N of ``done``; those of the library at each k and
     hand-made ones, in turn; published tables at each k; hand-made methods on all spacings.
     """
-    hand = list(handmade_tables(schedule, num_steps))
+    hand = list(handmade_tables(schedule, num_steps, STARTS))
     papers = moved_tables(schedule, num_steps, tuple(name for name in families() if name not in library()))
     head: list[Solver] = []
     for k, moved in enumerate(moved_tables(schedule, num_steps, tuple(library())) or papers):

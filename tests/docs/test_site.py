@@ -1,6 +1,8 @@
 """The site builds in strict mode: every link and anchor, every name of the API page, no page left out."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -45,3 +47,24 @@ def test_a_page_fetches_nothing(site):
         page = path.read_text(encoding="utf-8")
         for tag in ('<script src="http', '<img src="http', "fonts.googleapis", '<link rel="stylesheet" href="http'):
             assert tag not in page, (path.name, tag)
+
+
+def test_the_search_needs_no_server(site):
+    """Its index and its worker come as scripts; one from elsewhere is asked for nowhere."""
+    assert (site / "search" / "search_index.js").read_text(encoding="utf-8").startswith("var __index = {")
+    for path in set(site.glob("*.html")) - {site / "404.html"}:  # which a server shows at any address
+        page = path.read_text(encoding="utf-8")
+        assert '<script src="iframe-worker.js"></script>' in page and "unpkg.com" not in page, path.name
+
+
+def test_the_search_finds_in_pages_opened_as_files(site, tmp_path):
+    """As a browser shows the page for an address that carries a query."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("there is no Chromium here")
+    address = f"file://{site / 'index.html'}?q=heun"
+    switches = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+    command = [browser, *switches, "--virtual-time-budget=20000", "--dump-dom", address]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r'md-search-result__meta">(\d+) matching documents', shown.stdout)
+    assert found and int(found[1]) >= 2, shown.stderr[-500:]

@@ -29,7 +29,7 @@ def test_the_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     for n in (5, 10):
         (verdict,) = [verdict for verdict in names["table"].verdicts if verdict.num_steps == n]
-        assert verdict.word == "Yes" and verdict.ratio < 0.7 and verdict.tried == 91, said
+        assert verdict.word == "Yes" and verdict.ratio < 0.7 and verdict.tried == 112, said
     assert "model evaluations, in out/digits" in said and "of 40 digits are read as what was asked for" in said
     kept = {path.name for path in (tmp_path / "out" / "digits").iterdir()}
     assert {"solver-5.json", "solver-10.json", "report.md", "stages.png", "log.jsonl", "compare.png"} <= kept

@@ -213,7 +213,8 @@ def test_a_learned_table_follows_the_models_shift():
 def test_names_mean_what_they_mean_in_the_host():
     """On a flow ComfyUI's dpmpp_2m extrapolates in -log sigma; its deis is another method, so ours is named apart."""
     names = comfyui.solver_names()
-    assert "dpmpp_2m" in names and "deis" not in names and {"dpmpp_2m_logsnr", "deis_logrho"} <= set(names)
+    assert {"dpmpp_2m", "unipc"} <= set(names) and not {"deis", "heun"} & set(names)
+    assert {"dpmpp_2m_logsnr", "deis_logrho"} <= set(names)
     guided, _ = wrapped(FlowNoise())
     x, sigmas = torch.randn(2, 4, dtype=torch.float64), torch.linspace(1, 0, 9, dtype=torch.float64)
     wanted = dpmpp_2m(linear, x, sigmas)

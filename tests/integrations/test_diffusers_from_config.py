@@ -9,10 +9,11 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+from dss_fast import sample  # noqa: E402
 from dss_fast.integrations.diffusers import DSSScheduler  # noqa: E402
 from dss_fast.integrations.diffusers.config import OTHER, REFUSED  # noqa: E402
 from helpers.diffusers_classes import every_class  # noqa: E402
-from helpers.diffusers_runs import noise, run  # noqa: E402
+from helpers.diffusers_runs import network, noise, run  # noqa: E402
 
 DPM, UNIPC, DEIS = (getattr(diffusers, f"{n}MultistepScheduler") for n in ("DPMSolver", "UniPC", "DEIS"))
 DDIM, EULER = diffusers.DDIMScheduler, diffusers.EulerDiscreteScheduler
@@ -157,14 +158,42 @@ def test_a_last_step_that_stands_still(sigmas, final):
 def test_flow_configs_of_unipc_as_wan_has_them(n, told):
     config = {"_class_name": "UniPCMultistepScheduler", **FLOW_SIGMAS, "solver_order": 2, **told}
     for solver, kind in (("unip2", UNIPC), ("dpmpp_2m", DPM)):
-        # the predictor alone: a corrector would need the network's output at a state that the table does not hold
+        # unip2 is the predictor alone; unipc, below, has the corrector
         stock = kind.from_config(config, **({"disable_corrector": list(range(n))} if kind is UNIPC else {}))
         close(run(stock, n), run(ours(config, solver), n))
+    for solver, order in (("unipc", 2), ("unipc3", 3))[: 1 if told else 2]:  # whose third order stock cannot end with
+        close(run(UNIPC.from_config({**config, "solver_order": order}), n), run(ours(config, solver), n))
     mine = ours(config, "euler")
     mine.set_timesteps(n)
     stock = UNIPC.from_config(config)
     stock.set_timesteps(n)
     assert torch.equal(mine.sigmas, stock.sigmas) and torch.equal(mine.timesteps, stock.timesteps.float())
+
+
+@pytest.mark.parametrize("told", [{}, {"use_karras_sigmas": True}, {"timestep_spacing": "trailing"}], ids=str)
+@pytest.mark.parametrize("n", [2, 6, 10, 20])
+def test_unipc_is_the_stock_class_with_its_corrector(n, told):
+    """As a pipeline that was loaded has it: UniPC(...) corrects after every step unless it is told not to."""
+    for solver, order in (("unipc", 2), ("unipc3", 3)):
+        stock = UNIPC(**SD, solver_order=order, **told)
+        close(run(stock, n), run(ours(stock.config, solver), n))
+
+
+def test_what_unipc_and_heun_cannot_do_is_said():
+    config = UNIPC(**SD, disable_corrector=[0]).config
+    for solver, words in (("unipc3", "corrects after every step, and unip3 after none"), ("unip2", "'unipc' and 'uni")):
+        mine = DSSScheduler.from_config(config, solver=solver)
+        with pytest.warns(UserWarning, match=rf"disable_corrector=\[0\].*not applied.*{words}"):
+            mine.set_timesteps(6)
+    net = network()
+    for config in (UNIPC(**SD).config, FLOW(shift=3.0).config):
+        with pytest.raises(ValueError, match="'heun' takes two calls a step.*'heun@uniform'"):
+            ours(config, "heun").set_timesteps(9)
+        mine = ours(config, "heun@shift2")  # the calls are the pipeline's steps
+        with pytest.raises(ValueError, match="num_steps=10.*odd.*9 or 11"):
+            mine.set_timesteps(10)
+        x = run(mine, 9, net=net)
+        close(x, sample(lambda x, t: net(x, t[0]), noise(), mine.solver, schedule=mine.schedule))
 
 
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])

@@ -287,3 +287,28 @@ def test_sigmas_on_a_device_without_float64(solver, family):
     told = {"disable": True, "solver": solver, "family": family}
     wanted = sample_dss(lambda x, s: x / 2, x, sigmas, **told)
     assert torch.equal(sample_dss(lambda x, s: x / 2, x, sigmas.as_subclass(NoFloat64), **told), wanted)
+
+
+@pytest.mark.parametrize("schedule", [Flow(), DiscreteVP.scaled_linear()], ids=lambda schedule: schedule.kind)
+def test_heun_is_refused_whose_steps_float32_does_not_tell_apart(schedule):
+    table = handmade("heun", 9, schedule)
+    with pytest.raises(ValueError, match="heun/9: its step 1 goes.*too short.*sample_heun"):
+        sample_dss(lambda x, sigma: x, torch.randn(2, 4), sigmas_of(table), solver=table, disable=True)
+    with pytest.raises(ValueError, match="'heun' takes two calls a step"):
+        sample_dss(lambda x, sigma: x, torch.randn(2, 4), torch.linspace(1, 0, 9), solver="heun", disable=True)
+
+
+def test_unipc_is_the_stock_one_on_given_sigmas():
+    """Diffusers' UniPC on the same sigmas, in the variables of k-diffusion: z = x / alpha."""
+    diffusers = pytest.importorskip("diffusers", reason="a test dependency, in requirements.txt")
+    stock = diffusers.UniPCMultistepScheduler(
+        solver_order=3, prediction_type="sample", lower_order_final=False, final_sigmas_type="sigma_min"
+    )
+    stock.set_timesteps(8)
+    stock.sigmas = sigmas = stock.sigmas.double()
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    z = x / (1 + sigmas[0] ** 2).rsqrt()
+    for i, t in enumerate(stock.timesteps):
+        x = stock.step(torch.tanh(x / (1 + sigmas[i] ** 2).rsqrt() / (1 + sigmas[i])), t, x, return_dict=False)[0]
+    ours = sample_dss(lambda z, s: torch.tanh(z / (1 + s[:, None])), z, sigmas, solver="unipc3", disable=True)
+    assert (ours - x * (1 + sigmas[-1] ** 2).sqrt()).abs().max() < 1e-6

@@ -32,6 +32,7 @@ PREDICTIONS = {
 MULTISTEP = {
     "dpmpp": "DPMSolverMultistepScheduler",
     "unip": "UniPCMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
     "deis": "DEISMultistepScheduler",
 }
 # In place of these schedulers "euler" is EulerDiscreteScheduler; in place of the others it is DDIM.
@@ -44,7 +45,7 @@ SIGMA_SPACE = (
     "LMSDiscreteScheduler",
 )
 STOCK = (
-    *MULTISTEP.values(),
+    *dict.fromkeys(MULTISTEP.values()),
     "EulerDiscreteScheduler",
     "DDIMScheduler",
     "FlowMatchEulerDiscreteScheduler",

@@ -64,13 +64,21 @@ def handmade_table(
             "euler_at_final=True is not applied: from 15 steps on the last keeps its order unless sigma ends at 0",
             stacklevel=3,
         )
-    kept = config.get("disable_corrector")
-    if kept and stock_class(name.name, config) == MULTISTEP["unip"] and not set(range(num_steps)) <= set(kept):
-        warnings.warn(
-            f"disable_corrector={kept} leaves steps with UniPC's corrector, which is not applied: {name.name} is its "
-            "predictor alone",
-            stacklevel=3,
-        )
+    kept, walked = config.get("disable_corrector"), stock_class(name.name, config)
+    if kept and walked == MULTISTEP["unip"]:
+        every = set(range(num_steps)) <= set(kept)
+        if name.name.startswith("unipc"):
+            warnings.warn(
+                f"disable_corrector={kept} is not applied: {name.name} corrects after every step, and "
+                f"{name.name.replace('unipc3', 'unip3').replace('unipc', 'unip2')} after none",
+                stacklevel=3,
+            )
+        elif not every:
+            warnings.warn(
+                f"disable_corrector={kept} leaves steps with UniPC's corrector, which is not applied: {name.name} is "
+                "its predictor alone; 'unipc' and 'unipc3' have the corrector after every step",
+                stacklevel=3,
+            )
     if family_of(config) == "flow":
         grid = _flow_grid(name.name, config, num_steps, sigmas, timesteps, mu)
     else:
@@ -79,7 +87,12 @@ def handmade_table(
 
 
 def table_on(method: str, config: Config, grid: Grid) -> Solver:
-    """A hand-made method on the points of a grid."""
+    """A hand-made method on the points of a grid. Raises ValueError for one whose steps take two calls."""
+    if method == "heun":
+        raise ValueError(
+            "solver 'heun' takes two calls a step, and a pipeline's grid has one: give a spacing, as in "
+            "'heun@uniform', and as num_inference_steps its calls, an odd number; or take a Heun scheduler of diffusers"
+        )
     told: dict[str, Any] = {
         "timesteps": grid.timesteps,
         "lower_order_final": config.get("lower_order_final") is not False,
@@ -126,7 +139,7 @@ def stock_class(method: str, config: Config) -> str:
     if family_of(config) == "flow":
         if not config.get("use_flow_sigmas"):
             return "FlowMatchEulerDiscreteScheduler"
-        if kind in ("dpmpp", "unip", "deis"):
+        if kind in MULTISTEP:
             return MULTISTEP[kind]
         return own if knows(own, "use_flow_sigmas") else MULTISTEP["dpmpp"]
     if kind != "euler":
