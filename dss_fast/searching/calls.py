@@ -28,9 +28,9 @@ from .teacher import Teacher
 SKETCHES = 2  # random signs a sample
 SKETCHED = 24  # samples
 BEAM = 8  # choices kept while steps are taken away one by one
-# Of the best choices by the form so many run on the training samples of each target, on all up to the second number of
-# JUDGES, where there are as many as the first. Of the digit flow's for 7 steps, 3 guided, the one that ends best is first
-# or third by the form, first by 73 samples, third by 40; races of a few rounds took others, of .052 for .041 in the end.
+# Of the best choices by the form so many run on a target's training samples, on all up to the second number of JUDGES,
+# where there are as many as the first. Of the digit flow's for 7 steps, 3 guided, the one that ends best is first or
+# third by the form; races of a few rounds took others, of .052 for .041 in the end.
 CHOICES, JUDGES = 4, (40, 256)
 RIDGE = 0.1  # of the form's mean diagonal, towards the linear forecast: of few samples the form knows a part alone
 STEPS = 0.66  # of the calls, of the candidate beside both branches at all steps: 7 of 10 and 11, 8 of 12, 9 of 14
