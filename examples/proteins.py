@@ -13,18 +13,18 @@ A measure that is not ours: bonds have lengths that hardly vary (Engh and Huber,
 
 from __future__ import annotations
 
-import argparse
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dss_fast import DiscreteVP, GaussNewton, Solver, Target, sample, search
+from examples.page import parser_of, put, table
 
 STEPS, CUTOFF, WIDTH = 20, 8.0, 128
 CHECKPOINT = "checkpoints/protein-carbon-alpha-cutoff-{:03}-steps-{:03}-layers-{:03}-hidden-{:03}.pt"
@@ -179,22 +179,22 @@ def measure(seed: int = 0) -> str:
         title = f"**searched with {found.evaluations:,} calls of one residue, 5 calls**"
         ways[title] = 5, found.solver
         said.append(f"{found.evaluations:,} evaluations in {seconds:.0f} s")
-    lines = ["| sampler | calls | " + " | ".join(f"{PROTEINS[name]}: bonds off by, wrong-handed" for name in proteins)]
-    lines = [lines[0] + " |", "| --- " * (2 + len(proteins)) + "|"]
-    for title, (calls, solver) in ways.items():
-        cells = []
-        for about in proteins.values():
-            bonds = bonds_of(about, solver)
-            cells.append(f"{bonds.error:.3f} A, {100 * bonds.mirrored:.1f} %")
-        lines.append(f"| {title} | {calls} | {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
+    head = ("sampler", "calls", *(f"{PROTEINS[name]}: bonds off by, wrong-handed" for name in proteins))
+
+    def cells(solver: Solver | str | None) -> list[str]:
+        found = [bonds_of(about, solver) for about in proteins.values()]
+        return [f"{bonds.error:.3f} A, {100 * bonds.mirrored:.1f} %" for bonds in found]
+
+    lines = table(head, ([title, str(calls), *cells(solver)] for title, (calls, solver) in ways.items()))
     lines += ["", f"The searches took {' and '.join(said)}, on one thread of a busy machine.", "", OTHERS, ""]
-    lines += ["| network | DDIM, 20 calls | DDIM, 5 calls | the table, 5 calls |", "| --- " * 4 + "|"]
-    for layers in (2, 4):
-        about = target("il2", layers)
-        cells = [f"{bonds_of(about, way).error:.3f} A" for way in ("euler/20", "euler/5", found.solver)]
-        lines.append(f"| {layers} layers | {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
+
+    def others() -> Iterator[list[str]]:
+        for layers in (2, 4):
+            about = target("il2", layers)
+            cells = [f"{bonds_of(about, way).error:.3f} A" for way in ("euler/20", "euler/5", found.solver)]
+            yield [f"{layers} layers", *cells]
+
+    lines += table(("network", "DDIM, 20 calls", "DDIM, 5 calls", "the table, 5 calls"), others())
     return "\n".join(lines)
 
 
@@ -205,19 +205,9 @@ def bonds_of(about: Target, solver: Solver | str | None) -> Bonds:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, metavar="FILE", help="replace what stands between the marks in it")
-    options = parser.parse_args()
+    options = parser_of(__doc__).parse_args()
     torch.set_num_threads(1)  # hundreds of small products: one thread is as fast
-    text = measure()
-    if options.write:
-        page = options.write.read_text(encoding="utf-8")
-        before, rest = page.split(MARKS[0])
-        options.write.write_text(
-            f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}", encoding="utf-8"
-        )
-    else:
-        print(text)
+    put(measure, options.write, MARKS)
 
 
 if __name__ == "__main__":
