@@ -202,10 +202,10 @@ _OPTIONAL |= {"accuracy": "label acc."}
 @torch.no_grad()
 def compare(
     target: Target | Model,
-    solvers: Sequence[Given],
+    solvers: Sequence[Given] | Given,
     *,
     num_steps: int | Sequence[int] = (5, 10),
-    rivals: Sequence[Given] = ("all",),
+    rivals: Sequence[Given] | Given = ("all",),
     samples: int | None = None,
     budget: int | None = None,
     batch_size: int = 64,
@@ -232,8 +232,8 @@ def compare(
         ``labels`` give the share of samples read as what was asked; its ``decode`` the pictures. Samples live where
         the target does, each at a guidance of its own where the target has a range.
     real_features: (R, F) to compare the features of all samples with, instead of the reference's from other noises.
-    solvers: Solvers, names or paths; a name without ``/N`` is run at each of num_steps, a published one at those of
-        them that it exists for, ``"heun"``, whose calls are odd, with one less where they are even. ``"rk45"``: scipy's
+    solvers: Solvers, names or paths, or one of these; a name without ``/N`` is run at each of num_steps, a published one
+        at those of them that it exists for, ``"heun"``, whose calls are odd, with one less where they are even. ``"rk45"``: scipy's
         adaptive Runge-Kutta solver, at the tolerances whose calls come nearest to num_steps and to two and four times
         the most of them; no rival, as no tolerance gives a number of calls.
     rivals: what a table that is neither hand-made nor published has to beat at its N, beside such solvers named above.
@@ -255,7 +255,7 @@ def compare(
         if real_features is not None:
             _check_real(real_features)
         num_steps = [num_steps] if isinstance(num_steps, int) else list(num_steps)
-        solvers, adapts = _without_adaptive(solvers, budget)
+        solvers, adapts = _without_adaptive(_several(solvers), budget)
         if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in num_steps):
             raise ValueError(f"num_steps={num_steps!r}: give a whole number from 1, or several")
         named = _expand(solvers, draws.schedule, num_steps)
@@ -264,7 +264,7 @@ def compare(
         judged = [title for title, solver in named.items() if not is_rival(solver)]
         guided = draws.target.guided
         steps = tuple(dict.fromkeys(_steps_of_rivals(named[title], guided) for title in judged))
-        rivals = (rivals,) if isinstance(rivals, str) else rivals
+        rivals = _several(rivals)
         every, further = "all" in rivals, _expand([r for r in rivals if r != "all"], draws.schedule, steps, named)
         if every and steps:
             published = [table for n in steps for table in published_tables(draws.schedule, n)]
@@ -287,6 +287,10 @@ def compare(
         rows, found = [run.row for run in bench.runs.values()], [verdict for verdict in verdicts if verdict is not None]
         reach = bench.reference.reach if bench.reference.classes is None else None
         return Comparison(rows, found, bench.evaluations, calls, reach, *_images(bench))
+
+
+def _several(given: Sequence[Given] | Given) -> Sequence[Given]:
+    return (given,) if isinstance(given, Solver | str | os.PathLike) else given
 
 
 def _without_adaptive(solvers: Sequence[Given], budget: int | None) -> tuple[list[Given], bool]:

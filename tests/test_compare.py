@@ -98,6 +98,12 @@ def searched(method, num_steps, **options):
     return replace(handmade(method, num_steps, **options), name=f"mine/{num_steps}", source="dss_fast.search")
 
 
+@pytest.mark.parametrize("alone", ["euler/3", handmade("euler", 3, Flow())])
+def test_a_solver_alone_is_one_of_several(alone):
+    options = {"rivals": "ab2/3", "samples": 8, "progress": False}
+    assert compare(TARGET, alone, **options).rows[0].rmse == compare(TARGET, [alone], **options).rows[0].rmse
+
+
 def test_best_is_of_either_kind():
     mine = searched("ab4", 5)
     solvers = ["euler", "ab2", "sit-xl-2-256/10", mine]

@@ -28,10 +28,10 @@ from .teacher import Teacher
 SKETCHES = 2  # random signs a sample
 SKETCHED = 24  # samples
 BEAM = 8  # choices kept while steps are taken away one by one
-# Of the best choices by the form so many run on a target's training samples, on all up to the second number of JUDGES,
-# where there are as many as the first. Of the digit flow's for 7 steps, 3 guided, the one that ends best is first or
-# third by the form; races of a few rounds took others, of .052 for .041 in the end.
-CHOICES, JUDGES = 4, (40, 256)
+# Of the best choices by the form so many run on so many samples of each target, the better two on as many again. Of the
+# digit flow's for 7 steps, 3 guided, the one that ends best is first or third by the form; races of a few rounds took
+# others, of .052 for .041 in the end.
+CHOICES, JUDGES = 4, 24
 RIDGE = 0.1  # of the form's mean diagonal, towards the linear forecast: of few samples the form knows a part alone
 STEPS = 0.66  # of the calls, of the candidate beside both branches at all steps: 7 of 10 and 11, 8 of 12, 9 of 14
 
@@ -132,13 +132,13 @@ def b_of(solver: Solver) -> Tensor:
 
 
 def cost_of_worth(num_steps: int, samples: int, targets: int) -> int:
-    """Evaluations that :func:`worth` and the runs of its best choices take of so many samples."""
-    return _cost(num_steps, min(samples, SKETCHED)) + num_steps * CHOICES * targets * judges(samples // targets)
+    """Evaluations that :func:`worth` and its best choices take of so many samples."""
+    return _cost(num_steps, min(samples, SKETCHED)) + cost_of_choice(num_steps, samples // targets, targets)
 
 
-def judges(samples: int) -> int:
-    """How many of a target's samples the best choices run on."""
-    return min(samples, JUDGES[1]) if samples >= JUDGES[0] else 0
+def cost_of_choice(num_steps: int, samples: int, targets: int) -> int:
+    """Evaluations in which one of the best choices is found, where each target has so many samples."""
+    return 2 * CHOICES * JUDGES * num_steps * targets if samples >= JUDGES else 0
 
 
 def _cost(num_steps: int, samples: int) -> int:

@@ -20,7 +20,7 @@ from ..distance import criterion
 from ..solver import Solver
 from .best import Best, better
 from .budget import Ledger
-from .calls import CHOICES, cost_of_worth, forecast, judges, worth
+from .calls import CHOICES, JUDGES, cost_of_choice, cost_of_worth, forecast, worth
 from .forward import basis_of
 from .gauss_newton import ROBUST, Charge, Quadratic, robust
 from .job import Job
@@ -30,7 +30,7 @@ from .result import Event
 from .rounds import ANNEAL, Candidate, Look, Rounds, Trial, enough
 from .settings import GaussNewton
 from .space import Space
-from .starts import Start, best_of, candidates, of_different_spacings, ranked
+from .starts import Start, candidates, of_different_spacings, ranked
 from .teacher import Teacher
 
 DAMPING = 0.1  # of Levenberg-Marquardt at the start, relative to J'J's diagonal
@@ -259,20 +259,20 @@ class Descent:
         space = self.job.settings.space_of(self.job.draws.schedule, n)
         return [table for table in candidates(self.job.draws.schedule, n, done) if space.holds(table)], int(limit)
 
-    def split(self, n: int, ranked: Sequence[Start], train: Teacher) -> list[Start]:
+    def split(self, n: int, starts: Sequence[Start], train: Teacher) -> list[Start]:
         """The starts with both branches at as many steps as the calls allow, at the same ones on each spacing."""
         guided = n if self.job.guided is None else self.job.guided[n]
-        if guided == n or ranked[0].solver.guided_steps is not None:
-            return list(ranked)
-        several = racers_of(self.sizes.samples) > 1
-        first, *others = of_different_spacings(ranked)
-        choices = worth(first.solver, self.ledger, train, self.job.draws.seed).best(guided, CHOICES)
-        most = min(sum(train.sizes[t :: len(first.units)]) for t in range(len(first.units)))
-        best = best_of(self.job.draws, self.ledger, train, choices, judges(most))
+        if guided == n or starts[0].solver.guided_steps is not None:
+            return list(starts)
+        first, *others = of_different_spacings(starts)
+        draws, targets = self.job.draws, len(self.job.draws.targets)
+        choices = worth(first.solver, self.ledger, train, draws.seed).best(guided, CHOICES)
+        limit = min(cost_of_choice(n, self.sizes.samples // targets, targets), self._left())
+        best = ranked(draws, self.ledger, train, choices, limit, JUDGES)[0].solver if limit > 0 else choices[0]
         steps = best.guided_steps
         assert steps is not None
         found = [replace(first, solver=best)]
-        for start in others if several else ():
+        for start in others if racers_of(self.sizes.samples) > 1 else ():
             rows = tuple(map(tuple, forecast(start.solver, steps).tolist()))
             found.append(replace(start, solver=replace(start.solver, guided_steps=steps, guidance_coeffs=rows)))
         return found
@@ -299,10 +299,10 @@ class Descent:
             rest = [replace(point, share=point.spent + self._left()) for point in points]
             self.racers[n] = rest if n == self.chosen else [point.ended() for point in points]
 
-    def start(self, n: int, ranked: Sequence[Start]) -> None:
+    def start(self, n: int, choice: Sequence[Start]) -> None:
         """The points that the search for N steps begins with, at the best tables on different spacings."""
         steps = self.job.steps
-        starts = of_different_spacings(ranked)[: racers_of(self.sizes.samples, self.job.chooses)]
+        starts = of_different_spacings(choice)[: racers_of(self.sizes.samples, self.job.chooses)]
         space = self.job.settings.space_of(self.job.draws.schedule, n)
         share = self._left() if self.job.chooses else self._left() * n / sum(steps[steps.index(n) :])
         self.racers[n] = [

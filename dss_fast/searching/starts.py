@@ -104,11 +104,14 @@ class Start:
 
 
 @torch.no_grad()
-def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solver], limit: int) -> list[Start]:
+def ranked(
+    draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solver], limit: int, first: int = 1
+) -> list[Start]:
     """The best of the tables, best first; at most ``limit`` evaluations, 0 for a single table and target.
 
-    Each is run on one sample, the better third of them on two more, and so on, as far as the samples of each target
-    reach. With too small a limit for all, the first ones take part.
+    Each is run on one sample, or on ``first`` of them, the better third on twice as many more, and so on, as far as the
+    samples of each target reach; on none, where these are fewer. With too small a limit for all, the first ones take
+    part.
     Score: the mean of |x_N - teacher(1)|^2, of several targets the geometric mean of theirs; robust means and medians
     choose worse where few samples carry the error.
     """
@@ -117,18 +120,24 @@ def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solv
     n, targets = left[0].num_steps, len(draws.targets)
     sizes = [teacher.sizes[t : t + 1] if len(left) == 1 else teacher.sizes[t::targets] for t in range(targets)]
     most = min(map(sum, sizes))
-    left = left[: max(1, limit // (2 * n * targets))]
-    wanted = most if len(left) == 1 else 1
+    left = left[: max(1, limit // (2 * n * targets * first))]
+    wanted = most if len(left) == 1 else first
     while count < wanted <= most:
         cost = n * (wanted - count) * targets * len(left)
         if (len(left) == 1 or cost > limit) and (targets == 1 or errors):
             break
-        found = _measured(left, draws, teacher, slice(count, wanted))
+        found = torch.zeros(len(left), targets, wanted - count, dtype=torch.float64)
+        for t in range(targets):
+            for number, rows, places in _parts(sizes[t], slice(count, wanted), draws):
+                batch, trajectory = teacher[t + targets * number]
+                for k, solver in enumerate(left):
+                    found[k, t, places] = _errors(solver, batch.rows(rows), trajectory.last[rows], teacher.room)
+        draws.all_reduce(found)
         ledger.spend(cost)
         limit -= cost
         for solver, rows in zip(left, found, strict=True):
             errors[solver] = torch.cat([errors[solver], rows], 1) if solver in errors else rows
-        scores = {solver: _score(errors[solver]) for solver in left}
+        scores = {solver: float(errors[solver].mean(1).clamp_min(1e-300).log().sum()) for solver in left}
         left.sort(key=scores.__getitem__)
         count, wanted = wanted, min(THIRD * wanted, most)
         if count < wanted:
@@ -136,36 +145,6 @@ def ranked(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solv
     if targets == 1:
         return [Start(solver, (1.0,), _choice(solver, left, errors, len(errors))) for solver in left]
     return [Start(solver, tuple(errors[solver].median(1).values.clamp_min(1e-300).tolist())) for solver in left]
-
-
-@torch.no_grad()
-def best_of(draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solver], samples: int) -> Solver:
-    """The best of a few tables that are near each other, by that score, each on so many samples of each target; the
-    first for no samples, or where the budget does not allow it."""
-    cost = tables[0].num_steps * samples * len(draws.targets) * len(tables)
-    if not cost or len(tables) == 1 or not ledger.affords(cost):
-        return tables[0]
-    errors = _measured(tables, draws, teacher, slice(0, samples))
-    ledger.spend(cost)
-    return min(zip(tables, errors, strict=True), key=lambda pair: _score(pair[1]))[0]
-
-
-def _score(errors: Tensor) -> float:
-    """Of errors (targets, samples): the logarithm of their means, over targets."""
-    return float(errors.mean(1).clamp_min(1e-300).log().sum())
-
-
-def _measured(tables: Sequence[Solver], draws: Draws, teacher: Teacher, samples: slice) -> Tensor:
-    """(tables, targets, samples) float64, the mean squares of the end points, on these samples of each target."""
-    targets = len(draws.targets)
-    found = torch.zeros(len(tables), targets, samples.stop - samples.start, dtype=torch.float64)
-    for t in range(targets):
-        for number, rows, places in _parts(teacher.sizes[t::targets], samples, draws):
-            batch, trajectory = teacher[t + targets * number]
-            for k, solver in enumerate(tables):
-                found[k, t, places] = _errors(solver, batch.rows(rows), trajectory.last[rows], teacher.room)
-    draws.all_reduce(found)
-    return found
 
 
 def _errors(solver: Solver, samples: Samples, wanted: Tensor, room: Room) -> Tensor:
