@@ -232,10 +232,10 @@ def compare(
         ``labels`` give the share of samples read as what was asked; its ``decode`` the pictures. Samples live where
         the target does, each at a guidance of its own where the target has a range.
     real_features: (R, F) to compare the features of all samples with, instead of the reference's from other noises.
-    solvers: Solvers, names or paths, or one of these; a name without ``/N`` is run at each of num_steps, a published one
-        at those of them that it exists for, ``"heun"``, whose calls are odd, with one less where they are even. ``"rk45"``: scipy's
-        adaptive Runge-Kutta solver, at the tolerances whose calls come nearest to num_steps and to two and four times
-        the most of them; no rival, as no tolerance gives a number of calls.
+    solvers: Solvers, names or paths, or one of these; a name without ``/N`` is run at each of num_steps, a published
+        one at those of them that it exists for, ``"heun"``, whose calls are odd, with one less where they are even.
+        ``"rk45"``: scipy's adaptive Runge-Kutta solver, at the tolerances whose calls come nearest to num_steps and to
+        two and four times the most of them; no rival, as no tolerance gives a number of calls.
     rivals: what a table that is neither hand-made nor published has to beat at its N, beside such solvers named above.
         ``"all"``: every hand-made name on seven spacings, by successive halving, and the published tables of the path;
         Solvers, names and paths beside or instead of it. The best of them gets a row.
