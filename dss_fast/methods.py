@@ -211,10 +211,8 @@ class _Line:
         self.of_state, self.of_y = schedule.x0(u)
         self.basis = torch.eye(len(u), dtype=torch.float64)
         self.states = [self.basis[0]]
-        self.corrected, self.orders = (
-            [self.basis[0]],
-            list[int](),
-        )  # UniPC's states, and the orders that it stepped with
+        self.corrected = [self.basis[0]]  # UniPC's states
+        self.orders: list[int] = []  # that UniPC stepped with
 
     def y(self, j: int) -> Tensor:
         """The prediction of call j: a velocity for flows, x0 for VP."""
