@@ -4,6 +4,7 @@
     python -m benchmarks.library search --leave transformer mixer             # of those of other kinds alone
     python -m benchmarks.library ship                                         # newest rows to dss_fast/solvers
     python -m benchmarks.library measure --models moons_mixture flow          # with tables of other kinds alone
+    python -m benchmarks.library uncalled                                     # the same, moved by no k, for no call
     python -m benchmarks.library show --write docs/transfer.md                # their errors, between its marks
 
 A round finds for each model the k at which the table serves it best, and then one table for all of them, each as if its
@@ -52,6 +53,7 @@ SEED, SAMPLES, CALLS = 31_000, 48, 48  # of the noise that k is chosen on, and o
 FRESH, FRESH_SAMPLES = 512_001, 64  # of the noise on which searches are measured
 LARGE = ("photos64_conv", "textures32_conv")  # models left out of curvatures, as they take as long as all others
 STEP = 2**0.5  # between neighbouring k
+USUAL = ("euler", "dpmpp_2m")  # what pipelines of flows run: FlowMatchEuler, or DPM-Solver++ on its spacing
 
 
 class Moved(nn.Module):
@@ -231,6 +233,35 @@ def measure(models: Sequence[str], steps: Sequence[int], budgets: Sequence[int],
                     rows.append(RESULTS, kind="measure", model=name, num_steps=n, handmade=best.name, **told)
 
 
+def uncalled(models: Sequence[str], steps: Sequence[int]) -> None:
+    """Rows of the library's tables as they are, beside what pipelines run: RMSE on fresh noise."""
+    for name in models:
+        member = Member.of(name, FRESH_SAMPLES, 128, FRESH)
+        for n in steps:
+            told = {method: member.error(find_solver(f"{method}/{n}", member.target.schedule)) for method in USUAL}
+            with of_other_kinds(name):
+                told["general"] = member.error(find_solver(f"general/{n}", member.target.schedule))
+            rows.append(RESULTS, kind="uncalled", model=name, num_steps=n, **told)
+
+
+def show_uncalled() -> str:
+    """The library's error over that of each usual method, a row a model; and over the models."""
+    every = [row for row in rows.read(RESULTS) if row.get("kind") == "uncalled"]
+    columns = sorted({(row["num_steps"], method) for row in every for method in USUAL})
+    lines = ["| model | " + " | ".join(f"N = {n}, {method}" for n, method in columns) + " |"]
+    lines.append("| --- " * (len(columns) + 1) + "|")
+    found = {
+        (row["model"], row["num_steps"], method): row["general"] / row[method] for row in every for method in USUAL
+    }
+    for model in dict.fromkeys(row["model"] for row in every):
+        lines.append(f"| {model} | " + " | ".join(f"{found[model, *column]:.2f}" for column in columns) + " |")
+    means = [
+        f"**{statistics.geometric_mean(value for key, value in found.items() if key[1:] == column):.2f}**"
+        for column in columns
+    ]
+    return "\n".join([*lines, f"| geometric mean | {' | '.join(means)} |"])
+
+
 def show() -> str:
     """Geometric means over seeds, a row a model, a column an N and a budget; and over the models."""
     found: dict[tuple[str, int, int], list[float]] = {}
@@ -254,7 +285,7 @@ def show() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("search", "ship", "measure", "show"))
+    parser.add_argument("what", choices=("search", "ship", "measure", "uncalled", "show"))
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10])
     parser.add_argument("--leave", nargs="+", default=[], choices=sorted(set(KIND.values())), help="kinds of models")
     parser.add_argument("--models", nargs="+", default=list(KIND), choices=list(KIND))
@@ -269,8 +300,11 @@ def main() -> None:
         return ship()
     if options.what == "measure":
         return measure(options.models, options.steps, options.budgets, options.seeds)
+    if options.what == "uncalled":
+        return uncalled(options.models, options.steps)
     if options.what == "show":
-        return rows.written(show(), options.write, "library")
+        rows.written(show(), options.write, "library")
+        return rows.written(show_uncalled(), options.write, "uncalled")
     chosen = [name for name in options.models if KIND[name] not in options.leave]
     for n in options.steps:
         joint(chosen, n, options.rounds, options.budget, options.seed, leave=sorted(options.leave))
