@@ -1,8 +1,8 @@
 """What calls are worth where the unconditional branch runs at some steps only: docs/calls.md.
 
-python benchmarks/calls.py run ROWS.jsonl --model flow --scale 1.5 --calls 10 11 --ways full chosen --seeds 0
-python benchmarks/calls.py table ROWS.jsonl
-python benchmarks/calls.py time ROWS.jsonl       (nothing is read or written: 7 steps of DiT-S/2, random weights)
+    python -m benchmarks.calls run --model flow --scale 1.5 --calls 10 11 --ways full chosen --seeds 0
+    python -m benchmarks.calls table --write docs/calls.md
+    python -m benchmarks.calls time                     # 7 steps of DiT-S/2, random weights; no rows
 
 full: both branches at all of calls / 2 steps. chosen: search(calls=), its steps and its N found too. fixed: search(N,
 calls=) at N = .66 calls. At that N too, each with its table searched: drop, both branches at the first steps and one
@@ -13,26 +13,25 @@ of ``REFERENCE`` calls, on ``SAMPLES`` noises that no search has seen.
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean, geometric_mean
 from types import SimpleNamespace
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from dss_fast import Flow, GaussNewton, handmade, sample, search
+from dss_fast.bench import Bench
+from dss_fast.draws import Draws
+from dss_fast.searching.calls import STEPS, forecast
+from dss_fast.searching.space import Space
 
-from machine import conditions  # noqa: E402
+from . import rows
+from .machine import conditions
 
-from dss_fast import Flow, GaussNewton, handmade, sample, search  # noqa: E402
-from dss_fast.bench import Bench  # noqa: E402
-from dss_fast.draws import Draws  # noqa: E402
-from dss_fast.searching.calls import STEPS, forecast  # noqa: E402
-from dss_fast.searching.space import Space  # noqa: E402
-
+RESULTS = Path(__file__).parent / "results" / "calls.jsonl"
 SAMPLES, REFERENCE, SEED = 256, 48, 1234  # of the figures
 WAYS = ("full", "chosen", "fixed", "drop", "interval", "stale")
 
@@ -119,7 +118,7 @@ def run(options):
     shown = SimpleNamespace(update=lambda count: None, set_description=lambda *a, **k: None)
     with torch.no_grad():
         bench = Bench(draws, SAMPLES, REFERENCE, 64, None, shown)
-    done = read(options.rows) if options.rows.exists() else []
+    done = rows.read(RESULTS)
     for seed in options.seeds:
         for calls in options.calls:
             for way in options.ways:
@@ -139,34 +138,31 @@ def run(options):
                 figures = {k: v for k, v in bench.reference.measure(torch.cat(ends)).items() if v is not None}
                 row = {**asked, "num_steps": solver.num_steps, "guided": list(guided), **figures}
                 row |= {"spent": solver.num_steps + len(guided), "seconds": time.perf_counter() - begin}
-                with options.rows.open("a") as file:
-                    file.write(json.dumps({**row, **conditions()}) + "\n")
-                print({k: row[k] for k in ("way", "calls", "spent", "guided", "rmse", "median", "seconds")}, flush=True)
-
-
-def read(path):
-    """The rows there are."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+                rows.append(RESULTS, **row, **conditions())
 
 
 def table(options):
-    """Prints the rows as Markdown, means over seeds, each beside full guidance at equal calls of the same seeds."""
-    rows = read(options.rows)
-    print("| model, scale | calls | way | both branches at | seeds | RMSE | of full | median | label acc. | Frechet |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    """The rows as Markdown: means over seeds, each over full guidance at equal calls of the same seeds."""
+    titles = ("model, scale", "calls", "way", "both branches at", "seeds", "RMSE", "of full's", "lowest, highest")
+    titles += ("median", "of full's", "label acc.", "Frechet")
+    lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
     groups = {}
-    for row in rows:
+    for row in rows.read(RESULTS):
         groups.setdefault((row["model"], row["scale"], row["calls"], WAYS.index(row["way"])), []).append(row)
     for (model, scale, calls, way), group in sorted(groups.items()):
-        full = {row["seed"]: row["rmse"] for row in groups.get((model, scale, calls, 0), [])}
-        ratios = [row["rmse"] / full[row["seed"]] for row in group if row["seed"] in full]
-        ratio = f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}" if ratios else "-"
-        marks = sorted({"".join("01"[i in row["guided"]] for i in range(row["num_steps"])) for row in group})
-        means = {key: sum(row[key] for row in group) / len(group) for key in ("rmse", "median", "accuracy", "frechet")}
-        print(
-            f"| {model}, {scale} | {calls} | {WAYS[way]} | {', '.join(marks)} | {len(group)} | {means['rmse']:.4f} | "
-            f"{ratio} | {means['median']:.4f} | {100 * means['accuracy']:.1f} % | {means['frechet']:.3g} |"
-        )
+        full = {row["seed"]: row for row in groups.get((model, scale, calls, 0), [])}
+        pairs = [(row, full[row["seed"]]) for row in group if row["seed"] in full]
+        over = {key: [row[key] / whole[key] for row, whole in pairs] for key in ("rmse", "median")}
+        ratio = {key: f"{geometric_mean(values):.2f}" if values else "-" for key, values in over.items()}
+        ends = f"{min(over['rmse']):.2f}, {max(over['rmse']):.2f}" if pairs else "-"
+        marks = Counter("".join("01"[i in row["guided"]] for i in range(row["num_steps"])) for row in group)
+        most = ", ".join(mark for mark, _ in marks.most_common(2)) + (", ..." if len(marks) > 2 else "")
+        mean = {key: fmean(row[key] for row in group) for key in ("rmse", "median", "accuracy", "frechet")}
+        cells = [f"{model}, {scale:g}", f"{calls}", WAYS[way], most, f"{len(group)}", f"{mean['rmse']:.4f}"]
+        cells += [ratio["rmse"], ends, f"{mean['median']:.4f}", ratio["median"]]
+        cells += [f"{100 * mean['accuracy']:.1f} %", f"{mean['frechet']:.3g}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    rows.written("\n".join(lines), options.write, "calls")
 
 
 @torch.no_grad()
@@ -194,13 +190,13 @@ def timed(options):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "table", "time"))
-    parser.add_argument("rows", type=Path, help="JSON lines: appended to, or read")
     parser.add_argument("--model", default="flow", help="a function of examples.mnist that takes a guidance scale")
     parser.add_argument("--scale", type=float, default=1.5)
     parser.add_argument("--calls", type=int, nargs="+", default=[10, 12, 14, 16])
     parser.add_argument("--ways", choices=WAYS, nargs="+", default=list(WAYS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--budget", type=int, default=None, help="of each search; the default one without")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="replace the text between the marks in FILE")
     parser.add_argument("--repeats", type=int, default=9, help="of time")
     parser.add_argument("--processor", action="store_true", help="time in seconds of the processor, on a busy machine")
     options = parser.parse_args()
