@@ -11,7 +11,7 @@ diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 from dss_fast import sample  # noqa: E402
 from dss_fast.integrations.diffusers import DSSScheduler  # noqa: E402
-from dss_fast.integrations.diffusers.config import OTHER, REFUSED  # noqa: E402
+from dss_fast.integrations.diffusers.kinds import OTHER, REFUSED  # noqa: E402
 from helpers.diffusers_classes import every_class  # noqa: E402
 from helpers.diffusers_runs import network, noise, run  # noqa: E402
 

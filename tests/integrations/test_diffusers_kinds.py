@@ -1,7 +1,7 @@
 """Every scheduler class of the installed diffusers, by what it samples: stood in for, refused by name, told of as new.
 
 The list is the installed release's own. A class that a new release adds fails here until somebody has read what its
-network answers and has put it in one of the lists of config.py; users are warned of it meanwhile.
+network answers and has put it in one of the lists of kinds.py; users are warned of it meanwhile.
 """
 
 import warnings
@@ -13,7 +13,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from test_diffusers_settings import SAME, STEPS, base, latents  # noqa: E402
 
-from dss_fast.integrations.diffusers import DSSScheduler, config  # noqa: E402
+from dss_fast.integrations.diffusers import DSSScheduler, config, kinds  # noqa: E402
 from dss_fast.integrations.diffusers.grids import stock_class  # noqa: E402
 from helpers.diffusers_classes import config_of, every_class, unclipped  # noqa: E402
 from helpers.diffusers_runs import network, noise, run  # noqa: E402
@@ -25,10 +25,10 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:as in diffusers, the betas",
 )
 KINDS = {
-    "stood in for": config.ORDINARY,
-    "strict=False takes": config.ANOTHER_TASK,
-    "DSSScheduler steps a state along one path": config.OTHER,
-    "neither a flow": config.REFUSED,
+    "stood in for": kinds.ORDINARY,
+    "strict=False takes": kinds.ANOTHER_TASK,
+    "DSSScheduler steps a state along one path": kinds.OTHER,
+    "neither a flow": kinds.REFUSED,
 }
 
 
@@ -49,7 +49,7 @@ def test_every_class_is_of_one_kind(name):
         assert name in str(refused.value)
 
 
-@pytest.mark.parametrize("name", [name for name in every_class() if name in config.ORDINARY])
+@pytest.mark.parametrize("name", [name for name in every_class() if name in kinds.ORDINARY])
 @pytest.mark.parametrize("method", ["euler", "dpmpp_2m", "unip2"])
 def test_what_is_stood_in_for_has_the_latents_of_stock(name, method):
     kind = getattr(diffusers, name)
@@ -81,7 +81,7 @@ def test_unclips_pipelines_say_where_a_step_goes():
         scheduler.step(noise(), times[0], noise(), prev_timestep=times[2])
 
 
-@pytest.mark.parametrize("name", sorted(config.ANOTHER_TASK))
+@pytest.mark.parametrize("name", sorted(kinds.ANOTHER_TASK))
 def test_another_task_is_refused_however_its_config_comes(name, tmp_path):
     kind = getattr(diffusers, name, None)
     if kind is None:

@@ -19,18 +19,8 @@ from ...methods import handmade
 from ...names import Name
 from ...schedule import FLOOR, Grid, Schedule
 from ...solver import Solver
-from .config import (
-    MULTISTEP,
-    SIGMA_SPACE,
-    Config,
-    alphas_cumprod,
-    family_of,
-    knows,
-    model_schedule,
-    mu_of,
-    prediction_of,
-    stock_scheduler,
-)
+from .config import alphas_cumprod, family_of, model_schedule, mu_of, prediction_of
+from .kinds import MULTISTEP, SIGMA_SPACE, Config, knows, stock_scheduler
 from .unasked import are_training_sigmas, even
 
 STILL = 1e-9  # a grid must fall: a last step that does not move in the stock scheduler falls by this part

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ...target import Target
-from .config import adopt, check_task, config_of, model_schedule
+from .config import adopt, model_schedule
+from .kinds import check_task, config_of
 from .recording import Notes, Step, evaluating, record, tensor_of
 from .request import call_of, is_modular, request_of, scales_of
 from .unasked import unasked

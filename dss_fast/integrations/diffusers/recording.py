@@ -18,7 +18,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from .config import config_of
+from .kinds import config_of
 from .request import call_of, is_modular
 from .scheduler import DSSScheduler
 

@@ -23,22 +23,17 @@ from ...step import multistep_step
 from ...table import StepTable
 from ..k_diffusion import sigmas_at
 from .config import (
-    ANOTHER_TASK,
     adopt,
     alphas_cumprod,
     check_start,
-    check_task,
-    config_of,
-    every_setting,
     family_of,
     followed,
     prediction_of,
-    settings,
-    stock_scheduler,
     table_schedule,
     training_scheduler,
 )
 from .grids import edited_table, handmade_table, initial_scale, lands, no_mu, stock_class
+from .kinds import ANOTHER_TASK, check_task, config_of, every_setting, settings, stock_scheduler
 from .request import check_latents, passed_beside
 from .settings import check_shift, told_for_nothing, unapplied
 from .tables import read_solvers

@@ -9,8 +9,9 @@ from typing import Any
 import diffusers
 
 from ...methods import METHODS
-from .config import Config, family_of, keywords
+from .config import family_of
 from .grids import stock_class
+from .kinds import Config, keywords
 
 # With these values a scheduler's own step is the linear one of its method here.
 LINEAR: dict[str, tuple[Any, ...]] = {
