@@ -210,7 +210,7 @@ print(json.dumps([told[-1].memory.total, after - before]))
 
 
 HUGE = ((1_000_000, 10, 16), (1_000_000, 60, 2), (1_000_000, 100, 2), (4_000_000, 5, 2), (4_000_000, 20, 2),
-        (20_000, 100, 2))  # fmt: skip
+        (20_000, 100, 2), (20_000, 200, 2))  # fmt: skip
 # One at a time: a child's peak counts what its parent held, and a worker that has run other tests holds a gigabyte.
 SIZES = [pytest.param(*size, marks=pytest.mark.huge) for size in ((1_000_000, 5, 2), *HUGE)]
 
