@@ -52,6 +52,13 @@ class Job:
         """The Ns that are searched to the end; of candidates the largest stands for the one to be chosen."""
         return (max(self.steps),) if self.chooses else self.steps
 
+    @property
+    def unsettled(self) -> tuple[int, ...]:
+        """The Ns of which the search must find the steps that call both branches."""
+        guided, given = self.guided or {}, self.initial or {}
+        known = {n for n, solver in given.items() if solver.guided_steps is not None}
+        return tuple(n for n in self.steps if guided.get(n, n) < n and n not in known)
+
     def functions(self, target: Target) -> dict[str, Callable[[Tensor], Tensor]]:
         """The functions of samples that a search is for, by what they are."""
         settings, found = self.settings, {}
