@@ -368,6 +368,11 @@ def test_several_targets_and_given_samples_keep_to_the_budget(scales, settings, 
         assert search(targets, **asked).evaluations <= budget
 
 
+def test_a_budget_without_a_look_at_each_target_is_refused():
+    with pytest.raises(ValueError, match="96, and a sample of each target 32; give a larger budget"):
+        search([target_of(1.5), target_of(3.0)], calls=14, budget=150, progress=False)
+
+
 def test_each_target_says_what_its_differences_are_worth():
     """Of large batches the first alone has as many samples as are asked for."""
     draws, ledger = Draws.of([target_of(1.5), target_of(3.0)]), Ledger()

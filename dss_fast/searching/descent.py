@@ -434,7 +434,8 @@ def _searched(descent: Descent, rounds: Rounds, n: int) -> Iterator[Event]:
 
 
 def begun(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> tuple[Descent, Rounds]:
-    """The state to go on from, and the samples. Raises ValueError for a budget that the teacher alone exceeds."""
+    """The state to go on from, and the samples. Raises ValueError for a budget that the teacher alone exceeds, or with the
+    least look at each of several targets."""
     assert ledger.budget is not None
     if saved is None:
         descent = Descent(job, ledger, Sizes.of(job, ledger.budget), dict(job.initial or {}))
@@ -451,11 +452,14 @@ def begun(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> tupl
     train = Teacher(job.draws, ledger, "train", sizes.samples, batch, calls, job.room, job.follows and sizes.rounds > 0)
     held_out = Teacher(job.draws, ledger, "held_out", sizes.held_out, held_out_batch, calls, job.room, inner=False)
     fresh = Teacher(job.draws, ledger, "fresh", sizes.fresh, fresh_batch, calls, job.room, inner=False)
-    cost = train.cost() + held_out.cost() + fresh.cost()
-    if saved is None and ledger.evaluations + cost > ledger.budget:
+    cost, targets = train.cost() + held_out.cost() + fresh.cost(), len(job.draws.targets)
+    units = targets * sum(job.steps) if targets > 1 else 0  # of a sample each: what a target's errors are counted in
+    if saved is None and ledger.evaluations + cost + units > ledger.budget:
         raise ValueError(
             f"budget={ledger.budget!r}: the teacher's {sizes.samples + sizes.held_out + sizes.fresh} trajectories "
-            f"alone take {cost}; give a larger budget or fewer samples"
+            f"alone take {cost}"
+            + f", and a sample of each target {units}" * bool(units)
+            + "; give a larger budget or fewer samples"
         )
     return descent, Rounds(job, ledger, train, held_out, fresh)
 
