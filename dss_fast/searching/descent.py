@@ -434,8 +434,8 @@ def _searched(descent: Descent, rounds: Rounds, n: int) -> Iterator[Event]:
 
 
 def begun(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> tuple[Descent, Rounds]:
-    """The state to go on from, and the samples. Raises ValueError for a budget that the teacher alone exceeds, or with the
-    least look at each of several targets."""
+    """The state to go on from, and the samples. Raises ValueError for a budget that the teacher alone exceeds, or the
+    teacher with a sample's look at each of several targets."""
     assert ledger.budget is not None
     if saved is None:
         descent = Descent(job, ledger, Sizes.of(job, ledger.budget), dict(job.initial or {}))
