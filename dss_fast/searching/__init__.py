@@ -135,6 +135,8 @@ def fit(
     pays for no round; ``options`` are those of :func:`search`. The result says what part of the error of the best
     hand-made table tried is left, on the samples of the choice; ``compare`` says it on fresh ones.
     """
+    if "method" in options:
+        raise ValueError(f"method={options['method']!r}: fit has its own, GaussNewton(rounds=0); search takes others")
     return search(target, num_steps, method=GaussNewton(rounds=0), budget=budget, **options)
 
 
