@@ -421,6 +421,8 @@ def test_a_search_for_calls_alone_chooses_the_steps(tmp_path):
         ({"calls": True}, "calls=True"),
         ({}, "give num_steps"),
         ({"calls": 8, "num_steps": 5, "method": "lion"}, "lion"),
+        ({"calls": 200}, "which of 132 steps call both branches is found for 40 steps at most"),
+        ({"calls": 60, "num_steps": 41}, "which of 41 steps"),
     ],
 )
 def test_calls_that_cannot_be_are_refused(arguments, match):

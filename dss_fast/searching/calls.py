@@ -34,6 +34,7 @@ BEAM = 8  # choices kept while steps are taken away one by one
 # others, of .052 for .041 in the end.
 CHOICES, JUDGES = 4, 24
 RIDGE = 0.1  # of the form's mean diagonal, towards the linear forecast: of few samples the form knows a part alone
+MOST = 40  # steps of which some are chosen: that takes a minute of one thread then, and 3 s for 26
 STEPS = 0.66  # of the calls, of the candidate beside both branches at all steps: 7 of 10 and 11, 8 of 12, 9 of 14
 
 
@@ -84,15 +85,13 @@ class Worth:
         if not len(rows):
             return self._loss(start - coeffs), start
         # V = start + sum_k t_k (one at its place, less one at its row's last), which keeps the rows' sums
-        moves = torch.zeros(len(rows), n, n, dtype=torch.float64)
-        moves[range(len(rows)), rows, columns] = 1
-        moves[range(len(rows)), rows, last] -= 1
-        moves = moves * _factor(self.solver)
-        flat, form = moves.flatten(1), self.form.reshape(n * n, n * n)
-        matrix, gradient = flat @ form @ flat.mT, flat @ form @ (start - coeffs).flatten()
+        factor, form = _factor(self.solver), self.form.reshape(n * n, n * n)
+        there, back, more, less = rows * n + columns, rows * n + last, factor[columns], factor[last]
+        moved = more[:, None] * form[there] - less[:, None] * form[back]
+        matrix, gradient = moved[:, there] * more - moved[:, back] * less, moved @ (start - coeffs).flatten()
         ridge = RIDGE * matrix.diagonal().mean() + 1e-300
         t = -torch.linalg.solve(matrix + ridge * torch.eye(len(rows), dtype=torch.float64), gradient)
-        fitted = start + (t[:, None, None] * moves).sum(0)
+        fitted = start.flatten().index_add(0, there, t * more).index_add_(0, back, -t * less).view(n, n)
         return self._loss(fitted - coeffs), fitted
 
     def _loss(self, change: Tensor) -> float:
