@@ -19,7 +19,7 @@ from .denoiser import not_finite
 from .distance import ratio_of, three_digits
 from .draws import Draws
 from .files import shortened, write_json
-from .methods import calls_within
+from .methods import SOURCE, calls_within
 from .modes import on_host
 from .names import Name, find_solver, is_file, known, printable, published_steps
 from .plots import plot_errors, plot_points, plot_samples
@@ -265,6 +265,10 @@ def compare(
         guided = draws.target.guided
         steps = tuple(dict.fromkeys(_steps_of_rivals(named[title], guided) for title in judged))
         rivals = _several(rivals)
+        if adaptive.NAME in rivals:
+            raise ValueError(
+                f"rivals: {adaptive.NAME} is none, as no tolerance gives a number of calls; name it among the solvers"
+            )
         every, further = "all" in rivals, _expand([r for r in rivals if r != "all"], draws.schedule, steps, named)
         if every and steps:
             published = [table for n in steps for table in published_tables(draws.schedule, n)]
@@ -345,6 +349,12 @@ def _steps_of_rivals(solver: Solver, guided: bool) -> int:
     return solver.guided_calls // 2 if guided else solver.num_steps
 
 
+def _meets(table: Solver, n: int, guided: bool) -> bool:
+    """Whether a table is a rival where one of n steps is judged: it has as many, or the most that its method has."""
+    within = calls_within(table.name.partition("/")[0], n) if table.source == SOURCE else n
+    return _steps_of_rivals(table, guided) in (n, within)
+
+
 def _judged(bench: Bench, title: str, n: int, contest: Contest | None, limit: float) -> Verdict | None:
     """Whether a table beats its rivals of n steps; None where it has none. limit: evaluations for the calls it is
     worth."""
@@ -353,7 +363,7 @@ def _judged(bench: Bench, title: str, n: int, contest: Contest | None, limit: fl
     assert solver is not None
     handmade = handmade_tables(bench.schedule, n) if contest else {}
     tables = {run.solver: run for run in bench.runs.values() if run.solver is not None and not run.row.searched}
-    named = {table: run for table, run in tables.items() if _steps_of_rivals(table, guided) == n or table in handmade}
+    named = {table: run for table, run in tables.items() if _meets(table, n, guided)}
     rivals = {**(contest.best if contest else {}), **{solver: run.errors for solver, run in named.items()}}
     if not rivals:
         return None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .denoiser import Denoiser, naming_step, not_finite
+from .denoiser import COMPUTED, Denoiser, naming_step, not_finite
 from .graph import replay, signature
 from .modes import on_host
 from .names import find_solver
@@ -51,7 +51,7 @@ def sample(
             x = a_i * x + b_i * sum_{j<=i} c_ij * y_j
 
     target: a Target, or the model alone, called as model(x, t, **cond) -> (B, *S); t is (B,), in the schedule's units.
-    noise: (B, *S), any float dtype, standard normal or the target's source; a shape; or, for a Target with one, the
+    noise: (B, *S), of 16 bits or more, standard normal or the target's source; a shape; or, for a Target with one, the
         number of samples. What is drawn here comes from generator, in dtype.
     solver: a Solver; a name, ``"sit-xl-2-256/10"``, ``"dpmpp_2m/8"``, ``"ab2/10@karras"``; or a JSON file.
     schedule: the model's. None: the target's, or else the solver's own.
@@ -183,6 +183,9 @@ def _start(
     if isinstance(noise, Tensor):
         if not noise.is_floating_point():
             raise ValueError(f"noise has dtype {noise.dtype}; it must be a floating point tensor")
+        if (dtype or noise.dtype) not in COMPUTED:
+            allowed = ", ".join(str(one).removeprefix("torch.") for one in COMPUTED)
+            raise ValueError(f"states of {dtype or noise.dtype} cannot be stepped: give dtype=..., one of {allowed}")
         if noise.ndim < 1:
             raise ValueError("noise has no batch dimension; give (B, *S)")
         x = noise.to(device=home, dtype=dtype).contiguous()

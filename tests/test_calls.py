@@ -9,9 +9,13 @@ import torch
 from dss_fast import VP, Flow, GaussNewton, Solver, Target, compare, find_solver, plan, sample, search
 from dss_fast.__main__ import main
 from dss_fast.denoiser import Denoiser
+from dss_fast.draws import Draws
 from dss_fast.methods import handmade
-from dss_fast.searching.calls import Worth, forecast, splits
+from dss_fast.searching.budget import Ledger
+from dss_fast.searching.calls import Worth, forecast, splits, worth
 from dss_fast.searching.space import Space, free_places
+from dss_fast.searching.starts import Start
+from dss_fast.searching.teacher import Teacher
 from dss_fast.serving import Batch
 from dss_fast.step import added_by_guidance, multistep_step, multistep_update
 from dss_fast.table import StepTable
@@ -337,10 +341,52 @@ def test_a_search_for_calls_finds_steps_and_rows(tmp_path):
         search(target_of(), 5, calls=9, out=tmp_path / "run", resume=True, **quick)
 
 
-@pytest.mark.parametrize("calls", [6, 8])
-def test_a_search_for_calls_alone_keeps_to_its_budget(calls):
+@pytest.mark.parametrize("budget", [150, 500, 700, 1000])
+@pytest.mark.parametrize("calls", [6, 8, 11, 20])
+def test_a_search_for_calls_alone_keeps_to_its_budget(calls, budget):
     """With the looks of the choice and the last one."""
-    assert search(target_of(), calls=calls, budget=1000, progress=False).evaluations <= 1000
+    assert search(target_of(), calls=calls, budget=budget, progress=False).evaluations <= budget
+
+
+@pytest.mark.parametrize(
+    "scales, settings",
+    [
+        ([1.5, 3.0, (1.0, 4.0)], {}),
+        ([2.0], {"samples": 80}),
+        ([2.0], {"samples": 20, "held_out_samples": 7, "rounds": 0}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("budget", [1000, 3000])
+def test_several_targets_and_given_samples_keep_to_the_budget(scales, settings, budget):
+    targets = [target_of(scale) for scale in scales]
+    asked = {"calls": 11, "budget": budget, "method": GaussNewton(**settings), "progress": False}
+    if settings.get("samples", 0) * 24 > budget:
+        with pytest.raises(ValueError, match="give a larger budget or fewer samples"):
+            search(targets, **asked)
+    else:
+        assert search(targets, **asked).evaluations <= budget
+
+
+def test_a_budget_without_a_look_at_each_target_is_refused():
+    with pytest.raises(ValueError, match="96, and a sample of each target 32; give a larger budget"):
+        search([target_of(1.5), target_of(3.0)], calls=14, budget=150, progress=False)
+
+
+def test_each_target_says_what_its_differences_are_worth():
+    """Of large batches the first alone has as many samples as are asked for."""
+    draws, ledger = Draws.of([target_of(1.5), target_of(3.0)]), Ledger()
+    teacher, called = Teacher(draws, ledger, "train", 80, 40, 24), []
+    for k in range(2):
+        batch, made = teacher[k]
+        counted = replace(batch.target, model=lambda *args, k=k, **cond: called.append(k) or model(*args, **cond))
+        teacher._batches[k], teacher._made[k] = replace(batch, target=counted), made
+    before, start = ledger.evaluations, Start(handmade("ab2", 4, Flow()), (1.0, 1.0))
+    worth(start, ledger, teacher, 10_000)
+    assert set(called) == {0, 1}
+    assert ledger.evaluations - before == 4 * 24 * 5
+    assert not worth(start, ledger, teacher, 39).form.any()  # two samples of four steps take 40
+    assert worth(start, ledger, teacher, 40).form.any()
 
 
 def test_a_search_for_calls_alone_chooses_the_steps(tmp_path):
@@ -375,6 +421,8 @@ def test_a_search_for_calls_alone_chooses_the_steps(tmp_path):
         ({"calls": True}, "calls=True"),
         ({}, "give num_steps"),
         ({"calls": 8, "num_steps": 5, "method": "lion"}, "lion"),
+        ({"calls": 200}, "which of 132 steps call both branches is found for 40 steps at most"),
+        ({"calls": 60, "num_steps": 41}, "which of 41 steps"),
     ],
 )
 def test_calls_that_cannot_be_are_refused(arguments, match):

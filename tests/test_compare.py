@@ -137,6 +137,20 @@ def test_heun_has_rows_and_rivals_of_as_many_calls_as_fit():
     assert calls_like(errors, Flow(), best, torch.full((32,), 1 / 13)) == (13, "heun/13")
 
 
+@pytest.mark.parametrize("where", ["rivals", "solvers"])
+def test_heun_named_is_a_rival_where_even_steps_are_judged(where):
+    """With no other rival there was no verdict."""
+    named = {"solvers": [searched("ab4", 6)], "rivals": ()}
+    named[where] = [*named[where], "heun"]
+    (verdict,) = compare(TARGET, num_steps=6, samples=16, progress=False, **named).verdicts
+    assert (verdict.num_steps, verdict.best, verdict.others) == (6, "heun/5", 1)
+
+
+def test_an_adaptive_solver_is_no_rival():
+    with pytest.raises(ValueError, match="rk45 is none, as no tolerance gives a number of calls; name it among"):
+        compare(TARGET, [searched("ab4", 5)], rivals=["all", "rk45"], progress=False)
+
+
 def test_an_adaptive_solver_stands_at_the_calls_it_took():
     """Eight at least; its error falls with its calls, which are those the model saw, and it ends where others end."""
     pytest.importorskip("scipy", reason="RK45 is scipy's")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dss_fast import Flow, GaussNewton, Lion, Target, sample, search
-from dss_fast.denoiser import compute_dtype
+from dss_fast.denoiser import compute_dtype, not_finite
 from dss_fast.step import multistep_step
 from dss_fast.unroll import unroll
 
@@ -143,6 +143,22 @@ def test_what_a_model_reads_may_hold_nan():
     """A mask of NaN and a repeated value are equal to themselves; so are integers and booleans."""
     cond = {"y": {"a": torch.full((2, 3), torch.nan), "b": torch.ones(1).expand(4, 3), "c": [torch.tensor([True])]}}
     sample(lambda x, t, y: velocity(x, t), torch.randn(2, 3), "ab2/4", cond=cond)
+
+
+def test_samples_of_one_number_that_are_nan_are_counted():
+    noise = torch.tensor([0.1, float("nan"), 0.3])
+    with pytest.raises(FloatingPointError, match="NaN or Inf in 1 of 3 samples"):
+        sample(lambda x, t: -x, noise, "euler/3")
+    with pytest.raises(FloatingPointError, match="NaN or Inf for 3 of 3 samples at time 0"):
+        sample(lambda x, t: x / 0, noise.nan_to_num(), "euler/3")
+
+
+def test_states_of_8_bits_are_refused_before_any_call():
+    noise = torch.tensor([[0.5, float("nan")]]).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="float8_e4m3fn cannot be stepped: give dtype=..., one of float32"):
+        sample(lambda x, t: pytest.fail("called"), noise, "euler/3")
+    assert not_finite(noise) == 1
+    assert sample(lambda x, t: -x, noise.float().nan_to_num(), "euler/3", dtype=torch.float16).dtype == torch.float16
 
 
 def test_nan_in_the_noise_is_seen_where_the_model_hides_it():

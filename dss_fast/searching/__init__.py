@@ -69,7 +69,7 @@ def search(
     num_steps: N, or several in one search.
     calls: the most calls of the model that a sample may take with guidance, instead of two a step: the unconditional
         branch then runs at some steps, which the search finds, and at the others the difference of the two is forecast.
-        Without num_steps the search finds N too, both branches at all steps among the candidates.
+        Without num_steps the search finds N too, both branches at all steps among the candidates. For up to 40 steps.
     method: ``"gauss_newton"``, or ``"lion"``, the paper's recipe (arXiv 2505.21114); or a :class:`GaussNewton` or
         :class:`Lion` with settings of its own.
     initial: the table to start from, coefficients included: a Solver, or a name that fits every N (``"ab2"``).
@@ -135,6 +135,8 @@ def fit(
     pays for no round; ``options`` are those of :func:`search`. The result says what part of the error of the best
     hand-made table tried is left, on the samples of the choice; ``compare`` says it on fresh ones.
     """
+    if "method" in options:
+        raise ValueError(f"method={options['method']!r}: fit has its own, GaussNewton(rounds=0); search takes others")
     return search(target, num_steps, method=GaussNewton(rounds=0), budget=budget, **options)
 
 

@@ -23,6 +23,7 @@ from ..table import HISTORY, StepTable
 from ..unroll import Rollout
 from .budget import Ledger
 from .space import free_places, gain_of
+from .starts import Start, parts_of
 from .teacher import Teacher
 
 SKETCHES = 2  # random signs a sample
@@ -33,6 +34,7 @@ BEAM = 8  # choices kept while steps are taken away one by one
 # others, of .052 for .041 in the end.
 CHOICES, JUDGES = 4, 24
 RIDGE = 0.1  # of the form's mean diagonal, towards the linear forecast: of few samples the form knows a part alone
+MOST = 40  # steps of which some are chosen: that takes a minute of one thread then, and 3 s for 26
 STEPS = 0.66  # of the calls, of the candidate beside both branches at all steps: 7 of 10 and 11, 8 of 12, 9 of 14
 
 
@@ -83,46 +85,48 @@ class Worth:
         if not len(rows):
             return self._loss(start - coeffs), start
         # V = start + sum_k t_k (one at its place, less one at its row's last), which keeps the rows' sums
-        moves = torch.zeros(len(rows), n, n, dtype=torch.float64)
-        moves[range(len(rows)), rows, columns] = 1
-        moves[range(len(rows)), rows, last] -= 1
-        moves = moves * _factor(self.solver)
-        flat, form = moves.flatten(1), self.form.reshape(n * n, n * n)
-        matrix, gradient = flat @ form @ flat.mT, flat @ form @ (start - coeffs).flatten()
+        factor, form = _factor(self.solver), self.form.reshape(n * n, n * n)
+        there, back, more, less = rows * n + columns, rows * n + last, factor[columns], factor[last]
+        moved = more[:, None] * form[there] - less[:, None] * form[back]
+        matrix, gradient = moved[:, there] * more - moved[:, back] * less, moved @ (start - coeffs).flatten()
         ridge = RIDGE * matrix.diagonal().mean() + 1e-300
         t = -torch.linalg.solve(matrix + ridge * torch.eye(len(rows), dtype=torch.float64), gradient)
-        fitted = start + (t[:, None, None] * moves).sum(0)
+        fitted = start.flatten().index_add(0, there, t * more).index_add_(0, back, -t * less).view(n, n)
         return self._loss(fitted - coeffs), fitted
 
     def _loss(self, change: Tensor) -> float:
         return float(torch.einsum("ij,ijkl,kl", change, self.form, change))
 
 
-def worth(solver: Solver, ledger: Ledger, teacher: Teacher, seed: int) -> Worth:
-    """The worth of differences along a table, from its rollouts on a few training samples, none where the budget allows
-    none: then the first steps call both branches."""
-    draws, n = teacher.draws, solver.num_steps
+def worth(start: Start, ledger: Ledger, teacher: Teacher, limit: float) -> Worth:
+    """The worth of differences along a table, from its rollouts on a few training samples of each target, as many as
+    ``limit`` evaluations pay for; where they pay for none, the first steps call both branches."""
+    draws, solver, n = teacher.draws, start.solver, start.solver.num_steps
+    targets = len(draws.targets)
     full = replace(solver, guided_steps=tuple(range(n)), guidance_coeffs=solver.coeffs)
-    steps = b_of(solver)
-    form, seen, k = torch.zeros(n * n, n * n, dtype=torch.float64), 0, 0
-    while seen < SKETCHED and k < len(teacher) and ledger.affords(_cost(n, teacher.sizes[k])):
-        batch, _ = teacher[k]
-        generator = torch.Generator().manual_seed(mix(seed, "calls", n, k))
-        signs = torch.randint(0, 2, (SKETCHES, batch.size, *batch.noise.shape[1:]), generator=generator) * 2 - 1
-        signs = signs[:, draws.rank :: draws.world].to(batch.noise) * batch.noise[0].numel() ** -0.5
-        for part in teacher.room.over(slice(0, len(batch))):
-            with part as rows:
-                some = batch.rows(rows)
-                table = StepTable.of(full, guidance=some.guidance, dtype=some.noise.dtype, device=some.noise.device)
-                rollout = Rollout(some.denoiser(), some.noise, table.weights, table.times, wrt=("weights",))
-                pulled = rollout.pull(signs[:, rows]).weights
-                assert pulled is not None
-                products = (pulled[..., HISTORY + n + 1 :].double().cpu() * steps[:, None]).flatten(2).flatten(0, 1)
-                form += products.mT @ products
-        ledger.spend(_cost(n, batch.size))
-        seen, k = seen + batch.size, k + 1
-    draws.all_reduce(form)
-    return Worth(solver, form.reshape(n, n, n, n) / max(1, seen * SKETCHES))
+    steps, form = b_of(solver), torch.zeros(n * n, n * n, dtype=torch.float64)
+    sizes = [teacher.sizes[t::targets] for t in range(targets)]
+    seen = int(min(SKETCHED // targets or 1, *map(sum, sizes), limit // _cost(n, targets)))
+    for t, unit in enumerate(start.units):
+        for number, mine, _ in parts_of(sizes[t], slice(0, seen), draws):
+            k = t + targets * number
+            batch, _ = teacher[k]
+            generator = torch.Generator().manual_seed(mix(draws.seed, "calls", n, k))
+            signs = torch.randint(0, 2, (SKETCHES, batch.size, *batch.noise.shape[1:]), generator=generator) * 2 - 1
+            signs = signs[:, draws.rank :: draws.world].to(batch.noise) * batch.noise[0].numel() ** -0.5
+            for part in teacher.room.over(mine):
+                with part as rows:
+                    some = batch.rows(rows)
+                    table = StepTable.of(full, guidance=some.guidance, dtype=some.noise.dtype, device=some.noise.device)
+                    rollout = Rollout(some.denoiser(), some.noise, table.weights, table.times, wrt=("weights",))
+                    pulled = rollout.pull(signs[:, rows]).weights
+                    assert pulled is not None
+                    products = (pulled[..., HISTORY + n + 1 :].double().cpu() * steps[:, None]).flatten(2).flatten(0, 1)
+                    form += products.mT @ products / unit
+    if seen > 0:
+        ledger.spend(_cost(n, seen * targets))
+        draws.all_reduce(form)
+    return Worth(solver, form.reshape(n, n, n, n) / max(1, seen * targets * SKETCHES))
 
 
 def b_of(solver: Solver) -> Tensor:

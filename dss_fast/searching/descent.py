@@ -27,7 +27,7 @@ from .job import Job
 from .plan import GROWTH, RACE, TRIED, Sizes, least_of, racers_of, start_cost
 from .prior import curvature
 from .result import Event
-from .rounds import ANNEAL, Candidate, Look, Rounds, Trial, enough
+from .rounds import ANNEAL, Candidate, Look, Rounds, Trial, enough, within
 from .settings import GaussNewton
 from .space import Space
 from .starts import Start, candidates, of_different_spacings, ranked
@@ -248,27 +248,29 @@ class Descent:
             job.room.rows = min(rows)  # the parts that it ran in before, so that every sum is the same
         return cls(job, ledger, Sizes(*saved["sizes"]), dict(saved["starts"]), racers, saved.get("chosen"))
 
-    def tables(self, n: int) -> tuple[list[Solver], int]:
+    def tables(self, n: int) -> tuple[list[Solver], float]:
         """What the search for N steps may start from, the table given or all there are, and the budget to choose."""
         assert self.ledger.budget is not None
         limit = min(start_cost(self.job, self.ledger.budget, self.sizes.rounds) * n / sum(self.job.steps), self._left())
         done = {k: racers[0].solver() or self.starts[k] for k, racers in self.racers.items()}
         given = self.starts.get(n)
         if given:
-            return [given], int(limit)
+            return [given], self._left()
         space = self.job.settings.space_of(self.job.draws.schedule, n)
-        return [table for table in candidates(self.job.draws.schedule, n, done) if space.holds(table)], int(limit)
+        return [table for table in candidates(self.job.draws.schedule, n, done) if space.holds(table)], limit
 
     def split(self, n: int, starts: Sequence[Start], train: Teacher) -> list[Start]:
         """The starts with both branches at as many steps as the calls allow, at the same ones on each spacing."""
-        guided = n if self.job.guided is None else self.job.guided[n]
-        if guided == n or starts[0].solver.guided_steps is not None:
+        guided = self.job.guided
+        if guided is None or n not in self.job.unsettled:
             return list(starts)
         first, *others = of_different_spacings(starts)
         draws, targets = self.job.draws, len(self.job.draws.targets)
-        choices = worth(first.solver, self.ledger, train, draws.seed).best(guided, CHOICES)
-        limit = min(cost_of_choice(n, self.sizes.samples // targets, targets), self._left())
-        best = ranked(draws, self.ledger, train, choices, limit, JUDGES)[0].solver if limit > 0 else choices[0]
+        choices = worth(first, self.ledger, train, self._left(n)).best(guided[n], CHOICES)
+        cost, best = cost_of_choice(n, self.sizes.samples // targets, targets), choices[0]
+        limit = min(cost, self._left(n))
+        if 0 < 2 * cost / CHOICES <= limit:  # two of them at least
+            best = ranked(draws, self.ledger, train, choices, limit, JUDGES)[0].solver
         steps = best.guided_steps
         assert steps is not None
         found = [replace(first, solver=best)]
@@ -284,17 +286,24 @@ class Descent:
         return all(point.finished or (waits and point.round >= TRIED) for point in points)
 
     def choose(self, rounds: Rounds) -> None:
-        """Of the candidates the one that errs least on all samples goes on, the others end.
+        """Of the candidates the one that errs least goes on, the others end: on all samples, or as many as the budget
+        pays for; on none the first one.
 
         Few of them have been fitted to yet; those held out are too few: eleven chose a table of 1.23 times the error.
         """
-        errors = {}
-        for n, (point,) in self.racers.items():
-            theta = point.candidate.theta if point.theta is None else point.theta
-            at, sets = replace(point.candidate, theta=theta), (rounds.train, rounds.held_out)
-            errors[n] = torch.cat([rounds.look(at, seen).errors for seen in sets if len(seen)])
-        scale = ROBUST * min(float(values.median()) for values in errors.values())
-        self.chosen = min(errors, key=lambda n: robust(errors[n], scale))
+        errors: dict[int, list[Tensor]] = {n: [] for n in self.racers}
+        afforded = self._unspent() / sum(self.job.steps) - 2 * self.sizes.fresh
+        for teacher in (rounds.train, rounds.held_out):
+            batches = within(teacher.sizes, afforded, len(self.job.draws.targets))
+            afforded -= sum(teacher.sizes[:batches])
+            for n, (point,) in self.racers.items() if batches else ():
+                theta = point.candidate.theta if point.theta is None else point.theta
+                errors[n].append(rounds.look(replace(point.candidate, theta=theta), teacher, batches).errors)
+        self.chosen = self.job.steps[0]
+        if all(errors.values()):
+            known = {n: torch.cat(values) for n, values in errors.items()}
+            scale = ROBUST * min(float(values.median()) for values in known.values())
+            self.chosen = min(known, key=lambda n: robust(known[n], scale))
         for n, points in self.racers.items():
             rest = [replace(point, share=point.spent + self._left()) for point in points]
             self.racers[n] = rest if n == self.chosen else [point.ended() for point in points]
@@ -304,7 +313,8 @@ class Descent:
         steps = self.job.steps
         starts = of_different_spacings(choice)[: racers_of(self.sizes.samples, self.job.chooses)]
         space = self.job.settings.space_of(self.job.draws.schedule, n)
-        share = self._left() if self.job.chooses else self._left() * n / sum(steps[steps.index(n) :])
+        # A candidate leaves as much as its own steps with both branches cost, for the rounds of the one chosen.
+        share = self._left() if self.job.chooses else self._left(n) * n / sum(steps[steps.index(n) :])
         self.racers[n] = [
             self._point(replace(space, guided_steps=start.solver.guided_steps), start, share) for start in starts
         ]
@@ -317,19 +327,21 @@ class Descent:
         basis = basis_of(space, start.solver, self.sizes.directions) if self.job.by_differences else None
         return Point(start.solver, Candidate(space, space.theta(start.solver), start.units, basis), share, prior)
 
-    def _left(self) -> int:
-        """Evaluations for the Ns to come, without those of their last looks; of candidates, without those of the choice
-        and of the chosen one's last look."""
+    def _left(self, begun: int | None = None) -> float:
+        """Evaluations for the Ns to come, without those of their last looks, of the choice among candidates, and of
+        finding where the Ns to come but for ``begun`` call both branches, which may take half."""
+        left = self._unspent()
+        to_come = [n for n in self.job.steps if n not in self.racers]
+        if self.chosen is not None:
+            return left - 2 * self.chosen * self.sizes.fresh
+        samples = (self.sizes.samples + self.sizes.held_out) if self.job.chooses else 0
+        left -= sum(self.job.steps if self.job.chooses else to_come) * (samples + 2 * self.sizes.fresh)
+        unknown = sum(n for n in to_come if n != begun and n in self.job.unsettled)
+        return left - max(0.0, min(left / 2, cost_of_worth(unknown, self.sizes.samples, len(self.job.draws.targets))))
+
+    def _unspent(self) -> float:
         assert self.ledger.budget is not None
-        left = self.ledger.budget - self.ledger.evaluations
-        if self.job.chooses:
-            if self.chosen is not None:
-                return left - 2 * self.chosen * self.sizes.fresh
-            samples = self.sizes.samples + self.sizes.held_out + 2 * self.sizes.fresh
-            to_come = sum(n for n in self.job.steps if n not in self.racers)
-            weighed = cost_of_worth(to_come, self.sizes.samples, len(self.job.draws.targets))
-            return left - sum(self.job.steps) * samples - weighed
-        return left - self.sizes.fresh * sum(2 * n for n in self.job.steps if n not in self.racers)
+        return self.ledger.budget - self.ledger.evaluations
 
     def event(self, stage: str, *, resumable: bool = True, **told: Any) -> Event:
         """What is told after a unit of work."""
@@ -422,7 +434,8 @@ def _searched(descent: Descent, rounds: Rounds, n: int) -> Iterator[Event]:
 
 
 def begun(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> tuple[Descent, Rounds]:
-    """The state to go on from, and the samples. Raises ValueError for a budget that the teacher alone exceeds."""
+    """The state to go on from, and the samples. Raises ValueError for a budget that the teacher alone exceeds, or the
+    teacher with a sample's look at each of several targets."""
     assert ledger.budget is not None
     if saved is None:
         descent = Descent(job, ledger, Sizes.of(job, ledger.budget), dict(job.initial or {}))
@@ -439,11 +452,14 @@ def begun(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> tupl
     train = Teacher(job.draws, ledger, "train", sizes.samples, batch, calls, job.room, job.follows and sizes.rounds > 0)
     held_out = Teacher(job.draws, ledger, "held_out", sizes.held_out, held_out_batch, calls, job.room, inner=False)
     fresh = Teacher(job.draws, ledger, "fresh", sizes.fresh, fresh_batch, calls, job.room, inner=False)
-    cost = train.cost() + held_out.cost() + fresh.cost()
-    if saved is None and ledger.evaluations + cost > ledger.budget:
+    cost, targets = train.cost() + held_out.cost() + fresh.cost(), len(job.draws.targets)
+    units = targets * sum(job.steps) if targets > 1 else 0  # of a sample each: what a target's errors are counted in
+    if saved is None and ledger.evaluations + cost + units > ledger.budget:
         raise ValueError(
             f"budget={ledger.budget!r}: the teacher's {sizes.samples + sizes.held_out + sizes.fresh} trajectories "
-            f"alone take {cost}; give a larger budget or fewer samples"
+            f"alone take {cost}"
+            + f", and a sample of each target {units}" * bool(units)
+            + "; give a larger budget or fewer samples"
         )
     return descent, Rounds(job, ledger, train, held_out, fresh)
 

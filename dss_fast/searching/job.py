@@ -18,7 +18,7 @@ from ..solver import Solver
 from ..target import Model, Target
 from ..version import __version__
 from .budget import Cost, evaluations_in
-from .calls import splits
+from .calls import MOST, splits
 from .forward import check_known
 from .processes import from_first
 from .room import Room, host_room
@@ -51,6 +51,13 @@ class Job:
     def goals(self) -> tuple[int, ...]:
         """The Ns that are searched to the end; of candidates the largest stands for the one to be chosen."""
         return (max(self.steps),) if self.chooses else self.steps
+
+    @property
+    def unsettled(self) -> tuple[int, ...]:
+        """The Ns of which the search must find the steps that call both branches."""
+        guided, given = self.guided or {}, self.initial or {}
+        known = {n for n, solver in given.items() if solver.guided_steps is not None}
+        return tuple(n for n in self.steps if guided.get(n, n) < n and n not in known)
 
     def functions(self, target: Target) -> dict[str, Callable[[Tensor], Tensor]]:
         """The functions of samples that a search is for, by what they are."""
@@ -177,7 +184,13 @@ def prepare(
         fewer = guided or {}
         given = {n: _initial(initial, settings.space_of(draws.schedule, n), fewer.get(n)) for n in steps}
     room = Room(host=from_first(host_room))
-    return Job(draws, settings, steps, given, budget, calls, guided, num_steps is None, room)
+    job = Job(draws, settings, steps, given, budget, calls, guided, num_steps is None, room)
+    if max(job.unsettled, default=0) > MOST:
+        raise ValueError(
+            f"calls={calls}: which of {max(job.unsettled)} steps call both branches is found for {MOST} steps at most: "
+            "give fewer calls, or num_steps without calls, both branches at all of them"
+        )
+    return job
 
 
 def _initial(initial: str | Solver, space: Space, guided: int | None) -> Solver:

@@ -236,13 +236,14 @@ class Rounds:
         return sums.quadratic(draws.all_reduce)
 
     @torch.no_grad()
-    def look(self, candidate: Candidate, at: Teacher) -> Look:
-        """The candidate on samples that it was not fitted to."""
-        total, ends, seen = sum(at.sizes), [], []
+    def look(self, candidate: Candidate, at: Teacher, batches: int | None = None) -> Look:
+        """The candidate on samples that it was not fitted to: all of them, or the first ``batches``."""
+        sizes, ends, seen = at.sizes[:batches], [], []
+        total = sum(sizes)
         by_features = self._settings.select == "features"
         self.ledger.spend(candidate.space.num_steps * total)
         try:
-            for k in range(len(at)):
+            for k in range(len(sizes)):
                 found: list[Tensor] = []
                 of_features: list[Tensor] = []
                 batch, trajectory = at[k]
@@ -261,7 +262,7 @@ class Rounds:
                         found.append(errors)
                 ends.append(torch.cat(found))
                 seen += [torch.cat(of_features)] if of_features else []
-            all_errors, *all_features = self.job.draws.gathered(at.sizes, ends, *([seen] if seen else []))
+            all_errors, *all_features = self.job.draws.gathered(sizes, ends, *([seen] if seen else []))
         except FloatingPointError:
             return Look(torch.full((total,), math.inf, dtype=torch.float64))
         return Look(all_errors, *all_features)
@@ -315,6 +316,12 @@ def enough(sizes: Sequence[int], wanted: int) -> int:
     while total < wanted and k < len(sizes):
         total, k = total + sizes[k], k + 1
     return k
+
+
+def within(sizes: Sequence[int], most: float, targets: int) -> int:
+    """How many batches hold at most so many samples: all, or as many of each target."""
+    counts: list[int] = [*range(0, len(sizes), targets), len(sizes)]
+    return [k for k in counts if not k or sum(sizes[:k]) <= most][-1]
 
 
 def _sketches(k: int, candidate: Candidate, number: int, batches: int) -> bool:

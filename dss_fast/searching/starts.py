@@ -105,7 +105,7 @@ class Start:
 
 @torch.no_grad()
 def ranked(
-    draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solver], limit: int, first: int = 1
+    draws: Draws, ledger: Ledger, teacher: Teacher, tables: Sequence[Solver], limit: float, first: int = 1
 ) -> list[Start]:
     """The best of the tables, best first; at most ``limit`` evaluations, 0 for a single table and target.
 
@@ -120,15 +120,15 @@ def ranked(
     n, targets = left[0].num_steps, len(draws.targets)
     sizes = [teacher.sizes[t : t + 1] if len(left) == 1 else teacher.sizes[t::targets] for t in range(targets)]
     most = min(map(sum, sizes))
-    left = left[: max(1, limit // (2 * n * targets * first))]
-    wanted = most if len(left) == 1 else first
+    left = left[: max(1, int(limit // (2 * n * targets * first)))]
+    wanted = min(most, max(1, int(limit // (n * targets)))) if len(left) == 1 else first
     while count < wanted <= most:
         cost = n * (wanted - count) * targets * len(left)
         if (len(left) == 1 or cost > limit) and (targets == 1 or errors):
             break
         found = torch.zeros(len(left), targets, wanted - count, dtype=torch.float64)
         for t in range(targets):
-            for number, rows, places in _parts(sizes[t], slice(count, wanted), draws):
+            for number, rows, places in parts_of(sizes[t], slice(count, wanted), draws):
                 batch, trajectory = teacher[t + targets * number]
                 for k, solver in enumerate(left):
                     found[k, t, places] = _errors(solver, batch.rows(rows), trajectory.last[rows], teacher.room)
@@ -182,7 +182,7 @@ def _choice(solver: Solver, left: Sequence[Solver], errors: Mapping[Solver, Tens
     return Choice(best.name, *ratio_of(errors[solver][0], theirs), len(errors[solver][0]), tables)
 
 
-def _parts(sizes: Sequence[int], samples: slice, draws: Draws) -> Iterator[tuple[int, slice, slice]]:
+def parts_of(sizes: Sequence[int], samples: slice, draws: Draws) -> Iterator[tuple[int, slice, slice]]:
     """The batches in which some samples stand: their number, the rows of them that this process has, and the places of
     these among those asked for."""
     first, rank, world = 0, draws.rank, draws.world

@@ -103,3 +103,8 @@ def test_a_vp_model_is_served_by_the_same_library():
     assert result.starts[5].name.startswith("general/5") and result.solver == result.starts[5]
     (verdict,) = compare(one, [result.solver], samples=64, progress=False).verdicts
     assert verdict.ratio < 1
+
+
+def test_fit_has_its_own_method():
+    with pytest.raises(ValueError, match="method='lion': fit has its own, GaussNewton"):
+        fit(target(), 5, method="lion")

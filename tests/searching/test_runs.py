@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from dss_fast import Flow, GaussNewton, Lion, Solver, Target, search
+from dss_fast.files import read_tensors, write_tensors
 from dss_fast.searching import runs as running
 from dss_fast.searching.budget import Ledger
 from dss_fast.searching.folder import RunFolder, flatten, unflatten
@@ -371,6 +372,15 @@ def test_state_comes_back_as_it_was():
     again = unflatten(data, tensors)
     assert torch.equal(again["a"], state["a"]) and torch.equal(again["b"][2]["c"], state["b"][2]["c"])
     assert again["b"][:2] == [1.5, None] and again["b"][2]["d"] == float("inf") and again["e"] == "x"
+
+
+def test_a_checkpoint_comes_back_where_sums_round_as_before(tmp_path):
+    """A tensor in a file begins at any multiple of 8 bytes, and BLAS rounds a product by where its matrices begin."""
+    tensors = {name: torch.rand(size, size, dtype=F64) for name, size in (("a", 1), ("b", 7), ("c", 3))}
+    write_tensors(tmp_path / "x.safetensors", tensors, {})
+    again, _ = read_tensors(tmp_path / "x.safetensors")
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+    assert {tensor.data_ptr() % 64 for tensor in again.values()} == {0}
 
 
 def steep(x):
