@@ -430,6 +430,11 @@ def test_calls_that_cannot_be_are_refused(arguments, match):
         search(target_of(), **arguments)
 
 
+def test_a_start_of_other_calls_is_refused_by_what_it_has():
+    with pytest.raises(ValueError, match="both branches at 3 steps, and this search at 4: .* its calls=8"):
+        search(target_of(), 5, calls=9, initial=replace(table_of(), noise_coeffs=None), progress=False)
+
+
 def test_the_command_line_and_its_report_count_calls(tmp_path, monkeypatch, capsys):
     (tmp_path / "guided_model.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)

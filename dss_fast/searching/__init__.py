@@ -87,8 +87,9 @@ def search(
         pictures, into ``out``; its evaluations are not part of the budget.
 
     Whether the target is described rightly is looked at before: 82 evaluations forward, 46 where 82 are more than a
-    fiftieth of the budget, which then are not part of it. Where it is not, the search warns, names the description that
-    fits, and the report answers nothing.
+    fiftieth of the budget, which then are not part of it; up to eight times as many for samples of fewer than 64
+    numbers, and more where the look leaves a doubt. Where it is not, the search warns, names the description that fits,
+    and the report answers nothing.
 
     Batches that take more than the memory there is (``GaussNewton(memory=...)``) run in parts, down to one sample,
     with the network's own gradient checkpointing on where it has one (diffusers, ``Target(checkpointing=...)``), and

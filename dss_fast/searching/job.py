@@ -197,7 +197,12 @@ def _initial(initial: str | Solver, space: Space, guided: int | None) -> Solver:
     """The table to start from. guided: how many steps call both branches, None for all. Raises ValueError naming one
     that a search in this space cannot hold."""
     solver = find_solver(initial, space.schedule, space.num_steps)
-    if guided is not None and solver.guided_steps is not None and len(solver.guided_steps) == guided:
+    if guided is not None and solver.guided_steps is not None and solver.num_steps == space.num_steps:
+        if len(solver.guided_steps) != guided:
+            raise ValueError(
+                f"initial: {solver.label} calls both branches at {len(solver.guided_steps)} steps, and this search at "
+                f"{guided}: start from another table, or search with its calls={solver.guided_calls}"
+            )
         space = replace(space, guided_steps=solver.guided_steps)
     if solver.num_steps != space.num_steps:
         raise ValueError(f"initial: {solver.label} has {solver.num_steps} steps; the search is for {space.num_steps}")

@@ -94,7 +94,7 @@ class Sizes:
             if job.chooses:  # the Ns that are not chosen take part in the first rounds
                 others = GROWTH[:TRIED] + (racers - 1) * GROWTH[:RACE]
                 each += (work(job.steps) - work(steps)) * SLACK * sum(others) + sum(job.steps)
-            if job.unsettled:  # of all Ns, for those candidates too that need none: what is left goes into their rounds
+            if job.unsettled:  # counted for every N: what those leave that need none goes into rounds
                 each += cost_of_worth(sum(job.steps), samples, len(job.draws.targets)) / samples
             if job.follows:  # inner states that are not kept are made again, for the trial and for the way back
                 kept = world * job.room.host / (2 * calls(samples) * state_bytes(job) * samples)
