@@ -524,6 +524,25 @@ def test_a_moved_table_gives_samples_of_the_other_size(told):
     assert solver.moved(1.0) is solver
 
 
+def test_what_the_form_finds_leaves_the_least_of_it():
+    """No move that keeps a row's sum makes the form less by more than the ridge holds it back."""
+    solver, steps = handmade("ab3", 5, Flow()), (0, 1, 3)
+    rows = torch.randn(60, 25, dtype=F64, generator=torch.Generator().manual_seed(2))
+    form = rows.mT @ rows / 60
+    found = Worth(solver, form.reshape(5, 5, 5, 5))._table(steps).tensors()
+    moves = torch.zeros(len(free_places(5, steps)[0]), 5, 5, dtype=F64)
+    for move, i, j in zip(moves, *free_places(5, steps), strict=True):
+        move[i, j], move[i, max(k for k in steps if k <= i)] = 1, -1
+    flat, start = moves.flatten(1), forecast(solver, steps)
+    coeffs = found.coeffs
+    far = (found.guidance_coeffs - start).flatten()
+    t = torch.linalg.lstsq(flat.mT, far).solution
+    torch.testing.assert_close(t @ flat, far)
+    ridge = 0.1 * (flat @ form @ flat.mT).diagonal().mean()
+    slope = flat @ form @ (found.guidance_coeffs - coeffs).flatten() + ridge * t
+    torch.testing.assert_close(slope, torch.zeros_like(slope), atol=1e-10, rtol=0)
+
+
 def test_what_the_form_finds_is_in_the_space():
     """Also where the first call is told another time, and rows sum to one after the first column is divided."""
     space = Space("noise+start", Flow(), 5)
