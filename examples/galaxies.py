@@ -5,7 +5,7 @@
     python -m examples.galaxies --write docs/real.md
 
 A mixer of 0.6 million weights that returns the score along the variance-preserving path alpha = exp(-t / 2), t from 10
-to 0, kept as a row of NumPy arrays, of which torch makes what JAX does (2e-5 apart where it is up to 56). Its authors
+to 0, kept as a row of NumPy arrays, which torch reads without JAX. Its authors
 sample such networks with 400 steps of Tsit5, 2,400 calls (galaxygrad 0.1.9, `generate.py`).
 
 The measure is the field's: half-light radius, axis ratio, concentration and Gini coefficient of the galaxies, whose
