@@ -172,7 +172,7 @@ def few():
     sys.path.insert(0, str(RESULTS.parents[2]))
     from benchmarks import few_steps
 
-    return "`python -m benchmarks.few_steps run`\n\n" + few_steps.show()
+    return "\n\n".join(["`python -m benchmarks.few_steps run`", few_steps.show(), few_steps.show_fewest()])
 
 
 def read(name):

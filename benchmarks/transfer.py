@@ -90,10 +90,11 @@ def run(models: list[str], sources: list[str], steps: list[int], settings: Setti
                 rows.append(RESULTS, **key, name=solver.name, samples=fresh.count, **fresh.row(solver))
 
 
-def nearest(solver: Solver, column: str) -> Solver:
-    """The table moved to where it errs least on a few samples of a model, of nine sizes of the data."""
+def nearest(solver: Solver, column: str, samples: int = CHOICE, between: int = 1) -> Solver:
+    """The table moved to where it errs least on a few samples of a model, of nine sizes of the data from 1/4 to 4, or
+    of ``between`` times as fine a grid."""
     draws = Draws.of(target(column), CHOICE_SEED)
-    batch, schedule = draws.batch("k", 0, CHOICE), draws.schedule
+    batch, schedule = draws.batch("k", 0, samples), draws.schedule
     with torch.no_grad():
         last = integrate(batch.predictor(), batch.noise, dense_grid(schedule, CHOICE_CALLS)).last
 
@@ -103,7 +104,8 @@ def nearest(solver: Solver, column: str) -> Solver:
         except FloatingPointError:
             return math.inf
 
-    return min((solver.moved(2 ** (power / 2), schedule) for power in range(-4, 5)), key=error)
+    powers = [place / (2 * between) for place in range(-4 * between, 4 * between + 1)]
+    return min((solver.moved(2**power, schedule) for power in powers), key=error)
 
 
 def moved(models: list[str], sources: list[str], steps: list[int], settings: Settings) -> None:
