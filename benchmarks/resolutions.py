@@ -1,7 +1,8 @@
 """A table of one resolution at another: moved by the ratio of the sides. Rows in benchmarks/results/resolutions.jsonl.
 
     python -m benchmarks.resolutions run                          # pairs of networks of the same data at two sizes
-    python -m benchmarks.resolutions start --seeds 0 1            # small searches from the moved tables; after run
+    python -m benchmarks.resolutions start --seeds 0 1            # small searches from the moved tables
+    python -m benchmarks.resolutions again --seeds 1              # other seeds of the search that figures are over
     python -m benchmarks.resolutions show --write docs/transfer.md
 
 Each pair's networks know the same images at two sizes, and nothing else of each other: one is an MLP, a mixer or a
@@ -99,14 +100,12 @@ def run(steps: list[int], budget: int, seed: int) -> None:
             key = {"kind": "pair", "source": source, "target": column, "num_steps": n, "budget": budget, "seed": seed}
             if found(**key) is not None:
                 continue
-            own, again = (table(column, column, n, budget, one) for one in (seed, seed + 1))
-            theirs = table(source, column, n, budget, seed)
+            own, theirs = (table(name, column, n, budget, seed) for name in (column, source))
             fresh, ratio = fresh_of(column), SIDES[column] / SIDES[source]
             schedule = fresh.target.schedule
             few, more = nearest(theirs, column), nearest(theirs, column, MORE, FINER)
             tables = {
                 "own": own,
-                "own_again": again,
                 "as_it_is": theirs.moved(1.0, schedule),
                 "by_ratio": theirs.moved(ratio, schedule),
                 "by_choice": few,
@@ -138,21 +137,34 @@ def start(steps: list[int], budget: int, seed: int, seeds: list[int]) -> None:
                         rows.append(RESULTS, kind="start", **key, evaluations=result.evaluations, rmse=error)
 
 
+def again(steps: list[int], budget: int, seeds: list[int]) -> None:
+    """Appends rows of searches of other seeds at the size itself, which say how far the figure they are over varies."""
+    for column in dict.fromkeys(column for _, column in PAIRS):
+        for n in steps:
+            for seed in seeds:
+                key = {"kind": "again", "target": column, "num_steps": n, "budget": budget, "seed": seed}
+                if found(**key) is None:
+                    error = fresh_of(column).row(table(column, column, n, budget, seed))["rmse"]
+                    rows.append(RESULTS, **key, rmse=error)
+
+
 def show() -> str:
     """Two tables with a line for each pair and N: for no search at the other size, and with a small one there."""
     every = rows.read(RESULTS)
     pairs = {(r["source"], r["target"], r["num_steps"]): r for r in every if r.get("kind") == "pair"}
     small: dict[tuple[Any, ...], dict[int, float]] = {}
     for r in every:
-        if r.get("kind") == "start":
-            small.setdefault((r["source"], r["target"], r["num_steps"], r["budget"]), {})[r["seed"]] = r["rmse"]
+        if r.get("kind") in ("start", "again"):
+            key = (r.get("source", r["kind"]), r["target"], r["num_steps"], r["budget"])
+            small.setdefault(key, {})[r["seed"]] = r["rmse"]
 
     def word(name: str, k: str = "") -> Callable[[dict[str, Any]], tuple[float, str]]:
         return lambda r: (r[name] / r["own"], f" (k = {r[k]:.3g})" if k else "")
 
-    def after(budget: int, moved: bool) -> Callable[[dict[str, Any]], tuple[float, str]]:
+    def after(budget: int | None, begin: str | None) -> Callable[[dict[str, Any]], tuple[float, str]]:
         def cell(r: dict[str, Any]) -> tuple[float, str]:
-            seeds = small.get((r["source"] if moved else None, r["target"], r["num_steps"], budget), {})
+            source = r["source"] if begin == "moved" else begin
+            seeds = small.get((source, r["target"], r["num_steps"], budget or r["budget"]), {})
             return statistics.geometric_mean(seeds.values()) / r["own"] if seeds else math.nan, ""
 
         return cell
@@ -165,10 +177,10 @@ def show() -> str:
         "by the best k there is": word("by_best", "best"),
         "best hand-made": word("handmade"),
     }
-    searches = {"own search, another seed": word("own_again"), "moved, 0": word("by_ratio")}
+    searches = {"own search, other seeds": after(None, "again"), "moved, 0": word("by_ratio")}
     for budget in SMALL:
-        searches[f"moved, {budget:,}"] = after(budget, True)
-        searches[f"library, {budget:,}"] = after(budget, False)
+        searches[f"moved, {budget:,}"] = after(budget, "moved")
+        searches[f"library, {budget:,}"] = after(budget, None)
     return "\n\n".join(_lines(list(pairs.values()), columns) for columns in (calls, searches))
 
 
@@ -188,7 +200,8 @@ def _lines(pairs: list[dict[str, Any]], columns: dict[str, Callable[[dict[str, A
         sides = [f"{name} ({SIDES[name]})" for name in (r["source"], r["target"])]
         lines.append(f"| {sides[0]} | {sides[1]} | {r['num_steps']} | {' | '.join(cells)} |")
     for title, group in (("geometric mean", values), ("without the MLP", without)):
-        means = [f"**{statistics.geometric_mean(group[name]):.2f}**" if group[name] else "" for name in columns]
+        measured = {name: [value for value in group[name] if not math.isnan(value)] for name in columns}
+        means = [f"**{statistics.geometric_mean(some):.2f}**" if some else "" for some in measured.values()]
         lines.append(f"| {title} | | | {' | '.join(means)} |")
     within = [f"{sum(value <= 1.1 for value in group)} of {len(group)}" for group in values.values()]
     return "\n".join([*lines, f"| within 1.1 | | | {' | '.join(within)} |"])
@@ -196,17 +209,19 @@ def _lines(pairs: list[dict[str, Any]], columns: dict[str, Callable[[dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "start", "show"))
+    parser.add_argument("what", choices=("run", "start", "again", "show"))
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 8])
     parser.add_argument("--budget", type=int, default=20_000, help="evaluations of each search at the size itself")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the small searches")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of small or other searches")
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the text between the marks in FILE")
     options = parser.parse_args()
     if options.what == "run":
         return run(options.steps, options.budget, options.seed)
     if options.what == "start":
         return start(options.steps, options.budget, options.seed, options.seeds)
+    if options.what == "again":
+        return again(options.steps, options.budget, options.seeds)
     rows.written(show(), options.write, "resolutions")
 
 

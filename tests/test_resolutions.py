@@ -24,6 +24,7 @@ def ran(tmp_path_factory):
         patch.setattr(resolutions, "of_other_kinds", lambda name: nullcontext())
         resolutions.run([3], 900, 0)
         resolutions.start([3], 900, 0, [0])
+        resolutions.again([3], 900, [1])
         yield rows.read(resolutions.RESULTS)
 
 
@@ -32,6 +33,7 @@ def test_what_is_there_is_not_measured_again(ran, monkeypatch):
     monkeypatch.setattr(resolutions, "nearest", None)
     resolutions.run([3], 900, 0)
     resolutions.start([3], 900, 0, [0])
+    resolutions.again([3], 900, [1])
     assert rows.read(resolutions.RESULTS) == ran
     with pytest.raises(TypeError):  # another seed is another search
         resolutions.start([3], 900, 0, [1])
@@ -45,8 +47,10 @@ def test_a_figure_is_the_moved_tables_error_over_that_of_its_own_search(ran):
     assert pair["ratio"] == 1.5 and pair["own"] == pytest.approx(fresh.row(tables["mixture0.5"])["rmse"])
     assert pair["by_ratio"] == pytest.approx(fresh.row(tables["mixture"].moved(1.5))["rmse"])
     lines = resolutions.show().splitlines()
-    (line, _) = [line for line in lines if line.startswith("| mixture (8) | mixture0.5 (12) | 3 |")]
+    line, beside = [line for line in lines if line.startswith("| mixture (8) | mixture0.5 (12) | 3 |")]
     assert f"| {pair['by_ratio'] / pair['own']:.2f} (k = 1.5) |" in line
+    (again,) = (row for row in ran if row["kind"] == "again")
+    assert beside.split(" | ")[3] == f"{again['rmse'] / pair['own']:.2f}"
 
 
 def test_no_choice_of_k_serves_better_than_the_best_there_is(ran):
