@@ -193,18 +193,22 @@ def _lines(pairs: list[dict[str, Any]], columns: dict[str, Callable[[dict[str, A
         cells = []
         for name, of in columns.items():
             value, text = of(r)
-            cells.append("" if math.isnan(value) else f"{value:.2f}{text}")
+            if math.isnan(value):
+                cells.append("")
+                continue
+            cells.append(f"{value:.2f}{text}")
             values[name].append(value)
             if "digits8_mlp" not in (r["source"], r["target"]):
                 without[name].append(value)
         sides = [f"{name} ({SIDES[name]})" for name in (r["source"], r["target"])]
         lines.append(f"| {sides[0]} | {sides[1]} | {r['num_steps']} | {' | '.join(cells)} |")
     for title, group in (("geometric mean", values), ("without the MLP", without)):
-        measured = {name: [value for value in group[name] if not math.isnan(value)] for name in columns}
-        means = [f"**{statistics.geometric_mean(some):.2f}**" if some else "" for some in measured.values()]
+        means = [f"**{statistics.geometric_mean(some):.2f}**" if some else "" for some in group.values()]
         lines.append(f"| {title} | | | {' | '.join(means)} |")
-    within = [f"{sum(value <= 1.1 for value in group)} of {len(group)}" for group in values.values()]
-    return "\n".join([*lines, f"| within 1.1 | | | {' | '.join(within)} |"])
+    for title, group in (("within 1.1", values), ("without the MLP", without)):
+        within = [f"{sum(value <= 1.1 for value in some)} of {len(some)}" for some in group.values()]
+        lines.append(f"| {title} | | | {' | '.join(within)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
