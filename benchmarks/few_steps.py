@@ -41,12 +41,14 @@ def best_handmade(fresh: Fresh, num_steps: int) -> tuple[Solver, dict[str, float
 
 
 def run(models: list[str], steps: list[int], budget: int | None, seed: int, samples: int | None = None) -> None:
-    """Appends a row for each solver; those that are there are not measured again."""
+    """Appends a row for each solver; those that are there are not measured again, but for those marked "begun":
+    their searches had no library to begin at."""
     searches = {"searched": True, "budget": budget, "seed": seed}
     for name in models:
         solvers = [{"model": name, "num_steps": n, "searched": False} for n in MANY]
         solvers += [{"model": name, "num_steps": n, **searches} for n in steps]
-        wanted = [key for key in solvers if not any(key.items() <= row.items() for row in rows.read(RESULTS))]
+        known = [row for row in rows.read(RESULTS) if "begun" not in row]
+        wanted = [key for key in solvers if not any(key.items() <= row.items() for row in known)]
         if not wanted:
             continue
         fresh = Fresh(name, samples)
@@ -73,6 +75,7 @@ def show() -> str:
     for (_, searched, n, budget), r in sorted(found.items()):
         solver = "**searched**" if searched else r["solver"].replace(f"/{n}", "")
         solver += f", {budget:,} evaluations" if budget else ""
+        solver += f", begun at {r['begun']} tables" if "begun" in r else ""
         figures = [three_digits(v) for v in (r["rmse"], r["median"])]
         figures += [f"{100 * r['switched']:.1f} %", three_digits(above(r))]
         lines.append(f"| {r['model']} | {n} | {solver} | {' | '.join(figures)} | {r['energy']:.1e} |")
