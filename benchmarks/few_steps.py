@@ -1,4 +1,4 @@
-"""Three to five calls of a searched table against the best hand-made 3 and 10: rows in benchmarks/results/few.jsonl.
+"""Three to seven calls of a searched table against the best hand-made 3 and 10: rows in benchmarks/results/few.jsonl.
 
     python -m benchmarks.few_steps run                    # all models, N = 3, 4, 5, the default search
     python -m benchmarks.few_steps run --models flow --steps 3

@@ -168,11 +168,12 @@ def _ratios(rows, best):
 
 
 def few():
-    """Three to five searched calls against hand-made ones, from results/few.jsonl."""
+    """Three to seven searched calls against hand-made ones, from results/few.jsonl."""
     sys.path.insert(0, str(RESULTS.parents[2]))
     from benchmarks import few_steps
 
-    return "\n\n".join(["`python -m benchmarks.few_steps run`", few_steps.show(), few_steps.show_fewest()])
+    commands = "`python -m benchmarks.few_steps run`, `run --models flow vp flow16 --steps 6 7`"
+    return "\n\n".join([commands, few_steps.show(), few_steps.show_fewest()])
 
 
 def read(name):
