@@ -288,6 +288,11 @@ class Descent:
         waits = self.job.chooses and self.chosen is None and len(points) == 1
         return all(point.finished or (waits and point.round >= TRIED) for point in points)
 
+    def share(self, n: int) -> None:
+        """A candidate that begins its race may spend what those before it left."""
+        if not any(point.spent for point in self.racers[n]):
+            self.racers[n] = [replace(point, share=self._left()) for point in self.racers[n]]
+
     def dismiss(self, rounds: Rounds) -> None:
         """Before any round: candidates whose start errs far more than the best one's take no part, on the training
         samples that the steps were chosen by. The race of two takes as much as a quarter of the evaluations."""
@@ -411,6 +416,7 @@ def descend(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> It
             yield from _searched(descent, rounds, n)
     if job.chooses:
         for n in job.steps if descent.chosen is None else ():
+            descent.share(n)
             yield from _searched(descent, rounds, n)
         if descent.chosen is None:
             descent.choose(rounds)
