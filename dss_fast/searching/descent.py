@@ -297,6 +297,8 @@ class Descent:
         """Before any round: candidates whose start errs far more than the best one's take no part, on the training
         samples that the steps were chosen by. The race of two takes as much as a quarter of the evaluations."""
         sizes, targets = rounds.train.sizes, len(self.job.draws.targets)
+        if any(point.spent for points in self.racers.values() for point in points):
+            return  # a resumed search has raced some
         wanted = enough(sizes, 2 * JUDGES * targets)
         afforded = self._unspent() / sum(self.job.steps) - 2 * self.sizes.fresh
         if wanted % targets == 0 and sum(sizes[:wanted]) <= afforded:
@@ -407,19 +409,19 @@ def descend(job: Job, ledger: Ledger, saved: dict[str, Any] | None = None) -> It
             tables, limit = descent.tables(n)
             starts = ranked(job.draws, ledger, rounds.train, tables, limit)
             descent.start(n, descent.split(n, starts, rounds.train))
-            if job.chooses and len(descent.racers) == len(job.steps):
-                descent.dismiss(rounds)
             if job.initial is None:
                 choice = None if starts[0].choice is None else str(starts[0].choice)
                 yield descent.event("start", num_steps=n, start=descent.starts[n].name, choice=choice)
         if not job.chooses:
             yield from _searched(descent, rounds, n)
     if job.chooses:
-        for n in job.steps if descent.chosen is None else ():
-            descent.share(n)
-            yield from _searched(descent, rounds, n)
         if descent.chosen is None:
-            descent.choose(rounds)
+            descent.dismiss(rounds)
+            for n in job.steps if descent.chosen is None else ():
+                descent.share(n)
+                yield from _searched(descent, rounds, n)
+            if descent.chosen is None:
+                descent.choose(rounds)
             yield descent.event("choice", num_steps=descent.chosen)
         yield from _taught(descent, rounds.train)
         assert descent.chosen is not None
