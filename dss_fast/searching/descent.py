@@ -41,8 +41,9 @@ MOST_TRIES = 6  # in a row that do not improve
 PRIOR = 1.0
 TOLERANCE = 1e-3  # predicted relative gain below which a search is over
 WORSE = 2.0  # times the start's mean square on fresh samples, from which on the start is returned
-# Times the error of the best candidate's start, from which on a candidate of given calls is not searched at all. On the
-# digit models at 10 to 14 calls the start of fewer calls errs .5 to 1.2 of the other's at scale 1.5 and .9 to 2.4 at 4.
+# Times the error of the best candidate's start, from which on a candidate with one branch at some steps is not searched
+# at all. On the digit models at 10 to 14 calls its start errs .5 to 1.2 of that with both branches everywhere at scale
+# 1.5, and .8 to 2.4 at 4, where one of .8 lost the race.
 BEYOND = 1.2
 WORTH = 0.4  # a round of fewer than this part of the samples seen before says too little
 
@@ -294,8 +295,8 @@ class Descent:
             self.racers[n] = [replace(point, share=self._left()) for point in self.racers[n]]
 
     def dismiss(self, rounds: Rounds) -> None:
-        """Before any round: candidates whose start errs far more than the best one's take no part, on the training
-        samples that the steps were chosen by. The race of two takes as much as a quarter of the evaluations."""
+        """Before any round: candidates with one branch at some steps whose start errs far more than the best one's, on
+        the training samples that these were chosen by, take no part. A race takes a quarter of the evaluations."""
         sizes, targets = rounds.train.sizes, len(self.job.draws.targets)
         if any(point.spent for points in self.racers.values() for point in points):
             return  # a resumed search has raced some
@@ -303,7 +304,8 @@ class Descent:
         afforded = self._unspent() / sum(self.job.steps) - 2 * self.sizes.fresh
         if wanted % targets == 0 and sum(sizes[:wanted]) <= afforded:
             found = self._losses_of(rounds, {rounds.train: wanted})
-            left = [n for n, loss in found.items() if loss <= BEYOND**2 * min(found.values())]
+            bound, guided = BEYOND**2 * min(found.values()), self.job.guided or {}
+            left = [n for n, loss in found.items() if loss <= bound or guided.get(n, n) == n]
             if len(left) == 1:
                 self._settle(left[0], rounds)
 
