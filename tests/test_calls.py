@@ -480,6 +480,9 @@ def test_calls_need_guidance():
 def test_the_plan_counts_calls():
     assert str(plan(target_of(), calls=11)).startswith("N = 5, 7 in 11 calls a sample:")
     assert str(plan(target_of(), 7, calls=11)).startswith("N = 7 in 11 calls a sample:")
+    either, full = (plan(target_of(), n, calls=c, budget=20_000) for n, c in ((None, 11), (5, None)))
+    assert either.samples < full.samples  # of both candidates, until one is chosen
+    assert either.memory.teacher > 0.9 * full.memory.teacher  # of that one's set
 
 
 def test_unroll_is_differentiable_through_the_table():

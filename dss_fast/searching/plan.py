@@ -370,9 +370,7 @@ def planned(job: Job, budget: int | None, cost: Cost) -> Plan:
     if sizes is not None:
         samples, size = sizes.samples, sizes.batches(job)[0]
     size = min(size, job.room.rows or size)
-    if (
-        sizes is not None and budget is not None and job.chooses
-    ):  # of the set that the shortest of them has, when it is the one chosen
+    if sizes is not None and budget is not None and job.chooses:  # as many as the one of fewest steps has alone
         alone = Sizes.of(replace(job, steps=job.steps[:1], guided=None, chooses=False), budget)
         sizes = replace(sizes, more=max(0, alone.samples - sizes.samples))
     memory, free = memory_of(job, sizes, size, batch_of(job, budget)[1], cost), free_bytes(torch.device("cpu"))
