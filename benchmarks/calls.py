@@ -1,6 +1,7 @@
 """What calls are worth where the unconditional branch runs at some steps only: docs/calls.md.
 
     python -m benchmarks.calls run --model flow --scale 1.5 --calls 10 11 --ways full chosen --seeds 0
+    python -m benchmarks.calls run --scale 4 --at 5 --calls 10 --ways full     # a table searched at 4, run at 5
     python -m benchmarks.calls table --write docs/calls.md
     python -m benchmarks.calls time                     # 7 steps of DiT-S/2, random weights; no rows
 
@@ -113,8 +114,8 @@ def run(options):
     """Appends a row for each way, number of calls and seed that is not there yet."""
     from examples import mnist
 
-    target = getattr(mnist, options.model)(options.scale)
-    draws = Draws.of([target], SEED)
+    target, at = getattr(mnist, options.model)(options.scale), options.at or options.scale
+    draws = Draws.of([replace(target, guidance_scale=at)], SEED)
     shown = SimpleNamespace(update=lambda count: None, set_description=lambda *a, **k: None)
     with torch.no_grad():
         bench = Bench(draws, SAMPLES, REFERENCE, 64, None, shown)
@@ -123,11 +124,12 @@ def run(options):
         for calls in options.calls:
             for way in options.ways:
                 asked = {"model": options.model, "scale": options.scale, "calls": calls, "way": way}
-                asked |= {"budget": options.budget, "seed": seed}
-                if any(asked.items() <= row.items() for row in done):
+                asked |= {"at": at, "budget": options.budget, "seed": seed}
+                if any(asked.items() <= {"at": row["scale"], **row}.items() for row in done):
                     continue
                 begin = time.perf_counter()
                 solver, scale = found(target, way, calls, options.budget, seed)
+                scale = tuple(1.0 if one == 1 else at for one in scale) if isinstance(scale, tuple) else at
                 ends = [
                     sample(target, batch.noise, solver, cond=batch.cond, guidance_scale=scale)
                     for batch in bench.batches
@@ -148,9 +150,13 @@ def table(options):
     lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
     groups = {}
     for row in rows.read(RESULTS):
-        groups.setdefault((row["model"], row["scale"], row["calls"], WAYS.index(row["way"])), []).append(row)
-    for (model, scale, calls, way), group in sorted(groups.items()):
-        full = {row["seed"]: row for row in groups.get((model, scale, calls, 0), [])}
+        at = row.get("at", row["scale"])
+        key = (row["model"], row["scale"], at, row["budget"] or 0, row["calls"], WAYS.index(row["way"]))
+        groups.setdefault(key, []).append(row)
+    for key, group in sorted(groups.items()):
+        (model, scale, at, budget, calls, way), least = key, key[:4]
+        # Calls that full guidance cannot take are held against the next fewer that it can.
+        full = {row["seed"]: row for row in groups.get((*least, calls - calls % 2, 0), [])}
         pairs = [(row, full[row["seed"]]) for row in group if row["seed"] in full]
         over = {key: [row[key] / whole[key] for row, whole in pairs] for key in ("rmse", "median")}
         ratio = {key: f"{geometric_mean(values):.2f}" if values else "-" for key, values in over.items()}
@@ -158,7 +164,8 @@ def table(options):
         marks = Counter("".join("01"[i in row["guided"]] for i in range(row["num_steps"])) for row in group)
         most = ", ".join(mark for mark, _ in marks.most_common(2)) + (", ..." if len(marks) > 2 else "")
         mean = {key: fmean(row[key] for row in group) for key in ("rmse", "median", "accuracy", "frechet")}
-        cells = [f"{model}, {scale:g}", f"{calls}", WAYS[way], most, f"{len(group)}", f"{mean['rmse']:.4f}"]
+        where = f"{model}, {scale:g}" + f" at {at:g}" * (at != scale) + ", default budget" * (not budget)
+        cells = [where, f"{calls}", WAYS[way], most, f"{len(group)}", f"{mean['rmse']:.4f}"]
         cells += [ratio["rmse"], ends, f"{mean['median']:.4f}", ratio["median"]]
         cells += [f"{100 * mean['accuracy']:.1f} %", f"{mean['frechet']:.3g}"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -192,6 +199,7 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "table", "time"))
     parser.add_argument("--model", default="flow", help="a function of examples.mnist that takes a guidance scale")
     parser.add_argument("--scale", type=float, default=1.5)
+    parser.add_argument("--at", type=float, help="another scale, that the tables are run at")
     parser.add_argument("--calls", type=int, nargs="+", default=[10, 12, 14, 16])
     parser.add_argument("--ways", choices=WAYS, nargs="+", default=list(WAYS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])

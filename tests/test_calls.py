@@ -11,6 +11,7 @@ from dss_fast.__main__ import main
 from dss_fast.denoiser import Denoiser
 from dss_fast.draws import Draws
 from dss_fast.methods import handmade
+from dss_fast.searching import descent
 from dss_fast.searching.budget import Ledger
 from dss_fast.searching.calls import Worth, forecast, splits, worth
 from dss_fast.searching.space import Space, free_places
@@ -389,8 +390,11 @@ def test_each_target_says_what_its_differences_are_worth():
     assert worth(start, ledger, teacher, 40).form.any()
 
 
-def test_a_search_for_calls_alone_chooses_the_steps(tmp_path):
-    """And one that fails on the way goes on to the same table."""
+@pytest.mark.parametrize("beyond", [1e9, 0.0], ids=["raced", "dismissed"])
+def test_a_search_for_calls_alone_chooses_the_steps(tmp_path, monkeypatch, beyond):
+    """Before any round, where the starts are far apart, or after the race; and one that fails on the way, wherever
+    that is, goes on to the same table."""
+    monkeypatch.setattr(descent, "BEYOND", beyond)
     quick = {"method": GaussNewton(rounds=6), "progress": False, "report": False, "budget": 4000}
     fails = [float("inf")]
 
@@ -405,12 +409,18 @@ def test_a_search_for_calls_alone_chooses_the_steps(tmp_path):
     assert len(whole.solvers) == 1 and whole.solver.guided_calls <= 6
     chosen = [event.num_steps for event in whole.history if event.stage == "choice"]
     assert chosen == [whole.solver.num_steps] and list(whole.starts) == chosen
-    fails[0] = 3000
-    with pytest.raises(RuntimeError, match="enough"):
-        search(target, calls=6, out=tmp_path, **quick)
-    fails[0] = float("inf")
-    assert search(target, calls=6, out=tmp_path, resume=True, **quick).solver == whole.solver
-    assert [path.name for path in tmp_path.glob("solver-*")] == [f"solver-{whole.solver.num_steps}.json"]
+    rounds = [event.num_steps for event in whole.history if event.stage == "gauss-newton"]
+    assert set(rounds) == ({3, 4} if beyond else {3})  # full guidance is never dismissed
+    more = whole.history[-1].samples - whole.history[0].samples  # what the others left is samples, too
+    assert more == 0 if beyond else more > 0  # the race of so small a search leaves none
+    for number, spent in enumerate((1200, 2000, 2400, 3000)):
+        fails[0] = spent
+        with pytest.raises(RuntimeError, match="enough"):
+            search(target, calls=6, out=tmp_path / str(number), **quick)
+        fails[0] = float("inf")
+        resumed = search(target, calls=6, out=tmp_path / str(number), resume=True, **quick)
+        assert resumed.solver == whole.solver and resumed.evaluations == whole.evaluations
+    assert [path.name for path in tmp_path.glob("0/solver-*")] == [f"solver-{whole.solver.num_steps}.json"]
 
 
 @pytest.mark.parametrize(
@@ -470,6 +480,9 @@ def test_calls_need_guidance():
 def test_the_plan_counts_calls():
     assert str(plan(target_of(), calls=11)).startswith("N = 5, 7 in 11 calls a sample:")
     assert str(plan(target_of(), 7, calls=11)).startswith("N = 7 in 11 calls a sample:")
+    either, full = (plan(target_of(), n, calls=c, budget=20_000) for n, c in ((None, 11), (5, None)))
+    assert either.samples < full.samples  # of both candidates, until one is chosen
+    assert either.memory.teacher > 0.9 * full.memory.teacher  # of that one's set
 
 
 def test_unroll_is_differentiable_through_the_table():

@@ -50,7 +50,7 @@ class Sizes:
 
     fresh: where none are held out, samples at the end on which the table found must not err much more than its start.
     rounds: of Gauss-Newton at most; 0 where the budget is for a choice among the tables there are. directions: at most,
-    where no gradient is taken.
+    where no gradient is taken. more: training samples beside those, once one of several Ns is chosen.
     """
 
     samples: int
@@ -59,6 +59,12 @@ class Sizes:
     fresh: int
     rounds: int
     directions: int = 0
+    more: int = 0
+
+    @property
+    def training(self) -> int:
+        """Training samples, in the end."""
+        return self.samples + self.more
 
     @classmethod
     def of(cls, job: Job, budget: int) -> Sizes:
@@ -66,10 +72,6 @@ class Sizes:
         settings, steps, world = job.settings, job.goals, job.draws.world
         assert isinstance(settings, GaussNewton)
         directions = afforded(budget, steps) if job.by_differences else 0
-
-        def work(steps: tuple[int, ...]) -> int:
-            """Evaluations of a sample in a round."""
-            return sum(n * (1 + directions_of(n, directions) if job.by_differences else 4) for n in steps)
 
         def held_out(samples: int) -> int:
             if settings.held_out_samples is not None:
@@ -86,14 +88,13 @@ class Sizes:
             return max(world, min(FRESH, afforded)) * len(job.draws.targets)
 
         def cost(samples: int) -> int:
-            planned = min(len(GROWTH), settings.rounds, ROUNDS + samples // MORE)
             racers = racers_of(samples, job.chooses)
-            shares = GROWTH[:planned] + (racers - 1) * GROWTH[:RACE]
-            rounds = SLACK * sum(max(share, min(1.0, least_of(job) / samples)) for share in shares)
-            each = calls(samples) + sum(steps) + work(steps) * rounds
+            rounds = _rounds(job, samples, (racers - 1) * GROWTH[:RACE])
+            each = calls(samples) + sum(steps) + _work(job, steps, directions) * rounds
             if job.chooses:  # the Ns that are not chosen take part in the first rounds
                 others = GROWTH[:TRIED] + (racers - 1) * GROWTH[:RACE]
-                each += (work(job.steps) - work(steps)) * SLACK * sum(others) + sum(job.steps)
+                rest = _work(job, job.steps, directions) - _work(job, steps, directions)
+                each += rest * SLACK * sum(others) + sum(job.steps)
             if job.unsettled:  # counted for every N: what those leave that need none goes into rounds
                 each += cost_of_worth(sum(job.steps), samples, len(job.draws.targets)) / samples
             if job.follows:  # inner states that are not kept are made again, for the trial and for the way back
@@ -113,12 +114,44 @@ class Sizes:
             samples = max(least, min(CHOICE, int((1 - CHOICE_SHARE) * budget / calls(least))))
         return cls(samples, held_out(samples), calls(samples), fresh(samples) if rounds else 0, rounds, directions)
 
+    def grown(self, job: Job, num_steps: int, left: float, racers: int, done: int) -> Sizes:
+        """With as many whole batches of training samples more as ``left`` evaluations pay for once one of several Ns
+        is chosen: their teacher, the rounds but for those ``done``, from so many tables, and looks. A set of so few
+        that other models say more, or of a size that was asked for, stays as it is."""
+        settings, targets, size = job.settings, len(job.draws.targets), self.batches(job)[0]
+        assert isinstance(settings, GaussNewton)
+        if settings.samples is not None or self.samples <= least_of(job) or not self.rounds:
+            return self
+
+        def cost(more: int) -> float:
+            samples = self.samples + more
+            rounds = _rounds(job, samples, (racers - 1) * GROWTH[:RACE], done)
+            looks = num_steps * (self.held_out * LOOKS + 2 * self.fresh)
+            return more * self.calls + samples * _work(job, (num_steps,), self.directions) * rounds + looks
+
+        counts = range(size * targets, 1 << 20, size * targets)
+        return replace(self, more=size * targets * bisect_right(counts, left, key=cost))
+
     def batches(self, job: Job) -> tuple[int, int]:
         """The sizes of a batch of training samples and of held-out ones; the batches of several targets take turns."""
         targets, world, most = len(job.draws.targets), job.draws.world, job.settings.batch_size
         each, held_out = -(-self.samples // targets), -(-self.held_out // targets)
         size = max(-(-each // BATCHES), min(least_of(job), -(-each // 2)))
         return max(world, min(most, size)), max(1, min(most, held_out))
+
+
+def _work(job: Job, steps: Sequence[int], directions: int) -> int:
+    """Evaluations of a sample in a round of each N."""
+    return sum(n * (1 + directions_of(n, directions) if job.by_differences else 4) for n in steps)
+
+
+def _rounds(job: Job, samples: int, others: Sequence[float], done: int = 0) -> float:
+    """How often a plan counts on every sample taking part: in the rounds that follow those done, and in others of these
+    shares."""
+    assert isinstance(job.settings, GaussNewton)
+    planned = min(len(GROWTH), job.settings.rounds, ROUNDS + samples // MORE)
+    shares = [*GROWTH[done:planned], *others]
+    return SLACK * sum(max(share, min(1.0, least_of(job) / samples)) for share in shares)
 
 
 def start_cost(job: Job, budget: int, rounds: int) -> int:
@@ -255,7 +288,7 @@ def memory_of(job: Job, sizes: Sizes | None, batch: int, calls: int, cost: Cost)
     graphs = cost.saved * batch
     if sizes is None:
         return Memory(sum(held.values()), graphs, 0, way)
-    samples = sizes.samples // draws.world
+    samples = sizes.training // draws.world
     others = (sizes.held_out + sizes.fresh) // draws.world
     inner = 2 * sizes.calls * samples * state if job.follows else 0
     room, shared = job.room, (2 * n + 1) * state
@@ -337,6 +370,9 @@ def planned(job: Job, budget: int | None, cost: Cost) -> Plan:
     if sizes is not None:
         samples, size = sizes.samples, sizes.batches(job)[0]
     size = min(size, job.room.rows or size)
+    if sizes is not None and budget is not None and job.chooses:  # as many as the one of fewest steps has alone
+        alone = Sizes.of(replace(job, steps=job.steps[:1], guided=None, chooses=False), budget)
+        sizes = replace(sizes, more=max(0, alone.samples - sizes.samples))
     memory, free = memory_of(job, sizes, size, batch_of(job, budget)[1], cost), free_bytes(torch.device("cpu"))
     host = memory.teacher + memory.algebra + (job.draws.device.type == "cpu") * (memory.graphs + memory.states)
     if host > free:

@@ -112,6 +112,10 @@ class Teacher:
         lost = [k for k in range(len(self))[batches] if self.inner and k in self._made and k not in self._whole]
         return sum(self.sizes[k] for k in lost) * evaluations(self.grid)
 
+    def grow(self, more: int) -> None:
+        """So many samples more, in batches as large as the first one."""
+        self.sizes += [self.sizes[0]] * (more // self.sizes[0])
+
     def cost(self) -> int:
         """Model evaluations of all trajectories, made or not."""
         return sum(self.sizes) * evaluations(self.grid)
