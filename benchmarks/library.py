@@ -293,7 +293,9 @@ def members(models: Sequence[str], steps: Sequence[int]) -> None:
 
 def show_members() -> str:
     """What each member leaves, a row a model, a column an N; and the better one of all."""
-    every = {(row["model"], row["num_steps"]): row["ratios"] for row in rows.read(RESULTS) if row.get("kind") == "members"}
+    every = {
+        (row["model"], row["num_steps"]): row["ratios"] for row in rows.read(RESULTS) if row.get("kind") == "members"
+    }
     steps = sorted({n for _, n in every})
     lines = ["| model | " + " | ".join(f"N = {n}, {text}" for n in steps for text in (*MEMBERS, "the better")) + " |"]
     lines.append("| --- " * (len(MEMBERS) * len(steps) + len(steps) + 1) + "|")
