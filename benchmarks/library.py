@@ -2,7 +2,7 @@
 
     python -m benchmarks.library search --steps 5 8 10 --rounds 3             # a table of all models
     python -m benchmarks.library search --leave transformer mixer             # of those of other kinds alone
-    python -m benchmarks.library search --member networks --rounds 1          # from that table, of the networks alone
+    python -m benchmarks.library search --member networks --rounds 1 --budget 15000  # from that table, of the networks alone
     python -m benchmarks.library ship                                         # newest rows to dss_fast/solvers
     python -m benchmarks.library measure --models moons_mixture flow          # with tables of other kinds alone
     python -m benchmarks.library uncalled                                     # the same, moved by no k, for no call
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from dss_fast import GaussNewton, Solver, Target, find_solver, names, sample, search
 from dss_fast.distance import squares
 from dss_fast.draws import Draws
-from dss_fast.rivals import contest, handmade_tables
+from dss_fast.rivals import contest
 from dss_fast.searching import prior, starts
 from dss_fast.searching.budget import Ledger
 from dss_fast.searching.descent import begun
@@ -200,7 +200,7 @@ def ship() -> None:
             if member == MEMBERS[0]:
                 curvatures[str(n)] = curvature(table, models).float()
             print(f"{member}, N = {n}", flush=True)
-        command = "python -m benchmarks.library search" + (member != MEMBERS[0]) * f" --member {member} --rounds 1"
+        command = "python -m benchmarks.library search" + (member != MEMBERS[0]) * f" --member {member} --rounds 1 --budget 15000"
         data = {"source": "dss_fast.library", "library": command, "steps": steps}
         (SHIPPED / f"{member}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     save_file(curvatures, CURVATURES)
@@ -277,38 +277,34 @@ def uncalled(models: Sequence[str], steps: Sequence[int]) -> None:
 
 
 def members(models: Sequence[str], steps: Sequence[int]) -> None:
-    """Rows of what each member of other kinds leaves at the best k of those tried: RMSE over the best of the hand-made
-    tables that a search begins with, on fresh noise."""
-    for name in models:
-        one = Member.of(name, FRESH_SAMPLES, 128, FRESH)
-        for n in steps:
-            hand = min(one.error(table) for table in handmade_tables(one.target.schedule, n, starts.STARTS))
-            found = {
-                member: min(one.error(table.moved(k)) for k in starts.SIZES) / hand
-                for (member, of), (table, _) in tables(kinds_beside(name)).items()
-                if of == n
-            }
-            rows.append(RESULTS, kind="members", model=name, num_steps=n, ratios=found)
+    """Rows of the RMSE that each table of other kinds leaves, moved to the best of the k that a search tries, on fresh
+    noise; of models whose library has several."""
+    for name, n in product(models, steps):
+        found = {key[0]: table for key, (table, _) in tables(kinds_beside(name)).items() if key[1] == n}
+        if len(found) > 1:
+            one = Member.of(name, FRESH_SAMPLES, 128, FRESH)
+            least = {member: min(one.error(t.moved(k)) for k in starts.SIZES) for member, t in found.items()}
+            rows.append(RESULTS, kind="members", model=name, num_steps=n, least=least)
 
 
 def show_members() -> str:
-    """What each member leaves, a row a model, a column an N; and the better one of all."""
+    """What other members leave of the first one's error, and the better of them: a row a model, a column an N."""
     every = {
-        (row["model"], row["num_steps"]): row["ratios"] for row in rows.read(RESULTS) if row.get("kind") == "members"
+        (row["model"], row["num_steps"]): row["least"] for row in rows.read(RESULTS) if row.get("kind") == "members"
     }
+    names = [name for name in dict.fromkeys(name for least in every.values() for name in least) if name != MEMBERS[0]]
     steps = sorted({n for _, n in every})
-    lines = ["| model | " + " | ".join(f"N = {n}, {text}" for n in steps for text in (*MEMBERS, "the better")) + " |"]
-    lines.append("| --- " * (len(MEMBERS) * len(steps) + len(steps) + 1) + "|")
-    columns: dict[tuple[int, str], list[float]] = {}
-    for model in dict.fromkeys(model for model, _ in every if len(every[model, steps[0]]) > 1):
-        line = []
-        for n in steps:
-            ratios = {member: every[model, n][member] for member in MEMBERS}
-            for text, value in {**ratios, "the better": min(ratios.values())}.items():
-                columns.setdefault((n, text), []).append(value)
-                line.append(f"{value:.2f}")
-        lines.append(f"| {model} | {' | '.join(line)} |")
-    means = [f"**{statistics.geometric_mean(values):.2f}**" for values in columns.values()]
+    columns = [(n, (name,)) for n in steps for name in names] + [(n, (MEMBERS[0], *names)) for n in steps]
+    head = [f"N = {n}, {of[0] if len(of) == 1 else 'the better'}" for n, of in columns]
+    lines = ["| model | " + " | ".join(head) + " |", "| --- " * (len(columns) + 1) + "|"]
+    found = {
+        model: [
+            min(every[model, n].get(name, math.inf) for name in of) / every[model, n][MEMBERS[0]] for n, of in columns
+        ]
+        for model in dict.fromkeys(model for model, _ in every)
+    }
+    lines += [f"| {model} | {' | '.join(f'{value:.2f}' for value in values)} |" for model, values in found.items()]
+    means = [f"**{statistics.geometric_mean(values):.2f}**" for values in zip(*found.values(), strict=True)]
     return "\n".join([*lines, f"| geometric mean | {' | '.join(means)} |"])
 
 

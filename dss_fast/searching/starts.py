@@ -33,9 +33,9 @@ LOST = 1e30  # the error of a table that diverges to NaN or Inf
 # its neighbours; over the models of the library they go from .25 to 3.
 SIZES = tuple(2.0 ** (power / 2) for power in (0, -2, 2, -1, 1, -3, 3, -4))
 HANDMADE = "hand-made"  # the source of such tables
-# This share of the tables is kept in each round, and runs on half as many samples again. In trials on the errors of sixty
-# tables of nine models, with 500 evaluations, it leaves .95 of what a third on three times the samples left, and 4 % of
-# choices above the best hand-made table for 9 %: those ended after three samples of eight, with rollouts unspent.
+# This share of the tables is kept in each round, and runs on half as many samples again. In trials on the errors of
+# sixty tables of nine models, with 500 evaluations, it leaves .95 of what a third on three times the samples left, and
+# 4 % of choices above the best hand-made table for 9 %: those ended after three samples of eight.
 KEPT, GROWN = 0.7, 1.5
 
 
