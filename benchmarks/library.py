@@ -2,7 +2,7 @@
 
     python -m benchmarks.library search --steps 5 8 10 --rounds 3             # a table of all models
     python -m benchmarks.library search --leave transformer mixer             # of those of other kinds alone
-    python -m benchmarks.library search --member networks --rounds 1 --budget 15000  # from that table, of the networks alone
+    python -m benchmarks.library search --member networks --rounds 1 --budget 15000   # from that, of networks
     python -m benchmarks.library ship                                         # newest rows to dss_fast/solvers
     python -m benchmarks.library measure --models moons_mixture flow          # with tables of other kinds alone
     python -m benchmarks.library uncalled                                     # the same, moved by no k, for no call
