@@ -200,7 +200,10 @@ def ship() -> None:
             if member == MEMBERS[0]:
                 curvatures[str(n)] = curvature(table, models).float()
             print(f"{member}, N = {n}", flush=True)
-        command = "python -m benchmarks.library search" + (member != MEMBERS[0]) * f" --member {member} --rounds 1 --budget 15000"
+        command = (
+            "python -m benchmarks.library search"
+            + (member != MEMBERS[0]) * f" --member {member} --rounds 1 --budget 15000"
+        )
         data = {"source": "dss_fast.library", "library": command, "steps": steps}
         (SHIPPED / f"{member}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     save_file(curvatures, CURVATURES)
