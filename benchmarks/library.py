@@ -2,9 +2,11 @@
 
     python -m benchmarks.library search --steps 5 8 10 --rounds 3             # a table of all models
     python -m benchmarks.library search --leave transformer mixer             # of those of other kinds alone
+    python -m benchmarks.library search --member networks --rounds 1 --budget 15000   # from that, of networks
     python -m benchmarks.library ship                                         # newest rows to dss_fast/solvers
     python -m benchmarks.library measure --models moons_mixture flow          # with tables of other kinds alone
     python -m benchmarks.library uncalled                                     # the same, moved by no k, for no call
+    python -m benchmarks.library members                                      # the best of all k, a member and several
     python -m benchmarks.library show --write docs/transfer.md                # their errors, between its marks
 
 A round finds for each model the k at which the table serves it best, and then one table for all of them, each as if its
@@ -51,7 +53,9 @@ SHIPPED = Path(__file__).parents[1] / "dss_fast" / "solvers"
 KIND = {**zoo.KIND, "flow": "transformer", "flow16": "conv", "mixture": "mixture", "mixture0.5": "mixture"}
 SEED, SAMPLES, CALLS = 31_000, 48, 48  # of the noise that k is chosen on, and of the fine trajectories there
 FRESH, FRESH_SAMPLES = 512_001, 64  # of the noise on which searches are measured
-LARGE = ("photos64_conv", "textures32_conv")  # models left out of curvatures, as they take as long as all others
+LARGE = ("photos64_conv", "textures32_conv")  # left out of curvatures and members: they take as long as all others
+MEMBERS = ("general", "networks")  # that ship: tables of all models, and of networks without the exact mixtures
+CHOICE = 2  # which choice of a start, and which library, rows were measured with: show takes the newest alone
 STEP = 2**0.5  # between neighbouring k
 USUAL = ("euler", "dpmpp_2m")  # what pipelines of flows run: FlowMatchEuler, or DPM-Solver++ on its spacing
 
@@ -121,10 +125,15 @@ class Member:
         return replace(self.target, model=Moved(self.target.model, 1 / k))
 
 
-def joint(models: Sequence[str], num_steps: int, rounds: int, budget: int, seed: int, **about: Any) -> None:
-    """A table for all of the models: the best there was after any round, and its row."""
+def joint(
+    models: Sequence[str], num_steps: int, rounds: int, budget: int, seed: int, member: str, leave: Sequence[str]
+) -> None:
+    """A table for all of the models: the best there was after any round, and its row. Members other than the first
+    start from it."""
     members = {name: Member.of(name) for name in models}
     solver = find_solver(f"sit-xl-2-256/{num_steps}" if 5 <= num_steps <= 10 else f"ab2/{num_steps}")
+    if member != MEMBERS[0]:
+        solver = tables(leave)[MEMBERS[0], num_steps][0]
     ks, best = dict.fromkeys(models, 1.0), (math.inf, solver, {})
     for number in range(rounds + 1):
         found = {name: member.nearest(solver, ks[name]) for name, member in members.items()}
@@ -140,7 +149,19 @@ def joint(models: Sequence[str], num_steps: int, rounds: int, budget: int, seed:
             solver = search(targets, num_steps, **given).solver
     mean, solver, found = best
     row = {"num_steps": num_steps, "budget": budget, "seed": seed, "error": mean, "models": found}
-    rows.append(RESULTS, **about, **row, solver=solver.to_dict())
+    rows.append(RESULTS, leave=list(leave), member=member, **row, solver=solver.to_dict())
+
+
+def tables(leave: Sequence[str]) -> dict[tuple[str, int], tuple[Solver, dict[str, Any]]]:
+    """Each member's table and row by N, of libraries that leave these kinds out: the newest of all models, and the
+    oldest of others, as those were measured with."""
+    found: dict[tuple[str, int], tuple[Solver, dict[str, Any]]] = {}
+    for row in rows.read(RESULTS):
+        if row.get("leave") == sorted(leave):
+            key = row.get("member", MEMBERS[0]), row["num_steps"]
+            if not leave or key not in found:
+                found[key] = replace(Solver.from_dict(row["solver"]), name="/".join(map(str, key))), row
+    return dict(sorted(found.items(), key=lambda one: one[0][1]))
 
 
 def curvature(solver: Solver, ks: Mapping[str, float], samples: int = 24) -> Tensor:
@@ -163,38 +184,47 @@ def curvature(solver: Solver, ks: Mapping[str, float], samples: int = 24) -> Ten
 
 
 def ship() -> None:
-    """The newest tables of all models as the package's library."""
-    newest = {row["num_steps"]: row for row in rows.read(RESULTS) if row.get("leave") == []}
-    steps, curvatures = {}, {}
-    for n, row in sorted(newest.items()):
-        models = {name: round(k, 3) for name, (_, k) in row["models"].items()}
-        provenance = {
-            "searched": "jointly, each model's data as if 1 / k as large",
-            "k": models,
-            "budget": row["budget"],
-        }
-        table = replace(
-            Solver.from_dict(row["solver"]), name=f"general/{n}", source="dss_fast.library", provenance=provenance
+    """The newest tables of all models as the package's library, and of networks."""
+    curvatures: dict[str, Tensor] = {}
+    for member in MEMBERS:
+        steps = {}
+        for (_, n), (table, row) in ((key, value) for key, value in tables(()).items() if key[0] == member):
+            models = {name: k for name, (_, k) in row["models"].items()}
+            provenance = {
+                "searched": "jointly, each model's data as if 1 / k as large",
+                "k": {name: round(k, 3) for name, k in models.items()},
+                "budget": row["budget"],
+            }
+            table = replace(table, source="dss_fast.library", provenance=provenance)
+            steps[str(n)] = table.to_dict()
+            if member == MEMBERS[0]:
+                curvatures[str(n)] = curvature(table, models).float()
+            print(f"{member}, N = {n}", flush=True)
+        command = (
+            "python -m benchmarks.library search"
+            + (member != MEMBERS[0]) * f" --member {member} --rounds 1 --budget 15000"
         )
-        steps[str(n)] = table.to_dict()
-        curvatures[str(n)] = curvature(table, {name: k for name, (_, k) in row["models"].items()}).float()
-        print(f"N = {n}", flush=True)
-    data = {"source": "dss_fast.library", "library": "python -m benchmarks.library search", "steps": steps}
+        data = {"source": "dss_fast.library", "library": command, "steps": steps}
+        (SHIPPED / f"{member}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     save_file(curvatures, CURVATURES)
-    (SHIPPED / "general.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def kinds_beside(name: str) -> Sequence[str]:
+    """The kinds that the library leaves out to be measured on a model: its own, and the one most like it."""
+    return next(kinds for kinds in (("conv", "mixture"), ("mixer", "transformer")) if KIND[name] in kinds)
 
 
 @contextmanager
 def of_other_kinds(name: str) -> Iterator[None]:
     """The package with a library that has seen no model of this one's kind."""
-    tables, curvatures, about = {}, {}, names._published() | {}
-    for row in rows.read(RESULTS):
-        if KIND[name] in row.get("leave", ()) and str(row["num_steps"]) not in tables:
-            n, models = row["num_steps"], {model: k for model, (_, k) in row["models"].items() if model not in LARGE}
-            table = replace(Solver.from_dict(row["solver"]), name=f"general/{n}")
-            tables[str(n)] = table.to_dict()
+    curvatures, about = {}, {key: entry for key, entry in names._published().items() if "library" not in entry}
+    for (member, n), (table, row) in tables(kinds_beside(name)).items():
+        if member in MEMBERS:
+            entry = about.setdefault(member, {"source": "dss_fast.library", "library": "of other kinds", "steps": {}})
+            entry["steps"][str(n)] = table.to_dict()
+        if member == MEMBERS[0]:
+            models = {model: k for model, (_, k) in row["models"].items() if model not in LARGE}
             curvatures[str(n)] = _curvature(table, tuple(models.items()))
-    about["general"] = {"source": "dss_fast.library", "library": "of other kinds", "steps": tables}
     names._table.cache_clear()
     starts.moved_tables.cache_clear()
     with patch.object(names, "_published", lambda: about), patch.object(prior, "curvatures", lambda: curvatures):
@@ -210,8 +240,13 @@ def _curvature(table: Solver, models: tuple[tuple[str, float], ...]) -> Tensor:
 
 def measure(models: Sequence[str], steps: Sequence[int], budgets: Sequence[int], seeds: int) -> None:
     """Rows of searches whose library has seen no model of the kind: RMSE over the best hand-made of all names, on fresh
-    noise."""
+    noise. Rows that are there already are not measured again."""
+    keys = ("model", "num_steps", "budget", "seed", "choice")
+    known = {tuple(row.get(key, 1) for key in keys) for row in rows.read(RESULTS) if row.get("kind") == "measure"}
     for name in models:
+        cells = [key for key in product([name], steps, budgets, range(seeds), [CHOICE]) if key not in known]
+        if not cells:
+            continue
         member = Member.of(name, FRESH_SAMPLES, 128, FRESH)
 
         def squared(solver: Solver, start: int, stop: int, member: Member = member) -> Tensor:
@@ -222,13 +257,13 @@ def measure(models: Sequence[str], steps: Sequence[int], budgets: Sequence[int],
                 return torch.full((stop - start,), math.inf, dtype=torch.float64)
             return squares(found, member.last[start:stop])
 
-        for n in steps:
+        for n in dict.fromkeys(key[1] for key in cells):
             best, errors = next(iter(contest(squared, member.target.schedule, n, FRESH_SAMPLES).best.items()))
             hand = math.sqrt(float(errors.mean()))
             with of_other_kinds(name):
-                for budget, seed in product(budgets, range(seeds)):
+                for budget, seed in (key[2:4] for key in cells if key[1] == n):
                     found = search(member.target, n, budget=budget, seed=seed, progress=False)
-                    told = {"budget": budget, "seed": seed, "evaluations": found.evaluations}
+                    told = {"budget": budget, "seed": seed, "choice": CHOICE, "evaluations": found.evaluations}
                     told |= {"start": found.starts[n].name, "ratio": member.error(found.solver) / hand}
                     rows.append(RESULTS, kind="measure", model=name, num_steps=n, handmade=best.name, **told)
 
@@ -242,6 +277,38 @@ def uncalled(models: Sequence[str], steps: Sequence[int]) -> None:
             with of_other_kinds(name):
                 told["general"] = member.error(find_solver(f"general/{n}", member.target.schedule))
             rows.append(RESULTS, kind="uncalled", model=name, num_steps=n, **told)
+
+
+def members(models: Sequence[str], steps: Sequence[int]) -> None:
+    """Rows of the RMSE that each table of other kinds leaves, moved to the best of the k that a search tries, on fresh
+    noise; of models whose library has several."""
+    for name, n in product(models, steps):
+        found = {key[0]: table for key, (table, _) in tables(kinds_beside(name)).items() if key[1] == n}
+        if len(found) > 1:
+            one = Member.of(name, FRESH_SAMPLES, 128, FRESH)
+            least = {member: min(one.error(t.moved(k)) for k in starts.SIZES) for member, t in found.items()}
+            rows.append(RESULTS, kind="members", model=name, num_steps=n, least=least)
+
+
+def show_members() -> str:
+    """What other members leave of the first one's error, and the better of them: a row a model, a column an N."""
+    every = {
+        (row["model"], row["num_steps"]): row["least"] for row in rows.read(RESULTS) if row.get("kind") == "members"
+    }
+    names = [name for name in dict.fromkeys(name for least in every.values() for name in least) if name != MEMBERS[0]]
+    steps = sorted({n for _, n in every})
+    columns = [(n, (name,)) for n in steps for name in names] + [(n, (MEMBERS[0], *names)) for n in steps]
+    head = [f"N = {n}, {of[0] if len(of) == 1 else 'the better'}" for n, of in columns]
+    lines = ["| model | " + " | ".join(head) + " |", "| --- " * (len(columns) + 1) + "|"]
+    found = {
+        model: [
+            min(every[model, n].get(name, math.inf) for name in of) / every[model, n][MEMBERS[0]] for n, of in columns
+        ]
+        for model in dict.fromkeys(model for model, _ in every)
+    }
+    lines += [f"| {model} | {' | '.join(f'{value:.2f}' for value in values)} |" for model, values in found.items()]
+    means = [f"**{statistics.geometric_mean(values):.2f}**" for values in zip(*found.values(), strict=True)]
+    return "\n".join([*lines, f"| geometric mean | {' | '.join(means)} |"])
 
 
 def show_uncalled() -> str:
@@ -265,8 +332,9 @@ def show_uncalled() -> str:
 def show() -> str:
     """Geometric means over seeds, a row a model, a column an N and a budget; and over the models."""
     found: dict[tuple[str, int, int], list[float]] = {}
+    newest = max(row.get("choice", 1) for row in rows.read(RESULTS) if row.get("kind") == "measure")
     for row in rows.read(RESULTS):
-        if row.get("kind") == "measure":
+        if row.get("kind") == "measure" and row.get("choice", 1) == newest:
             found.setdefault((row["model"], row["num_steps"], row["budget"]), []).append(row["ratio"])
     columns = sorted({(n, budget) for _, n, budget in found})
     lines = ["| model | " + " | ".join(f"N = {n}, {budget:,}" for n, budget in columns) + " |"]
@@ -285,10 +353,11 @@ def show() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("search", "ship", "measure", "uncalled", "show"))
+    parser.add_argument("what", choices=("search", "ship", "measure", "uncalled", "members", "show"))
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10])
     parser.add_argument("--leave", nargs="+", default=[], choices=sorted(set(KIND.values())), help="kinds of models")
     parser.add_argument("--models", nargs="+", default=list(KIND), choices=list(KIND))
+    parser.add_argument("--member", default=MEMBERS[0], help="the name of the table; 'networks' takes no mixtures")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budget", type=int, default=20_000, help="model evaluations of each round")
     parser.add_argument("--seed", type=int, default=0)
@@ -302,12 +371,17 @@ def main() -> None:
         return measure(options.models, options.steps, options.budgets, options.seeds)
     if options.what == "uncalled":
         return uncalled(options.models, options.steps)
+    if options.what == "members":
+        return members(options.models, options.steps)
     if options.what == "show":
+        rows.written(show_members(), options.write, "members")
         rows.written(show(), options.write, "library")
         return rows.written(show_uncalled(), options.write, "uncalled")
     chosen = [name for name in options.models if KIND[name] not in options.leave]
+    if options.member == "networks":
+        chosen = [name for name in chosen if KIND[name] != "mixture" and name not in LARGE]
     for n in options.steps:
-        joint(chosen, n, options.rounds, options.budget, options.seed, leave=sorted(options.leave))
+        joint(chosen, n, options.rounds, options.budget, options.seed, options.member, sorted(options.leave))
 
 
 if __name__ == "__main__":

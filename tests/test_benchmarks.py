@@ -72,3 +72,23 @@ def test_skipped_unless_asked_and_only_run_when_disabled(run):
     found = run("--benchmark", "--benchmark-disable", "-s")
     found.result.assert_outcomes(passed=3, deselected=3)
     assert "called fast" in found.said and "measured" not in found.said
+
+
+def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
+    """Those of another choice are, and the table that is shown takes none of these."""
+    from benchmarks import library, rows
+
+    monkeypatch.setattr(library, "RESULTS", tmp_path / "library.jsonl")
+    about = {"kind": "measure", "model": "mixture", "num_steps": 5, "budget": 500}
+    rows.append(library.RESULTS, **about, seed=0, ratio=9.0)  # before rows told of the choice
+    for seed in range(2):
+        rows.append(library.RESULTS, **about, seed=seed, choice=library.CHOICE, ratio=0.5)
+    assert "0.50" in library.show() and "9.00" not in library.show()
+
+    def refused(*what):
+        raise LookupError(what)
+
+    monkeypatch.setattr(library.Member, "of", refused)
+    library.measure(["mixture"], [5], [500], 2)
+    with pytest.raises(LookupError):
+        library.measure(["mixture"], [5], [500], 3)

@@ -15,7 +15,7 @@ from torch import nn
 import dss_fast
 from dss_fast import VP, Flow, GaussNewton, Target, find_solver, sample, search
 from dss_fast.draws import Draws
-from dss_fast.names import Name, solver_names
+from dss_fast.names import Name, published_steps, solver_names
 from dss_fast.table import StepTable
 from dss_fast.trajectory import dense_grid, integrate
 
@@ -173,7 +173,8 @@ def test_one_grammar_for_names():
         with pytest.raises(ValueError) as error:
             find_solver(text)
         assert all(word in str(error.value) for word in words), error.value
-    assert len(solver_names()) == 19 + 10 and find_solver("ab2", num_steps=4) is find_solver("ab2/4")
+    assert len(solver_names()) == 19 + 10 + len(published_steps("networks"))
+    assert find_solver("ab2", num_steps=4) is find_solver("ab2/4")
 
 
 def test_a_table_is_made_once():

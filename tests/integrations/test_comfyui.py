@@ -229,7 +229,7 @@ def test_the_ksamplers_own_lists(comfy, tmp_path):
     samplers, functions = comfy.samplers, comfy.functions
     assert {"dss_sit-xl-2-256", "dss_mine", "dss_ab2"} <= set(samplers.KSampler.SAMPLERS)
     assert set(samplers.SCHEDULER_NAMES) == {"simple", "dss_mine"} | {
-        f"dss_{name}" for name in ("sit-xl-2-256", "flowdcn-b-2-256", "dit-xl-2-256", "general")
+        f"dss_{name}" for name in ("sit-xl-2-256", "flowdcn-b-2-256", "dit-xl-2-256", "general", "networks")
     }
     before = list(samplers.KSampler.SAMPLERS), list(samplers.SCHEDULER_NAMES)
     comfyui.add_to_ksampler(samplers, functions, tmp_path / "dss_fast")  # a reload adds nothing twice

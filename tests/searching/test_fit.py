@@ -1,6 +1,7 @@
 """fit: a table chosen in a few hundred calls, forward only, that is hardly ever worse than the hand-made ones."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -50,15 +51,18 @@ def squares_on(one, count=128):
     return squares, count
 
 
-@pytest.mark.parametrize("spread", [0.4, 1.0, 2.5])
 @pytest.mark.parametrize("num_steps", [5, 8])
-def test_data_of_any_size_get_a_table_below_the_best_hand_made(spread, num_steps):
-    one = target(spread)
-    result = fit(one, num_steps, progress=False)
-    assert result.evaluations <= 500 and one.model.calls <= 520  # a look at what a finished folder would hold is free
-    squares, count = squares_on(one)
-    best = next(iter(contest(squares, Flow(), num_steps, count).best.values()))
-    assert float(squares(result.solver, 0, count).mean() / best.mean()) < 1
+def test_data_of_any_size_get_a_table_below_the_best_hand_made(num_steps):
+    """Of mean squares on fresh noise; six samples tell no more of one search than that it does not lose."""
+    ratios = []
+    for spread in (0.4, 1.0, 2.5):
+        one = target(spread)
+        result = fit(one, num_steps, progress=False)
+        assert result.evaluations <= 500 and one.model.calls <= 520  # to look at what a folder would hold is free
+        squares, count = squares_on(one)
+        best = next(iter(contest(squares, Flow(), num_steps, count).best.values()))
+        ratios.append(float(squares(result.solver, 0, count).mean() / best.mean()))
+    assert statistics.geometric_mean(ratios) < 0.75 and max(ratios) < 1.05
 
 
 def test_it_says_what_it_was_chosen_by():
@@ -80,11 +84,16 @@ def test_a_budget_that_pays_for_no_round_chooses():
 
 def test_the_library_is_tried_at_every_size_beside_hand_made_tables():
     assert "general" in library() and set(range(3, 13)) <= set(published_steps("general"))
-    head = candidates(Flow(), 8, {})[: len(SIZES) * 3 // 2]
-    assert sum(table.source == "hand-made" for table in head) == len(SIZES) // 2
-    assert {round(math.log2(t.provenance["moved"]), 3) for t in head if "moved" in t.provenance} == {
-        round(math.log2(k), 3) for k in SIZES
-    }
+    assert set(published_steps("networks")) == set(published_steps("general"))
+    whole = len(SIZES) * 3 // 2  # general at every size, and of networks one for two of them
+    head = candidates(Flow(), 8, {})[: whole * 3 // 2]
+    assert sum(table.source == "hand-made" for table in head) == whole // 2
+    tried = [
+        (table.name.split("/")[0], round(math.log2(k), 3)) for table in head if (k := table.provenance.get("moved"))
+    ]
+    sizes = [round(math.log2(k), 3) for k in SIZES]
+    assert {k for name, k in tried if name == "general"} == set(sizes)
+    assert [k for name, k in tried if name == "networks"] == sizes[: len(SIZES) // 2]
     shifted = candidates(Flow(shift=3.0), 8, {})[0]
     assert shifted == find_solver("general/8").moved(3.0, Flow(shift=3.0))
 
@@ -100,7 +109,7 @@ def test_a_vp_model_is_served_by_the_same_library():
 
     one = Target(model, (6,), schedule, dtype=F64)
     result = fit(one, 5, progress=False)
-    assert result.starts[5].name.startswith("general/5") and result.solver == result.starts[5]
+    assert result.starts[5].name.startswith(("general/5", "networks/5")) and result.solver == result.starts[5]
     (verdict,) = compare(one, [result.solver], samples=64, progress=False).verdicts
     assert verdict.ratio < 1
 

@@ -9,7 +9,7 @@ from dss_fast.searching.budget import Ledger
 from dss_fast.searching.descent import descend
 from dss_fast.searching.gauss_newton import robust
 from dss_fast.searching.job import Job
-from dss_fast.searching.starts import candidates, ranked, respaced
+from dss_fast.searching.starts import candidates, ranked, respaced, rounds_of
 from dss_fast.searching.teacher import Teacher
 from examples.mixture import Mixture
 
@@ -59,6 +59,31 @@ def test_a_large_limit_finds_the_best_of_all_and_a_small_one_keeps_to_it():
     assert 0 < ledger.evaluations - before <= limit and len(few) >= 2
     before = ledger.evaluations
     assert [s.solver for s in ranked(draws, ledger, teacher, tables, 0)] == tables[:1] and ledger.evaluations == before
+
+
+@pytest.mark.parametrize("rollouts, most", [(30, 8), (35, 6), (100, 16), (250, 40), (1500, 600)])
+def test_what_is_paid_for_is_spent(rollouts, most):
+    """Rounds of three times the samples ended, with 50 of 300 evaluations left, on three samples of eight."""
+    rounds = rounds_of(100, rollouts, most)
+    tables = [min(rounds[0][1], kept + (k > 0)) for k, (_, kept) in enumerate(rounds)]  # the best hand-made one as well
+    runs = sum(
+        count * (wanted - before)
+        for count, (wanted, _), (before, _) in zip(tables, rounds, [(0, 0), *rounds], strict=False)
+    )
+    assert 0.8 * rollouts <= runs <= rollouts and rounds[-1][0] <= most
+    assert [kept for _, kept in rounds] == sorted((kept for _, kept in rounds), reverse=True)
+    assert rounds[-1][1] == 2 or rounds[-1][0] == most
+    draws, ledger, teacher = teacher_of(MODEL, count=most)
+    _ = teacher[0]
+    before, found = ledger.evaluations, ranked(draws, ledger, teacher, candidates(Flow(), 4, {}), 4 * rollouts)
+    assert 0.7 * 4 * rollouts <= ledger.evaluations - before <= 4 * rollouts
+    assert len({start.solver for start in found}) == len(found) >= 3  # those that lost come after those that are left
+    assert found[0].choice is not None and found[-1].choice is None
+
+
+def test_few_rollouts_try_few_tables():
+    assert rounds_of(60, 4, 1) == [(1, 4)] and rounds_of(60, 1, 9) == [(1, 1)] == rounds_of(60, 0, 9)
+    assert rounds_of(1, 7, 8) == [(7, 1)] and rounds_of(5, 100, 0) == [] == rounds_of(5, 100, 23, first=24)
 
 
 def test_a_table_that_diverges_comes_last():
