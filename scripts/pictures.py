@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from dss_fast import VP, DiscreteVP, Flow, Target, find_solver, sample, search
+from dss_fast import VP, DiscreteVP, Flow, Solver, Target, find_solver, sample, search
 from dss_fast.distance import squares
 from dss_fast.draws import Draws
 from dss_fast.plots import OTHERS, SEARCHED, draw_coefficients, draw_timesteps, pyplot
 from dss_fast.searching.budget import Ledger
-from dss_fast.searching.starts import candidates, ranked
+from dss_fast.searching.starts import candidates, rounds_of
 from dss_fast.searching.teacher import Teacher
 from examples.mixture import Mixture, digits
 
@@ -104,41 +104,28 @@ def ladder(path: Path, budget: int = 60_000) -> None:
 
 def _halving(axes: Any) -> None:
     """Each candidate's error on as many samples as it was given."""
-    target, n = digits(), 5
+    target, n, most = digits(), 5, 27
     draws = Draws.of(target, 0)
-    teacher = Teacher(draws, Ledger(None), "train", 54, 54, 24)
+    teacher = Teacher(draws, Ledger(None), "train", 2 * most, 2 * most, 24)
     batch, trajectory = teacher[0]
-    everyone, spent = candidates(draws.schedule, n, {}), 0
-    for count in (1, 3, 9, 27):
-        ledger = Ledger(None)
-        starts = ranked(draws, ledger, _First(teacher, count), everyone, 1 << 30)
-        left = [start.solver for start in starts]  # those still there on so many samples
-        errors = {}
-        for solver in left:
-            end = sample(target, batch.noise[:count], solver)
-            errors[solver] = math.sqrt(float(squares(end, trajectory.last[:count]).mean()))
-        axes.plot([count] * len(left), list(errors.values()), "o", ms=5, alpha=0.35, color=OTHERS[0], mec="none")
-        axes.annotate(f"{len(left)} tables,\n{ledger.evaluations - spent:,} evaluations", (count, 0.98), fontsize=7.5,
-                      ha="center", va="top", xycoords=("data", "axes fraction"))  # fmt: skip
-        spent = ledger.evaluations
+    left = candidates(draws.schedule, n, {})
+    squared = {one: squares(sample(target, batch.noise[:most], one), trajectory.last[:most]) for one in left}
+    errors: dict[Solver, float] = {}
+    for count, kept in rounds_of(len(left), 1 << 30, most):
+        left = sorted(left, key=lambda one: errors.get(one, 0.0))[:kept]
+        errors = {one: math.sqrt(float(squared[one][:count].mean())) for one in left}
+        axes.plot([count] * len(left), list(errors.values()), "o", ms=4, alpha=0.3, color=OTHERS[0], mec="none")
+        axes.annotate(f"{len(left)}", (count, 0.98), fontsize=7.5, ha="center", va="top",
+                      xycoords=("data", "axes fraction"))  # fmt: skip
     best = min(errors, key=lambda solver: errors[solver])
     axes.annotate(best.name, (count, errors[best]), xytext=(-6, -12), textcoords="offset points", ha="right",
                   fontsize=8, color=SEARCHED)  # fmt: skip
     axes.plot(count, errors[best], "o", ms=6, color=SEARCHED)
-    axes.set(xscale="log", yscale="log", xlabel="samples each table was run on", ylabel="RMSE at the end",
-             xlim=(0.6, 48), ylim=(None, 3), xticks=[1, 3, 9, 27], xticklabels=["1", "3", "9", "27"])  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="samples each table was run on; above: tables",
+             ylabel="RMSE at the end", xlim=(0.6, 48), ylim=(None, 3),
+             xticks=[1, 3, 9, 27], xticklabels=["1", "3", "9", "27"])  # fmt: skip
     axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
-
-
-class _First:
-    """A teacher's first samples."""
-
-    def __init__(self, teacher: Teacher, count: int):
-        self.teacher, self.sizes, self.room = teacher, [count], teacher.room
-
-    def __getitem__(self, k: int) -> Any:
-        return self.teacher[k]
 
 
 def tutorial(path: Path) -> None:
