@@ -134,7 +134,7 @@ def ranked(
     errors: dict[Solver, Tensor] = {}  # (targets, samples so far)
     n, targets = tables[0].num_steps, len(draws.targets)
     sizes = [teacher.sizes[t : t + 1] if len(tables) == 1 else teacher.sizes[t::targets] for t in range(targets)]
-    rounds = rounds_of(len(tables), int(limit // (n * targets)), min(map(sum, sizes)), first)
+    rounds = rounds_of(len(tables), max(0, int(limit // (n * targets))), min(map(sum, sizes)), first)
     left = list(tables[: rounds[0][1]] if rounds else tables)
     if len(left) == 1 and targets == 1:  # nothing to choose from, and no unit to measure
         rounds = []
