@@ -6,7 +6,7 @@
     python -m benchmarks.library ship                                         # newest rows to dss_fast/solvers
     python -m benchmarks.library measure --models moons_mixture flow          # with tables of other kinds alone
     python -m benchmarks.library uncalled                                     # the same, moved by no k, for no call
-    python -m benchmarks.library members                                      # the best of all k, a member and several
+    python -m benchmarks.library members                                      # as they are, and at the best k
     python -m benchmarks.library show --write docs/transfer.md                # their errors, between its marks
 
 A round finds for each model the k at which the table serves it best, and then one table for all of them, each as if its
@@ -280,30 +280,27 @@ def uncalled(models: Sequence[str], steps: Sequence[int]) -> None:
 
 
 def members(models: Sequence[str], steps: Sequence[int]) -> None:
-    """Rows of the RMSE that each table of other kinds leaves, moved to the best of the k that a search tries, on fresh
-    noise; of models whose library has several."""
+    """Rows of the RMSE that each table of other kinds leaves on fresh noise, as it is and at the best of the k that a
+    search tries; of models whose library has several."""
     for name, n in product(models, steps):
         found = {key[0]: table for key, (table, _) in tables(kinds_beside(name)).items() if key[1] == n}
         if len(found) > 1:
             one = Member.of(name, FRESH_SAMPLES, 128, FRESH)
+            unmoved = {member: one.error(table) for member, table in found.items()}
             least = {member: min(one.error(t.moved(k)) for k in starts.SIZES) for member, t in found.items()}
-            rows.append(RESULTS, kind="members", model=name, num_steps=n, least=least)
+            rows.append(RESULTS, kind="members", model=name, num_steps=n, unmoved=unmoved, least=least)
 
 
 def show_members() -> str:
-    """What other members leave of the first one's error, and the better of them: a row a model, a column an N."""
-    every = {
-        (row["model"], row["num_steps"]): row["least"] for row in rows.read(RESULTS) if row.get("kind") == "members"
-    }
-    names = [name for name in dict.fromkeys(name for least in every.values() for name in least) if name != MEMBERS[0]]
-    steps = sorted({n for _, n in every})
-    columns = [(n, (name,)) for n in steps for name in names] + [(n, (MEMBERS[0], *names)) for n in steps]
-    head = [f"N = {n}, {of[0] if len(of) == 1 else 'the better'}" for n, of in columns]
-    lines = ["| model | " + " | ".join(head) + " |", "| --- " * (len(columns) + 1) + "|"]
+    """What the second member leaves of the first one's error, as they are and each at its best k: a row a model."""
+    every = {(row["model"], row["num_steps"]): row for row in rows.read(RESULTS) if row.get("kind") == "members"}
+    first, second = MEMBERS
+    words = {"unmoved": "as it is", "least": "at the best k"}
+    columns = [(n, word) for n in sorted({n for _, n in every}) for word in words]
+    lines = ["| model | " + " | ".join(f"N = {n}, {words[word]}" for n, word in columns) + " |"]
+    lines.append("| --- " * (len(columns) + 1) + "|")
     found = {
-        model: [
-            min(every[model, n].get(name, math.inf) for name in of) / every[model, n][MEMBERS[0]] for n, of in columns
-        ]
+        model: [every[model, n][word][second] / every[model, n][word][first] for n, word in columns]
         for model in dict.fromkeys(model for model, _ in every)
     }
     lines += [f"| {model} | {' | '.join(f'{value:.2f}' for value in values)} |" for model, values in found.items()]
