@@ -32,8 +32,8 @@ LOST = 1e30  # the error of a table that diverges to NaN or Inf
 # Of the data beside those of the models that tables were searched on. The best of one table is within a step of 2^.5 on
 # its neighbours; over the models of the library they go from .25 to 3.
 SIZES = tuple(2.0 ** (power / 2) for power in (0, -2, 2, -1, 1, -3, 3, -4))
-# With one of networks after each of general, a choice of 500 evaluations loses the sizes that a small mixture needs; all
-# of general first, networks gain half as much (docs/transfer.md, "Members and the choice").
+# With one of networks after each of general, a choice of 500 evaluations loses the sizes that a small mixture needs;
+# with all of general first, networks gain half as much (docs/transfer.md, "Members and the choice").
 LEADING = 2
 HANDMADE = "hand-made"  # the source of such tables
 # This share of the tables is kept in each round, and runs on half as many samples again. In trials on the errors of
@@ -134,7 +134,7 @@ def ranked(
     errors: dict[Solver, Tensor] = {}  # (targets, samples so far)
     n, targets = tables[0].num_steps, len(draws.targets)
     sizes = [teacher.sizes[t : t + 1] if len(tables) == 1 else teacher.sizes[t::targets] for t in range(targets)]
-    rounds = rounds_of(len(tables), int(limit // (n * targets)), min(map(sum, sizes)), first)
+    rounds = rounds_of(len(tables), max(0, int(limit // (n * targets))), min(map(sum, sizes)), first)
     left = list(tables[: rounds[0][1]] if rounds else tables)
     if len(left) == 1 and targets == 1:  # nothing to choose from, and no unit to measure
         rounds = []
