@@ -1,7 +1,10 @@
 """The unconditional branch at some steps only: what is called, the table's arithmetic, its gradients, its search."""
 
 import json
+import math
 from dataclasses import replace
+from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ from dss_fast.unroll import Rollout
 from helpers.step_inputs import implementation
 
 pytestmark = pytest.mark.fast
+plans = import_module("dss_fast.searching.plan")
 F64 = torch.float64
 SHAPE, STEPS = (6,), (0, 1, 3)
 MIX = torch.randn(6, 6, generator=torch.Generator().manual_seed(3)) * 0.3
@@ -367,6 +371,57 @@ def test_several_targets_and_given_samples_keep_to_the_budget(scales, settings, 
             search(targets, **asked)
     else:
         assert search(targets, **asked).evaluations <= budget
+
+
+@pytest.mark.parametrize(
+    "calls, budget, targets, settings",
+    [
+        (17, 1195, 1, {"held_out_samples": 20}),
+        (13, 153, 2, {"batch_size": 1}),
+        (5, 151, 1, {"samples": 5, "rounds": 0}),
+        (14, 2430, 3, {"samples": 60}),
+    ],
+)
+def test_samples_that_leave_nothing_for_the_choice_take_the_first_table(calls, budget, targets, settings):
+    several = [target_of(1.5 + k) for k in range(targets)]
+    method = GaussNewton(**settings)
+    assert search(several, calls=calls, budget=budget, method=method, progress=False).evaluations <= budget
+
+
+def test_uneven_batches_choose_among_fewer():
+    """Of 48 samples in batches of 7 the second target has 21, for a choice among steps that takes 24."""
+    method = GaussNewton(samples=48, batch_size=7)
+    assert search([target_of(1.5), target_of(3.0)], 7, calls=11, budget=9000, method=method, progress=False).solver
+
+
+def test_a_search_that_has_run_its_rounds_draws_no_more_samples():
+    """With one round, all that was left went into 168 trajectories that no round followed."""
+    found = search(target_of(), calls=20, budget=12_000, method=GaussNewton(rounds=1), progress=False)
+    assert found.history[-1].samples == found.history[0].samples
+
+
+@pytest.mark.parametrize("calls, budget", [(2, 8000), (16, 20_000)])
+def test_the_plan_has_room_for_the_samples_that_a_choice_adds(calls, budget, monkeypatch):
+    monkeypatch.setattr(descent, "BEYOND", 0.0)
+    planned, of = [], plans.memory_of
+    monkeypatch.setattr(plans, "memory_of", lambda job, sizes, *rest: planned.append(sizes) or of(job, sizes, *rest))
+    last = search(target_of(), calls=calls, budget=budget, progress=False).history[-1]
+    assert planned[0].samples < last.samples <= planned[0].training
+
+
+def test_candidates_of_which_most_samples_are_exact_or_diverge_are_compared():
+    """Their robust scale is 0 or Inf, and no robust mean."""
+    inf = float("inf")
+    for full, fewer, best in (
+        ([0.0, 0, 0, 4], [0.0] * 4, 7),
+        ([inf] * 4, [inf] * 3 + [1], 5),
+        ([inf] * 4, [1.0] * 4, 7),
+    ):
+        errors = {5: torch.tensor(full, dtype=F64), 7: torch.tensor(fewer, dtype=F64)}
+        points = {n: [SimpleNamespace(theta=None, candidate=n)] for n in errors}
+        rounds = SimpleNamespace(look=lambda n, teacher, count, errors=errors: SimpleNamespace(errors=errors[n]))
+        found = descent.Descent._losses_of(SimpleNamespace(racers=points), rounds, {"train": 1})
+        assert min(found, key=found.__getitem__) == best and not any(map(math.isnan, found.values()))
 
 
 def test_a_budget_without_a_look_at_each_target_is_refused():

@@ -69,11 +69,12 @@ def search(
     num_steps: N, or several in one search.
     calls: the most calls of the model that a sample may take with guidance, instead of two a step: the unconditional
         branch then runs at some steps, which the search finds, and at the others the difference of the two is forecast.
-        Without num_steps the search finds N too, both branches at all steps among the candidates. For up to 40 steps.
+        Without num_steps the search chooses N too, of two: half the calls, with both branches at all steps, or two
+        thirds of them, with both at as many steps as the calls leave (of 11: 5, or 7 with 4). For up to 40 steps.
     method: ``"gauss_newton"``, or ``"lion"``, the paper's recipe (arXiv 2505.21114); or a :class:`GaussNewton` or
         :class:`Lion` with settings of its own.
     initial: the table to start from, coefficients included: a Solver, or a name that fits every N (``"ab2"``).
-        None: the best hand-made one; Euler for ``"lion"``.
+        None: the best of the library's, the published and the hand-made ones; Euler for ``"lion"``.
     budget: the most model evaluations to spend (forward 1, backward 2; guidance counts once; the teacher,
         checks and rejected steps count), or a time, ``"20min"``, which the speed of a few batches turns into
         evaluations, and that of the search itself as it goes. None: the method's. :func:`plan` says what one takes.

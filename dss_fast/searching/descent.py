@@ -271,7 +271,8 @@ class Descent:
         first, *others = of_different_spacings(starts)
         draws, targets = self.job.draws, len(self.job.draws.targets)
         choices = worth(first, self.ledger, train, self._left(n)).best(guided[n], CHOICES)
-        cost, best = cost_of_choice(n, self.sizes.samples // targets, targets), choices[0]
+        each = min(sum(train.sizes[t::targets]) for t in range(targets))  # batches that do not divide a set are uneven
+        cost, best = cost_of_choice(n, each, targets), choices[0]
         limit = min(cost, self._left(n))
         if 0 < 2 * cost / CHOICES <= limit:  # two of them at least
             best = ranked(draws, self.ledger, train, choices, limit, JUDGES)[0].solver
@@ -298,6 +299,8 @@ class Descent:
         """Before any round: candidates with one branch at some steps whose start errs far more than the best one's, on
         the training samples that these were chosen by, take no part. A race takes a quarter of the evaluations."""
         sizes, targets = rounds.train.sizes, len(self.job.draws.targets)
+        if len(self.racers) == 1:  # of 2 calls
+            return self._settle(self.job.steps[0], rounds)
         if any(point.spent for points in self.racers.values() for point in points):
             return  # a resumed search has raced some
         wanted = enough(sizes, 2 * JUDGES * targets)
@@ -331,7 +334,9 @@ class Descent:
             seen = [rounds.look(at, teacher, count).errors for teacher, count in counts.items() if count]
             known[n] = torch.cat(seen) if seen else torch.zeros(1)
         scale = ROBUST * min(float(errors.median()) for errors in known.values())
-        return {n: robust(errors, scale) if scale else 0.0 for n, errors in known.items()}
+        if not 0 < scale < math.inf:  # none errs on most samples, or all diverge there
+            return {n: float(errors.mean()) for n, errors in known.items()}
+        return {n: robust(errors, scale) for n, errors in known.items()}
 
     def _settle(self, chosen: int, rounds: Rounds) -> None:
         """One of the candidates goes on, with what the others leave, of samples as of evaluations."""
@@ -363,14 +368,17 @@ class Descent:
         return Point(start.solver, Candidate(space, space.theta(start.solver), start.units, basis), share, prior)
 
     def _left(self, begun: int | None = None) -> float:
-        """Evaluations for the Ns to come, without those of their last looks, of the choice among candidates, and of
-        finding where the Ns to come but for ``begun`` call both branches, which may take half."""
+        """Evaluations for the Ns to come, without those of their last looks, of the choice among candidates, of the
+        units of several targets, and of finding where the Ns to come but for ``begun`` call both branches, which may
+        take half."""
         left = self._unspent()
         to_come = [n for n in self.job.steps if n not in self.racers]
         if self.chosen is not None:
             return left - 2 * self.chosen * self.sizes.fresh
         samples = (self.sizes.samples + self.sizes.held_out) if self.job.chooses else 0
         left -= sum(self.job.steps if self.job.chooses else to_come) * (samples + 2 * self.sizes.fresh)
+        if len(self.job.draws.targets) > 1:  # whose errors each N after the one at hand counts by a sample of each
+            left -= len(self.job.draws.targets) * sum(to_come[1:])
         unknown = sum(n for n in to_come if n != begun and n in self.job.unsettled)
         return left - max(0.0, min(left / 2, cost_of_worth(unknown, self.sizes.samples, len(self.job.draws.targets))))
 

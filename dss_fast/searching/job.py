@@ -179,6 +179,12 @@ def prepare(
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed={seed!r}: give a whole number or a torch.Generator")
     draws = Draws.of(targets, seed, group)
+    least = draws.world * len(targets)
+    if isinstance(settings, GaussNewton) and len(targets) > 1 and (settings.samples or least) < least:
+        raise ValueError(
+            f"samples={settings.samples}: of each of {len(targets)} targets every process needs one; give {least} or "
+            "more"
+        )
     given = None
     if initial is not None:
         fewer = guided or {}

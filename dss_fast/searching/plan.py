@@ -117,10 +117,10 @@ class Sizes:
     def grown(self, job: Job, num_steps: int, left: float, racers: int, done: int) -> Sizes:
         """With as many whole batches of training samples more as ``left`` evaluations pay for once one of several Ns
         is chosen: their teacher, the rounds but for those ``done``, from so many tables, and looks. A set of so few
-        that other models say more, or of a size that was asked for, stays as it is."""
+        that other models say more, of a size that was asked for, or that no round follows, stays as it is."""
         settings, targets, size = job.settings, len(job.draws.targets), self.batches(job)[0]
         assert isinstance(settings, GaussNewton)
-        if settings.samples is not None or self.samples <= least_of(job) or not self.rounds:
+        if settings.samples is not None or self.samples <= least_of(job) or done >= self.rounds:
             return self
 
         def cost(more: int) -> float:
@@ -370,9 +370,9 @@ def planned(job: Job, budget: int | None, cost: Cost) -> Plan:
     if sizes is not None:
         samples, size = sizes.samples, sizes.batches(job)[0]
     size = min(size, job.room.rows or size)
-    if sizes is not None and budget is not None and job.chooses:  # as many as the one of fewest steps has alone
-        alone = Sizes.of(replace(job, steps=job.steps[:1], guided=None, chooses=False), budget)
-        sizes = replace(sizes, more=max(0, alone.samples - sizes.samples))
+    if sizes is not None and budget is not None and job.chooses:  # as many as any of them has, chosen before any round
+        left = budget - sizes.calls * (sizes.samples + sizes.held_out + sizes.fresh)
+        sizes = max((sizes.grown(job, n, left, 1, 0) for n in job.steps), key=lambda grown: grown.more)
     memory, free = memory_of(job, sizes, size, batch_of(job, budget)[1], cost), free_bytes(torch.device("cpu"))
     host = memory.teacher + memory.algebra + (job.draws.device.type == "cpu") * (memory.graphs + memory.states)
     if host > free:

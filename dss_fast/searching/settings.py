@@ -35,8 +35,8 @@ class GaussNewton:
     samples: of the training set; by default what the budget allows. held_out_samples: a fifth of them, none below 40.
     batch_size: samples run at a time, at most; an eighth of the set, so that early rounds can be small.
     memory: bytes of the device that the search may use beside the model's weights; by default half of what is free.
-    teacher_evaluations: model calls of each reference trajectory; by default 16 for fewer than 64 samples, or 24, and
-        at least 2 N. rounds: of Gauss-Newton at most.
+    teacher_evaluations: model calls of each reference trajectory; by default 24, and at least 2 N. rounds: of
+        Gauss-Newton at most; 0 chooses among the tables there are.
     gradients: whether the search goes back through the model. False: it only calls it, as quantised kernels, compiled
         engines and remote models ask for, and moves along the up to 3 N directions in which the errors of the
         library's tables grow fastest, by differences of rollouts: an accepted round costs N (1 + 3 N) evaluations per
@@ -44,9 +44,9 @@ class GaussNewton:
         None: so, with a warning, where the model's output has no graph.
 
     A round costs N evaluations per sample for the candidate, which is also its acceptance test, and, once
-    accepted, 2 N per backward. All N share the teacher; each starts from the best of the hand-made tables, those on
-    the spacing found for the N before among them; from 40 samples on from up to three on different spacings, of
-    which the best goes on after three rounds (below 40 the race costs more than it brings).
+    accepted, 2 N per backward. All N share the teacher; each starts from the best of the library's, the published and
+    the hand-made tables, those on the spacing found for the N before among them; from 40 samples on from up to three
+    on different spacings, of which the best goes on after three rounds (below 40 the race costs more than it brings).
     """
 
     space: str = "noise+start"

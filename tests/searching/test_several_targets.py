@@ -128,7 +128,15 @@ def test_what_does_not_fit_is_named():
         ([WIDE, NARROW.model], {}, "target=Mixture among several: each must be a Target"),
         ([WIDE, replace(NARROW, features=torch.tanh)], {"method": GaussNewton(select="features")}, "give all of them"),
         ([WIDE, replace(NARROW, shape=None)], {}, "the shape of one sample is not known"),
+        ([WIDE, NARROW], {"method": GaussNewton(samples=1)}, "samples=1: of each of 2 targets .*; give 2 or more"),
         ([WIDE, NARROW], {"budget": 10}, "the look at the model alone takes 16"),
     ):
         with pytest.raises(ValueError, match=message):
             search(targets, 4, progress=False, **settings)
+
+
+@pytest.mark.parametrize("budget", [237, 240, 250])
+def test_the_first_of_several_ns_leaves_the_units_of_the_others(budget):
+    """The choice of a table of 2 steps took 6 evaluations more than the look at three targets in 13 steps left."""
+    targets = [WIDE, NARROW, replace(WIDE, name="third")]
+    assert search(targets, [2, 13], budget=budget, progress=False).evaluations <= budget

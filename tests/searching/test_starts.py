@@ -5,11 +5,12 @@ import torch
 
 from dss_fast import VP, DiscreteVP, Flow, GaussNewton, Target, handmade
 from dss_fast.draws import Draws
+from dss_fast.searching import starts
 from dss_fast.searching.budget import Ledger
 from dss_fast.searching.descent import descend
 from dss_fast.searching.gauss_newton import robust
 from dss_fast.searching.job import Job
-from dss_fast.searching.starts import candidates, ranked, respaced, rounds_of
+from dss_fast.searching.starts import candidates, library_tables, ranked, respaced, rounds_of
 from dss_fast.searching.teacher import Teacher
 from examples.mixture import Mixture
 
@@ -84,6 +85,27 @@ def test_what_is_paid_for_is_spent(rollouts, most):
 def test_few_rollouts_try_few_tables():
     assert rounds_of(60, 4, 1) == [(1, 4)] and rounds_of(60, 1, 9) == [(1, 1)] == rounds_of(60, 0, 9)
     assert rounds_of(1, 7, 8) == [(7, 1)] and rounds_of(5, 100, 0) == [] == rounds_of(5, 100, 23, first=24)
+
+
+@pytest.mark.parametrize("limit", [-1, -50, -5_000])
+def test_less_than_nothing_chooses_the_first(limit):
+    """What samples that were asked for leave beside the later looks may be so."""
+    draws, ledger, teacher = teacher_of(MODEL)
+    tables = candidates(Flow(), 4, {})
+    assert [start.solver for start in ranked(draws, ledger, teacher, tables, limit)] == tables[:1]
+    assert ledger.evaluations == 0
+
+
+def test_a_member_without_a_table_of_so_many_steps_leaves_the_others(monkeypatch):
+    steps = starts.published_steps
+    for gone, left in (("general", "networks"), ("networks", "general")):
+        starts.moved_tables.cache_clear()
+        monkeypatch.setattr(starts, "published_steps", lambda name, gone=gone: [] if name == gone else steps(name))
+        for schedule in (Flow(), VP()):
+            found = library_tables(schedule, 8)
+            assert {table.name.split("/")[0] for table in found} == {left} and found[0] in candidates(schedule, 8, {})
+    starts.moved_tables.cache_clear()
+    assert library_tables(Flow(), 2) == library_tables(VP(), 13) == []
 
 
 def test_a_table_that_diverges_comes_last():
