@@ -3,6 +3,7 @@
     python -m benchmarks.calls run --model flow --scale 1.5 --calls 10 11 --ways full chosen --seeds 0
     python -m benchmarks.calls run --scale 4 --at 5 --calls 10 --ways full     # a table searched at 4, run at 5
     python -m benchmarks.calls table --write docs/calls.md
+    python -m benchmarks.calls worth                    # means, and the calls that full guidance takes
     python -m benchmarks.calls time                     # 7 steps of DiT-S/2, random weights; no rows
 
 full: both branches at all of calls / 2 steps. chosen: search(calls=), its steps and its N found too. fixed: search(N,
@@ -14,9 +15,11 @@ of ``REFERENCE`` calls, on ``SAMPLES`` noises that no search has seen.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import fmean, geometric_mean
 from types import SimpleNamespace
@@ -172,6 +175,39 @@ def table(options):
     rows.written("\n".join(lines), options.write, "calls")
 
 
+def worth(options):
+    """For each model and scale: what the chosen tables leave of full guidance's error, in the mean of all runs and of
+    the median sample, how many are above it, and with how many calls full guidance errs as much, log-linearly."""
+    del options
+    found = {}
+    for row in rows.read(RESULTS):
+        if row["budget"] == 20_000 and row.get("at", row["scale"]) == row["scale"]:
+            found[row["model"], row["scale"], row["way"], row["calls"], row["seed"]] = row
+    for model, scale in sorted({key[:2] for key in found}):
+        mean, over, median = {}, [], []
+        for way, calls in product(("full", "chosen"), (10, 12, 14, 16)):
+            runs = {key[4]: row for key, row in found.items() if key[:4] == (model, scale, way, calls)}
+            if runs:
+                mean[way, calls] = geometric_mean(row["rmse"] for row in runs.values())
+            pairs = [(row, found.get((model, scale, "full", calls, seed))) for seed, row in runs.items()]
+            if way == "chosen":
+                over += [row["rmse"] / full["rmse"] for row, full in pairs if full]
+                median += [row["median"] / full["median"] for row, full in pairs if full]
+        line = f"{model}, {scale:g}: {geometric_mean(over):.2f} of full's RMSE in {len(over)} runs, {min(over):.2f} to "
+        line += f"{max(over):.2f}, {sum(one > 1.005 for one in over)} above; {geometric_mean(median):.2f} of its median"
+        full = [(calls, error) for (way, calls), error in mean.items() if way == "full"]
+        for calls in (calls for way, calls in mean if way == "chosen"):
+            error = mean["chosen", calls]
+            ends = [(a, b) for a, b in pairwise(full) if b[1] <= error <= a[1]]
+            if ends:
+                (low, most), (high, least) = ends[0]
+                equal = low + (high - low) * math.log(most / error) / math.log(most / least)
+                line += f"; {calls} calls do what {equal:.1f} do"
+            else:
+                line += f"; {calls} calls do what " + ("more than 16 do" if error < full[-1][1] else "fewer than 10 do")
+        print(line)
+
+
 @torch.no_grad()
 def timed(options):
     """Seconds of 7 steps of DiT-S/2 on latents of 32 x 32, four of them guided and all of them, in turn."""
@@ -196,7 +232,7 @@ def timed(options):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "table", "time"))
+    parser.add_argument("what", choices=("run", "table", "worth", "time"))
     parser.add_argument("--model", default="flow", help="a function of examples.mnist that takes a guidance scale")
     parser.add_argument("--scale", type=float, default=1.5)
     parser.add_argument("--at", type=float, help="another scale, that the tables are run at")
@@ -208,7 +244,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9, help="of time")
     parser.add_argument("--processor", action="store_true", help="time in seconds of the processor, on a busy machine")
     options = parser.parse_args()
-    {"run": run, "table": table, "time": timed}[options.what](options)
+    {"run": run, "table": table, "worth": worth, "time": timed}[options.what](options)
 
 
 if __name__ == "__main__":

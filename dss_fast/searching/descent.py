@@ -42,8 +42,7 @@ PRIOR = 1.0
 TOLERANCE = 1e-3  # predicted relative gain below which a search is over
 WORSE = 2.0  # times the start's mean square on fresh samples, from which on the start is returned
 # Times the error of the best candidate's start, from which on a candidate with one branch at some steps is not searched
-# at all. On the digit models at 10 to 14 calls its start errs .5 to 1.2 of that with both branches everywhere at scale
-# 1.5, and .8 to 2.4 at 4, where one of .8 lost the race.
+# at all. On the digit models its start errs less than the other at scale 1.5, and mostly more at 4 (docs/calls.md).
 BEYOND = 1.2
 WORTH = 0.4  # a round of fewer than this part of the samples seen before says too little
 
