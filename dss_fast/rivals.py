@@ -17,9 +17,8 @@ from .schedule import Schedule
 from .solver import Solver
 
 SPACINGS = ("uniform", "shift2", "shift3", "shift1.5", "lambda", "shift0.5", "karras")
-# Where not all can be tried these come first. Flows: first or second of all on the shipped models, N = 3 to 10. VP: the
-# best of the first four errs 1.06 of the best of all, in the mean of ten models of the zoo in VP coordinates, N = 5, 8,
-# 10; with DPM-Solver++ and Adams rows on their usual spacings first it was 2.0.
+# Where not all can be tried these come first. Flows: first or second of all on the shipped models, N = 3 to 10. VP: so
+# that the best of the first few is near the best of all on models of the zoo in VP coordinates, N = 5, 8, 10.
 LIKELY = {
     "flow": ("ab3", "ab2", "ab3_uniform@shift2", "ab2@shift2", "ab2@shift3", "ab3@shift1.5", "ab2@shift1.5"),
     "vp": (

@@ -29,9 +29,8 @@ from .teacher import Teacher
 SKETCHES = 2  # random signs a sample
 SKETCHED = 24  # samples
 BEAM = 8  # choices kept while steps are taken away one by one
-# Of the best choices by the form so many run on so many samples of each target, the better ones on as many again
-# (``starts.rounds_of``). Of the digit flow's for 7 steps, 3 guided, the one that ends best is first or third by the
-# form; races of a few rounds took others, of .052 for .041 in the end.
+# Of the best choices by the form so many run on so many samples of each target, the better ones on more: the first by
+# the form is often not the one that ends best, and a race of a few rounds sees too few samples.
 CHOICES, JUDGES = 4, 24
 RIDGE = 0.1  # of the form's mean diagonal, towards the linear forecast: of few samples the form knows a part alone
 MOST = 40  # steps of which some are chosen: that takes a minute of one thread then, and 3 s for 26
