@@ -206,6 +206,13 @@ def worth(options):
             else:
                 line += f"; {calls} calls do what " + ("more than 16 do" if error < full[-1][1] else "fewer than 10 do")
         print(line)
+        for way in ("drop", "interval", "stale"):  # beside the chosen tables at the same calls and seeds
+            cells = [key[3:] for key in found if key[:3] == (model, scale, way)]
+            full = [found[model, scale, "full", *cell]["rmse"] for cell in cells]
+            ours, theirs = ([found[model, scale, one, *cell]["rmse"] for cell in cells] for one in ("chosen", way))
+            if cells:
+                left = [geometric_mean(a / b for a, b in zip(one, full, strict=True)) for one in (theirs, ours)]
+                print(f"  {way} {left[0]:.2f}, chosen {left[1]:.2f} in the same {len(cells)} runs")
 
 
 @torch.no_grad()

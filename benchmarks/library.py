@@ -55,7 +55,7 @@ SEED, SAMPLES, CALLS = 31_000, 48, 48  # of the noise that k is chosen on, and o
 FRESH, FRESH_SAMPLES = 512_001, 64  # of the noise on which searches are measured
 LARGE = ("photos64_conv", "textures32_conv")  # left out of curvatures and members: they take as long as all others
 MEMBERS = ("general", "networks")  # that ship: tables of all models, and of networks without the exact mixtures
-CHOICE = 2  # which choice of a start, and which library, rows were measured with: show takes the newest alone
+CHOICE = 2  # which choice of a start, and which library, rows are measured with; those of before are 1
 STEP = 2**0.5  # between neighbouring k
 USUAL = ("euler", "dpmpp_2m")  # what pipelines of flows run: FlowMatchEuler, or DPM-Solver++ on its spacing
 
@@ -326,12 +326,11 @@ def show_uncalled() -> str:
     return "\n".join([*lines, f"| geometric mean | {' | '.join(means)} |"])
 
 
-def show() -> str:
+def show(choice: int = CHOICE) -> str:
     """Geometric means over seeds, a row a model, a column an N and a budget; and over the models."""
     found: dict[tuple[str, int, int], list[float]] = {}
-    newest = max(row.get("choice", 1) for row in rows.read(RESULTS) if row.get("kind") == "measure")
     for row in rows.read(RESULTS):
-        if row.get("kind") == "measure" and row.get("choice", 1) == newest:
+        if row.get("kind") == "measure" and row.get("choice", 1) == choice:
             found.setdefault((row["model"], row["num_steps"], row["budget"]), []).append(row["ratio"])
     columns = sorted({(n, budget) for _, n, budget in found})
     lines = ["| model | " + " | ".join(f"N = {n}, {budget:,}" for n, budget in columns) + " |"]
@@ -360,6 +359,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budgets", type=int, nargs="+", default=[500, 1000, 3000], help="of measured searches")
     parser.add_argument("--seeds", type=int, default=3, help="of measured searches")
+    parser.add_argument("--choice", type=int, default=CHOICE, help="the rows that are shown")
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the text between the marks in FILE")
     options = parser.parse_args()
     if options.what == "ship":
@@ -372,7 +372,7 @@ def main() -> None:
         return members(options.models, options.steps)
     if options.what == "show":
         rows.written(show_members(), options.write, "members")
-        rows.written(show(), options.write, "library")
+        rows.written(show(options.choice), options.write, "library")
         return rows.written(show_uncalled(), options.write, "uncalled")
     chosen = [name for name in options.models if KIND[name] not in options.leave]
     if options.member == "networks":
